@@ -1,0 +1,31 @@
+# Every target sets up what it needs in $(VENV); PYTHON chooses the interpreter it is made with.
+#   PYTHON=python3.12 make test        make test ARGS="tests/test_layering.py -x"
+SHELL := bash
+VENV ?= .venv
+ARGS ?=
+export VENV
+
+.PHONY: help demo test quality clean
+
+help:
+	@echo "make demo      train a prefix for SmolLM2-135M-Instruct on the E2E data, generate, score -> runs/demo"
+	@echo "make test      the whole test suite (ARGS=... goes to pytest)"
+	@echo "make quality   ruff"
+	@echo "make clean     remove builds and caches (keeps $(VENV) and runs)"
+	@echo "Variables: PYTHON (default: the first Python >= 3.10 found), VENV (default: .venv)"
+
+demo:
+	@tools/setup_env.sh demo
+	@"$(VENV)/bin/python" benchmarks/demo.py --output runs/demo $(ARGS)
+
+test:
+	@tools/setup_env.sh test
+	@"$(VENV)/bin/python" -m pytest $(ARGS)
+
+quality:
+	@tools/setup_env.sh test
+	@"$(VENV)/bin/python" -m ruff check .
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .benchmarks
+	find . -path "./$(VENV)" -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,217 @@
+"""Splits one call into passes that a stock kernel can run: which queries, which columns, which mask.
+
+The prefix is read by folding the batch into query rows, [1, heads, batch · q_len, head_dim] against
+[1, kv_heads, prefix_len, head_dim], so it is never expanded. Only a mask over the prefix (a bias, or a window that slides over
+it) forbids the folding; then each row is a pass of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from prefix_kernels.problem import AttentionInputs
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Some queries of [batch, heads, q_len, …]: batch rows, or query positions, or all; folded to one batch row or not."""
+
+    rows: Tensor | slice | None = None
+    positions: Tensor | slice | None = None
+    fold: bool = False
+
+    @property
+    def everything(self) -> bool:
+        return self.rows is None and self.positions is None
+
+    def select(self, tensor: Tensor) -> Tensor:
+        """The selected queries, unfolded."""
+        if self.rows is not None:
+            return tensor[self.rows]
+        return tensor if self.positions is None else tensor[:, :, self.positions]
+
+    def take(self, tensor: Tensor) -> Tensor:
+        """The selected queries as the kernels see them."""
+        tensor = self.select(tensor)
+        return tensor.transpose(0, 1).flatten(1, 2)[None] if self.fold else tensor
+
+    def unfold(self, tensor: Tensor, q_len: int) -> Tensor:
+        """The inverse of folding."""
+        return tensor[0].unflatten(1, (-1, q_len)).transpose(0, 1) if self.fold else tensor
+
+    def put(self, target: Tensor, value: Tensor) -> None:
+        """Write values back to where select found them."""
+        if self.rows is not None:
+            target[self.rows] = value
+        else:
+            target[:, :, self.positions] = value
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One run of a stock kernel. `prefix` is the bank index of the prefix it reads, or None for the sequence's keys."""
+
+    queries: Selection
+    prefix: int | None
+    columns: slice  # of the prefix, or of the keys
+    mask: Tensor | None = None  # additive
+    causal: bool = False
+    hidden: Tensor | None = None  # bool, broadcasts to the queries [batch, heads, q_len]: sees no column of this pass
+
+
+def plan(inputs: AttentionInputs) -> tuple[AttentionInputs, list[Pass]]:
+    """The passes of a call, and the inputs that they refer to.
+
+    Varlen becomes one batch row of tokens; keys past key_lens become 0, so that NaN there cannot reach a product.
+    """
+    if inputs.varlen:
+        return inputs, [*_packed_prefix_passes(inputs), *_packed_passes(inputs)]
+    inputs, passes = _sequence_passes(inputs)
+    return inputs, [*passes, *_prefix_passes(inputs)]
+
+
+def _row_groups(ids: Tensor | None, inputs: AttentionInputs) -> Iterator[tuple[int, Tensor | None, int]]:
+    """(prefix, its rows — None: all —, its length) for every prefix that a row uses. Reads ids, which lie on the CPU."""
+    prefixes, _, prefix_len, _ = inputs.prefix_k.shape
+    if ids is None:
+        if prefix_len:
+            yield 0, None, prefix_len
+        return
+    lens = [prefix_len] * prefixes if inputs.prefix_lens is None else inputs.prefix_lens.clamp(0, prefix_len).tolist()
+    for prefix in ids.unique().tolist():
+        if 0 <= prefix < prefixes and lens[prefix]:
+            rows = (ids == prefix).nonzero()[:, 0]
+            yield prefix, None if rows.shape[0] == ids.shape[0] else rows, lens[prefix]
+
+
+def _prefix_passes(inputs: AttentionInputs) -> Iterator[Pass]:
+    batch, _, q_len, _ = inputs.q.shape
+    slides = inputs.window is not None and inputs.first_key_position is not None
+    for prefix, rows, length in _row_groups(inputs.prefix_ids, inputs):
+        columns = slice(0, length)
+        if inputs.bias is None and not slides:
+            yield Pass(Selection(rows, fold=True), prefix, columns)
+            continue
+        for row in range(batch) if rows is None else rows.tolist():
+            mask = inputs.q.new_zeros((1, 1, 1, length), dtype=torch.float32)
+            if inputs.bias is not None:
+                bias_row = row if inputs.bias.shape[0] > 1 else 0
+                mask = inputs.bias[bias_row : bias_row + 1, ..., :length]
+            if slides:
+                fill = inputs.k.shape[2] if inputs.key_lens is None else inputs.key_lens[row].clamp(0, inputs.k.shape[2])
+                query = torch.arange(q_len, device=inputs.q.device)
+                position = length + inputs.first_key_position + query + (fill - q_len if inputs.causal else 0)
+                column = torch.arange(length, device=inputs.q.device)
+                mask = mask.masked_fill(column <= position[:, None] - inputs.window, -torch.inf)
+            yield Pass(Selection(slice(row, row + 1)), prefix, columns, mask=mask, hidden=_hidden(mask, False))
+
+
+def _sequence_passes(inputs: AttentionInputs) -> tuple[AttentionInputs, list[Pass]]:
+    q_len, kv_len = inputs.q.shape[2], inputs.k.shape[2]
+    fill = None  # int [batch], where rows differ or may differ
+    if inputs.key_lens is not None:
+        fill = inputs.key_lens.clamp(0, kv_len)
+        if fill.device.type == "cpu" and bool((fill == fill[:1]).all()):
+            kv_len, fill = int(fill[0]) if fill.numel() else 0, None
+        if fill is not None or (inputs.causal and q_len > kv_len):  # ragged, or queries that stand before the first key
+            fill = inputs.key_lens.clamp(0, inputs.k.shape[2])
+            kv_len = inputs.k.shape[2]
+            past = (torch.arange(kv_len, device=fill.device) >= fill[:, None])[:, None, :, None]
+            inputs = AttentionInputs(
+                **{**vars(inputs), "k": inputs.k.masked_fill(past, 0), "v": inputs.v.masked_fill(past, 0)}
+            )
+    if kv_len == 0:
+        return inputs, []
+    mask = None
+    if inputs.bias is not None:
+        mask = inputs.bias[..., inputs.prefix_k.shape[2] :][..., :kv_len]
+    if inputs.key_mask is not None:
+        visible = inputs.key_mask[:, None, None, :kv_len]
+        mask = _restrict(mask, visible)
+    windowed = inputs.window is not None and not (inputs.causal and inputs.window >= kv_len)
+    if fill is not None or windowed:
+        mask = _restrict(mask, _band(inputs, q_len, kv_len, fill))
+        return inputs, [_sequence_pass(slice(0, kv_len), mask, False)]
+    if not inputs.causal or q_len == 1:
+        return inputs, [_sequence_pass(slice(0, kv_len), mask, False)]
+    before = kv_len - q_len  # keys that every query sees
+    passes = []
+    for columns, causal in ((slice(0, before), False), (slice(before, kv_len), True)):
+        if columns.start < columns.stop:
+            passes.append(_sequence_pass(columns, None if mask is None else mask[..., columns], causal))
+    return inputs, passes
+
+
+def _sequence_pass(columns: slice, mask: Tensor | None, causal: bool) -> Pass:
+    hidden = None if mask is None else _hidden(mask, causal)
+    return Pass(Selection(), None, columns, mask=mask, causal=causal, hidden=hidden)
+
+
+def _band(inputs: AttentionInputs, q_len: int, kv_len: int, fill: Tensor | None) -> Tensor:
+    """Bool [batch or 1, 1, q_len, kv_len]: causality, window and fill."""
+    query = torch.arange(q_len, device=inputs.q.device)[:, None]
+    key = torch.arange(kv_len, device=inputs.q.device)[None, :]
+    stop = kv_len if fill is None else fill[:, None, None, None]
+    position = query + stop - q_len if inputs.causal else query
+    visible = key <= position if inputs.causal else key < stop
+    if inputs.window is not None:
+        visible = visible & (key > position - inputs.window)
+        if not inputs.causal:
+            visible = visible & (key < position + inputs.window)
+    return visible if visible.dim() == 4 else visible[None, None]
+
+
+def _restrict(mask: Tensor | None, visible: Tensor) -> Tensor:
+    """Adds −inf to an additive mask where nothing may be seen."""
+    if mask is None:
+        return torch.zeros(visible.shape, dtype=torch.float32, device=visible.device).masked_fill_(~visible, -torch.inf)
+    return mask.masked_fill(~visible, -torch.inf)
+
+
+def _hidden(mask: Tensor, causal: bool) -> Tensor:
+    """Bool [batch or 1, heads or 1, q_len or 1]: queries whose every column is −inf."""
+    visible = mask > -torch.inf
+    if not causal:
+        return ~visible.any(-1)
+    if visible.shape[2] == 1:  # one row for all queries: query i sees what lies up to column i
+        return ~visible[:, :, 0].cummax(-1).values
+    return ~visible.tril().any(-1)
+
+
+def _packed_prefix_passes(inputs: AttentionInputs) -> Iterator[Pass]:
+    ids = inputs.prefix_ids
+    if ids is not None:
+        ids = ids.repeat_interleave(inputs.cu_seqlens_q.diff(), output_size=inputs.q.shape[2])
+    for prefix, tokens, length in _row_groups(ids, inputs):
+        yield Pass(Selection(positions=tokens), prefix, slice(0, length))
+
+
+def _packed_passes(inputs: AttentionInputs) -> Iterator[Pass]:
+    """One pass a sequence over its own keys, and one over its parent's."""
+    ends_q, ends_k = inputs.cu_seqlens_q.tolist(), inputs.cu_seqlens_k.tolist()
+    parents = [-1] * (len(ends_q) - 1) if inputs.parent is None else inputs.parent.tolist()
+    for index, parent in enumerate(parents):
+        queries = slice(ends_q[index], ends_q[index + 1])
+        q_len, kv_len = queries.stop - queries.start, ends_k[index + 1] - ends_k[index]
+        if q_len == 0:
+            continue
+        selection = Selection(positions=queries)
+        if parent >= 0 and ends_k[parent] < ends_k[parent + 1]:
+            yield Pass(selection, None, slice(ends_k[parent], ends_k[parent + 1]))
+        if kv_len == 0:
+            continue
+        start, stop = ends_k[index], ends_k[index + 1]
+        if inputs.window is not None and not (inputs.causal and inputs.window >= kv_len):
+            mask = _restrict(None, _band(inputs, q_len, kv_len, None))
+            yield Pass(selection, None, slice(start, stop), mask=mask, hidden=_hidden(mask, False))
+        elif not inputs.causal or q_len == 1:
+            yield Pass(selection, None, slice(start, stop))
+        else:
+            before = stop - q_len
+            if start < before:
+                yield Pass(selection, None, slice(start, before))
+            yield Pass(selection, None, slice(before, stop), causal=True)

@@ -1,0 +1,143 @@
+"""Torch's own attention kernels behind one pair of functions that take and return the log-sum-exp.
+
+attend gives softmax(scale · q · kᵀ + mask) · v and its log-sum-exp over these keys alone. attend_backward takes the *global*
+out and lse of a larger softmax: its weights exp(scores − lse) are then the global ones, so the results of several parts add
+up to the exact gradient of the whole.
+
+The CPU kernel and flash attention take fewer kv heads than heads as they are; the memory-efficient kernel (CUDA, masks and
+float32) needs them repeated.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+aten = torch.ops.aten
+
+_LSE_ALIGNMENT = 32  # the memory-efficient kernel's rows of lse
+_BIAS_ALIGNMENT = 16  # elements; the memory-efficient kernel's rows of the mask
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    """(out [batch, heads, q_len, value_dim], lse [batch, heads, q_len]) of one part.
+
+    Args:
+        q: [batch, heads, q_len, head_dim]; k, v: [batch, kv_heads, n, ·]; none of the sizes is 0.
+        mask: additive, 4 axes that broadcast to [batch, heads, q_len, n], float32 or q's dtype.
+        causal: query i sees keys j ≤ i; needs q_len = n.
+
+    lse is meaningless where the mask hides every key (the kernels do not agree); the caller knows those rows.
+    """
+    value_dim, mask = v.shape[-1], _kernel_mask(mask, q)
+    q, scale = _positive_scale(q, scale)
+    q, k, v = _same_dim(q, k, v)
+    if q.device.type == "cpu":
+        out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)
+    elif _takes_flash(q, mask):
+        out, lse = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, False, scale=scale)[:2]
+    else:
+        q, k, v = (tensor.transpose(1, 2) for tensor in (q, *_repeat_heads(q.shape[1], k, v)))
+        bias = _efficient_bias(q, k, mask)
+        out, lse = aten._efficient_attention_forward(
+            q, k, v, bias, None, None, None, None, 0.0, int(causal), True, scale=scale
+        )[:2]
+        out, lse = out.transpose(1, 2), lse[:, :, : q.shape[1]]
+    return out[..., :value_dim], lse
+
+
+def attend_backward(
+    grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    mask: Tensor | None, causal: bool, scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(dq, dk, dv) of one part under the global out and lse. lse +inf marks a query that gets no gradient here.
+
+    The kernels compute delta = rowsum(grad_out ∘ out) themselves. A gradient of lse enters as delta − grad_lse through one
+    more value channel: v is 0 there, so no score sees it, out is 1 and grad_out is −grad_lse.
+    """
+    head_dim, value_dim, kv_heads, mask = q.shape[-1], v.shape[-1], k.shape[1], _kernel_mask(mask, q)
+    dq_factor = 1.0 if scale > 0 else scale
+    q, scale = _positive_scale(q, scale)
+    if grad_lse is not None:
+        v, grad_out, out = pad(v, (0, 1)), pad(grad_out, (0, 1)), pad(out, (0, 1), value=1.0)
+        grad_out[..., -1] = -grad_lse
+    q, k, v = _same_dim(q, k, v)
+    grad_out, out = (pad(tensor, (0, q.shape[-1] - tensor.shape[-1])) for tensor in (grad_out, out))
+    if q.device.type == "cpu":
+        dq, dk, dv = aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            grad_out, q, k, v, out, lse.contiguous(), 0.0, causal, attn_mask=mask, scale=scale
+        )
+    elif _takes_flash(q, mask):
+        no_dropout_state = torch.zeros(2, dtype=torch.uint64, device=q.device)
+        with _deterministic():
+            dq, dk, dv = aten._scaled_dot_product_flash_attention_backward(
+                grad_out, q, k, v, out, lse.contiguous(), None, None, q.shape[2], k.shape[2], 0.0, causal,
+                no_dropout_state, no_dropout_state[:0], scale=scale,
+            )  # fmt: skip
+    else:
+        grad_out, out, q = (tensor.transpose(1, 2) for tensor in (grad_out, out, q))
+        k, v = (tensor.transpose(1, 2) for tensor in _repeat_heads(q.shape[2], k, v))
+        lse = pad(lse, (0, -lse.shape[-1] % _LSE_ALIGNMENT), value=torch.inf).contiguous()
+        no_dropout_state = torch.zeros((), dtype=torch.int64, device=q.device)
+        dq, dk, dv, _ = aten._efficient_attention_backward(
+            grad_out, q, k, v, _efficient_bias(q, k, mask), out, None, None, q.shape[1], k.shape[1], lse, 0.0,
+            no_dropout_state, no_dropout_state, int(causal), False, scale=scale, num_splits_key=1,
+        )  # fmt: skip
+        dq = dq.transpose(1, 2)
+        dk, dv = (grad.transpose(1, 2).unflatten(1, (kv_heads, -1)).sum(2) for grad in (dk, dv))
+    dq = dq if dq_factor == 1 else dq * dq_factor
+    return dq[..., :head_dim], dk[..., :head_dim], dv[..., :value_dim]
+
+
+def _kernel_mask(mask: Tensor | None, q: Tensor) -> Tensor | None:
+    """The kernels read a mask's last axis with stride 1, and beside float64 only a float64 mask."""
+    if mask is None:
+        return None
+    mask = mask.to(torch.promote_types(q.dtype, torch.float32))
+    return mask if mask.stride(-1) == 1 else mask.contiguous()
+
+
+def _positive_scale(q: Tensor, scale: float) -> tuple[Tensor, float]:
+    """The kernels multiply hidden scores, −inf, by the scale: one that is 0 or negative must go into q."""
+    return (q, scale) if scale > 0 else (q * scale, 1.0)
+
+
+def _takes_flash(q: Tensor, mask: Tensor | None) -> bool:
+    return mask is None and q.dtype.itemsize == 2 and q.shape[-1] <= 256
+
+
+def _same_dim(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The kernels want one head_dim for all three; on CUDA a multiple of 8. Zero columns change no score and no value."""
+    dim = max(q.shape[-1], v.shape[-1])
+    if q.device.type != "cpu":
+        dim += -dim % 8
+    return tuple(tensor if tensor.shape[-1] == dim else pad(tensor, (0, dim - tensor.shape[-1])) for tensor in (q, k, v))
+
+
+def _repeat_heads(heads: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    if k.shape[1] == heads:
+        return k, v
+    return k.repeat_interleave(heads // k.shape[1], 1), v.repeat_interleave(heads // k.shape[1], 1)
+
+
+def _efficient_bias(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor | None:
+    """The mask as the memory-efficient kernel wants it: q's dtype, all axes expanded, aligned rows. q, k: [batch, len, …]."""
+    if mask is None:
+        return None
+    columns = k.shape[1]
+    mask = pad(mask.to(q.dtype), (0, -columns % _BIAS_ALIGNMENT))[..., :columns]
+    return mask.expand(q.shape[0], q.shape[2], q.shape[1], columns)
+
+
+@contextmanager
+def _deterministic():
+    """Flash attention's backward pass orders its additions only under this global switch."""
+    before, warn_only = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warn_only)

@@ -1,0 +1,105 @@
+"""The torch.library operators: schema, shapes for tracing, autograd. Autograd is recorded here, once, for every backend."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+import torch
+from torch import Tensor
+
+from prefix_kernels.problem import AttentionInputs, empty_token_major
+from prefix_kernels.select import choose_backend, load_backend
+
+_SCHEMA_TYPES = {
+    "Tensor": "Tensor", "Tensor | None": "Tensor?", "bool": "bool", "float": "float", "float | None": "float?",
+    "int | None": "SymInt?",
+}  # fmt: skip
+_INPUTS = ", ".join(f"{_SCHEMA_TYPES[field.type]} {field.name}" for field in fields(AttentionInputs))
+_INPUT_COUNT = len(fields(AttentionInputs))
+_DIFFERENTIABLE = 5  # q, k, v, prefix_k, prefix_v: the first five inputs
+
+
+def _backend_for(inputs: AttentionInputs, backend: str | None):
+    return load_backend(choose_backend(inputs.problem(), backend))
+
+
+def _token_major(tensor: Tensor) -> Tensor:
+    """The memory order that the fake implementations promise."""
+    if tensor.dim() == 4:
+        return tensor.transpose(1, 2).contiguous().transpose(1, 2)
+    return tensor.contiguous()
+
+
+@torch.library.custom_op(
+    "prefix_kernels::attention", mutates_args=(), schema=f"({_INPUTS}, str? backend, bool return_lse) -> (Tensor, Tensor)"
+)
+def attention(*args):
+    """(out, lse) of one call; arguments are those of AttentionInputs, then backend, then return_lse (for the backward pass)."""
+    inputs = AttentionInputs(*args[:_INPUT_COUNT])
+    out, lse = _backend_for(inputs, args[_INPUT_COUNT]).forward(inputs)
+    return _token_major(out), lse.contiguous()
+
+
+@attention.register_fake
+def _(*args):
+    inputs = AttentionInputs(*args[:_INPUT_COUNT])
+    q, value_dim = inputs.q, inputs.v.shape[-1]
+    lse_shape = (q.shape[1], q.shape[0]) if inputs.varlen else q.shape[:3]
+    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return empty_token_major(q, (*q.shape[:-1], value_dim)), q.new_empty(lse_shape, dtype=lse_dtype)
+
+
+@torch.library.custom_op(
+    "prefix_kernels::attention_backward",
+    mutates_args=(),
+    schema=f"(Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse, bool[] wanted, {_INPUTS}, str? backend)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def attention_backward(grad_out, grad_lse, out, lse, wanted, *args):
+    """Gradients of q, k, v, prefix_k, prefix_v; one that is not wanted comes back as an empty tensor and is not computed."""
+    inputs = AttentionInputs(*args[:_INPUT_COUNT])
+    backend = _backend_for(inputs, args[_INPUT_COUNT])
+    grads = backend.backward(inputs, out, lse, grad_out, grad_lse, tuple(wanted))
+    results = []
+    for index, (grad, needed) in enumerate(zip(grads, wanted, strict=True)):
+        if not needed:
+            results.append(inputs.q.new_empty(0))
+        else:
+            results.append(_token_major(grad) if index < 3 else grad.contiguous())
+    return tuple(results)
+
+
+@attention_backward.register_fake
+def _(grad_out, grad_lse, out, lse, wanted, *args):
+    tensors = args[:_DIFFERENTIABLE]
+    results = []
+    for index, (tensor, needed) in enumerate(zip(tensors, wanted, strict=True)):
+        if not needed:
+            results.append(tensors[0].new_empty(0))
+        elif index < 3:
+            results.append(empty_token_major(tensor, tuple(tensor.shape)))
+        else:
+            results.append(tensor.new_empty(tensor.shape))
+    return tuple(results)
+
+
+def _setup_context(ctx, inputs, output):
+    tensors = [index for index, value in enumerate(inputs) if isinstance(value, Tensor)]
+    ctx.tensor_indices = tensors
+    ctx.arguments = [None if index in tensors else value for index, value in enumerate(inputs)]
+    ctx.save_for_backward(*(inputs[index] for index in tensors), *output)
+
+
+def _backward(ctx, grad_out, grad_lse):
+    *tensors, out, lse = ctx.saved_tensors
+    arguments = list(ctx.arguments)
+    for index, tensor in zip(ctx.tensor_indices, tensors, strict=True):
+        arguments[index] = tensor
+    *arguments, backend, return_lse = arguments
+    wanted = list(ctx.needs_input_grad[:_DIFFERENTIABLE])
+    grads = attention_backward(grad_out, grad_lse if return_lse else None, out, lse, wanted, *arguments, backend)
+    grads = [grad if needed else None for grad, needed in zip(grads, wanted, strict=True)]
+    return (*grads, *[None] * (_INPUT_COUNT - _DIFFERENTIABLE + 2))
+
+
+attention.register_autograd(_backward, setup_context=_setup_context)

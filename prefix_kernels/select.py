@@ -1,0 +1,58 @@
+"""Which backend serves a problem, and why the others do not. The only place that reads PREFIX_KERNELS_BACKEND."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from types import ModuleType
+
+from prefix_kernels.problem import AttentionProblem
+
+BACKENDS = ("sdpa", "reference")  # in order of preference
+
+
+def load_backend(name: str) -> ModuleType:
+    """The backend's module; ValueError for a name that does not exist."""
+    if name not in BACKENDS:
+        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {name!r}")
+    return importlib.import_module(f"prefix_kernels.backends.{name}")
+
+
+def requested_backend(backend: str | None) -> str | None:
+    """The caller's `backend`, else the environment variable PREFIX_KERNELS_BACKEND, else None."""
+    return backend or os.environ.get("PREFIX_KERNELS_BACKEND") or None
+
+
+def choose_backend(problem: AttentionProblem, backend: str | None) -> str:
+    """The name of the backend to run. A backend asked for by name runs or raises NotImplementedError; it never falls back."""
+    requested = requested_backend(backend)
+    if requested is not None:
+        reason = load_backend(requested).why_not(problem)
+        if reason is not None:
+            raise NotImplementedError(f"backend {requested!r} cannot serve this call: {reason}")
+        return requested
+    return next(name for name in BACKENDS if load_backend(name).why_not(problem) is None)
+
+
+def explain(problem: AttentionProblem, backend: str | None) -> dict[str, str]:
+    """For every backend: 'chosen', 'not chosen: …', or the reason why it refuses the problem."""
+    requested = requested_backend(backend)
+    if requested is not None:
+        load_backend(requested)
+    reasons = {name: load_backend(name).why_not(problem) for name in BACKENDS}
+    usable = [name for name in BACKENDS if reasons[name] is None]
+    chosen = requested or usable[0]
+    explanation = {}
+    for name, reason in reasons.items():
+        if reason is not None:
+            explanation[name] = f"refused: {reason}"
+        elif name == chosen:
+            explanation[name] = "chosen"
+        else:
+            explanation[name] = f"not chosen: {chosen} was asked for" if requested else f"not chosen: {chosen} is preferred"
+    return explanation
+
+
+def available_backends() -> tuple[str, ...]:
+    """The backends that can run on this machine, in order of preference."""
+    return BACKENDS

@@ -1,0 +1,230 @@
+"""Argument checks: a wrong call raises before any kernel starts, naming the argument, what came and what was expected.
+
+Values of index tensors (ids, lengths, cu_seqlens, parent) are read only for CPU tensors outside torch.compile; on other
+devices a backend treats ids out of range as −1 and clamps lengths.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+INDEX_DTYPES = (torch.int32, torch.int64)
+
+
+def shape_of(tensor: Tensor) -> str:
+    return f"{list(tensor.shape)}"
+
+
+def check_tensors(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, varlen: bool) -> None:
+    """Ranks, dtypes, devices and the sizes that q, k, v and the prefix must agree on."""
+    layout = "[tokens, {heads}, head_dim]" if varlen else "[batch, {heads}, {length}, head_dim]"
+    for name, tensor, rank in (("q", q, 3 if varlen else 4), ("k", k, 3 if varlen else 4), ("v", v, 3 if varlen else 4)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+        if tensor.dim() != rank:
+            words = {"heads": "heads" if name == "q" else "kv_heads", "length": "q_len" if name == "q" else "kv_len"}
+            raise ValueError(f"{name}: expected {layout.format(**words)}, got shape {shape_of(tensor)}")
+    for name, tensor in (("prefix_k", prefix_k), ("prefix_v", prefix_v)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+        if tensor.dim() not in (3, 4):
+            raise ValueError(
+                f"{name}: expected [kv_heads, prefix_len, head_dim] or [prefixes, kv_heads, prefix_len, head_dim], "
+                f"got shape {shape_of(tensor)}"
+            )
+        if tensor.dim() == 4 and tensor.shape[0] == 0:
+            raise ValueError(f"{name}: expected a bank of at least one prefix, got shape {shape_of(tensor)}")
+    _check_dtypes(q, k, v, prefix_k, prefix_v)
+    for name, tensor in (("k", k), ("v", v), ("prefix_k", prefix_k), ("prefix_v", prefix_v)):
+        if tensor.device != q.device:
+            raise ValueError(f"{name}: expected device {q.device} as q, got {tensor.device}")
+    if not varlen and k.shape[0] != q.shape[0]:
+        raise ValueError(f"k: expected batch {q.shape[0]} as in q, got shape {shape_of(k)}")
+    if v.shape[:-1] != k.shape[:-1]:
+        raise ValueError(f"v: expected k's shape {shape_of(k)} up to the last axis, got {shape_of(v)}")
+    if k.shape[-1] != q.shape[-1]:
+        raise ValueError(f"k: expected head_dim {q.shape[-1]} as in q, got shape {shape_of(k)}")
+    heads, kv_heads = q.shape[1], k.shape[1]
+    if kv_heads == 0 or heads % kv_heads != 0:
+        raise ValueError(f"k: expected a number of kv_heads that divides q's {heads} heads, got {kv_heads}")
+    for name, tensor, dim in (("prefix_k", prefix_k, k.shape[-1]), ("prefix_v", prefix_v, v.shape[-1])):
+        if tensor.shape[-3] != kv_heads or tensor.shape[-1] != dim:
+            raise ValueError(
+                f"{name}: expected kv_heads {kv_heads} and head_dim {dim} as in k and v, got shape {shape_of(tensor)}"
+            )
+    if prefix_v.shape[:-1] != prefix_k.shape[:-1]:
+        raise ValueError(
+            f"prefix_v: expected prefix_k's shape {shape_of(prefix_k)} up to the last axis, got {shape_of(prefix_v)}"
+        )
+
+
+def _check_dtypes(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor) -> None:
+    if q.dtype not in DTYPES:
+        raise TypeError(f"q: expected dtype float16, bfloat16, float32 or float64, got {q.dtype}")
+    for name, tensor in (("k", k), ("v", v)):
+        if tensor.dtype != q.dtype:
+            raise TypeError(f"{name}: expected dtype {q.dtype} as q, got {tensor.dtype}")
+    allowed = {q.dtype, torch.float32} if q.dtype.itemsize == 2 else {q.dtype}
+    if prefix_k.dtype not in allowed:
+        raise TypeError(
+            f"prefix_k: expected dtype {' or '.join(map(str, sorted(allowed, key=str)))} beside q of {q.dtype}, "
+            f"got {prefix_k.dtype}"
+        )
+    if prefix_v.dtype != prefix_k.dtype:
+        raise TypeError(f"prefix_v: expected dtype {prefix_k.dtype} as prefix_k, got {prefix_v.dtype}")
+
+
+def check_options(scale, window, softcap, first_key_position) -> None:
+    """Scalar options."""
+    if scale is not None and not isinstance(scale, (int, float)):
+        raise TypeError(f"scale: expected a number or None, got {type(scale).__name__}")
+    if window is not None and window < 1:
+        raise ValueError(f"window: expected at least 1 or None, got {window}")
+    if softcap is not None and softcap <= 0:
+        raise ValueError(f"softcap: expected a positive number or None, got {softcap}")
+    if first_key_position is not None and first_key_position < 0:
+        raise ValueError(f"first_key_position: expected at least 0 or None, got {first_key_position}")
+
+
+def check_index(name: str, tensor: Tensor | None, length: int, of: str, device: torch.device) -> None:
+    """An index tensor: int32 or int64, one axis of `length` (`of` says of what), on q's device."""
+    if tensor is None:
+        return
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: expected an integer tensor, got {type(tensor).__name__}")
+    if tensor.dtype not in INDEX_DTYPES:
+        raise TypeError(f"{name}: expected dtype int32 or int64, got {tensor.dtype}")
+    if tensor.dim() != 1 or tensor.shape[0] != length:
+        raise ValueError(f"{name}: expected shape [{length}] ({of}), got {shape_of(tensor)}")
+    if tensor.device != device:
+        raise ValueError(f"{name}: expected device {device} as q, got {tensor.device}")
+
+
+def may_read(tensor: Tensor | None) -> bool:
+    """Whether the values may be read here without stopping a device or breaking a graph."""
+    return tensor is not None and tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def check_range(name: str, tensor: Tensor | None, low: int, high: int) -> None:
+    """Every value within low … high."""
+    if not may_read(tensor) or tensor.numel() == 0:
+        return
+    smallest, largest = int(tensor.min()), int(tensor.max())
+    if smallest < low or largest > high:
+        raise ValueError(f"{name}: expected values from {low} to {high}, got {smallest} to {largest}")
+
+
+def check_prefix_index(prefix_k: Tensor, prefix_ids: Tensor | None, prefix_lens: Tensor | None, rows: int, of: str) -> None:
+    """prefix_ids and prefix_lens belong to a bank of prefixes, and a bank needs prefix_ids."""
+    if prefix_k.dim() == 3:
+        for name, tensor in (("prefix_ids", prefix_ids), ("prefix_lens", prefix_lens)):
+            if tensor is not None:
+                raise ValueError(
+                    f"{name}: expected None beside one shared prefix, or prefix_k of [prefixes, kv_heads, prefix_len, "
+                    f"head_dim]; got prefix_k of shape {shape_of(prefix_k)}"
+                )
+        return
+    if prefix_ids is None:
+        raise ValueError(f"prefix_ids: expected int [{rows}] beside a bank of prefixes {shape_of(prefix_k)}, got None")
+    check_index("prefix_ids", prefix_ids, rows, of, prefix_k.device)
+    check_index("prefix_lens", prefix_lens, prefix_k.shape[0], "prefixes", prefix_k.device)
+    check_range("prefix_ids", prefix_ids, -1, prefix_k.shape[0] - 1)
+    check_range("prefix_lens", prefix_lens, 0, prefix_k.shape[2])
+
+
+def check_key_mask(key_mask: Tensor | None, batch: int, kv_len: int, device: torch.device) -> None:
+    """key_mask: bool [batch, kv_len]."""
+    if key_mask is None:
+        return
+    if not isinstance(key_mask, Tensor):
+        raise TypeError(f"key_mask: expected a bool tensor, got {type(key_mask).__name__}")
+    if key_mask.dtype != torch.bool:
+        raise TypeError(f"key_mask: expected dtype bool, got {key_mask.dtype}")
+    if tuple(key_mask.shape) != (batch, kv_len):
+        raise ValueError(f"key_mask: expected shape [{batch}, {kv_len}] (batch, kv_len), got {shape_of(key_mask)}")
+    if key_mask.device != device:
+        raise ValueError(f"key_mask: expected device {device} as q, got {key_mask.device}")
+
+
+def check_bias(bias: Tensor | None, q: Tensor, columns: int) -> None:
+    """bias: broadcastable to [batch, heads, q_len, prefix_len + kv_len], without gradient."""
+    if bias is None:
+        return
+    if not isinstance(bias, Tensor):
+        raise TypeError(f"bias: expected a tensor, got {type(bias).__name__}")
+    if bias.dtype not in (q.dtype, torch.float32):
+        raise TypeError(f"bias: expected dtype float32 or q's {q.dtype}, got {bias.dtype}")
+    if bias.device != q.device:
+        raise ValueError(f"bias: expected device {q.device} as q, got {bias.device}")
+    full = (*q.shape[:3], columns)
+    fits = bias.dim() <= 4 and all(
+        size in (1, wanted) for size, wanted in zip(reversed(bias.shape), reversed(full), strict=False)
+    )
+    if not fits:
+        raise ValueError(
+            f"bias: expected a shape that broadcasts to {list(full)} (batch, heads, q_len, prefix_len + kv_len), "
+            f"got {shape_of(bias)}"
+        )
+    if bias.requires_grad and torch.is_grad_enabled():
+        raise ValueError("bias: has no gradient; pass bias.detach(), got a tensor with requires_grad=True")
+
+
+def check_cu_seqlens(name: str, cu_seqlens: Tensor, tokens: int, max_name: str, max_seqlen: int, device) -> None:
+    """cu_seqlens: int [sequences + 1], from 0, never falling, ending at the token count; max_seqlen an upper bound."""
+    if not isinstance(cu_seqlens, Tensor):
+        raise TypeError(f"{name}: expected an integer tensor, got {type(cu_seqlens).__name__}")
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
+        raise ValueError(f"{name}: expected shape [sequences + 1], got {shape_of(cu_seqlens)}")
+    check_index(name, cu_seqlens, cu_seqlens.shape[0], "sequences + 1", device)
+    if not isinstance(max_seqlen, (int, torch.SymInt)) or isinstance(max_seqlen, bool):
+        raise TypeError(f"{max_name}: expected an int, got {type(max_seqlen).__name__}")
+    if not may_read(cu_seqlens):
+        return
+    lengths = cu_seqlens.diff()
+    if int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != tokens or bool((lengths < 0).any()):
+        raise ValueError(
+            f"{name}: expected values that start at 0, never fall and end at {tokens} tokens, got {cu_seqlens.tolist()[:16]}"
+        )
+    longest = int(lengths.max()) if lengths.numel() else 0
+    if longest > max_seqlen:
+        raise ValueError(f"{max_name}: expected at least the longest sequence, {longest}, got {max_seqlen}")
+
+
+def check_causal_lengths(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> None:
+    """Causal varlen: no sequence has more queries than keys."""
+    if not (may_read(cu_seqlens_q) and may_read(cu_seqlens_k)):
+        return
+    too_long = (cu_seqlens_q.diff() > cu_seqlens_k.diff()).nonzero()
+    if too_long.numel():
+        index = int(too_long[0])
+        raise ValueError(
+            "cu_seqlens_q: causal attention expects q_len <= kv_len in each sequence; sequence "
+            f"{index} has {int(cu_seqlens_q.diff()[index])} queries and {int(cu_seqlens_k.diff()[index])} keys"
+        )
+
+
+def check_parent(parent: Tensor | None, prefix_ids: Tensor | None, sequences: int, window, device) -> None:
+    """parent: −1 or an earlier sequence that has no parent itself and the same prefix; not together with a window."""
+    if parent is None:
+        return
+    check_index("parent", parent, sequences, "sequences", device)
+    if window is not None:
+        raise ValueError(f"parent: expected None beside a window, got a parent tensor and window={window}")
+    if not may_read(parent):
+        return
+    ids = prefix_ids.tolist() if prefix_ids is not None else [0] * sequences
+    parents = parent.tolist()
+    for child, own_parent in enumerate(parents):
+        if own_parent == -1:
+            continue
+        if not -1 <= own_parent < child:
+            raise ValueError(f"parent: sequence {child} expects -1 or an earlier sequence, got {own_parent}")
+        if parents[own_parent] != -1:
+            raise ValueError(f"parent: sequence {child} names {own_parent}, which has a parent itself; one level is served")
+        if ids[own_parent] != ids[child]:
+            raise ValueError(
+                f"parent: sequence {child} has prefix id {ids[child]}, its parent {own_parent} has {ids[own_parent]}; "
+                "they must be equal"
+            )

@@ -1,0 +1,39 @@
+"""What holds for every test: no network, few threads, fixed seeds, GPU tests skipped aloud where there is no GPU."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read by huggingface_hub when it is imported
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import random
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+# `from support.cases import …` works in every test. tests/ itself must stay off sys.path: its folders prefix_kernels/
+# and prefix_tuning/ would hide the packages of the same names.
+pytest.register_assert_rewrite("support")
+support = types.ModuleType("support")
+support.__path__ = [str(Path(__file__).parent / "support")]
+sys.modules["support"] = support
+
+torch.set_num_threads(min(4, torch.get_num_threads()))
+
+
+@pytest.fixture(autouse=True)
+def fixed_seeds():
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and torch finds none"))

@@ -1,0 +1,135 @@
+"""The one table of attention cases: shapes and options as data. Tests and benchmarks draw their inputs from it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of prefix_attention (or, with seqlens, prefix_attention_varlen). Defaults: a small causal batch."""
+
+    name: str
+    batch: int = 2
+    heads: int = 4
+    kv_heads: int = 2
+    q_len: int = 9
+    kv_len: int = 9
+    head_dim: int = 32
+    value_dim: int | None = None  # None: head_dim
+    prefix_len: int = 5
+    prefixes: int | None = None  # None: one shared prefix; else a bank
+    prefix_ids: tuple[int, ...] | None = None
+    prefix_lens: tuple[int, ...] | None = None
+    causal: bool = True
+    scale: float | None = None
+    window: int | None = None
+    softcap: float | None = None
+    first_key_position: int | None = None
+    key_lens: tuple[int, ...] | None = None
+    padding: str | None = None  # "left", "right", "holes", "row" (all keys of row 0 hidden), "all"
+    bias: tuple[int, int, int, int] | None = None  # 1 broadcasts an axis, 0 stands for its full size
+    bias_hides: bool = False  # some −inf in the bias
+    contiguous: bool = False  # False: q, k, v as models give them, [batch, len, heads, dim] transposed
+    seqlens_q: tuple[int, ...] | None = None  # varlen
+    seqlens_k: tuple[int, ...] | None = None  # None: seqlens_q
+    parent: tuple[int, ...] | None = None
+
+    def __str__(self) -> str:
+        return self.name
+
+
+CASES = (
+    Case("plain"),
+    Case("mha", kv_heads=4),
+    Case("mqa", kv_heads=1),
+    Case("contiguous", contiguous=True),
+    Case("head_dim 80", head_dim=80),
+    Case("head_dim 96", head_dim=96),
+    Case("head_dim 128", head_dim=128),
+    Case("head_dim 256", head_dim=256, heads=2, kv_heads=1),
+    Case("value_dim below head_dim", head_dim=48, value_dim=32),
+    Case("value_dim above head_dim", head_dim=32, value_dim=48),
+    Case("no prefix", prefix_len=0),
+    Case("prefix of one", prefix_len=1),
+    Case("long prefix", prefix_len=150, q_len=70, kv_len=70),
+    Case("long sequence", prefix_len=16, q_len=200, kv_len=200, heads=2, kv_heads=1),
+    Case("one query", q_len=1, kv_len=1),
+    Case("decode", q_len=1, kv_len=20),
+    Case("decode mqa", q_len=1, kv_len=20, kv_heads=1),
+    Case("chunked prefill", q_len=4, kv_len=20),
+    Case("chunked prefill, padded", q_len=4, kv_len=20, padding="left"),
+    Case("empty batch", batch=0),
+    Case("batch of one", batch=1),
+    Case("no keys", causal=False, kv_len=0, q_len=3),
+    Case("no keys, no prefix", causal=False, kv_len=0, q_len=3, prefix_len=0),
+    Case("no queries", q_len=0),
+    Case("left padding", padding="left"),
+    Case("right padding", padding="right"),
+    Case("holes", padding="holes"),
+    Case("hidden row", padding="row"),
+    Case("hidden row, no prefix", padding="row", prefix_len=0),
+    Case("everything hidden", padding="all", prefix_len=0),
+    Case("not causal", causal=False),
+    Case("not causal, longer queries", causal=False, q_len=12, kv_len=7),
+    Case("cross attention, padded", causal=False, q_len=5, kv_len=11, padding="right"),
+    Case("scale", scale=0.3),
+    Case("scale zero", scale=0.0),
+    Case("window", window=3),
+    Case("window of one", window=1),
+    Case("window wider than the keys", window=100),
+    Case("window, not causal", window=3, causal=False),
+    Case("window, decode", window=4, q_len=1, kv_len=20),
+    Case("window, padded", window=4, padding="left"),
+    Case("sliding prefix", window=6, first_key_position=0),
+    Case("sliding prefix, later keys", window=8, first_key_position=2),
+    Case("sliding prefix, decode", window=8, first_key_position=0, q_len=1, kv_len=6),
+    Case("sliding prefix, not causal", window=6, first_key_position=0, causal=False),
+    Case("sliding prefix, fill", window=6, first_key_position=1, key_lens=(4, 9), q_len=2, kv_len=9),
+    Case("sliding prefix, bank", window=6, first_key_position=0, prefixes=2, prefix_ids=(1, 0), prefix_lens=(2, 5)),
+    Case("first key position without window", first_key_position=3),
+    Case("softcap", softcap=2.0),
+    Case("softcap, window, padded", softcap=5.0, window=4, padding="left"),
+    Case("fill", key_lens=(9, 9), q_len=3, kv_len=12),
+    Case("fill, ragged", key_lens=(5, 12), q_len=3, kv_len=12),
+    Case("fill, decode", key_lens=(1, 12), q_len=1, kv_len=12),
+    Case("fill below the queries", key_lens=(2, 2), q_len=4, kv_len=12),
+    Case("fill below the queries, ragged", key_lens=(2, 7), q_len=4, kv_len=12),
+    Case("fill of zero", key_lens=(0, 3), q_len=2, kv_len=6),
+    Case("fill of zero everywhere", key_lens=(0, 0), q_len=2, kv_len=6),
+    Case("fill, padded", key_lens=(8, 12), q_len=3, kv_len=12, padding="left"),
+    Case("fill, not causal", key_lens=(4, 12), q_len=5, kv_len=12, causal=False),
+    Case("fill, window", key_lens=(7, 12), q_len=2, kv_len=12, window=3),
+    Case("bias", bias=(0, 0, 0, 0)),
+    Case("bias of heads", bias=(1, 0, 1, 0)),
+    Case("bias of columns", bias=(1, 1, 1, 0)),
+    Case("bias of queries", bias=(0, 1, 0, 1)),
+    Case("bias that hides", bias=(0, 1, 0, 0), bias_hides=True),
+    Case("bias, decode", bias=(1, 0, 0, 0), q_len=1, kv_len=12),
+    Case("bias, chunked, padded", bias=(1, 0, 0, 0), q_len=4, kv_len=12, padding="left"),
+    Case("bias, not causal, softcap", bias=(1, 0, 0, 0), causal=False, softcap=3.0),
+    Case("bias, bank", bias=(0, 0, 0, 0), prefixes=3, prefix_ids=(2, -1), prefix_lens=(5, 1, 3)),
+    Case("bank", prefixes=3, batch=4, prefix_ids=(2, 0, 2, 1)),
+    Case("bank, one for all", prefixes=3, batch=3, prefix_ids=(1, 1, 1)),
+    Case("bank, none for some", prefixes=2, batch=4, prefix_ids=(-1, 0, 1, -1)),
+    Case("bank, none for all", prefixes=2, prefix_ids=(-1, -1)),
+    Case("bank, lengths", prefixes=3, batch=4, prefix_ids=(2, 0, 1, -1), prefix_lens=(5, 0, 3)),
+    Case("bank, padded, decode", prefixes=2, q_len=1, kv_len=9, prefix_ids=(1, 0), prefix_lens=(3, 5), padding="left"),
+    Case("varlen", seqlens_q=(5, 1, 9)),
+    Case("varlen, mha", seqlens_q=(5, 1, 9), kv_heads=4),
+    Case("varlen, empty sequence", seqlens_q=(5, 0, 4)),
+    Case("varlen, no sequence", seqlens_q=()),
+    Case("varlen, no prefix", seqlens_q=(5, 1, 9), prefix_len=0),
+    Case("varlen, longer keys", seqlens_q=(2, 1, 4), seqlens_k=(6, 1, 9)),
+    Case("varlen, not causal", seqlens_q=(6, 1, 4), seqlens_k=(3, 2, 9), causal=False),
+    Case("varlen, no keys", seqlens_q=(3, 2), seqlens_k=(0, 4), causal=False),
+    Case("varlen, window", seqlens_q=(6, 3, 9), window=3),
+    Case("varlen, softcap", seqlens_q=(6, 3), softcap=2.0),
+    Case("varlen, bank", seqlens_q=(5, 3, 4, 2), prefixes=3, prefix_ids=(1, -1, 0, 1), prefix_lens=(2, 5, 5)),
+    Case("varlen, value_dim", seqlens_q=(5, 3), head_dim=32, value_dim=16),
+    Case("parent", seqlens_q=(6, 3, 4, 5, 2), parent=(-1, 0, 0, -1, 3)),
+    Case("parent, bank", seqlens_q=(6, 3, 4, 5, 2), parent=(-1, 0, 0, -1, 3), prefixes=2, prefix_ids=(1, 1, 1, 0, 0)),
+    Case("parent, empty", seqlens_q=(0, 3, 4), parent=(-1, 0, 0)),
+    Case("parent, not causal", seqlens_q=(6, 3), parent=(-1, 0), causal=False),
+    Case("parent, softcap", seqlens_q=(6, 3, 2), parent=(-1, 0, 0), softcap=3.0),
+)  # fmt: skip
