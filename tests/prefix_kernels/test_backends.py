@@ -4,13 +4,13 @@ import functools
 
 import pytest
 import torch
+
+import prefix_kernels
+from prefix_kernels.select import BACKENDS
 from support.cases import CASES
 from support.inputs import make_inputs
 from support.oracle import naive_attention
 from support.tolerance import assert_close
-
-import prefix_kernels
-from prefix_kernels.select import BACKENDS
 
 DTYPES = {
     "float64": (torch.float64, torch.float64),

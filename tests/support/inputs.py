@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from support.cases import Case
 from torch import Tensor
 
 import prefix_kernels
+from support.cases import Case
 
 
 @dataclass

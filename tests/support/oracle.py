@@ -9,14 +9,15 @@ from __future__ import annotations
 import functools
 
 import torch
-from support.inputs import Inputs
 from torch import Tensor
+
+from support.inputs import Inputs
 
 
 def naive_attention(inputs: Inputs) -> tuple[Tensor, Tensor]:
     """(out, lse) of a case, differentiable by torch's autograd."""
     q, k, v, prefix_k, prefix_v = inputs.tensors
-    options = {name: value.tolist() if name in _LISTS and value is not None else value for name, value in inputs.options.items()}
+    options = {n: value.tolist() if n in _LISTS and value is not None else value for n, value in inputs.options.items()}
     if prefix_k.dim() == 3:
         prefix_k, prefix_v = prefix_k[None], prefix_v[None]
     prefix_k, prefix_v = prefix_k.to(q.dtype), prefix_v.to(q.dtype)

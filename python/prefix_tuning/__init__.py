@@ -1,0 +1,6 @@
+"""Prefix-tuning (Li & Liang 2021) of frozen transformers models, with one prefix that the whole batch shares."""
+
+from prefix_tuning.attach import Attachment, attach_prefix
+from prefix_tuning.prefix import Prefix
+
+__all__ = ["Attachment", "Prefix", "attach_prefix"]

@@ -1,0 +1,213 @@
+"""Attach a prefix to a frozen transformers model: its attention modules then call prefix_attention.
+
+Three things change, on this model alone, and detach undoes them exactly: the model gets its own copy of the config that names
+our attention; each self-attention module holds its layer's prefix; a hook on the base model shifts the positions.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import warnings
+from types import TracebackType
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface
+
+from prefix_kernels import prefix_attention
+from prefix_tuning.families import attention_modules, family_of
+from prefix_tuning.masks import MaskStructure, dense_structure, mask_structure
+from prefix_tuning.prefix import Prefix
+
+ATTENTION_NAME = "prefix_tuning"
+PREFIX_WINDOWS = ("pinned", "peft")
+
+
+class LayerPrefix:
+    """What one attention module holds: its layer's key and value, refreshed each forward pass while reparametrised."""
+
+    def __init__(self, backend: str | None, slides: bool):
+        self.backend = backend
+        self.slides = slides
+        self.key: Tensor | None = None  # [kv_heads, prefix_len, head_dim]
+        self.value: Tensor | None = None
+
+
+class Attachment:
+    """A prefix attached to a model, until detach() or the end of the with block."""
+
+    def __init__(self, model: nn.Module, prefix: Prefix, backend: str | None, prefix_window: str):
+        self.model = model
+        self.prefix = prefix
+        self._learned_positions = family_of(model).learned_positions
+        self._modules = attention_modules(model)
+        self._layers = [LayerPrefix(backend, slides=prefix_window == "peft") for _ in self._modules]
+        self._config = model.config
+        self._argument_names = list(inspect.signature(type(model.base_model).forward).parameters)[1:]
+        self._replace_config(copy.deepcopy(model.config))
+        model.set_attn_implementation(ATTENTION_NAME)
+        for module, layer in zip(self._modules, self._layers, strict=True):
+            module.layer_prefix = layer
+        self._hook = model.base_model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
+        self._refresh()
+
+    def detach(self) -> None:
+        """Put the model back as it was. Calling it again does nothing."""
+        if self._hook is None:
+            return
+        self._hook.remove()
+        self._hook = None
+        for module in self._modules:
+            del module.layer_prefix
+        self._replace_config(self._config)
+
+    def __enter__(self) -> Attachment:
+        return self
+
+    def __exit__(
+        self, error: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.detach()
+
+    def _replace_config(self, config) -> None:
+        """Give every module that holds the model's config this one instead; another model may share the old one."""
+        old = self.model.config
+        for module in self.model.modules():
+            if getattr(module, "config", None) is old:
+                module.config = config
+
+    def _refresh(self) -> None:
+        for layer, (key, value) in zip(self._layers, self.prefix.layers("decoder"), strict=True):
+            layer.key, layer.value = key, value
+
+    def _before_forward(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        """Shift the positions behind the prefix; evaluate a reparametrisation, once."""
+        kwargs = {**dict(zip(self._argument_names, args, strict=False)), **kwargs}
+        if kwargs.get("output_attentions") or module.config.output_attentions:
+            raise NotImplementedError("output_attentions: attention weights are never built; detach the prefix to see them")
+        self._check_checkpointing(module)
+        if self.prefix.reparametrization is not None:
+            self._refresh()
+        positions = kwargs.get("position_ids")
+        if positions is None:
+            positions = _sequence_positions(kwargs)
+        kwargs["position_ids"] = positions + self.prefix.position_offset
+        if self._learned_positions:
+            self._check_learned_positions(module, positions)
+        return (), kwargs
+
+    def _check_checkpointing(self, module: nn.Module) -> None:
+        keywords = getattr(getattr(module, "_gradient_checkpointing_func", None), "keywords", None) or {}
+        if getattr(module, "gradient_checkpointing", False) and module.training and keywords.get("use_reentrant"):
+            raise ValueError(
+                "gradient_checkpointing: expected use_reentrant=False; the reentrant kind gives a prefix under a frozen model "
+                "no gradient"
+            )
+
+    def _check_learned_positions(self, module: nn.Module, positions: Tensor) -> None:
+        if positions.device.type != "cpu" or torch.compiler.is_compiling() or positions.numel() == 0:
+            return
+        last, table = int(positions.max()) + self.prefix.position_offset, module.config.max_position_embeddings
+        if last >= table:
+            raise ValueError(
+                f"position_ids: a sequence of {last - self.prefix.position_offset + 1} positions behind a prefix that takes "
+                f"{self.prefix.position_offset} needs more than the model's {table} position embeddings"
+            )
+
+
+def attach_prefix(
+    model: nn.Module, prefix: Prefix, *, backend: str | None = None, prefix_window: str = "pinned"
+) -> Attachment:
+    """Let every call of `model` attend to `prefix`: forward, loss, generate. Nothing is concatenated and nothing is cached.
+
+    Args:
+        model: a transformers model of a family in families.py. It gets no parameter; its weights stay as they are.
+        prefix: one made for this model's shape; it is moved to the model's device.
+        backend: the backend of prefix_attention; None picks one per call.
+        prefix_window: under sliding-window attention, "pinned" keeps the prefix visible to every token (the default);
+            "peft" lets it slide out of the window as PEFT does.
+
+    Returns:
+        An Attachment: a context manager, or call its detach().
+
+    Raises:
+        NotImplementedError: a family or a request that is not served.
+        ValueError: a prefix of another shape, a model that already has a prefix, an unknown prefix_window.
+        TypeError: `prefix` is not a Prefix.
+    """
+    if not isinstance(prefix, Prefix):
+        raise TypeError(f"prefix: expected a Prefix, got {type(prefix).__name__}")
+    if prefix_window not in PREFIX_WINDOWS:
+        raise ValueError(f"prefix_window: expected 'pinned' or 'peft', got {prefix_window!r}")
+    modules = attention_modules(model)
+    if hasattr(modules[0], "layer_prefix"):
+        raise ValueError("model: it already has a prefix attached; detach that first")
+    prefix.check_fits(model)
+    prefix.to(next(model.parameters()).device)
+    return Attachment(model, prefix, backend, prefix_window)
+
+
+def _sequence_positions(arguments: dict) -> Tensor:
+    """Positions of the new tokens in their sequence, without the prefix: [batch or 1, q_len].
+
+    With a 2-D attention mask, padding takes no position: cumsum(mask) − 1 over cache and input, not below 0. Without one,
+    counting starts at the cache's length.
+    """
+    tokens = arguments.get("input_ids")
+    if tokens is None:
+        tokens = arguments.get("inputs_embeds")
+    if tokens is None:
+        raise ValueError("input_ids: expected input_ids or inputs_embeds, got neither")
+    q_len, mask = tokens.shape[1], arguments.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.dim() == 2:
+        return (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -q_len:].to(tokens.device)
+    cache = arguments.get("cache", arguments.get("past_key_values"))
+    seen = 0 if cache is None else cache.get_seq_length()
+    return (torch.arange(q_len, device=tokens.device) + seen)[None]
+
+
+def prefix_attention_forward(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: MaskStructure | Tensor | None,
+    scaling: float | None = None, dropout: float = 0.0, softcap: float | None = None, **kwargs,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """transformers' attention interface: prefix_attention with the module's own prefix.
+
+    Args:
+        query: [batch, heads, q_len, head_dim]; key, value: [batch, kv_heads, kv_len, head_dim], cache included.
+        attention_mask: from mask_structure, or a 4-D mask of the caller's.
+
+    Returns:
+        (out [batch, q_len, heads, head_dim], None).
+    """
+    layer: LayerPrefix = module.layer_prefix
+    if dropout:
+        _warn_no_dropout()
+    mask = attention_mask
+    if mask is None:
+        mask = MaskStructure(causal=kwargs.get("is_causal") is not False and module.is_causal)
+    elif isinstance(mask, Tensor):
+        mask = dense_structure(mask)
+    first_key_position = None
+    if layer.slides and mask.window is not None:
+        if isinstance(mask.key_offset, Tensor):
+            raise NotImplementedError("prefix_window: 'peft' is not served with a static sliding-window cache")
+        first_key_position = mask.key_offset
+    prefix_key, prefix_value = layer.key, layer.value
+    if prefix_key.dtype not in (query.dtype, torch.float32) or query.dtype == torch.float64:
+        prefix_key, prefix_value = prefix_key.to(query.dtype), prefix_value.to(query.dtype)
+    out = prefix_attention(
+        query, key, value, prefix_key, prefix_value, causal=mask.causal, scale=scaling, key_mask=mask.key_mask,
+        key_lens=mask.key_lens, window=mask.window, softcap=softcap, bias=mask.bias_over(prefix_key.shape[1]),
+        first_key_position=first_key_position, backend=layer.backend,
+    )  # fmt: skip
+    return out.transpose(1, 2), None
+
+
+def _warn_no_dropout() -> None:
+    warnings.warn("attention dropout is not applied where a prefix is attached", UserWarning, stacklevel=3)
+
+
+AttentionInterface.register(ATTENTION_NAME, prefix_attention_forward)
+AttentionMaskInterface.register(ATTENTION_NAME, mask_structure)

@@ -1,0 +1,263 @@
+"""The command `prefix-tuning train | evaluate | generate | doctor`.
+
+Errors of the user's making are one line on stderr and exit status 2; --traceback shows where they arose.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.utils import logging
+
+from prefix_kernels import available_backends
+from prefix_tuning.attach import attach_prefix
+from prefix_tuning.data import is_e2e, read_rows
+from prefix_tuning.doctor import report
+from prefix_tuning.e2e import linearize, load_e2e
+from prefix_tuning.evaluate import e2e_reference_scores, evaluate_e2e, evaluate_rows
+from prefix_tuning.files import write_json
+from prefix_tuning.generate import Prompt, generate_texts
+from prefix_tuning.offline_model import OFFLINE_MODEL, load_model_and_tokenizer
+from prefix_tuning.plot import save_loss_curve
+from prefix_tuning.prefix import Prefix
+from prefix_tuning.recipe import TrainSettings, train_prefix, write_metrics
+
+USER_ERRORS = (ValueError, TypeError, OSError, ImportError, NotImplementedError)
+DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command with these arguments (default: the process's) and returns its exit status."""
+    args = _parser().parse_args(argv)
+    if args.command != "doctor":
+        logging.disable_progress_bar()  # of loading the weights
+    try:
+        args.run(args)
+    except USER_ERRORS as error:
+        if args.traceback:
+            raise
+        message = " ".join(str(error).split()) or type(error).__name__
+        print(f"prefix-tuning {args.command}: error: {message}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def train(args: argparse.Namespace) -> None:
+    rows = read_rows(args.train_file)
+    eval_rows = read_rows(args.eval_file) if args.eval_file else None
+    if eval_rows is not None:
+        eval_rows = _limited(eval_rows, args.eval_limit, args.seed)
+    settings = TrainSettings(
+        **{field: getattr(args, field) for field in TrainSettings.__dataclass_fields__ if hasattr(args, field)}
+    )
+    settings.resolved()  # says what is wrong before the model is loaded
+    model, tokenizer = _model(args)
+    _, metrics = train_prefix(
+        model, tokenizer, rows, args.output, settings, eval_rows=eval_rows, resume=args.resume, progress=not args.quiet
+    )
+    metrics |= {"model": args.model or OFFLINE_MODEL, "rows": len(rows)}
+    written = [Path(args.output) / "prefix", write_metrics(args.output, metrics)]
+    try:
+        picture = Path(args.output) / "loss.png"
+        save_loss_curve(metrics["losses"], picture, eval_losses=metrics["eval_losses"])
+        written.append(picture)
+    except ImportError as error:
+        print(f"no loss.png: {error}", file=sys.stderr)
+    _table(
+        {
+            "steps": metrics["steps"],
+            "last loss": metrics["losses"][-1],
+            **({"lowest evaluation loss": min(loss for _, loss in metrics["eval_losses"])} if eval_rows else {}),
+            "trainable parameters": metrics["trainable_parameters"],
+            "seconds per step": metrics["seconds_per_step"],
+            "backend": metrics["backend"],
+        }
+    )
+    print("written: " + ", ".join(map(str, written)))
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    e2e = is_e2e(args.file)
+    rows = _limited(load_e2e(args.file) if e2e else read_rows(args.file), args.limit, args.seed)
+    model, tokenizer = _model(args)
+    options: dict[str, Any] = {"max_new_tokens": args.max_new_tokens, "num_beams": args.num_beams}
+    options |= {"batch_size": args.batch_size, "progress": None if args.quiet else "generating"}
+    with _attached(model, args):
+        if e2e:
+            scores, texts = evaluate_e2e(model, tokenizer, rows, **options)
+            scores |= e2e_reference_scores(rows)
+        else:
+            scores, texts = evaluate_rows(model, tokenizer, rows, max_length=args.max_length, **options)
+    _table({"rows": len(rows), **scores})
+    if args.output:
+        about = {"model": args.model or OFFLINE_MODEL, "prefix": args.prefix, "file": args.file, "rows": len(rows)}
+        write_json(args.output, {**about, **scores, "texts": texts})
+
+
+def generate(args: argparse.Namespace) -> None:
+    prompts = _prompts(args)
+    model, tokenizer = _model(args)
+    with _attached(model, args):
+        texts = generate_texts(
+            model, tokenizer, prompts, max_new_tokens=args.max_new_tokens, batch_size=args.batch_size,
+            num_beams=args.num_beams, sample=args.sample, temperature=args.temperature, top_p=args.top_p, seed=args.seed,
+        )  # fmt: skip
+    for text in texts:
+        print(text)
+
+
+def doctor(args: argparse.Namespace) -> None:
+    print(report())
+
+
+def _model(args: argparse.Namespace):
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"--device: got {device}, but torch finds no GPU here")
+    return load_model_and_tokenizer(args.model, dtype=DTYPES[args.dtype], device=device)
+
+
+def _attached(model, args: argparse.Namespace) -> AbstractContextManager:
+    if args.prefix is None:
+        return nullcontext()
+    return attach_prefix(model, Prefix.load(args.prefix), backend=args.backend)
+
+
+def _prompts(args: argparse.Namespace) -> list[Prompt]:
+    if args.prompt:
+        return args.prompt
+    if args.messages:
+        try:
+            return [json.loads(args.messages)]
+        except ValueError as error:
+            raise ValueError(f"--messages: not JSON: {error}") from None
+    if args.file and any(suffix in (".jsonl", ".csv") for suffix in Path(args.file).suffixes):
+        if is_e2e(args.file):
+            return [linearize(row["mr"]) + "\n" for row in load_e2e(args.file)]
+        return [row["messages"][:-1] if "messages" in row else row["prompt"] for row in read_rows(args.file)]
+    lines = Path(args.file).read_text(encoding="utf-8") if args.file else sys.stdin.read()
+    prompts = [line for line in lines.splitlines() if line.strip()]
+    if not prompts:
+        raise ValueError(f"{args.file or 'stdin'}: holds no prompts")
+    return prompts
+
+
+def _limited(rows: list, limit: int | None, seed: int) -> list:
+    return rows if limit is None or limit >= len(rows) else random.Random(seed).sample(rows, limit)
+
+
+def _table(values: dict[str, Any]) -> None:
+    width = max(map(len, values))
+    for name, value in values.items():
+        shown = f"{value:.4g}" if isinstance(value, float) else value
+        print(f"{name.replace('_', ' '):<{width}}  {shown}")
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows the defaults that say something."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="prefix-tuning", description="Train, score and use prefixes of frozen language models.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="train | evaluate | generate | doctor")
+    _train_options(_command(commands, train, "train a prefix on a file of prompts and completions, or conversations"))
+    _evaluate_options(_command(commands, evaluate, "score a model, with or without a prefix, on a file"))
+    _generate_options(_command(commands, generate, "write the answers to prompts"))
+    _command(commands, doctor, "say what this machine can run, and why not the rest")
+    return parser
+
+
+def _command(commands, run, text: str) -> argparse.ArgumentParser:
+    description = text[0].upper() + text[1:] + "."
+    parser = commands.add_parser(run.__name__, help=text, description=description, formatter_class=_Help)
+    parser.set_defaults(run=run)
+    parser.add_argument("--traceback", action="store_true", help="show where an error arose")
+    return parser
+
+
+def _model_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", metavar="NAME", help=f"hub id or folder of a causal model; {OFFLINE_MODEL} if not given")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the model; a prefix is always float32")
+    parser.add_argument("--device", help="cpu, cuda or cuda:N; a GPU where there is one if not given")
+    parser.add_argument("--backend", choices=available_backends(), help="attention backend; chosen per call if not given")
+    parser.add_argument("--seed", type=int, default=0, help="of everything random")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+
+
+def _train_options(parser: argparse.ArgumentParser) -> None:
+    defaults = TrainSettings()
+    add = parser.add_argument
+    add("--train-file", required=True, help="JSON lines of prompt and completion or of messages, or E2E data; .gz too")
+    add("--eval-file", help="the same for the evaluation loss")
+    add("--eval-limit", type=int, metavar="N", help="evaluate on N rows drawn with --seed; all if not given")
+    add("--output", required=True, metavar="FOLDER", help="where the prefix, metrics.json, loss.png and checkpoints go")
+    _model_options(parser)
+    add("--prefix-len", type=int, default=defaults.prefix_len, help="positions of the prefix")
+    add("--init", choices=("random", "text"), help="what it starts from; text if --init-text is given, else random")
+    add("--init-text", metavar="TEXT", help="words of the task, whose keys and values the prefix starts from")
+    add("--reparametrization", choices=("none", "mlp"), help="mlp for a random start and none for a text if not given")
+    add("--hidden-size", type=int, default=defaults.hidden_size, help="of the MLP")
+    add("--lr", dest="learning_rate", type=float, help="3e-2 for a text without MLP, else 1e-3 if not given")
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--steps", type=int, help="optimiser steps")
+    length.add_argument("--epochs", type=float, help="passes over the rows; 3 if neither is given")
+    add("--batch-size", type=int, default=defaults.batch_size, help="rows of a forward pass")
+    add("--gradient-accumulation", type=int, default=1, metavar="N", help="forward passes of an optimiser step")
+    add("--gradient-checkpointing", action="store_true", help="recompute the layers in the backward pass to save memory")
+    add("--warmup", type=float, default=defaults.warmup, help="steps, or below 1 their share, of rising learning rate")
+    add("--weight-decay", type=float, default=defaults.weight_decay, help="of AdamW")
+    add("--max-grad-norm", type=float, default=defaults.max_grad_norm, help="gradients are clipped to it; 0 for not at all")
+    add("--max-length", type=int, help="tokens of a row; longer prompts lose their beginning")
+    add("--save-steps", type=int, default=0, metavar="N", help="checkpoint and evaluate every N steps; 0 for never")
+    add("--patience", type=int, default=0, metavar="N", help="stop after N evaluations without a better loss; 0 for never")
+    add("--resume", action="store_true", help="go on from the last checkpoint in --output")
+    add("--report-to", default="none", help="a logger that transformers knows, such as tensorboard")
+
+
+def _evaluate_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--file", required=True, help="E2E data (scored by BLEU and slot error), or rows as for training (loss and BLEU)")
+    add("--prefix", metavar="FOLDER", help="a saved prefix; the plain model if not given")
+    _model_options(parser)
+    add("--limit", type=int, metavar="N", help="N rows drawn with --seed; all if not given")
+    add("--batch-size", type=int, default=16, help="rows run together")
+    add("--max-new-tokens", type=int, default=128, help="longest text")
+    add("--num-beams", type=int, default=1, help="beam search above 1")
+    add("--max-length", type=int, help="tokens of a row for the loss; longer prompts lose their beginning")
+    add("--output", metavar="FILE", help="also write scores and texts here, as JSON")
+
+
+def _generate_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--prompt", action="append", help="a prompt, taken as it is; may be given several times")
+    source.add_argument("--file", help="one prompt a line, or the prompts of a .jsonl or E2E file; stdin if nothing is given")
+    source.add_argument("--messages", metavar="JSON", help='a conversation: [{"role": "user", "content": "…"}]')
+    add("--prefix", metavar="FOLDER", help="a saved prefix; the plain model if not given")
+    _model_options(parser)
+    add("--batch-size", type=int, default=8, help="prompts run together")
+    add("--max-new-tokens", type=int, default=128, help="longest text")
+    add("--num-beams", type=int, default=1, help="beam search above 1")
+    add("--sample", action="store_true", help="draw tokens instead of taking the likeliest")
+    add("--temperature", type=float, default=1.0, help="for --sample")
+    add("--top-p", type=float, default=1.0, help="for --sample: draw from the likeliest tokens of this total probability")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

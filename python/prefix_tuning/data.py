@@ -1,0 +1,217 @@
+"""Rows of text into batches: reading files, tokenising with the loss on the target alone, padding.
+
+A row is {"prompt": str, "completion": str} or {"messages": [{"role", "content"}, ...]}. Prompt and completion are
+tokenised apart and joined as ids, and an end-of-text token follows: the model then trains on exactly the prompt ids that
+it is given when it generates, which tokenising the joined text would not promise.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from prefix_tuning.e2e import load_e2e, to_examples
+
+IGNORED = -100  # the label of a token without loss
+
+
+def read_rows(path: str | Path) -> list[dict[str, Any]]:
+    """The rows of a JSON lines file, or of an E2E file as prompts and completions; both may be gzipped (.gz).
+
+    Raises ValueError naming file and line for a line that is no JSON object or no row, OSError for a file that can't be read.
+    """
+    if is_e2e(path):
+        return to_examples(load_e2e(path))
+    rows = []
+    with _open(path) as file:
+        for line, text in enumerate(_lines(file, path), 1):
+            if not text.strip():
+                continue
+            try:
+                row = json.loads(text)
+                check_row(row)
+            except ValueError as error:
+                raise ValueError(f"{path}, line {line}: {error}") from None
+            rows.append(row)
+    if not rows:
+        raise ValueError(f"{path}: holds no rows")
+    return rows
+
+
+def is_e2e(path: str | Path) -> bool:
+    """Whether the file has the form of the E2E data: a CSV file, or JSON lines whose first row has "mr" and "refs"."""
+    if Path(path).name.lower().endswith((".csv", ".csv.gz")):
+        return True
+    with _open(path) as file:
+        first = next((text for text in _lines(file, path) if text.strip()), "")
+    try:
+        row = json.loads(first)
+    except ValueError:
+        return False
+    return isinstance(row, dict) and {"mr", "refs"} <= row.keys()
+
+
+def check_row(row: Any) -> None:
+    """ValueError for what is neither {"prompt", "completion"} nor {"messages"} with an assistant's turn."""
+    if not isinstance(row, Mapping) or not ("messages" in row or {"prompt", "completion"} <= row.keys()):
+        shown = sorted(map(str, row)) if isinstance(row, Mapping) else type(row).__name__
+        raise ValueError(f'expected an object with "prompt" and "completion", or with "messages"; got {shown}')
+    if "messages" not in row:
+        for name in ("prompt", "completion"):
+            if not isinstance(row[name], str):
+                raise ValueError(f"{name}: expected a string, got {type(row[name]).__name__}")
+        return
+    messages = row["messages"]
+    if not isinstance(messages, Sequence) or not all(
+        isinstance(turn, Mapping) and {"role", "content"} <= turn.keys() for turn in messages
+    ):
+        raise ValueError('messages: expected a list of objects with "role" and "content"')
+    if not any(turn["role"] == "assistant" for turn in messages):
+        raise ValueError("messages: expected at least one assistant turn to learn from")
+
+
+def encode_prompt(prompt: str | Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ids a model is given before it answers: of a text, or of the messages of a conversation up to the answer.
+
+    Raises ValueError for messages where the tokenizer has no chat template.
+    """
+    if not isinstance(prompt, str):
+        return _templated(prompt, tokenizer, add_generation_prompt=True)
+    ids = list(tokenizer(prompt)["input_ids"])
+    # Some tokenizers close every text; the answer is still to come.
+    return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id and not prompt.endswith(tokenizer.eos_token) else ids
+
+
+def tokenize_example(
+    row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, max_length: int | None = None
+) -> dict[str, list[int]]:
+    """A row as {"input_ids", "labels"}, lists of one length; labels are −100 where there is no loss.
+
+    prompt and completion: loss on the completion and the end-of-text token behind it. messages: loss on what the
+    assistant says, up to the end-of-text token that closes a turn. The first token of a row has no loss: nothing
+    predicts it. max_length cuts the prompt at its beginning and never the target.
+
+    Raises ValueError for a row that is none, a target that does not fit max_length with one token before it, a tokenizer
+    without an end-of-text token, and messages where there is no chat template or one that rewrites earlier turns.
+    """
+    check_row(row)
+    if "messages" in row:
+        input_ids, labels = _tokenize_messages(row["messages"], tokenizer)
+    else:
+        if tokenizer.eos_token_id is None:
+            raise ValueError("tokenizer: it has no end-of-text token (eos_token), which closes every completion")
+        prompt = encode_prompt(row["prompt"], tokenizer)
+        target = [*tokenizer(row["completion"], add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+        input_ids, labels = prompt + target, [IGNORED] * len(prompt) + target
+    labels[0] = IGNORED
+    first_target = next((i for i, label in enumerate(labels) if label != IGNORED), None)
+    if first_target is None:
+        raise ValueError("row: it has no token to learn from")
+    surplus = 0 if max_length is None else max(0, len(input_ids) - max_length)
+    if surplus >= first_target:
+        raise ValueError(
+            f"max_length: the target and the token before it take {len(input_ids) - first_target + 1} tokens, got "
+            f"max_length {max_length}"
+        )
+    return {"input_ids": input_ids[surplus:], "labels": labels[surplus:]}
+
+
+def tokenize_rows(
+    rows: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, max_length: int | None = None
+) -> list[dict[str, list[int]]]:
+    """`tokenize_example` of every row; ValueError naming the row (counted from 0) where one cannot be used."""
+    examples = []
+    for index, row in enumerate(rows):
+        try:
+            examples.append(tokenize_example(row, tokenizer, max_length))
+        except ValueError as error:
+            raise ValueError(f"rows[{index}]: {error}") from None
+    return examples
+
+
+class PromptCompletionCollator:
+    """Examples of `tokenize_example` -> a batch, padded on the right to the next multiple of pad_to_multiple_of.
+
+    Returns input_ids, attention_mask (1 = a token of the row) and labels (−100 on padding), each int64 [batch, length].
+    Padding is told by position, never by its id: in many models it is the end-of-text token, which is to be learnt.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, pad_to_multiple_of: int = 8):
+        if pad_to_multiple_of < 1:
+            raise ValueError(f"pad_to_multiple_of: expected at least 1, got {pad_to_multiple_of}")
+        self.pad_id = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+        self.multiple = pad_to_multiple_of
+
+    def __call__(self, examples: Sequence[Mapping[str, Sequence[int]]]) -> dict[str, Tensor]:
+        longest = max(len(example["input_ids"]) for example in examples)
+        length = -(-longest // self.multiple) * self.multiple
+        shape = (len(examples), length)
+        input_ids = torch.full(shape, self.pad_id)
+        attention_mask = torch.zeros(shape, dtype=torch.int64)
+        labels = torch.full(shape, IGNORED)
+        for i, example in enumerate(examples):
+            end = len(example["input_ids"])
+            input_ids[i, :end] = torch.tensor(example["input_ids"])
+            attention_mask[i, :end] = 1
+            labels[i, :end] = torch.tensor(example["labels"])
+        return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+
+
+def _tokenize_messages(
+    messages: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[int], list[int]]:
+    """Ids of a whole conversation, and labels on the assistant's turns.
+
+    A template with {% generation %} marks them itself. Of any other, the conversation up to a turn, with the opening of
+    an answer, and up to the turn's end must each be a beginning of the whole: what lies between is the turn.
+    """
+    if re.search(r"{%-?\s*generation\b", tokenizer.chat_template or ""):
+        encoded = tokenizer.apply_chat_template(
+            list(messages), tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+        )
+        ids, said = list(encoded["input_ids"]), encoded["assistant_masks"]
+        return ids, [token if spoken else IGNORED for token, spoken in zip(ids, said, strict=True)]
+    ids = _templated(messages, tokenizer)
+    labels = [IGNORED] * len(ids)
+    for i, turn in enumerate(messages):
+        if turn["role"] != "assistant":
+            continue
+        before = _templated(messages[:i], tokenizer, add_generation_prompt=True)
+        after = _templated(messages[: i + 1], tokenizer)
+        start, end = len(before), len(after)
+        if ids[:start] != before or ids[:end] != after:
+            raise ValueError(
+                "messages: the chat template writes earlier turns otherwise once later ones follow, so the assistant's "
+                "turns cannot be found; make one row of each turn, or use a template with {% generation %}"
+            )
+        turn_ids = ids[start:end]
+        if tokenizer.eos_token_id in turn_ids:  # what follows the end of a turn is never generated
+            end = start + turn_ids.index(tokenizer.eos_token_id) + 1
+        labels[start:end] = ids[start:end]
+    return ids, labels
+
+
+def _templated(messages: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, **options: Any) -> list[int]:
+    if not tokenizer.chat_template:
+        raise ValueError("messages: the tokenizer has no chat template; give rows with prompt and completion instead")
+    return list(tokenizer.apply_chat_template(list(messages), tokenize=True, return_dict=True, **options)["input_ids"])
+
+
+def _open(path: str | Path):
+    opener = gzip.open if str(path).lower().endswith(".gz") else open
+    return opener(path, "rt", encoding="utf-8-sig")
+
+
+def _lines(file, path: str | Path):
+    try:
+        yield from file
+    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
+        raise ValueError(f"{path}: not a UTF-8 text file: {error}") from None

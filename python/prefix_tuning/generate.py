@@ -1,0 +1,110 @@
+"""Texts from a model, with or without a prefix attached: batches padded on the left, the answers alone returned."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from prefix_tuning.data import encode_prompt
+
+Prompt = str | Sequence[Mapping[str, Any]]
+
+
+def generate_texts(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    *,
+    max_new_tokens: int = 128,
+    batch_size: int = 8,
+    num_beams: int = 1,
+    sample: bool = False,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    seed: int | None = None,
+    progress: str | None = None,
+) -> list[str]:
+    """The model's continuation of each prompt, without the prompt and without special tokens, in the prompts' order.
+
+    Args:
+        prompts: texts, or conversations up to the answer (through the tokenizer's chat template).
+        max_new_tokens: a text ends there, or at an end-of-text token of the tokenizer or of the model's generation config.
+        batch_size: prompts of similar length are run together.
+        num_beams: above 1, beam search.
+        sample, temperature, top_p: draw tokens instead of taking the likeliest. Nothing else bends the distribution: top_k,
+            repetition penalty and the like of the model's generation config are off.
+        seed: of the drawing; None draws from torch's generator.
+        progress: title of a progress bar on stderr; None for no bar.
+
+    Raises ValueError for a prompt without tokens and for numbers out of range.
+    """
+    _check(max_new_tokens, batch_size, num_beams, temperature, top_p)
+    encoded = [encode_prompt(prompt, tokenizer) for prompt in prompts]
+    empty = next((i for i, ids in enumerate(encoded) if not ids), None)
+    if empty is not None:
+        raise ValueError(f"prompts[{empty}]: {prompts[empty]!r} has no tokens, expected at least one")
+    options: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens, "num_beams": num_beams, "do_sample": sample, "top_k": 0 if sample else None,
+        "temperature": temperature if sample else None, "top_p": top_p if sample else None, "repetition_penalty": 1.0,
+        "eos_token_id": _stop_ids(model, tokenizer), "pad_token_id": _pad_id(tokenizer),
+    }  # fmt: skip
+    order = sorted(range(len(prompts)), key=lambda i: len(encoded[i]))
+    texts = [""] * len(prompts)
+    device = next(model.parameters()).device
+    with (
+        tqdm(total=len(prompts), desc=progress, unit="text", disable=progress is None) as bar,
+        torch.random.fork_rng() if seed is not None else nullcontext(),
+    ):
+        if seed is not None:
+            torch.manual_seed(seed)
+        for start in range(0, len(order), batch_size):
+            rows = order[start : start + batch_size]
+            input_ids, mask = _pad_left([encoded[i] for i in rows], options["pad_token_id"])
+            generated = model.generate(input_ids=input_ids.to(device), attention_mask=mask.to(device), **options)
+            for i, ids in zip(rows, generated[:, input_ids.shape[1] :], strict=True):
+                texts[i] = tokenizer.decode(ids, skip_special_tokens=True)
+            bar.update(len(rows))
+    return texts
+
+
+def first_line(text: str) -> str:
+    """The first line of a text that is not blank, "" if there is none. Tasks whose answers are one line are scored on it."""
+    return text.strip().partition("\n")[0].strip()
+
+
+def _pad_left(encoded: Sequence[Sequence[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """input_ids and attention_mask, int64 [rows, longest]."""
+    longest = max(map(len, encoded))
+    input_ids = torch.full((len(encoded), longest), pad_id)
+    mask = torch.zeros_like(input_ids)
+    for i, ids in enumerate(encoded):
+        input_ids[i, longest - len(ids) :] = torch.tensor(ids)
+        mask[i, longest - len(ids) :] = 1
+    return input_ids, mask
+
+
+def _stop_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int] | None:
+    """Whatever ends a text: prefixes are trained to write the tokenizer's token, a chat model may know further ones."""
+    known = model.generation_config.eos_token_id
+    known = known if isinstance(known, list) else [known]
+    return sorted({i for i in (*known, tokenizer.eos_token_id) if i is not None}) or None
+
+
+def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+
+
+def _check(max_new_tokens: int, batch_size: int, num_beams: int, temperature: float, top_p: float) -> None:
+    for name, value in [("max_new_tokens", max_new_tokens), ("batch_size", batch_size), ("num_beams", num_beams)]:
+        if value < 1:
+            raise ValueError(f"{name}: expected at least 1, got {value}")
+    if temperature <= 0:
+        raise ValueError(f"temperature: expected more than 0, got {temperature}")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p: expected more than 0 and at most 1, got {top_p}")

@@ -1,0 +1,123 @@
+"""The attention mask as structure: what a transformers model would build as a dense mask, told in a few fields.
+
+Registered as transformers' mask function for our attention; the model hands its result to every layer's attention call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from transformers.masking_utils import (
+    bidirectional_mask_function,
+    causal_mask_function,
+    sdpa_mask,
+    sliding_window_causal_mask_function,
+)
+
+
+@dataclass(eq=False)
+class MaskStructure:
+    """Which keys a query may attend to, in the terms of prefix_attention.
+
+    It travels where transformers expects a mask tensor, so it answers `ndim` and `shape` as a 4-D mask does.
+    """
+
+    causal: bool
+    window: int | None = None
+    key_mask: Tensor | None = None  # bool [batch, kv_len]
+    key_lens: Tensor | None = None  # int [batch]: the fill of a static cache
+    key_offset: int | Tensor = 0  # absolute index of the first key, for a window that slides over the prefix
+    bias: Tensor | None = None  # float32 [batch or 1, heads or 1, q_len, kv_len], for every other pattern
+    ndim: int = 4
+
+    @property
+    def shape(self) -> tuple[None, None, None, None]:
+        return (None, None, None, None)
+
+    def contiguous(self) -> MaskStructure:
+        return self
+
+    def bias_over(self, prefix_len: int) -> Tensor | None:
+        """The bias with prefix_len columns of 0 in front: the prefix is visible to every query."""
+        return None if self.bias is None else pad(self.bias, (prefix_len, 0))
+
+
+def mask_structure(
+    batch_size: int, q_length: int, kv_length: int, q_offset: int | Tensor = 0, kv_offset: int | Tensor = 0,
+    mask_function: Callable = causal_mask_function, attention_mask: Tensor | MaskStructure | None = None,
+    local_size: int | None = None, **options,
+) -> MaskStructure:  # fmt: skip
+    """transformers' mask interface: the structure of the mask it describes, or a bias where there is none to see.
+
+    Args:
+        batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, local_size: as transformers' `sdpa_mask`.
+        attention_mask: bool [batch, tokens seen so far], True where a token is real; or a structure built earlier.
+    """
+    if isinstance(attention_mask, MaskStructure):  # generate builds it ahead for static caches
+        return attention_mask
+    causal, window, known = True, None, True
+    if mask_function is bidirectional_mask_function:
+        causal = False
+    elif mask_function is not causal_mask_function:
+        known = local_size is not None and _same_function(mask_function, sliding_window_causal_mask_function(local_size))
+        window = local_size
+    fill = _fill(batch_size, q_length, kv_length, q_offset, kv_offset, attention_mask) if causal else None
+    if known:
+        return MaskStructure(causal, window, _key_mask(attention_mask, kv_length, kv_offset), fill, kv_offset)
+    options.pop("allow_is_causal_skip", None)
+    options.pop("allow_is_bidirectional_skip", None)
+    visible = sdpa_mask(
+        batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, allow_is_causal_skip=False,
+        **options,
+    )  # fmt: skip
+    return dense_structure(visible)
+
+
+def dense_structure(mask: Tensor) -> MaskStructure:
+    """A 4-D mask, bool (True: may attend) or additive, as structure."""
+    if mask.dtype == torch.bool:
+        mask = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device).masked_fill(~mask, -torch.inf)
+    return MaskStructure(causal=False, bias=mask.float().detach())
+
+
+def _fill(batch_size, q_length, kv_length, q_offset, kv_offset, attention_mask) -> Tensor | None:
+    """How many of the kv_length keys exist, [batch] on the device, where they may be fewer than kv_length."""
+    exists = q_offset + q_length - kv_offset
+    if not isinstance(exists, Tensor):
+        if exists == kv_length:
+            return None
+        device = None if attention_mask is None else attention_mask.device
+        exists = torch.tensor(exists, device=device)
+    return exists.clamp(max=kv_length).to(torch.int32).reshape(1).expand(batch_size)
+
+
+def _key_mask(attention_mask: Tensor | None, kv_length: int, kv_offset: int | Tensor) -> Tensor | None:
+    """The padding mask of exactly the kv_length keys; None where it hides nothing and that is cheap to see."""
+    if attention_mask is None:
+        return None
+    missing = kv_length + kv_offset - attention_mask.shape[-1]
+    if isinstance(kv_offset, Tensor):  # a window over a static cache that is longer than its mask
+        index = torch.arange(kv_length, device=attention_mask.device) + kv_offset
+        mask = attention_mask[:, index.clamp(max=attention_mask.shape[-1] - 1)]
+    else:
+        mask = pad(attention_mask, (0, missing)) if missing > 0 else attention_mask
+        mask = mask[:, kv_offset : kv_offset + kv_length]
+    mask = mask.bool()
+    hides_only_padding = mask.device.type == "cpu" and not torch.compiler.is_compiling() and missing <= 0
+    return None if hides_only_padding and bool(mask.all()) else mask
+
+
+def _same_function(one, other) -> bool:
+    """Whether two mask functions are built alike: the same code over the same closed-over values."""
+    if one is other:
+        return True
+    if callable(one) and callable(other) and hasattr(one, "__code__") and hasattr(other, "__code__"):
+        cells = [[cell.cell_contents for cell in f.__closure__ or ()] for f in (one, other)]
+        return one.__code__ is other.__code__ and _same_function(*cells)
+    if isinstance(one, (tuple, list)) and isinstance(other, (tuple, list)):
+        return len(one) == len(other) and all(_same_function(a, b) for a, b in zip(one, other, strict=True))
+    return isinstance(one, int) and isinstance(other, int) and one == other

@@ -1,0 +1,241 @@
+"""One training run, from rows of text to a saved prefix with its numbers. The command line and the demo are calls of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+from transformers import (
+    EarlyStoppingCallback,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProgressCallback,
+    TrainerCallback,
+    TrainingArguments,
+)
+
+from prefix_tuning.doctor import explain_training
+from prefix_tuning.files import write_json
+from prefix_tuning.prefix import Prefix
+from prefix_tuning.train import PrefixTrainer
+
+METRICS_FILE = "metrics.json"
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """How a prefix is made and trained. None: the value that the line says.
+
+    init                  "text" (the keys and values of init_text) or "random"; None: "text" where init_text is given
+    reparametrization     "mlp" or "none"; None: "mlp" for a random prefix, "none" for a text's
+    learning_rate         None: 1e-3 with an MLP, 3e-2 for keys and values that start from a text, 1e-3 from random
+    steps, epochs         optimiser steps, or passes over the rows; one of them
+    warmup                steps (1 or more) or their share (below 1) in which the learning rate rises; then it falls linearly
+    save_steps            a checkpoint, and an evaluation where there are rows for it, every so many steps; 0: none
+    patience              stop after so many evaluations without a better loss; 0: never
+    """
+
+    prefix_len: int = 16
+    init: str | None = None
+    init_text: str | None = None
+    reparametrization: str | None = None
+    hidden_size: int = 512
+    learning_rate: float | None = None
+    steps: int | None = None
+    epochs: float | None = None
+    batch_size: int = 8
+    gradient_accumulation: int = 1
+    gradient_checkpointing: bool = False
+    warmup: float = 0.05
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    max_length: int | None = None
+    save_steps: int = 0
+    patience: int = 0
+    backend: str | None = None
+    seed: int = 0
+    report_to: str = "none"
+
+    def resolved(self) -> TrainSettings:
+        """The same with every None replaced that has a rule; ValueError for settings that contradict each other."""
+        if self.steps is not None and self.epochs is not None:
+            raise ValueError(f"steps: expected steps or epochs, got both ({self.steps} and {self.epochs})")
+        for name in ("steps", "epochs", "batch_size", "gradient_accumulation", "learning_rate", "max_length"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"{name}: expected more than 0, got {value}")
+        for name in ("warmup", "save_steps", "patience", "weight_decay", "max_grad_norm"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}: expected at least 0, got {getattr(self, name)}")
+        init = self.init or ("random" if self.init_text is None else "text")
+        mlp = self.reparametrization or ("none" if init == "text" else "mlp")
+        rate = self.learning_rate or (3e-2 if mlp == "none" and init == "text" else 1e-3)
+        epochs = 3.0 if self.steps is None and self.epochs is None else self.epochs
+        return dataclasses.replace(self, init=init, reparametrization=mlp, learning_rate=rate, epochs=epochs)
+
+
+def train_prefix(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Mapping[str, Any]],
+    output: str | Path,
+    settings: TrainSettings,
+    *,
+    eval_rows: Sequence[Mapping[str, Any]] | None = None,
+    resume: bool = False,
+    progress: bool = True,
+) -> tuple[Prefix, dict[str, Any]]:
+    """Trains a prefix on rows of text (as in data.py) and writes it to `output`/prefix; checkpoints go to `output`.
+
+    With eval_rows and save_steps, the prefix with the lowest evaluation loss is the one that is kept. resume: go on from the
+    last checkpoint in `output`.
+
+    Returns the prefix and its numbers: losses (one a step), eval_losses [[step, loss], …], seconds_per_step,
+    trainable_parameters, trainable_share (of model and prefix), prefix_parameters, backend, steps, settings. The model is
+    the plain model again afterwards.
+    """
+    settings, output = settings.resolved(), Path(output)
+    prefix = Prefix.for_model(
+        model, settings.prefix_len, init=settings.init, text=settings.init_text, tokenizer=tokenizer,
+        reparametrization=None if settings.reparametrization == "none" else settings.reparametrization,
+        hidden_size=settings.hidden_size, seed=settings.seed,
+    )  # fmt: skip
+    clock = _StepClock()
+    callbacks: list[TrainerCallback] = [clock]
+    if settings.patience:
+        callbacks.append(EarlyStoppingCallback(settings.patience))
+    trainer = PrefixTrainer(
+        model, prefix, _arguments(model, output, settings, evaluate=eval_rows is not None), train_dataset=rows,
+        eval_dataset=eval_rows, processing_class=tokenizer, max_length=settings.max_length, backend=settings.backend,
+        callbacks=callbacks,
+    )  # fmt: skip
+    trainer.remove_callback(ProgressCallback)
+    if progress:
+        trainer.add_callback(_LossBar())
+    try:
+        trainer.train(resume_from_checkpoint=resume or None)
+        if eval_rows is not None and not settings.save_steps:
+            trainer.evaluate()
+    finally:
+        trainer.detach()
+    trainer.save_model(str(output / "prefix"))
+
+    history = trainer.state.log_history
+    trained = sum(p.numel() for p in prefix.parameters())
+    frozen = sum(p.numel() for p in model.parameters())
+    length = round(statistics.median(len(example["input_ids"]) for example in trainer.train_dataset))
+    reasons = explain_training(
+        model, next(prefix.parameters()).dtype, batch=settings.batch_size, length=length,
+        prefix_len=settings.prefix_len, backend=settings.backend,
+    )  # fmt: skip
+    return prefix, {
+        "losses": [entry["loss"] for entry in history if "loss" in entry],
+        "eval_losses": [[entry["step"], entry["eval_loss"]] for entry in history if "eval_loss" in entry],
+        "seconds_per_step": clock.seconds / max(clock.steps, 1),
+        "trainable_parameters": trained,
+        "trainable_share": trained / (trained + frozen),
+        "prefix_parameters": sum(t.numel() for pair in prefix.layers() for t in pair),
+        "backend": next(name for name, reason in reasons.items() if reason == "chosen"),
+        "steps": trainer.state.global_step,
+        "settings": dataclasses.asdict(settings),
+    }
+
+
+def write_metrics(output: str | Path, metrics: Mapping[str, Any]) -> Path:
+    """Writes `output`/metrics.json, with null for numbers that JSON has no words for (infinities and NaN)."""
+    path = Path(output) / METRICS_FILE
+    write_json(path, _json(metrics))
+    return path
+
+
+def _json(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _json(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_json(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _arguments(model: PreTrainedModel, output: Path, settings: TrainSettings, *, evaluate: bool) -> TrainingArguments:
+    parameter = next(model.parameters())
+    on_cpu, dtype = parameter.device.type == "cpu", parameter.dtype
+    if dtype == torch.float16 and on_cpu:
+        raise ValueError("dtype: training in float16 needs a GPU (its loss is scaled there); got the CPU, take bfloat16")
+    strategy = "steps" if settings.save_steps else "no"
+    # transformers 5.24 calls gradient checkpointing activation checkpointing.
+    names = {field.name for field in dataclasses.fields(TrainingArguments)}
+    recompute = next(name for name in ("activation_checkpointing", "gradient_checkpointing") if name in names)
+    return TrainingArguments(
+        output_dir=str(output),
+        max_steps=settings.steps or -1,
+        num_train_epochs=settings.epochs or 1.0,
+        per_device_train_batch_size=settings.batch_size,
+        per_device_eval_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.gradient_accumulation,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type="linear",
+        warmup_steps=settings.warmup,
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        fp16=dtype == torch.float16,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        save_strategy=strategy,
+        save_steps=settings.save_steps or 1,
+        save_total_limit=2,
+        eval_strategy=strategy if evaluate else "no",
+        eval_steps=settings.save_steps or None,
+        load_best_model_at_end=evaluate and bool(settings.save_steps),
+        metric_for_best_model="loss" if evaluate else None,
+        greater_is_better=False if evaluate else None,
+        use_cpu=on_cpu,
+        dataloader_pin_memory=not on_cpu,
+        seed=settings.seed,
+        report_to=settings.report_to,
+        **{recompute: settings.gradient_checkpointing},
+    )
+
+
+class _StepClock(TrainerCallback):
+    """Time spent in optimiser steps, without the evaluations and checkpoints between them."""
+
+    def __init__(self) -> None:
+        self.seconds, self.steps = 0.0, 0
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self._begin = time.perf_counter()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.seconds += time.perf_counter() - self._begin
+        self.steps += 1
+
+
+class _LossBar(TrainerCallback):
+    """A progress bar over the optimiser steps with the latest losses, in one line."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._losses: dict[str, str] = {}
+        self._bar = tqdm(
+            total=state.max_steps, initial=state.global_step, desc="training", unit="step", dynamic_ncols=True,
+            disable=not state.is_world_process_zero,
+        )  # fmt: skip
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self._bar.update(state.global_step - self._bar.n)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        shown = {name: f"{logs[name]:.3f}" for name in ("loss", "eval_loss") if name in (logs or {})}
+        if shown:
+            self._losses |= shown
+            self._bar.set_postfix(self._losses)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self._bar.close()

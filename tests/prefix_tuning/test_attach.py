@@ -1,0 +1,375 @@
+"""A patched model equals the plain model that is given the prefix as past_key_values, and the plain model on real tokens."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from transformers import DynamicCache, StaticCache
+
+from prefix_tuning import Prefix, attach_prefix
+from support.models import FAMILIES, random_prefix, tiny_model
+
+PREFIX_LEN = 5
+TOLERANCE = {"atol": 2e-5, "rtol": 1e-4}
+
+
+def ids(batch=2, length=7, seed=1):
+    return torch.randint(3, 100, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def padding(batch=2, length=7, side="left"):
+    mask = torch.ones(batch, length, dtype=torch.long)
+    if side == "left":
+        mask[0, :3] = 0
+    else:
+        mask[0, -3:] = 0
+    return mask
+
+
+def prefix_cache(model, prefix, batch):
+    """The prefix as PEFT gives it: copied per row into a cache. Gradients flow back to it."""
+    cache = DynamicCache(config=model.config)
+    for index, (key, value) in enumerate(prefix.layers()):
+        cache.update(key.expand(batch, -1, -1, -1), value.expand(batch, -1, -1, -1), index)
+    return cache
+
+
+def plain_forward(model, prefix, input_ids, mask=None, **kwargs):
+    """The plain model over [prefix as past_key_values ; input_ids]."""
+    batch, length = input_ids.shape
+    mask = torch.ones_like(input_ids) if mask is None else mask
+    positions = (mask.cumsum(-1) - 1).clamp(min=0) + prefix.position_offset
+    mask = torch.cat([mask.new_ones(batch, prefix.prefix_len), mask], 1)
+    return model(
+        input_ids=input_ids, attention_mask=mask, position_ids=positions,
+        past_key_values=prefix_cache(model, prefix, batch), **kwargs,
+    )  # fmt: skip
+
+
+@pytest.fixture(params=FAMILIES)
+def setup(request):
+    model = tiny_model(request.param)
+    return model, random_prefix(model, PREFIX_LEN)
+
+
+@pytest.mark.parametrize("side", (None, "left", "right"))
+def test_logits_loss_and_prefix_gradients_equal_past_key_values(setup, side):
+    model, prefix = setup
+    input_ids, mask = ids(), None if side is None else padding(side=side)
+    labels = input_ids.masked_fill(mask == 0, -100) if side else input_ids
+    real = torch.ones_like(input_ids) if mask is None else mask
+    expected = plain_forward(model, prefix, input_ids, mask, labels=labels)
+    expected_grads = torch.autograd.grad(expected.loss, list(prefix.parameters()))
+    with attach_prefix(model, prefix, prefix_window="peft"):
+        got = model(input_ids=input_ids, attention_mask=mask, labels=labels)
+        grads = torch.autograd.grad(got.loss, list(prefix.parameters()))
+    assert got.logits.shape == (*input_ids.shape, model.config.vocab_size)
+    torch.testing.assert_close(got.logits[real.bool()], expected.logits[real.bool()], **TOLERANCE)
+    torch.testing.assert_close(got.loss, expected.loss, **TOLERANCE)
+    for grad, expected_grad in zip(grads, expected_grads, strict=True):
+        torch.testing.assert_close(grad, expected_grad, **TOLERANCE)
+        assert grad.abs().max() > 1e-4
+
+
+def test_zeroed_prefix_differs_and_detach_restores(setup):
+    model, prefix = setup
+    input_ids = ids()
+    config, before = model.config, model(input_ids=input_ids).logits
+    with attach_prefix(model, prefix):
+        with_prefix = model(input_ids=input_ids).logits
+        with torch.no_grad():
+            for parameter in prefix.parameters():
+                parameter.zero_()
+        zeroed = model(input_ids=input_ids).logits
+    assert (with_prefix - zeroed).abs().max() > 1e-2
+    assert (with_prefix - before).abs().max() > 1e-2
+    assert model.config is config and config._attn_implementation == "sdpa"
+    assert all(getattr(module, "config", config) is config for module in model.modules())
+    assert not any("layer_prefix" in vars(module) for module in model.modules())
+    assert not model.base_model._forward_pre_hooks
+    assert torch.equal(model(input_ids=input_ids).logits, before)
+
+
+def greedy_by_hand(model, prefix, input_ids, mask, steps):
+    for _ in range(steps):
+        logits = plain_forward(model, prefix, input_ids, mask).logits
+        input_ids = torch.cat([input_ids, logits[:, -1:].argmax(-1)], 1)
+        mask = torch.cat([mask, mask.new_ones(mask.shape[0], 1)], 1)
+    return input_ids
+
+
+@pytest.mark.parametrize("options", ({}, {"use_cache": False}, {"cache_implementation": "static"}), ids=str)
+def test_greedy_tokens_equal_past_key_values(setup, options):
+    model, prefix = setup
+    input_ids, mask = ids(), padding()
+    expected = greedy_by_hand(model, prefix, input_ids, mask, steps=8)
+    window = "pinned" if options.get("cache_implementation") and model.config.model_type == "mistral" else "peft"
+    if window == "pinned":
+        model.config.sliding_window = 64
+        expected = greedy_by_hand(model, prefix, input_ids, mask, steps=8)
+    with attach_prefix(model, prefix, prefix_window=window):
+        got = model.generate(
+            input_ids=input_ids, attention_mask=mask, max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0,
+            **options,
+        )  # fmt: skip
+    assert torch.equal(got, expected)
+
+
+def test_beams_equal_past_key_values(setup):
+    model, prefix = setup
+    input_ids, beams = ids(), 3
+    options = {"max_new_tokens": 6, "num_beams": beams, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    dummies = torch.cat([input_ids[:, :1].expand(-1, PREFIX_LEN), input_ids], 1)  # the cache stands for the first P
+    cache = prefix_cache(model, prefix, len(input_ids) * beams)
+    for layer in cache.layers:
+        layer.keys, layer.values = layer.keys.detach(), layer.values.detach()
+    expected = model.generate(input_ids=dummies, attention_mask=torch.ones_like(dummies), past_key_values=cache, **options)
+    with attach_prefix(model, prefix, prefix_window="peft"):
+        got = model.generate(input_ids=input_ids, attention_mask=torch.ones_like(input_ids), **options)
+    assert torch.equal(got, expected[:, PREFIX_LEN:])
+
+
+@pytest.mark.parametrize("options", ({}, {"num_beams": 3}, {"do_sample": True}), ids=str)
+def test_real_tokens_as_prefix_equal_the_plain_model(setup, options):
+    model, _ = setup
+    tokens, input_ids = ids(1, PREFIX_LEN, seed=2), ids()
+    prefix = Prefix.from_text(model, None, input_ids=tokens)
+    whole = torch.cat([tokens.expand(2, -1), input_ids], 1)
+    options = {"max_new_tokens": 6, "eos_token_id": None, "pad_token_id": 0, "do_sample": False, **options}
+    expected_logits = model(input_ids=whole).logits[:, PREFIX_LEN:]
+    torch.manual_seed(3)
+    expected = model.generate(input_ids=whole, attention_mask=torch.ones_like(whole), **options)[:, PREFIX_LEN:]
+    with attach_prefix(model, prefix, prefix_window="peft"):
+        torch.testing.assert_close(model(input_ids=input_ids).logits, expected_logits, **TOLERANCE)
+        torch.manual_seed(3)
+        got = model.generate(input_ids=input_ids, attention_mask=torch.ones_like(input_ids), **options)
+    assert torch.equal(got, expected)
+
+
+def test_cache_holds_sequence_tokens_only_and_several_turns_work(setup):
+    model, prefix = setup
+    input_ids = ids()
+    with attach_prefix(model, prefix):
+        whole = model(input_ids=input_ids).logits
+        first = model(input_ids=input_ids[:, :4], use_cache=True)
+        assert first.past_key_values.get_seq_length() == 4
+        assert first.past_key_values.layers[0].keys.shape[2] == 4
+        second = model(input_ids=input_ids[:, 4:], past_key_values=first.past_key_values)
+    torch.testing.assert_close(torch.cat([first.logits, second.logits], 1), whole, **TOLERANCE)
+
+
+def test_static_cache_forward_by_hand(setup):
+    model, prefix = setup
+    input_ids = ids()
+    with attach_prefix(model, prefix), torch.no_grad():
+        whole = model(input_ids=input_ids).logits
+        cache = StaticCache(config=model.config, max_cache_len=16)
+        pieces = [model(input_ids=piece, past_key_values=cache).logits for piece in input_ids.split((4, 1, 1, 1), 1)]
+    torch.testing.assert_close(torch.cat(pieces, 1), whole, **TOLERANCE)
+
+
+def test_given_position_ids_are_shifted(setup):
+    model, prefix = setup
+    input_ids, mask = ids(), padding()
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    with attach_prefix(model, prefix):
+        derived = model(input_ids=input_ids, attention_mask=mask).logits
+        given = model(input_ids=input_ids, attention_mask=mask, position_ids=positions).logits
+        positional = model(input_ids, attention_mask=mask).logits
+    assert torch.equal(derived, given) and torch.equal(derived, positional)
+
+
+def test_dense_masks_of_the_caller(setup):
+    model, prefix = setup
+    input_ids = ids()
+    causal = torch.ones(7, 7, dtype=torch.bool).tril()[None, None].expand(2, 1, 7, 7)
+    model.config.sliding_window = None
+    with attach_prefix(model, prefix):
+        expected = model(input_ids=input_ids).logits
+        for mask in (causal, torch.zeros(2, 1, 7, 7).masked_fill(~causal, torch.finfo(torch.float32).min)):
+            given = {"full_attention": mask} if isinstance(expected, dict) else mask
+            torch.testing.assert_close(model(input_ids=input_ids, attention_mask=given).logits, expected, **TOLERANCE)
+
+
+def test_packed_rows_do_not_see_each_other():
+    model = tiny_model("llama")
+    prefix = random_prefix(model, PREFIX_LEN)
+    first, second = ids(1, 4), ids(1, 3, seed=5)
+    packed = torch.cat([first, second], 1)
+    with attach_prefix(model, prefix):
+        expected = torch.cat([model(input_ids=first).logits, model(input_ids=second).logits], 1)
+        got = model(input_ids=packed, position_ids=torch.tensor([[0, 1, 2, 3, 0, 1, 2]]), use_cache=False).logits
+    torch.testing.assert_close(got, expected, **TOLERANCE)
+
+
+def test_window_pinned_against_peft():
+    model = tiny_model("mistral")
+    prefix, input_ids = random_prefix(model, PREFIX_LEN), ids(2, 14)
+    window = model.config.sliding_window
+    assert window < 14
+    with attach_prefix(model, prefix, prefix_window="peft"):
+        slid = model(input_ids=input_ids).logits
+    with attach_prefix(model, prefix):
+        pinned = model(input_ids=input_ids).logits
+    model.config.sliding_window = 64
+    with attach_prefix(model, prefix):
+        wide = model(input_ids=input_ids[:, : window - 1]).logits
+    assert (slid[:, -1] - pinned[:, -1]).abs().max() > 1e-2
+    torch.testing.assert_close(pinned[:, : window - 1], wide, **TOLERANCE)
+
+
+@pytest.mark.parametrize("family", ("gpt2", "llama"))
+def test_gradient_checkpointing_recomputes_and_changes_nothing(family, monkeypatch):
+    model = tiny_model(family)
+    prefix, input_ids = random_prefix(model, PREFIX_LEN), ids()
+    calls = []
+    import prefix_tuning.attach as attach
+
+    original = attach.prefix_attention
+    monkeypatch.setattr(attach, "prefix_attention", lambda *a, **k: calls.append(1) or original(*a, **k))
+    with attach_prefix(model, prefix):
+        loss = model(input_ids=input_ids, labels=input_ids, use_cache=False).loss
+        expected = torch.autograd.grad(loss, list(prefix.parameters()))
+        layers = len(calls)
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+        model.train()
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        calls.clear()
+        loss = model(input_ids=input_ids, labels=input_ids, use_cache=False).loss
+        grads = torch.autograd.grad(loss, list(prefix.parameters()))
+    assert len(calls) == 2 * layers
+    for grad, expected_grad in zip(grads, expected, strict=True):
+        torch.testing.assert_close(grad, expected_grad)
+
+
+def test_reentrant_checkpointing_is_refused():
+    model = tiny_model("llama")
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": True})
+    model.train()
+    with attach_prefix(model, random_prefix(model, PREFIX_LEN)), pytest.raises(ValueError, match="use_reentrant=False"):
+        model(input_ids=ids(), use_cache=False)
+
+
+def test_reparametrization_is_evaluated_once_per_forward():
+    model = tiny_model("llama")
+    prefix = Prefix.for_model(model, PREFIX_LEN, reparametrization="mlp", hidden_size=16, seed=0)
+    calls = []
+    prefix.reparametrization["decoder"].register_forward_hook(lambda *_: calls.append(1))
+    with attach_prefix(model, prefix):
+        calls.clear()
+        loss = model(input_ids=ids(), labels=ids()).loss
+        assert len(calls) == 1
+        loss.backward()
+    assert all(parameter.grad is not None for parameter in prefix.parameters())
+
+
+def test_a_second_model_on_the_same_config_is_untouched():
+    model = tiny_model("llama")
+    other = type(model)(model.config).eval()
+    before = other(input_ids=ids()).logits
+    state = list(model.state_dict())
+    with attach_prefix(model, random_prefix(model, PREFIX_LEN)):
+        assert list(model.state_dict()) == state
+        assert other.config._attn_implementation == "sdpa"
+        assert torch.equal(other(input_ids=ids()).logits, before)
+
+
+def test_dropout_is_not_applied_and_said_so():
+    model = tiny_model("gpt2", attn_pdrop=0.5, resid_pdrop=0.0, embd_pdrop=0.0)
+    with attach_prefix(model, random_prefix(model, PREFIX_LEN)):
+        expected = model(input_ids=ids()).logits
+        model.train()
+        with pytest.warns(UserWarning, match="dropout is not applied"):
+            got = model(input_ids=ids()).logits
+    torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16, torch.float64))
+def test_float32_prefix_beside_models_of_other_dtypes(dtype):
+    model = tiny_model("llama")
+    prefix, input_ids = random_prefix(model, PREFIX_LEN), ids()
+    with attach_prefix(model, prefix):
+        expected = model(input_ids=input_ids).logits
+    with attach_prefix(model.to(dtype), prefix):
+        got = model(input_ids=input_ids, labels=input_ids)
+        got.loss.backward()
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in prefix.parameters())
+    difference = (got.logits.float() - expected).abs().mean() / expected.abs().mean()
+    assert difference < (0.1 if dtype == torch.bfloat16 else 0.02)
+
+
+def test_compiled_decoding_does_not_recompile():
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    model = tiny_model("llama")
+    prefix, input_ids = random_prefix(model, PREFIX_LEN), ids(2, 4)
+    counter = CompileCounterWithBackend("aot_eager")
+    with attach_prefix(model, prefix), torch.no_grad():
+        expected = model.generate(
+            input_ids=input_ids, attention_mask=torch.ones_like(input_ids), max_new_tokens=6, do_sample=False,
+            eos_token_id=None, pad_token_id=0,
+        )  # fmt: skip
+        torch._dynamo.reset()
+        step = torch.compile(model.forward, backend=counter, fullgraph=True)
+        cache = StaticCache(config=model.config, max_cache_len=16)
+        logits = model(input_ids=input_ids, past_key_values=cache).logits
+        tokens, frames = [logits[:, -1:].argmax(-1)], []
+        for _ in range(5):
+            logits = step(input_ids=tokens[-1], past_key_values=cache).logits
+            frames.append(counter.frame_count)
+            tokens.append(logits[:, -1:].argmax(-1))
+    assert torch.equal(torch.cat([input_ids, *tokens], 1), expected)
+    assert frames[-1] == frames[1] > 0, f"compiled {frames} times over the tokens"
+
+
+def test_compiled_training_step_equals_eager():
+    model = tiny_model("llama")
+    prefix, input_ids = random_prefix(model, PREFIX_LEN), ids()
+    with attach_prefix(model, prefix):
+        expected = torch.autograd.grad(model(input_ids=input_ids, labels=input_ids).loss, list(prefix.parameters()))
+        torch._dynamo.reset()
+        step = torch.compile(model.forward, backend="aot_eager", fullgraph=True)
+        loss = step(input_ids=input_ids, labels=input_ids, use_cache=False).loss
+        grads = torch.autograd.grad(loss, list(prefix.parameters()))
+    for grad, expected_grad in zip(grads, expected, strict=True):
+        torch.testing.assert_close(grad, expected_grad, **TOLERANCE)
+
+
+def test_wrong_calls_raise():
+    model = tiny_model("gpt2")
+    prefix = random_prefix(model, PREFIX_LEN)
+    with pytest.raises(TypeError, match="prefix: expected a Prefix"):
+        attach_prefix(model, "prefix")
+    with pytest.raises(ValueError, match="prefix_window: expected 'pinned' or 'peft', got 'x'"):
+        attach_prefix(model, prefix, prefix_window="x")
+    with pytest.raises(ValueError):
+        attach_prefix(tiny_model("llama"), prefix)
+    with pytest.raises(NotImplementedError, match="got model type None"):
+        attach_prefix(torch.nn.Linear(2, 2), prefix)
+    attachment = attach_prefix(model, prefix)
+    with pytest.raises(ValueError, match="already has a prefix"):
+        attach_prefix(model, prefix)
+    with pytest.raises(NotImplementedError, match="output_attentions"):
+        model(input_ids=ids(), output_attentions=True)
+    with pytest.raises(ValueError, match="position embeddings"):
+        model(input_ids=ids(1, model.config.max_position_embeddings - PREFIX_LEN + 1))
+    with pytest.raises(ValueError, match="input_ids"):
+        model()
+    attachment.detach()
+    attachment.detach()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        attach_prefix(copy.deepcopy(model), prefix).detach()
+
+
+def test_other_families_are_refused():
+    from transformers import BertConfig, BertModel
+
+    config = BertConfig(vocab_size=99, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+    with pytest.raises(NotImplementedError, match="bert"):
+        attach_prefix(BertModel(config), random_prefix(tiny_model("gpt2"), PREFIX_LEN))
