@@ -2,5 +2,6 @@
 
 from prefix_tuning.attach import Attachment, attach_prefix
 from prefix_tuning.prefix import Prefix
+from prefix_tuning.train import PrefixTrainer
 
-__all__ = ["Attachment", "Prefix", "attach_prefix"]
+__all__ = ["Attachment", "Prefix", "PrefixTrainer", "attach_prefix"]

@@ -63,8 +63,12 @@ def mask_structure(
     if mask_function is bidirectional_mask_function:
         causal = False
     elif mask_function is not causal_mask_function:
-        known = local_size is not None and _same_function(mask_function, sliding_window_causal_mask_function(local_size))
         window = local_size
+        if torch.compiler.is_compiling():
+            may_be_packed = attention_mask is None and q_length == kv_length
+            known = not may_be_packed and _told_sliding(local_size, **options)
+        else:
+            known = local_size is not None and _same_function(mask_function, sliding_window_causal_mask_function(local_size))
     fill = _fill(batch_size, q_length, kv_length, q_offset, kv_offset, attention_mask) if causal else None
     if known:
         return MaskStructure(causal, window, _key_mask(attention_mask, kv_length, kv_offset), fill, kv_offset)
@@ -109,6 +113,14 @@ def _key_mask(attention_mask: Tensor | None, kv_length: int, kv_offset: int | Te
     mask = mask.bool()
     hides_only_padding = mask.device.type == "cpu" and not torch.compiler.is_compiling() and missing <= 0
     return None if hides_only_padding and bool(mask.all()) else mask
+
+
+def _told_sliding(local_size: int | None, config=None, use_vmap: bool = True, **options) -> bool:
+    """Whether the arguments beside a mask function say that it is a causal window: a traced function can't be looked into.
+
+    transformers sets use_vmap for every function that a caller adds; a chunked mask has another size than the window.
+    """
+    return local_size is not None and not use_vmap and local_size == getattr(config, "sliding_window", None)
 
 
 def _same_function(one, other) -> bool:

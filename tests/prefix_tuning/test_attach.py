@@ -219,11 +219,9 @@ def test_window_pinned_against_peft():
     torch.testing.assert_close(pinned[:, : window - 1], wide, **TOLERANCE)
 
 
-@pytest.mark.parametrize("family", ("gpt2", "llama"))
-def test_gradient_checkpointing_recomputes_and_changes_nothing(family, monkeypatch):
-    model = tiny_model(family)
-    prefix, input_ids = random_prefix(model, PREFIX_LEN), ids()
-    calls = []
+def test_gradient_checkpointing_recomputes_and_changes_nothing(setup, monkeypatch):
+    model, prefix = setup
+    input_ids, calls = ids(), []
     import prefix_tuning.attach as attach
 
     original = attach.prefix_attention
@@ -303,39 +301,47 @@ def test_float32_prefix_beside_models_of_other_dtypes(dtype):
     assert difference < (0.1 if dtype == torch.bfloat16 else 0.02)
 
 
-def test_compiled_decoding_does_not_recompile():
+@pytest.mark.parametrize("padded", (False, True), ids=("full", "padded"))
+def test_compiled_decoding_does_not_recompile(setup, padded):
     from torch._dynamo.testing import CompileCounterWithBackend
 
-    model = tiny_model("llama")
-    prefix, input_ids = random_prefix(model, PREFIX_LEN), ids(2, 4)
+    model, prefix = setup
+    input_ids = ids(2, 7)
+    mask = padding(2, 7) if padded else torch.ones_like(input_ids)
     counter = CompileCounterWithBackend("aot_eager")
     with attach_prefix(model, prefix), torch.no_grad():
         expected = model.generate(
-            input_ids=input_ids, attention_mask=torch.ones_like(input_ids), max_new_tokens=6, do_sample=False,
-            eos_token_id=None, pad_token_id=0,
-        )  # fmt: skip
+            input_ids=input_ids, attention_mask=mask, max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0
+        )
         torch._dynamo.reset()
         step = torch.compile(model.forward, backend=counter, fullgraph=True)
         cache = StaticCache(config=model.config, max_cache_len=16)
-        logits = model(input_ids=input_ids, past_key_values=cache).logits
+        logits = model(input_ids=input_ids, attention_mask=mask, past_key_values=cache).logits
         tokens, frames = [logits[:, -1:].argmax(-1)], []
         for _ in range(5):
-            logits = step(input_ids=tokens[-1], past_key_values=cache).logits
+            mask = torch.cat([mask, mask.new_ones(2, 1)], 1)
+            seen = {"attention_mask": mask} if padded else {}
+            logits = step(input_ids=tokens[-1], past_key_values=cache, **seen).logits
             frames.append(counter.frame_count)
             tokens.append(logits[:, -1:].argmax(-1))
     assert torch.equal(torch.cat([input_ids, *tokens], 1), expected)
     assert frames[-1] == frames[1] > 0, f"compiled {frames} times over the tokens"
 
 
-def test_compiled_training_step_equals_eager():
-    model = tiny_model("llama")
-    prefix, input_ids = random_prefix(model, PREFIX_LEN), ids()
+@pytest.mark.parametrize("padded", (False, True), ids=("full", "padded"))
+def test_compiled_training_step_equals_eager(setup, padded):
+    """With a mask as training has it; without one transformers looks for packed rows, which is a dense mask when compiled."""
+    model, prefix = setup
+    inputs = {"input_ids": ids(2, 12), "attention_mask": padding(2, 12) if padded else None, "use_cache": False}
+    parameters = list(prefix.parameters())
     with attach_prefix(model, prefix):
-        expected = torch.autograd.grad(model(input_ids=input_ids, labels=input_ids).loss, list(prefix.parameters()))
+        logits = model(**inputs).logits
+        direction = torch.randn_like(logits)
+        expected = torch.autograd.grad((logits * direction).sum(), parameters)
         torch._dynamo.reset()
-        step = torch.compile(model.forward, backend="aot_eager", fullgraph=True)
-        loss = step(input_ids=input_ids, labels=input_ids, use_cache=False).loss
-        grads = torch.autograd.grad(loss, list(prefix.parameters()))
+        compiled = torch.compile(model.forward, backend="aot_eager", fullgraph=True)(**inputs).logits
+        grads = torch.autograd.grad((compiled * direction).sum(), parameters)
+    torch.testing.assert_close(compiled, logits, **TOLERANCE)
     for grad, expected_grad in zip(grads, expected, strict=True):
         torch.testing.assert_close(grad, expected_grad, **TOLERANCE)
 
