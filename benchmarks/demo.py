@@ -18,6 +18,7 @@ import argparse
 import random
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -69,6 +70,7 @@ def main(argv: list[str] | None = None) -> int:
     metrics |= {f"{name}_after": value for name, value in after.items()}
     metrics |= e2e_reference_scores(dev)
     metrics |= {"model": OFFLINE_MODEL, "evaluated": len(dev), "device": device, "threads": torch.get_num_threads()}
+    metrics["versions"] = {name: version(name) for name in ("prefix-kernels", "torch", "transformers")}
     metrics["seconds"] = time.perf_counter() - started
     save_loss_curve(metrics["losses"], args.output / "loss.png", title=f"{OFFLINE_MODEL} on E2E, prefix only")
     generations = [

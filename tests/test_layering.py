@@ -29,8 +29,8 @@ ALLOWED = {
     "prefix_kernels.api": {"torch", "prefix_kernels.problem", "prefix_kernels.select", "prefix_kernels.ops",
                            "prefix_kernels.validate"},
     "prefix_kernels": {"prefix_kernels.api", "prefix_kernels.select"},
-    "prefix_tuning.prefix": {"torch", "safetensors", "prefix_tuning.reparametrization"},
-    "prefix_tuning.reparametrization": {"torch", "safetensors"},
+    "prefix_tuning.prefix": {"torch", "safetensors", "huggingface_hub", "prefix_tuning.reparametrization"},
+    "prefix_tuning.reparametrization": {"torch", "tqdm"},
     "prefix_tuning": {"prefix_kernels", "prefix_tuning", "accelerate", "matplotlib", "numpy", "peft", "sacrebleu",
                       "safetensors", "torch", "tqdm", "transformers"},
 }  # fmt: skip

@@ -1,0 +1,86 @@
+"""What the documents say is so: files they name exist, the tree is real, the example runs, tables are the committed results."""
+
+import importlib.util
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from support.models import tiny_model
+from support.tokenizer import tiny_tokenizer
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCUMENTS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")] + sorted((ROOT / "docs").glob("*.md"))
+PYTHON_FOLDERS = ("prefix_kernels", "python/prefix_tuning", "benchmarks")
+
+
+def real_files(folder):
+    """Python files below a folder, without the __init__.py that every package has."""
+    return {file for file in (ROOT / folder).rglob("*.py") if file.name != "__init__.py"}
+
+
+def described_paths():
+    """Every path of the tree in docs/architecture.md, by indentation: `a/` opens a folder, two names may share a line."""
+    (tree,) = re.findall(r"## Files\n\n((?:    .*\n)+)", (ROOT / "docs" / "architecture.md").read_text())
+    folders, paths = {0: ROOT}, []
+    for line in tree.splitlines():
+        depth = len(line) - len(line.lstrip())
+        names = re.match(r"((?:\S+\s{1,2})*\S+)", line.strip()).group(1).split()
+        parent = folders[max(level for level in folders if level < depth)]
+        for name in names:
+            if "." not in name and "/" not in name:
+                break
+            paths.append(parent / name.rstrip("/"))
+            if name.endswith("/"):
+                folders = {level: folder for level, folder in folders.items() if level < depth} | {depth: paths[-1]}
+    return paths
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_named_files_exist(document):
+    text = document.read_text()
+    links = [link for link in re.findall(r"\]\(([^)#]+)\)", text) if not link.startswith("http")]
+    missing = [link for link in links if not (document.parent / link).exists()]
+    quoted = re.findall(r"`((?:csrc|prefix_kernels|python|tests|benchmarks|docs|tools)/[\w./-]+)`", text)
+    missing += [path for path in quoted if not (ROOT / path).exists()]
+    assert not missing
+
+
+def test_tree_is_the_real_one():
+    paths = described_paths()
+    assert [str(path) for path in paths if not path.exists()] == []
+    undescribed = {file for folder in PYTHON_FOLDERS for file in real_files(folder)} - set(paths)
+    assert not undescribed, "not in docs/architecture.md"
+
+
+def test_readme_quotes_the_committed_results():
+    spec = importlib.util.spec_from_file_location("report", ROOT / "benchmarks" / "report.py")
+    report = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(report)
+    text = (ROOT / "README.md").read_text()
+    assert report.render(text) == text, "run python benchmarks/report.py"
+    assert report.render(text.replace("| slots left", "| slots found")) == text
+
+
+def test_readme_example_runs(tmp_path, monkeypatch, capsys):
+    source = re.search(r"```python\n(from transformers.*?)```", (ROOT / "README.md").read_text(), re.DOTALL).group(1)
+    model = tiny_model("llama", max_position_embeddings=256)
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", lambda name: model)
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda name: tiny_tokenizer())
+    monkeypatch.chdir(tmp_path)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    exec(compile(source.replace("max_steps=100", "max_steps=2"), "README.md", "exec"), {})
+    assert (tmp_path / "runs/mine/prefix/prefix.safetensors").exists()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert "name : Aromi" in capsys.readouterr().out
+
+
+def test_commands_of_the_readme_exist():
+    targets = re.findall(r"^    make (\w+)", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert targets[:2] == ["demo", "test"]
+    for target in targets:
+        shown = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True)
+        assert shown.returncode == 0, shown.stderr
