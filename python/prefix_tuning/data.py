@@ -7,7 +7,6 @@ it is given when it generates, which tokenising the joined text would not promis
 
 from __future__ import annotations
 
-import gzip
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -19,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from prefix_tuning.e2e import load_e2e, to_examples
+from prefix_tuning.files import open_text
 
 IGNORED = -100  # the label of a token without loss
 
@@ -31,8 +31,8 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
     if is_e2e(path):
         return to_examples(load_e2e(path))
     rows = []
-    with _open(path) as file:
-        for line, text in enumerate(_lines(file, path), 1):
+    with open_text(path) as file:
+        for line, text in enumerate(file, 1):
             if not text.strip():
                 continue
             try:
@@ -50,8 +50,8 @@ def is_e2e(path: str | Path) -> bool:
     """Whether the file has the form of the E2E data: a CSV file, or JSON lines whose first row has "mr" and "refs"."""
     if Path(path).name.lower().endswith((".csv", ".csv.gz")):
         return True
-    with _open(path) as file:
-        first = next((text for text in _lines(file, path) if text.strip()), "")
+    with open_text(path) as file:
+        first = next((text for text in file if text.strip()), "")
     try:
         row = json.loads(first)
     except ValueError:
@@ -86,8 +86,11 @@ def encode_prompt(prompt: str | Sequence[Mapping[str, Any]], tokenizer: PreTrain
     if not isinstance(prompt, str):
         return _templated(prompt, tokenizer, add_generation_prompt=True)
     ids = list(tokenizer(prompt)["input_ids"])
-    # Some tokenizers close every text; the answer is still to come.
-    return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id and not prompt.endswith(tokenizer.eos_token) else ids
+    if ids and ids[-1] == tokenizer.eos_token_id:
+        bare = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        if ids[len(ids) - 1 - len(bare) : -1] == bare:  # this tokenizer closes every text, and the answer is still to come
+            return ids[:-1]
+    return ids
 
 
 def tokenize_example(
@@ -173,7 +176,7 @@ def _tokenize_messages(
     A template with {% generation %} marks them itself. Of any other, the conversation up to a turn, with the opening of
     an answer, and up to the turn's end must each be a beginning of the whole: what lies between is the turn.
     """
-    if re.search(r"{%-?\s*generation\b", tokenizer.chat_template or ""):
+    if re.search(r"{%-?\s*generation\b", _chat_template(tokenizer)):
         encoded = tokenizer.apply_chat_template(
             list(messages), tokenize=True, return_dict=True, return_assistant_tokens_mask=True
         )
@@ -200,18 +203,11 @@ def _tokenize_messages(
 
 
 def _templated(messages: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, **options: Any) -> list[int]:
-    if not tokenizer.chat_template:
-        raise ValueError("messages: the tokenizer has no chat template; give rows with prompt and completion instead")
+    _chat_template(tokenizer)
     return list(tokenizer.apply_chat_template(list(messages), tokenize=True, return_dict=True, **options)["input_ids"])
 
 
-def _open(path: str | Path):
-    opener = gzip.open if str(path).lower().endswith(".gz") else open
-    return opener(path, "rt", encoding="utf-8-sig")
-
-
-def _lines(file, path: str | Path):
-    try:
-        yield from file
-    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
-        raise ValueError(f"{path}: not a UTF-8 text file: {error}") from None
+def _chat_template(tokenizer: PreTrainedTokenizerBase) -> str:
+    if not tokenizer.chat_template:
+        raise ValueError("messages: the tokenizer has no chat template; give rows with prompt and completion instead")
+    return tokenizer.get_chat_template()

@@ -8,7 +8,6 @@ share of slots a text leaves out.
 from __future__ import annotations
 
 import csv
-import gzip
 import json
 import re
 import unicodedata
@@ -19,6 +18,7 @@ from statistics import median
 from typing import Any, TextIO
 
 from prefix_tuning.e2e_phrasings import NAME_VARIANTS, PHRASINGS
+from prefix_tuning.files import open_text
 
 # Slot of the data set -> attribute of the linearised prompt (Li & Liang 2021, arXiv:2101.00190), in the prompt's order.
 ATTRIBUTES = {
@@ -78,8 +78,7 @@ def load_e2e(path: str | Path) -> list[dict[str, Any]]:
     if kind not in readers:
         raise ValueError(f"path: expected a .jsonl or .csv file (or one of them with .gz), got {path.name!r}")
     grouped: dict[str, list[str]] = {}
-    opener = gzip.open if suffixes[-1] == ".gz" else open
-    with opener(path, "rt", encoding="utf-8-sig", newline="") as file:
+    with open_text(path) as file:
         for line, mr, references in readers[kind](file, path):
             try:
                 parse_mr(mr)
@@ -111,8 +110,11 @@ def _csv_rows(file: TextIO, path: Path) -> Iterator[tuple[int, str, list[str]]]:
     missing = {"mr", "ref"} - set(reader.fieldnames or ())
     if missing:
         raise ValueError(f"{path}, line 1: expected the columns mr and ref, got {reader.fieldnames}")
-    for row in reader:
-        yield reader.line_num, row["mr"], [row["ref"]]
+    try:
+        for row in reader:
+            yield reader.line_num, row["mr"], [row["ref"]]
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {reader.reader.line_num}: not CSV: {error}") from None
 
 
 def to_examples(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:

@@ -61,6 +61,7 @@ def evaluate_rows(
     loss is the mean over all target tokens, perplexity its exponential; bleu compares what is generated with the
     completion (of a conversation: with its last turn, which must be the assistant's), without regard to case.
     """
+    _check_some(rows)
     prompts, answers = zip(*map(_split, rows), strict=True)
     loss, tokens = mean_loss(model, tokenizer, rows, batch_size=batch_size, max_length=max_length)
     texts = [text.strip() for text in generate_texts(model, tokenizer, prompts, batch_size=batch_size, **generation)]
@@ -82,6 +83,7 @@ def mean_loss(
     max_length: int | None = None,
 ) -> tuple[float, int]:
     """Mean cross-entropy over all target tokens of the rows, and their number."""
+    _check_some(rows)
     collate, device = PromptCompletionCollator(tokenizer), next(model.parameters()).device
     examples = sorted(tokenize_rows(rows, tokenizer, max_length), key=lambda example: len(example["input_ids"]))
     total, tokens = 0.0, 0
@@ -91,6 +93,11 @@ def mean_loss(
             loss, count = target_loss(model, **{name: tensor.to(device) for name, tensor in batch.items()})
             total, tokens = total + loss.item(), tokens + count
     return total / tokens, tokens
+
+
+def _check_some(rows: Sequence[Mapping[str, Any]]) -> None:
+    if not rows:
+        raise ValueError("rows: expected at least one row")
 
 
 def _split(row: Mapping[str, Any]) -> tuple[Prompt, str]:

@@ -1,12 +1,14 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, and text files whose errors name them."""
 
+import gzip
 import json
 import os
 import tempfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 
 @contextmanager
@@ -26,6 +28,20 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def open_text(path: str | os.PathLike) -> Iterator[TextIO]:
+    """A UTF-8 text file to read, unzipped where its name ends in .gz, with its line ends as they are.
+
+    ValueError naming the file where its bytes are no such text, also from reading inside the block.
+    """
+    opener = gzip.open if str(path).lower().endswith(".gz") else open
+    try:
+        with opener(path, "rt", encoding="utf-8-sig", newline="") as file:
+            yield file
+    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise ValueError(f"{path}: not a UTF-8 text file: {error}") from None
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:

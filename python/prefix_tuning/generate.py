@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import nn
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from prefix_tuning.data import encode_prompt
 
@@ -34,11 +34,11 @@ def generate_texts(
 
     Args:
         prompts: texts, or conversations up to the answer (through the tokenizer's chat template).
-        max_new_tokens: a text ends there, or at an end-of-text token of the tokenizer or of the model's generation config.
+        max_new_tokens: a text ends there, or before an end-of-text token of the tokenizer or of the model's generation config.
         batch_size: prompts of similar length are run together.
         num_beams: above 1, beam search.
-        sample, temperature, top_p: draw tokens instead of taking the likeliest. Nothing else bends the distribution: top_k,
-            repetition penalty and the like of the model's generation config are off.
+        sample, temperature, top_p: draw tokens instead of taking the likeliest. Nothing else bends the distribution: of the
+            model's generation config only the end-of-text tokens and the kind of cache count.
         seed: of the drawing; None draws from torch's generator.
         progress: title of a progress bar on stderr; None for no bar.
 
@@ -49,26 +49,29 @@ def generate_texts(
     empty = next((i for i, ids in enumerate(encoded) if not ids), None)
     if empty is not None:
         raise ValueError(f"prompts[{empty}]: {prompts[empty]!r} has no tokens, expected at least one")
-    options: dict[str, Any] = {
-        "max_new_tokens": max_new_tokens, "num_beams": num_beams, "do_sample": sample, "top_k": 0 if sample else None,
-        "temperature": temperature if sample else None, "top_p": top_p if sample else None, "repetition_penalty": 1.0,
-        "eos_token_id": _stop_ids(model, tokenizer), "pad_token_id": _pad_id(tokenizer),
-    }  # fmt: skip
+    stop_ids, pad_id = _stop_ids(model, tokenizer), _pad_id(tokenizer)
+    drawing = {"top_k": 0, "temperature": temperature, "top_p": top_p} if sample else {}
+    config = GenerationConfig(
+        max_new_tokens=max_new_tokens, num_beams=num_beams, do_sample=sample, eos_token_id=stop_ids or None,
+        pad_token_id=pad_id, cache_implementation=model.generation_config.cache_implementation, **drawing,
+    )  # fmt: skip
     order = sorted(range(len(prompts)), key=lambda i: len(encoded[i]))
     texts = [""] * len(prompts)
     device = next(model.parameters()).device
     with (
         tqdm(total=len(prompts), desc=progress, unit="text", disable=progress is None) as bar,
         torch.random.fork_rng() if seed is not None else nullcontext(),
+        _configured(model, config),
     ):
         if seed is not None:
             torch.manual_seed(seed)
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
-            input_ids, mask = _pad_left([encoded[i] for i in rows], options["pad_token_id"])
-            generated = model.generate(input_ids=input_ids.to(device), attention_mask=mask.to(device), **options)
-            for i, ids in zip(rows, generated[:, input_ids.shape[1] :], strict=True):
-                texts[i] = tokenizer.decode(ids, skip_special_tokens=True)
+            input_ids, mask = _pad_left([encoded[i] for i in rows], pad_id)
+            generated = model.generate(input_ids=input_ids.to(device), attention_mask=mask.to(device))
+            for i, ids in zip(rows, generated[:, input_ids.shape[1] :].tolist(), strict=True):
+                end = next((at for at, token in enumerate(ids) if token in stop_ids), None)
+                texts[i] = tokenizer.decode(ids[:end], skip_special_tokens=True)
             bar.update(len(rows))
     return texts
 
@@ -76,6 +79,16 @@ def generate_texts(
 def first_line(text: str) -> str:
     """The first line of a text that is not blank, "" if there is none. Tasks whose answers are one line are scored on it."""
     return text.strip().partition("\n")[0].strip()
+
+
+@contextmanager
+def _configured(model: nn.Module, config: GenerationConfig) -> Iterator[None]:
+    """`config` in place of the model's own, from which `generate` would take whatever an argument leaves open."""
+    own, model.generation_config = model.generation_config, config
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 def _pad_left(encoded: Sequence[Sequence[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -89,11 +102,11 @@ def _pad_left(encoded: Sequence[Sequence[int]], pad_id: int) -> tuple[torch.Tens
     return input_ids, mask
 
 
-def _stop_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int] | None:
+def _stop_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Whatever ends a text: prefixes are trained to write the tokenizer's token, a chat model may know further ones."""
     known = model.generation_config.eos_token_id
     known = known if isinstance(known, list) else [known]
-    return sorted({i for i in (*known, tokenizer.eos_token_id) if i is not None}) or None
+    return sorted({i for i in (*known, tokenizer.eos_token_id) if i is not None})
 
 
 def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -182,8 +183,8 @@ class Prefix(nn.Module):
         messages   a conversation, through the tokenizer's chat template, without a generation prompt
         input_ids  int [tokens] or [1, tokens], taken as they are; `tokenizer` may then be None
 
-        The model sees no other text and no attached prefix, with dropout off. Raises ValueError naming the argument, also
-        for more tokens than the model has positions.
+        The model sees no other text, with dropout off. Raises ValueError naming the argument, also for more tokens than
+        the model has positions and for a model with a prefix attached, which its keys and values would depend on.
         """
         given = {"text": text, "messages": messages, "input_ids": input_ids}
         names = [name for name, value in given.items() if value is not None]
@@ -212,9 +213,7 @@ class Prefix(nn.Module):
         expected, shape = model_shape(model.config), self.parts.get("decoder")
         if shape != expected:
             made_for = f"made for {self.base_model or 'a model'} with {shape}" if shape else "without a decoder part"
-            raise ValueError(
-                f"prefix: {made_for}, expected one for {_name_of(model) or type(model).__name__} with {expected}"
-            )
+            raise ValueError(f"prefix: {made_for}, expected one for {_name_of(model) or type(model).__name__} with {expected}")
 
     def save(self, directory: str | os.PathLike, *, keep_reparametrization: bool = False) -> None:
         """Writes prefix.safetensors and prefix_config.json to `directory`, which is created where it is missing.
@@ -249,6 +248,8 @@ class Prefix(nn.Module):
                 state = {name: tensor.cpu() for name, tensor in self.reparametrization.state_dict().items()}
                 save_file(state, written / MLP_FILE, metadata={"format": "pt"})
             (written / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            for file in written.iterdir():  # safetensors gives its files to their owner alone
+                shutil.copymode(written / CONFIG_FILE, file)
             if keep_mlp:
                 os.replace(written / MLP_FILE, directory / MLP_FILE)
             else:
@@ -377,6 +378,8 @@ def _run_model(model: nn.Module, input_ids: Tensor | Sequence[int]) -> Layers:
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if positions is not None and len(ids) > positions:
         raise ValueError(f"input_ids: got {len(ids)} tokens, but the model has only {positions} positions")
+    if any(hasattr(module, "layer_prefix") for module in model.modules()):
+        raise ValueError("model: it has a prefix attached, which the text would see; detach that first")
 
     modes = {module: module.training for module in model.modules()}
     model.eval()
@@ -467,8 +470,8 @@ def _read_tensors(file: Path, shapes_of) -> dict[str, Tensor]:
             f"{expected.get(wrong[0], 'no such tensor')} ({len(wrong)} such differences)"
         )
     dtypes = {tensor.dtype for tensor in tensors.values()}
-    if len(dtypes) > 1 or not dtypes.copy().pop().is_floating_point:
-        raise ValueError(f"{file}: got {', '.join(sorted(map(str, dtypes)))}, expected one floating dtype")
+    if len(dtypes) != 1 or not dtypes.copy().pop().is_floating_point:
+        raise ValueError(f"{file}: got {', '.join(sorted(map(str, dtypes))) or 'no tensor'}, expected one floating dtype")
     return tensors
 
 

@@ -1,0 +1,322 @@
+"""Rows from files into batches: what is read and refused, which tokens have a loss, what is padding."""
+
+import gzip
+import json
+import zlib
+
+import pytest
+import torch
+
+from prefix_tuning.data import (
+    PromptCompletionCollator,
+    check_row,
+    encode_prompt,
+    is_e2e,
+    read_rows,
+    tokenize_example,
+    tokenize_rows,
+)
+from support.tokenizer import CHAT_TEMPLATE, tiny_tokenizer
+
+ROW = {"prompt": "name : Aromi\n", "completion": "Aromi is a pub."}
+CHAT = {
+    "messages": [
+        {"role": "system", "content": "be kind"},
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": "hello"},
+        {"role": "user", "content": "more"},
+        {"role": "assistant", "content": "no"},
+    ]
+}
+E2E_JSON = '{"mr": "name[Aromi], eatType[pub]", "refs": ["Aromi is  a pub.", "A pub."]}\n'
+E2E_CSV = 'mr,ref\n"name[Aromi], eatType[pub]",Aromi is  a pub.\n"name[Aromi], eatType[pub]",A pub.\n'
+E2E_ROWS = [
+    {"prompt": "name : Aromi | Type : pub\n", "completion": "Aromi is a pub."},
+    {"prompt": "name : Aromi | Type : pub\n", "completion": "A pub."},
+]
+GENERATION_TEMPLATE = (
+    "{% for message in messages %}{{ message['role'] + ': ' }}{% if message['role'] == 'assistant' %}"
+    "{%- generation %}{{ message['content'] + eos_token }}{% endgeneration %}{{ '\n' }}"
+    "{% else %}{{ message['content'] + eos_token + '\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+)
+FORGETFUL_TEMPLATE = CHAT_TEMPLATE.replace("message['content']", "(message['content'] if loop.last else '')")
+CLOSING_TEMPLATE = CHAT_TEMPLATE.replace("+ '\n'", "+ ('!' if loop.last and message['role'] == 'assistant' else '\n')")
+THINKING_TEMPLATE = CHAT_TEMPLATE.replace("'assistant: ' }}{% endif", "'assistant: <think>' }}{% endif")
+
+
+def write(file, content):
+    content = content.encode() if isinstance(content, str) else content
+    file.write_bytes(gzip.compress(content) if file.suffix.lower() == ".gz" else content)
+    return file
+
+
+def learnt(example, tokenizer):
+    """The text of the tokens that have a loss, runs of them apart by "|"."""
+    assert len(example["input_ids"]) == len(example["labels"])
+    pieces, before = [], False
+    for token, label in zip(example["input_ids"], example["labels"], strict=True):
+        assert label in (-100, token)
+        if label != -100:
+            pieces.append(("" if before or not pieces else "|") + tokenizer.decode([token]))
+        before = label != -100
+    return "".join(pieces)
+
+
+# Files
+
+
+@pytest.mark.parametrize("name", ("rows.jsonl", "rows.jsonl.gz", "rows.JSONL.GZ", "rows.txt"))
+def test_json_lines_with_blank_lines_marks_and_line_ends(name, tmp_path):
+    rows = [ROW, CHAT, {**ROW, "prompt": "Café £20\u2028", "source": 7}]
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    file = write(tmp_path / name, "\ufeff\n  \n" + lines[0] + "\r\n\n" + lines[1] + "\n" + lines[2])
+    assert read_rows(file) == read_rows(str(file)) == rows
+    assert not is_e2e(file)
+
+
+@pytest.mark.parametrize("mark", ("", "\ufeff"), ids=("", "bom"))
+@pytest.mark.parametrize("name", ("e2e.jsonl", "e2e.jsonl.gz", "e2e.csv", "e2e.csv.gz"))
+def test_e2e_files_become_prompts_and_completions(name, mark, tmp_path):
+    file = write(tmp_path / name, mark + (E2E_CSV if "csv" in name else "\n" + E2E_JSON))
+    assert is_e2e(file) and is_e2e(str(file))
+    assert read_rows(file) == E2E_ROWS
+
+
+@pytest.mark.parametrize("content", ("", "\n\n", "no json", "[1]", '{"mr": "name[Aromi]"}', json.dumps(ROW)))
+def test_what_is_not_e2e(content, tmp_path):
+    assert not is_e2e(write(tmp_path / "rows.jsonl", content))
+
+
+CUT = gzip.compress(b"x" * 10 + json.dumps(ROW).encode())[:-12]
+BROKEN = bytearray(gzip.compress(f"{json.dumps(ROW)}\n".encode() * 2000))
+BROKEN[40:60] = b"\xff" * 20
+LATIN = '{"prompt": "Café", "completion": "b"}'.encode("latin-1")
+
+
+@pytest.mark.parametrize(
+    "name, content, match",
+    (
+        ("a.jsonl", "", "{file}: holds no rows"),
+        ("a.jsonl", "\n \n", "{file}: holds no rows"),
+        ("a.jsonl", f"{json.dumps(ROW)}\n\nno json\n", "{file}, line 3: Expecting value"),
+        ("a.jsonl", f"{json.dumps(ROW)}\n[1, 2]\n", "{file}, line 2: expected an object with .*; got list"),
+        ("a.jsonl", '\n{"prompt": "a"}', "{file}, line 2: expected an object with .*; got .'prompt'."),
+        ("a.jsonl.gz", f"{json.dumps(ROW)}\nnull\n", "{file}, line 2: expected an object .*; got NoneType"),
+        ("a.jsonl", json.dumps({**ROW, "completion": 3}), "{file}, line 1: completion: expected a string, got int"),
+        ("a.jsonl", LATIN, "{file}: not a UTF-8 text file: "),
+        ("a.jsonl", f"{json.dumps(ROW)}\n".encode() * 9999 + LATIN, "{file}: not a UTF-8 text file: "),
+        ("a.csv", E2E_CSV.replace("Aromi is", "Café is").encode("latin-1"), "{file}: not a UTF-8 text file: "),
+        ("a.csv", E2E_CSV + '"' + "x" * 200_000, "{file}, line 4: not CSV: field larger than"),
+        ("a.csv", "a,b\n1,2\n", "{file}, line 1: expected the columns mr and ref"),
+        ("a.csv", E2E_CSV + '"name[A], size[big]",b\n', "{file}, line 4: text: unknown slot 'size'"),
+        ("a.jsonl", E2E_JSON + json.dumps(ROW), '{file}, line 2: expected an object with "mr"'),
+    ),
+)
+def test_unreadable_files_are_named_with_the_line(name, content, match, tmp_path):
+    file = write(tmp_path / name, content)
+    with pytest.raises(ValueError, match=match.format(file=file)):
+        read_rows(file)
+
+
+@pytest.mark.parametrize("name", ("a.jsonl.gz", "a.csv.gz"))
+@pytest.mark.parametrize("content", (CUT, bytes(BROKEN), b"plain text"), ids=("cut", "broken", "plain"))
+def test_damaged_gzip_files_are_named(name, content, tmp_path):
+    file = tmp_path / name
+    file.write_bytes(content)
+    with pytest.raises({CUT: EOFError, bytes(BROKEN): zlib.error}.get(content, gzip.BadGzipFile)):
+        gzip.decompress(content)
+    with pytest.raises(ValueError, match=f"{file}: not a UTF-8 text file: "):
+        read_rows(file)
+
+
+def test_missing_files_and_folders_raise_what_the_system_says(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        read_rows(tmp_path / "missing.jsonl")
+    with pytest.raises(IsADirectoryError):
+        read_rows(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "row, match",
+    (
+        ("text", "expected an object with .*; got str"),
+        ({"completion": "b", "x": 1}, "got .'completion', 'x'."),
+        ({"prompt": None, "completion": "b"}, "prompt: expected a string, got NoneType"),
+        ({"messages": "hi"}, "messages: expected a list of objects"),
+        ({"messages": None}, "messages: expected a list of objects"),
+        ({"messages": [{"role": "user"}]}, 'messages: expected a list of objects with "role" and "content"'),
+        ({"messages": ["hi"]}, "messages: expected a list of objects"),
+        ({"messages": []}, "messages: expected at least one assistant turn"),
+        ({"messages": [{"role": "user", "content": "hi"}]}, "messages: expected at least one assistant turn"),
+    ),
+    ids=str,
+)
+def test_check_row_refuses(row, match):
+    with pytest.raises(ValueError, match=match):
+        check_row(row)
+    with pytest.raises(ValueError, match=match):
+        tokenize_example(row, tiny_tokenizer(chat_template=CHAT_TEMPLATE))
+
+
+# Prompt and completion
+
+SPECIALS = [{"bos": bos, "adds_eos": adds_eos} for bos in (False, True) for adds_eos in (False, True)]
+
+
+@pytest.mark.parametrize("options", SPECIALS, ids=str)
+def test_prompt_and_completion_are_tokenised_apart(options):
+    """Together, "…t" and "he …" would become "th", "e"; and no special token stands between them."""
+    tokenizer = tiny_tokenizer(**options)
+    bare = {text: tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("say t", "he end", "say the end")}
+    assert bare["say t"] + bare["he end"] != bare["say the end"]
+    prompt, target = [1] * options["bos"] + bare["say t"], [*bare["he end"], tokenizer.eos_token_id]
+    example = tokenize_example({"prompt": "say t", "completion": "he end"}, tokenizer)
+    assert example == {"input_ids": prompt + target, "labels": [-100] * len(prompt) + target}
+    assert encode_prompt("say t", tokenizer) == prompt
+
+
+@pytest.mark.parametrize("options", SPECIALS, ids=str)
+@pytest.mark.parametrize("prompt", ("", "a", "a</s>", "</s>", "</s></s>", "a</s>b"))
+def test_only_the_closing_token_that_a_tokenizer_adds_is_taken_off(prompt, options):
+    tokenizer = tiny_tokenizer(**options)
+    bare = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    assert bare.count(tokenizer.eos_token_id) == prompt.count("</s>")
+    assert encode_prompt(prompt, tokenizer) == [1] * options["bos"] + bare
+
+
+def test_the_first_token_is_never_learnt():
+    tokenizer = tiny_tokenizer()
+    assert learnt(tokenize_example({"prompt": "", "completion": "abc"}, tokenizer), tokenizer) == "bc</s>"
+    assert learnt(tokenize_example({"prompt": "", "completion": "abc"}, tiny_tokenizer(bos=True)), tokenizer) == "abc</s>"
+    assert learnt(tokenize_example({"prompt": "a", "completion": ""}, tokenizer), tokenizer) == "</s>"
+    with pytest.raises(ValueError, match="row: it has no token to learn from"):
+        tokenize_example({"prompt": "", "completion": ""}, tokenizer)
+
+
+def test_max_length_cuts_the_prompt_at_its_beginning_and_never_the_target():
+    tokenizer = tiny_tokenizer(bos=True)
+    row = {"prompt": "0123456789", "completion": "xyz"}
+    whole = tokenize_example(row, tokenizer)
+    assert len(whole["input_ids"]) == 15
+    for max_length in (5, 6, 14, 15, 16):
+        cut = tokenize_example(row, tokenizer, max_length)
+        assert cut == {name: values[-max_length:] for name, values in whole.items()}
+        assert learnt(cut, tokenizer) == "xyz</s>" and cut["labels"][0] == -100
+    for max_length in (4, 1, 0):
+        with pytest.raises(ValueError, match=f"the target and the token before it take 5 tokens, got max_length {max_length}"):
+            tokenize_example(row, tokenizer, max_length)
+    only_target = {"prompt": "", "completion": "xyz"}
+    assert tokenize_example(only_target, tiny_tokenizer(), 4)["labels"][0] == -100
+
+
+def test_what_a_tokenizer_must_have():
+    with pytest.raises(ValueError, match="tokenizer: it has no end-of-text token"):
+        tokenize_example(ROW, tiny_tokenizer(eos=False))
+    for call in (tokenize_example, lambda row, tokenizer: encode_prompt(row["messages"], tokenizer)):
+        with pytest.raises(ValueError, match="messages: the tokenizer has no chat template; give rows with prompt"):
+            call(CHAT, tiny_tokenizer())
+
+
+def test_tokenize_rows_names_the_row():
+    tokenizer = tiny_tokenizer()
+    assert tokenize_rows([ROW, ROW], tokenizer, 60) == [tokenize_example(ROW, tokenizer)] * 2
+    with pytest.raises(ValueError, match=r"rows\[1\]: max_length: the target and the token before it take"):
+        tokenize_rows([{"prompt": "a", "completion": "b"}, ROW], tokenizer, 5)
+    with pytest.raises(ValueError, match=r"rows\[1\]: messages: the tokenizer has no chat template"):
+        tokenize_rows([ROW, CHAT], tokenizer)
+
+
+# Conversations
+
+TEMPLATES = {
+    "prefixes": CHAT_TEMPLATE,
+    "generation": GENERATION_TEMPLATE,
+    "several": {"default": GENERATION_TEMPLATE, "tool_use": FORGETFUL_TEMPLATE},
+}
+
+
+@pytest.mark.parametrize("bos", (False, True), ids=("", "bos"))
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_only_what_the_assistant_says_is_learnt(template, bos):
+    tokenizer = tiny_tokenizer(bos=bos, chat_template=TEMPLATES[template])
+    example = tokenize_example(CHAT, tokenizer)
+    text = "system: be kind</s>\nuser: hi</s>\nassistant: hello</s>\nuser: more</s>\nassistant: no</s>\n"
+    assert example["input_ids"] == tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert learnt(example, tokenizer) == "hello</s>|no</s>"
+
+
+def test_a_template_without_end_of_text_tokens_is_learnt_to_the_turns_end():
+    tokenizer = tiny_tokenizer(chat_template=CHAT_TEMPLATE.replace(" + eos_token", ""))
+    assert learnt(tokenize_example(CHAT, tokenizer), tokenizer) == "hello\n|no\n"
+
+
+@pytest.mark.parametrize(
+    "template", (FORGETFUL_TEMPLATE, THINKING_TEMPLATE, CLOSING_TEMPLATE), ids=("forgets", "thinks", "closes")
+)
+def test_a_template_that_rewrites_turns_is_refused(template):
+    tokenizer = tiny_tokenizer(chat_template=template)
+    with pytest.raises(ValueError, match="the chat template writes earlier turns otherwise once later ones follow"):
+        tokenize_example(CHAT, tokenizer)
+
+
+@pytest.mark.parametrize("template", (CHAT_TEMPLATE, GENERATION_TEMPLATE), ids=("prefixes", "generation"))
+def test_max_length_cuts_what_stands_before_the_first_answer(template):
+    tokenizer = tiny_tokenizer(chat_template=template)
+    whole = tokenize_example(CHAT, tokenizer)
+    shortest = len(whole["labels"]) - next(i for i, label in enumerate(whole["labels"]) if label != -100) + 1
+    cut = tokenize_example(CHAT, tokenizer, shortest)
+    assert cut == {name: values[-shortest:] for name, values in whole.items()}
+    with pytest.raises(ValueError, match=f"take {shortest} tokens, got max_length {shortest - 1}"):
+        tokenize_example(CHAT, tokenizer, shortest - 1)
+
+
+@pytest.mark.parametrize("options", SPECIALS, ids=str)
+@pytest.mark.parametrize("row", (ROW, CHAT, {"messages": CHAT["messages"][1:3]}), ids=("text", "chat", "one turn"))
+def test_the_model_is_asked_with_exactly_the_ids_it_was_trained_on(row, options):
+    tokenizer = tiny_tokenizer(**options, chat_template=CHAT_TEMPLATE)
+    prompt = row["prompt"] if "prompt" in row else row["messages"][:-1]
+    example, asked = tokenize_example(row, tokenizer), encode_prompt(prompt, tokenizer)
+    answer = row["completion"] if "prompt" in row else row["messages"][-1]["content"]
+    assert example["input_ids"][: len(asked)] == asked
+    assert all(label != -100 for label in example["labels"][len(asked) : len(asked) + len(answer) // 3])
+    rest = {name: values[len(asked) :] for name, values in example.items()}
+    assert learnt(rest, tokenizer) == answer + "</s>" and rest["labels"][0] != -100
+    assert example["labels"][len(asked) - 1] == -100
+
+
+# Batches
+
+
+def example(ids, first_target=1):
+    return {"input_ids": ids, "labels": [-100] * first_target + ids[first_target:]}
+
+
+@pytest.mark.parametrize("multiple, length", ((1, 9), (3, 9), (4, 12), (8, 16)))
+def test_batches_are_padded_on_the_right_to_a_multiple(multiple, length):
+    long, short = example([9, 8, 7, 6, 5, 4, 3, 2, 1]), example([7, 5, 2], 2)
+    batch = PromptCompletionCollator(tiny_tokenizer(), multiple)([long, short])
+    assert {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in batch.items()} == {
+        name: ((2, length), torch.int64) for name in ("input_ids", "attention_mask", "labels")
+    }
+    for row, given in enumerate((long, short)):
+        end = len(given["input_ids"])
+        assert batch["input_ids"][row].tolist() == given["input_ids"] + [0] * (length - end)
+        assert batch["attention_mask"][row].tolist() == [1] * end + [0] * (length - end)
+        assert batch["labels"][row].tolist() == given["labels"] + [-100] * (length - end)
+
+
+@pytest.mark.parametrize("options, pad", (({}, 0), ({"pad": False}, 2), ({"pad": False, "eos": False}, 0)), ids=str)
+def test_padding_is_told_by_position_never_by_its_id(options, pad):
+    """Tokens of a row that have the padding's id are real: seen, and learnt where the row says so."""
+    given = [example([pad, pad, 5, pad]), example([5, 6])]
+    batch = PromptCompletionCollator(tiny_tokenizer(**options), pad_to_multiple_of=6)(given)
+    assert batch["input_ids"].tolist() == [[pad, pad, 5, pad, pad, pad], [5, 6, pad, pad, pad, pad]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 1, 0, 0], [1, 1, 0, 0, 0, 0]]
+    assert batch["labels"].tolist() == [[-100, pad, 5, pad, -100, -100], [-100, 6, -100, -100, -100, -100]]
+
+
+def test_collator_default_and_errors():
+    assert PromptCompletionCollator(tiny_tokenizer())([example([5, 6])])["input_ids"].shape == (1, 8)
+    with pytest.raises(ValueError, match="pad_to_multiple_of: expected at least 1, got 0"):
+        PromptCompletionCollator(tiny_tokenizer(), 0)

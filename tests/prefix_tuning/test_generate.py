@@ -1,0 +1,199 @@
+"""Texts in batches are the texts that the model writes for each prompt alone."""
+
+import pytest
+import torch
+
+from prefix_tuning import attach_prefix
+from prefix_tuning.generate import first_line, generate_texts
+from support.models import FAMILIES, random_prefix, tiny_model
+from support.tokenizer import CHAT_TEMPLATE, tiny_tokenizer
+
+PROMPTS = ["a longer prompt than the others", "x", "abc : 7", "Zz", "one more of middle length"]
+STEPS = 6
+
+
+def continued(model, tokenizer, prompt, **options):
+    """The ids that model.generate itself adds to one prompt."""
+    ids = torch.tensor([tokenizer(prompt)["input_ids"]])
+    options = {"do_sample": False, "max_new_tokens": STEPS, "pad_token_id": 0, "eos_token_id": 2, **options}
+    return model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)[0, ids.shape[1] :].tolist()
+
+
+def decoded(tokenizer, ids):
+    return tokenizer.decode(ids, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("batch_size", (1, 2, 8))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_batches_give_each_prompts_own_text_in_the_prompts_order(family, batch_size):
+    model, tokenizer = tiny_model(family), tiny_tokenizer(bos=True)
+    with attach_prefix(model, random_prefix(model)):
+        expected = [decoded(tokenizer, continued(model, tokenizer, prompt)) for prompt in PROMPTS]
+        texts = generate_texts(model, tokenizer, PROMPTS, max_new_tokens=STEPS, batch_size=batch_size)
+    assert texts == expected
+    assert len(set(texts)) == len(texts)
+    plain = generate_texts(model, tokenizer, PROMPTS, max_new_tokens=STEPS, batch_size=batch_size)
+    assert plain == [decoded(tokenizer, continued(model, tokenizer, prompt)) for prompt in PROMPTS] != texts
+
+
+def test_prompts_of_similar_length_share_a_batch_padded_on_the_left(monkeypatch):
+    model, tokenizer, seen = tiny_model("llama"), tiny_tokenizer(), []
+    original = model.generate
+
+    def generate(input_ids, attention_mask):
+        seen.append((input_ids.tolist(), attention_mask.tolist()))
+        return original(input_ids=input_ids, attention_mask=attention_mask)
+
+    monkeypatch.setattr(model, "generate", generate)
+    generate_texts(model, tokenizer, PROMPTS, max_new_tokens=1, batch_size=2)
+    encoded = {prompt: tokenizer(prompt)["input_ids"] for prompt in PROMPTS}
+    expected = []
+    for prompts in (("x", "Zz"), ("abc : 7", "one more of middle length"), ("a longer prompt than the others",)):
+        width = max(len(encoded[prompt]) for prompt in prompts)
+        missing = [width - len(encoded[prompt]) for prompt in prompts]
+        expected.append((
+            [[0] * count + encoded[prompt] for count, prompt in zip(missing, prompts, strict=True)],
+            [[0] * count + [1] * (width - count) for count in missing],
+        ))  # fmt: skip
+    assert seen == expected
+
+
+def test_beams_equal_each_prompts_own():
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+    options = {"num_beams": 3, "max_new_tokens": STEPS}
+    expected = [decoded(tokenizer, continued(model, tokenizer, prompt, **options)) for prompt in PROMPTS]
+    assert generate_texts(model, tokenizer, PROMPTS, batch_size=3, **options) == expected
+    assert expected != generate_texts(model, tokenizer, PROMPTS, max_new_tokens=STEPS)
+
+
+@pytest.mark.parametrize("whose", ("model", "tokenizer"))
+@pytest.mark.parametrize("special", ({}, {"pad": False}, {"pad": False, "eos": False}), ids=str)
+def test_a_text_ends_before_a_stop_token_of_the_model_or_the_tokenizer(whose, special):
+    """The other row of the batch goes on, so the first is filled up: nothing of that is in its text."""
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer(**special)
+    model.generation_config.eos_token_id = None
+    rows = [continued(model, tokenizer, prompt, eos_token_id=None) for prompt in PROMPTS[:2]]
+    at, stop = next((at, token) for at, token in enumerate(rows[0]) if at and token > 3 and token not in rows[1])
+    if whose == "model":
+        model.generation_config.eos_token_id = [stop, 127] if special else stop
+    else:
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(stop)
+    texts = generate_texts(model, tokenizer, PROMPTS[:2], max_new_tokens=STEPS)
+    assert texts == [decoded(tokenizer, rows[0][: rows[0].index(stop)]), decoded(tokenizer, rows[1])]
+    assert at < STEPS - 1 and len(rows[1]) == STEPS
+
+
+def test_without_stop_tokens_every_text_has_its_full_length():
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer(eos=False)
+    model.generation_config.eos_token_id = None
+    rows = [continued(model, tokenizer, prompt, eos_token_id=None) for prompt in PROMPTS]
+    assert {len(row) for row in rows} == {STEPS}
+    assert generate_texts(model, tokenizer, PROMPTS, max_new_tokens=STEPS) == [decoded(tokenizer, row) for row in rows]
+
+
+@pytest.mark.parametrize("drawing", ({"temperature": 99.0}, {"temperature": 3.0, "top_p": 0.6}), ids=str)
+def test_sampling_draws_from_the_models_own_distribution(drawing):
+    """The hot one draws from all tokens alike: transformers' own default would keep to the likeliest 50."""
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+    torch.manual_seed(5)
+    expected = decoded(tokenizer, continued(model, tokenizer, "abc", do_sample=True, top_k=0, **drawing))
+    torch.manual_seed(5)
+    assert generate_texts(model, tokenizer, ["abc"], max_new_tokens=STEPS, sample=True, **drawing) == [expected]
+    assert generate_texts(model, tokenizer, ["abc"], max_new_tokens=STEPS, sample=True, seed=5, **drawing) == [expected]
+    greedy = generate_texts(model, tokenizer, PROMPTS, max_new_tokens=STEPS)
+    for cold in ({"temperature": 1e-4}, {"top_p": 1e-4}):
+        assert generate_texts(model, tokenizer, PROMPTS, max_new_tokens=STEPS, sample=True, **cold) == greedy
+
+
+def test_seed_repeats_the_drawing_and_leaves_torchs_generator_alone():
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+
+    def texts(seed):
+        return generate_texts(model, tokenizer, PROMPTS, max_new_tokens=STEPS, sample=True, temperature=2.0, seed=seed)
+
+    state = torch.get_rng_state()
+    first, again, other = texts(1), texts(1), texts(2)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert first == again != other
+    assert texts(None) != texts(None)
+
+
+BENDING = [
+    {"no_repeat_ngram_size": 1}, {"repetition_penalty": 5.0}, {"suppress_tokens": list(range(4, 66))},
+    {"min_new_tokens": STEPS}, {"forced_eos_token_id": 5}, {"num_return_sequences": 2, "do_sample": True},
+    {"do_sample": True, "temperature": 9.0}, {"top_k": 1}, {"min_p": 0.9}, {"typical_p": 0.1}, {"epsilon_cutoff": 0.5},
+    {"max_length": 2}, {"stop_strings": ["e"]},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("sample", (False, True), ids=("greedy", "sample"))
+@pytest.mark.parametrize("bending", BENDING, ids=str)
+def test_the_models_own_generation_config_bends_nothing_and_is_kept(bending, sample, capfd):
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+    options = {"max_new_tokens": STEPS, "sample": sample, "seed": 0}
+    expected = generate_texts(model, tokenizer, PROMPTS, **options)
+    own = model.generation_config
+    for name, value in bending.items():
+        setattr(own, name, value)
+    assert generate_texts(model, tokenizer, PROMPTS, **options) == expected
+    assert model.generation_config is own and all(getattr(own, name) == value for name, value in bending.items())
+    assert capfd.readouterr() == ("", "")
+
+
+def test_the_kind_of_cache_is_the_models_and_an_error_leaves_its_config(monkeypatch):
+    model, tokenizer, seen = tiny_model("llama"), tiny_tokenizer(), []
+    own = model.generation_config
+    own.cache_implementation = "static"
+
+    def fail(**_):
+        seen.append(model.generation_config.cache_implementation)
+        raise RuntimeError("no memory")
+
+    expected = [decoded(tokenizer, continued(model, tokenizer, prompt)) for prompt in PROMPTS]
+    assert generate_texts(model, tokenizer, PROMPTS, max_new_tokens=STEPS) == expected
+    monkeypatch.setattr(model, "generate", fail)
+    with pytest.raises(RuntimeError, match="no memory"):
+        generate_texts(model, tokenizer, PROMPTS)
+    assert seen == ["static"] and model.generation_config is own
+
+
+def test_conversations_go_through_the_template():
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer(bos=True, chat_template=CHAT_TEMPLATE)
+    expected = decoded(tokenizer, continued(model, tiny_tokenizer(), "user: hi</s>\nassistant: "))
+    texts = generate_texts(model, tokenizer, [[{"role": "user", "content": "hi"}], "x"], max_new_tokens=STEPS)
+    assert texts == [expected, decoded(tokenizer, continued(model, tokenizer, "x"))]
+
+
+@pytest.mark.parametrize(
+    "prompts, options, match",
+    (
+        (["a", ""], {}, r"prompts\[1\]: '' has no tokens, expected at least one"),
+        ([[{"role": "user", "content": "hi"}]], {}, "messages: the tokenizer has no chat template"),
+        (["a"], {"max_new_tokens": 0}, "max_new_tokens: expected at least 1, got 0"),
+        (["a"], {"batch_size": 0}, "batch_size: expected at least 1, got 0"),
+        (["a"], {"num_beams": 0}, "num_beams: expected at least 1, got 0"),
+        (["a"], {"temperature": 0.0}, "temperature: expected more than 0, got 0.0"),
+        (["a"], {"top_p": 0.0}, "top_p: expected more than 0 and at most 1, got 0.0"),
+        (["a"], {"top_p": 1.1}, "top_p: expected more than 0 and at most 1, got 1.1"),
+    ),
+)
+def test_wrong_calls_raise(prompts, options, match):
+    with pytest.raises(ValueError, match=match):
+        generate_texts(tiny_model("llama"), tiny_tokenizer(), prompts, **options)
+
+
+def test_no_prompts_and_the_progress_bar(capsys):
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+    assert generate_texts(model, tokenizer, []) == []
+    generate_texts(model, tokenizer, PROMPTS, max_new_tokens=1)
+    assert capsys.readouterr() == ("", "")
+    generate_texts(model, tokenizer, PROMPTS, max_new_tokens=1, batch_size=2, progress="writing")
+    out, err = capsys.readouterr()
+    assert out == "" and "writing: 100%" in err and "5/5" in err
+
+
+@pytest.mark.parametrize(
+    "text, expected", (("one\ntwo", "one"), ("\n  \n one \ntwo", "one"), ("", ""), (" \n\n", ""), ("one", "one"))
+)
+def test_first_line(text, expected):
+    assert first_line(text) == expected
