@@ -122,7 +122,10 @@ def _model(args: argparse.Namespace):
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"--device: got {device}, but torch finds no GPU here")
-    return load_model_and_tokenizer(args.model, dtype=DTYPES[args.dtype], device=device)
+    try:
+        return load_model_and_tokenizer(args.model, dtype=DTYPES[args.dtype], device=device)
+    except (OSError, ValueError) as error:  # transformers does not always say which model
+        raise ValueError(f"--model {args.model or OFFLINE_MODEL}: {error}") from error
 
 
 def _attached(model, args: argparse.Namespace) -> AbstractContextManager:
