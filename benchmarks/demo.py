@@ -40,6 +40,10 @@ SHOWN = 3
 
 def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
+    settings = TrainSettings(
+        prefix_len=args.prefix_len, init_text=INIT_TEXT, learning_rate=args.learning_rate, steps=args.steps,
+        batch_size=args.batch_size, warmup=args.warmup, seed=args.seed,
+    ).resolved()  # fmt: skip
     started = time.perf_counter()
     logging.disable_progress_bar()
     say(f"model {OFFLINE_MODEL}, data E2E (Novikova et al. 2017)")
@@ -56,10 +60,6 @@ def main(argv: list[str] | None = None) -> int:
     rows = to_examples(load_e2e(DATA / "train.jsonl.gz"))
     rows = random.Random(args.seed).sample(rows, min(args.steps * args.batch_size, len(rows)))
     say(f"training a prefix of {args.prefix_len} positions: {args.steps} steps of {args.batch_size} references")
-    settings = TrainSettings(
-        prefix_len=args.prefix_len, init_text=INIT_TEXT, learning_rate=args.learning_rate, steps=args.steps,
-        batch_size=args.batch_size, warmup=args.warmup, seed=args.seed,
-    )  # fmt: skip
     prefix, metrics = train_prefix(model, tokenizer, rows, args.output, settings)
 
     say("after training: the same meaning representations, the prefix attached")

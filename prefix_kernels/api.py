@@ -104,7 +104,7 @@ def explain_backends(
     Returns:
         One line per backend: "chosen", "not chosen: …" or "refused: …". Nothing is computed.
     """
-    options.pop("return_lse", None)
+    validate.check_call(backend, options.pop("return_lse", False))
     build = _varlen_inputs if options.get("cu_seqlens_q") is not None else _dense_inputs
     return select.explain(build(q, k, v, prefix_k, prefix_v, **options).problem(), backend)
 
@@ -115,7 +115,7 @@ def _dense_inputs(
 ) -> AttentionInputs:  # fmt: skip
     q, k, v = _autocast(q, k, v)
     validate.check_tensors(q, k, v, prefix_k, prefix_v, varlen=False)
-    validate.check_options(scale, window, softcap, first_key_position)
+    validate.check_options(causal, scale, window, softcap, first_key_position)
     batch, _, q_len, head_dim = q.shape
     kv_len = k.shape[2]
     if causal and q_len > kv_len:
@@ -140,7 +140,7 @@ def _varlen_inputs(
 ) -> AttentionInputs:  # fmt: skip
     q, k, v = _autocast(q, k, v)
     validate.check_tensors(q, k, v, prefix_k, prefix_v, varlen=True)
-    validate.check_options(scale, window, softcap, None)
+    validate.check_options(causal, scale, window, softcap, None)
     validate.check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, q.shape[0], "max_seqlen_q", max_seqlen_q, q.device)
     validate.check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, k.shape[0], "max_seqlen_k", max_seqlen_k, q.device)
     sequences = cu_seqlens_q.shape[0] - 1
@@ -165,12 +165,14 @@ def _bank(prefix: Tensor) -> Tensor:
 
 def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Under torch.autocast q, k and v take its dtype, as torch's own attention does; the prefix keeps float32."""
-    if not (isinstance(q, Tensor) and torch.is_autocast_enabled(q.device.type)) or q.dtype == torch.float64:
+    device = q.device.type if isinstance(q, Tensor) else "cpu"
+    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
         return q, k, v
-    dtype = torch.get_autocast_dtype(q.device.type)
-    return q.to(dtype), k.to(dtype), v.to(dtype)
+    dtype, floats = torch.get_autocast_dtype(device), (torch.float16, torch.bfloat16, torch.float32)
+    return tuple(t.to(dtype) if isinstance(t, Tensor) and t.dtype in floats else t for t in (q, k, v))
 
 
 def _run(inputs: AttentionInputs, backend: str | None, return_lse: bool) -> Tensor | tuple[Tensor, Tensor]:
+    validate.check_call(backend, return_lse)
     out, lse = ops.attention(*vars(inputs).values(), backend, return_lse)
     return (out, lse) if return_lse else out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields
 
 import torch
@@ -23,6 +24,12 @@ def _backend_for(inputs: AttentionInputs, backend: str | None):
     return load_backend(choose_backend(inputs.problem(), backend))
 
 
+def _without_autocast(device: torch.device) -> AbstractContextManager:
+    """A backend chooses its dtypes itself: autocast would round the float32 products of the reference."""
+    active = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if active else nullcontext()
+
+
 def _token_major(tensor: Tensor) -> Tensor:
     """The memory order that the fake implementations promise."""
     if tensor.dim() == 4:
@@ -36,7 +43,8 @@ def _token_major(tensor: Tensor) -> Tensor:
 def attention(*args):
     """(out, lse) of one call; arguments are those of AttentionInputs, then backend, then return_lse (for the backward pass)."""
     inputs = AttentionInputs(*args[:_INPUT_COUNT])
-    out, lse = _backend_for(inputs, args[_INPUT_COUNT]).forward(inputs)
+    with _without_autocast(inputs.q.device):
+        out, lse = _backend_for(inputs, args[_INPUT_COUNT]).forward(inputs)
     return _token_major(out), lse.contiguous()
 
 
@@ -59,7 +67,8 @@ def attention_backward(grad_out, grad_lse, out, lse, wanted, *args):
     """Gradients of q, k, v, prefix_k, prefix_v; one that is not wanted comes back as an empty tensor and is not computed."""
     inputs = AttentionInputs(*args[:_INPUT_COUNT])
     backend = _backend_for(inputs, args[_INPUT_COUNT])
-    grads = backend.backward(inputs, out, lse, grad_out, grad_lse, tuple(wanted))
+    with _without_autocast(inputs.q.device):
+        grads = backend.backward(inputs, out, lse, grad_out, grad_lse, tuple(wanted))
     results = []
     for index, (grad, needed) in enumerate(zip(grads, wanted, strict=True)):
         if not needed:

@@ -12,15 +12,18 @@ BACKENDS = ("sdpa", "reference")  # in order of preference
 
 
 def load_backend(name: str) -> ModuleType:
-    """The backend's module; ValueError for a name that does not exist."""
-    if name not in BACKENDS:
-        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {name!r}")
+    """The backend's module."""
     return importlib.import_module(f"prefix_kernels.backends.{name}")
 
 
 def requested_backend(backend: str | None) -> str | None:
-    """The caller's `backend`, else the environment variable PREFIX_KERNELS_BACKEND, else None."""
-    return backend or os.environ.get("PREFIX_KERNELS_BACKEND") or None
+    """The caller's `backend`, else the environment variable PREFIX_KERNELS_BACKEND, else None; ValueError if unknown."""
+    source = "backend"
+    if backend is None:
+        source, backend = "PREFIX_KERNELS_BACKEND", os.environ.get("PREFIX_KERNELS_BACKEND") or None
+    if backend is not None and backend not in BACKENDS:
+        raise ValueError(f"{source}: expected one of {', '.join(BACKENDS)}, got {backend!r}")
+    return backend
 
 
 def choose_backend(problem: AttentionProblem, backend: str | None) -> str:
@@ -37,8 +40,6 @@ def choose_backend(problem: AttentionProblem, backend: str | None) -> str:
 def explain(problem: AttentionProblem, backend: str | None) -> dict[str, str]:
     """For every backend: 'chosen', 'not chosen: …', or the reason why it refuses the problem."""
     requested = requested_backend(backend)
-    if requested is not None:
-        load_backend(requested)
     reasons = {name: load_backend(name).why_not(problem) for name in BACKENDS}
     usable = [name for name in BACKENDS if reasons[name] is None]
     chosen = requested or usable[0]

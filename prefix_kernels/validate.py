@@ -6,6 +6,8 @@ devices a backend treats ids out of range as −1 and clamps lengths.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -46,6 +48,9 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: T
         raise ValueError(f"v: expected k's shape {shape_of(k)} up to the last axis, got {shape_of(v)}")
     if k.shape[-1] != q.shape[-1]:
         raise ValueError(f"k: expected head_dim {q.shape[-1]} as in q, got shape {shape_of(k)}")
+    for name, tensor in (("q", q), ("v", v)):
+        if tensor.shape[-1] == 0:
+            raise ValueError(f"{name}: expected a head_dim of at least 1, got shape {shape_of(tensor)}")
     heads, kv_heads = q.shape[1], k.shape[1]
     if kv_heads == 0 or heads % kv_heads != 0:
         raise ValueError(f"k: expected a number of kv_heads that divides q's {heads} heads, got {kv_heads}")
@@ -76,16 +81,32 @@ def _check_dtypes(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: T
         raise TypeError(f"prefix_v: expected dtype {prefix_k.dtype} as prefix_k, got {prefix_v.dtype}")
 
 
-def check_options(scale, window, softcap, first_key_position) -> None:
+def check_options(causal, scale, window, softcap, first_key_position) -> None:
     """Scalar options."""
-    if scale is not None and not isinstance(scale, (int, float)):
-        raise TypeError(f"scale: expected a number or None, got {type(scale).__name__}")
-    if window is not None and window < 1:
-        raise ValueError(f"window: expected at least 1 or None, got {window}")
-    if softcap is not None and softcap <= 0:
-        raise ValueError(f"softcap: expected a positive number or None, got {softcap}")
-    if first_key_position is not None and first_key_position < 0:
-        raise ValueError(f"first_key_position: expected at least 0 or None, got {first_key_position}")
+    if not isinstance(causal, bool):
+        raise TypeError(f"causal: expected a bool, got {type(causal).__name__}")
+    for name, value in (("scale", scale), ("softcap", softcap)):
+        if value is not None and (not isinstance(value, (int, float)) or isinstance(value, bool)):
+            raise TypeError(f"{name}: expected a number or None, got {type(value).__name__}")
+    if scale is not None and not -math.inf < scale < math.inf:
+        raise ValueError(f"scale: expected a finite number or None, got {scale}")
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(f"softcap: expected a positive finite number or None, got {softcap}")
+    for name, value, least in (("window", window, 1), ("first_key_position", first_key_position, 0)):
+        if value is None:
+            continue
+        if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool):
+            raise TypeError(f"{name}: expected an int or None, got {type(value).__name__}")
+        if value < least:
+            raise ValueError(f"{name}: expected at least {least} or None, got {value}")
+
+
+def check_call(backend, return_lse) -> None:
+    """What does not concern the attention itself. Whether the backend exists and serves the call, select says."""
+    if backend is not None and not isinstance(backend, str):
+        raise TypeError(f"backend: expected a name or None, got {type(backend).__name__}")
+    if not isinstance(return_lse, bool):
+        raise TypeError(f"return_lse: expected a bool, got {type(return_lse).__name__}")
 
 
 def check_index(name: str, tensor: Tensor | None, length: int, of: str, device: torch.device) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import re
 import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -23,7 +24,7 @@ from prefix_tuning.data import is_e2e, read_rows
 from prefix_tuning.doctor import report
 from prefix_tuning.e2e import linearize, load_e2e
 from prefix_tuning.evaluate import e2e_reference_scores, evaluate_e2e, evaluate_rows
-from prefix_tuning.files import write_json
+from prefix_tuning.files import open_text, write_json
 from prefix_tuning.generate import Prompt, generate_texts
 from prefix_tuning.offline_model import OFFLINE_MODEL, load_model_and_tokenizer
 from prefix_tuning.plot import save_loss_curve
@@ -51,14 +52,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def train(args: argparse.Namespace) -> None:
-    rows = read_rows(args.train_file)
-    eval_rows = read_rows(args.eval_file) if args.eval_file else None
-    if eval_rows is not None:
-        eval_rows = _limited(eval_rows, args.eval_limit, args.seed)
-    settings = TrainSettings(
-        **{field: getattr(args, field) for field in TrainSettings.__dataclass_fields__ if hasattr(args, field)}
-    )
+    settings = TrainSettings(**{field: getattr(args, field) for field in TrainSettings.__dataclass_fields__})
     settings.resolved()  # says what is wrong before the model is loaded
+    if args.eval_file is None and (args.eval_limit is not None or args.patience):
+        raise ValueError("--eval-limit, --patience: they need --eval-file")
+    rows = read_rows(args.train_file)
+    eval_rows = _limited(read_rows(args.eval_file), args.eval_limit, args.seed) if args.eval_file else None
     model, tokenizer = _model(args)
     _, metrics = train_prefix(
         model, tokenizer, rows, args.output, settings, eval_rows=eval_rows, resume=args.resume, progress=not args.quiet
@@ -85,6 +84,8 @@ def train(args: argparse.Namespace) -> None:
 
 
 def evaluate(args: argparse.Namespace) -> None:
+    if args.output and Path(args.output).is_dir():
+        raise ValueError(f"--output: expected the name of a file, got the folder {args.output}")
     e2e = is_e2e(args.file)
     rows = _limited(load_e2e(args.file) if e2e else read_rows(args.file), args.limit, args.seed)
     model, tokenizer = _model(args)
@@ -103,12 +104,15 @@ def evaluate(args: argparse.Namespace) -> None:
 
 
 def generate(args: argparse.Namespace) -> None:
+    if not args.sample and (args.temperature, args.top_p) != (1.0, 1.0):
+        raise ValueError("--temperature, --top-p: they need --sample")
     prompts = _prompts(args)
     model, tokenizer = _model(args)
     with _attached(model, args):
         texts = generate_texts(
             model, tokenizer, prompts, max_new_tokens=args.max_new_tokens, batch_size=args.batch_size,
             num_beams=args.num_beams, sample=args.sample, temperature=args.temperature, top_p=args.top_p, seed=args.seed,
+            progress=None if args.quiet or len(prompts) <= args.batch_size else "generating",
         )  # fmt: skip
     for text in texts:
         print(text)
@@ -120,8 +124,10 @@ def doctor(args: argparse.Namespace) -> None:
 
 def _model(args: argparse.Namespace):
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"--device: got {device}, but torch finds no GPU here")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise ValueError(f"--device: expected cpu, cuda or cuda:N, got {device!r}")
+    if device != "cpu" and int(device[5:] or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device: got {device}, but torch finds {torch.cuda.device_count() or 'no'} GPU here")
     try:
         return load_model_and_tokenizer(args.model, dtype=DTYPES[args.dtype], device=device)
     except (OSError, ValueError) as error:  # transformers does not always say which model
@@ -135,25 +141,43 @@ def _attached(model, args: argparse.Namespace) -> AbstractContextManager:
 
 
 def _prompts(args: argparse.Namespace) -> list[Prompt]:
-    if args.prompt:
+    if args.prompt is not None:
         return args.prompt
-    if args.messages:
-        try:
-            return [json.loads(args.messages)]
-        except ValueError as error:
-            raise ValueError(f"--messages: not JSON: {error}") from None
+    if args.messages is not None:
+        return [_conversation(args.messages)]
     if args.file and any(suffix in (".jsonl", ".csv") for suffix in Path(args.file).suffixes):
         if is_e2e(args.file):
             return [linearize(row["mr"]) + "\n" for row in load_e2e(args.file)]
-        return [row["messages"][:-1] if "messages" in row else row["prompt"] for row in read_rows(args.file)]
-    lines = Path(args.file).read_text(encoding="utf-8") if args.file else sys.stdin.read()
-    prompts = [line for line in lines.splitlines() if line.strip()]
+        return [_asked(row["messages"]) if "messages" in row else row["prompt"] for row in read_rows(args.file)]
+    with open_text(args.file) if args.file else nullcontext(sys.stdin) as lines:
+        prompts = [line for line in lines.read().splitlines() if line.strip()]
     if not prompts:
         raise ValueError(f"{args.file or 'stdin'}: holds no prompts")
     return prompts
 
 
+def _conversation(text: str) -> Prompt:
+    try:
+        messages = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"--messages: not JSON: {error}") from None
+    if not (
+        isinstance(messages, list)
+        and messages
+        and all(isinstance(turn, dict) and {"role", "content"} <= turn.keys() for turn in messages)
+    ):
+        raise ValueError(f'--messages: expected a list of objects with "role" and "content", got {text}')
+    return messages
+
+
+def _asked(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A conversation without its last turn where that is the assistant's: what there is to answer."""
+    return messages[:-1] if messages[-1]["role"] == "assistant" else messages
+
+
 def _limited(rows: list, limit: int | None, seed: int) -> list:
+    if limit is not None and limit < 1:
+        raise ValueError(f"--limit, --eval-limit: expected at least 1, got {limit}")
     return rows if limit is None or limit >= len(rows) else random.Random(seed).sample(rows, limit)
 
 

@@ -17,10 +17,11 @@ from transformers import (
     EarlyStoppingCallback,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    ProgressCallback,
+    PrinterCallback,
     TrainerCallback,
     TrainingArguments,
 )
+from transformers.integrations import get_available_reporting_integrations
 
 from prefix_tuning.doctor import explain_training
 from prefix_tuning.files import write_json
@@ -37,10 +38,11 @@ class TrainSettings:
     init                  "text" (the keys and values of init_text) or "random"; None: "text" where init_text is given
     reparametrization     "mlp" or "none"; None: "mlp" for a random prefix, "none" for a text's
     learning_rate         None: 1e-3 with an MLP, 3e-2 for keys and values that start from a text, 1e-3 from random
-    steps, epochs         optimiser steps, or passes over the rows; one of them
+    steps, epochs         optimiser steps, or passes over the rows; at most one of them, None for both: 3 passes
     warmup                steps (1 or more) or their share (below 1) in which the learning rate rises; then it falls linearly
     save_steps            a checkpoint, and an evaluation where there are rows for it, every so many steps; 0: none
     patience              stop after so many evaluations without a better loss; 0: never
+    report_to             a logger that transformers knows and that is installed, "all" of those or "none"
     """
 
     prefix_len: int = 16
@@ -68,14 +70,29 @@ class TrainSettings:
         """The same with every None replaced that has a rule; ValueError for settings that contradict each other."""
         if self.steps is not None and self.epochs is not None:
             raise ValueError(f"steps: expected steps or epochs, got both ({self.steps} and {self.epochs})")
-        for name in ("steps", "epochs", "batch_size", "gradient_accumulation", "learning_rate", "max_length"):
+        for name in (
+            "prefix_len", "hidden_size", "steps", "epochs", "batch_size", "gradient_accumulation", "learning_rate",
+            "max_length",
+        ):  # fmt: skip
             value = getattr(self, name)
-            if value is not None and value <= 0:
+            if value is not None and not value > 0:
                 raise ValueError(f"{name}: expected more than 0, got {value}")
         for name in ("warmup", "save_steps", "patience", "weight_decay", "max_grad_norm"):
-            if getattr(self, name) < 0:
+            if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}: expected at least 0, got {getattr(self, name)}")
+        for name, choices in (("init", ("text", "random")), ("reparametrization", ("mlp", "none"))):
+            if getattr(self, name) not in (None, *choices):
+                raise ValueError(f"{name}: expected {' or '.join(choices)}, got {getattr(self, name)!r}")
         init = self.init or ("random" if self.init_text is None else "text")
+        if init == "text" and self.init_text is None:
+            raise ValueError("init_text: expected the text that init 'text' starts from, got None")
+        if init == "random" and self.init_text is not None:
+            raise ValueError(f"init_text: got {self.init_text!r}, which init 'random' does not start from")
+        if self.patience and not self.save_steps:
+            raise ValueError(f"patience: got {self.patience} without save_steps, which says when to evaluate")
+        loggers = ("none", "all", *get_available_reporting_integrations())
+        if self.report_to not in loggers:
+            raise ValueError(f"report_to: expected one of {', '.join(loggers)} (what is installed), got {self.report_to!r}")
         mlp = self.reparametrization or ("none" if init == "text" else "mlp")
         rate = self.learning_rate or (3e-2 if mlp == "none" and init == "text" else 1e-3)
         epochs = 3.0 if self.steps is None and self.epochs is None else self.epochs
@@ -96,13 +113,17 @@ def train_prefix(
     """Trains a prefix on rows of text (as in data.py) and writes it to `output`/prefix; checkpoints go to `output`.
 
     With eval_rows and save_steps, the prefix with the lowest evaluation loss is the one that is kept. resume: go on from the
-    last checkpoint in `output`.
+    last checkpoint in `output`; where that is the end of the run, nothing is trained.
 
-    Returns the prefix and its numbers: losses (one a step), eval_losses [[step, loss], …], seconds_per_step,
-    trainable_parameters, trainable_share (of model and prefix), prefix_parameters, backend, steps, settings. The model is
-    the plain model again afterwards.
+    Returns the prefix and its numbers: losses (one a step), eval_losses [[step, loss], …], seconds_per_step (of this call's
+    steps; NaN without any), trainable_parameters, trainable_share (of model and prefix), prefix_parameters, backend, steps,
+    settings. The model is the plain model again afterwards.
+
+    Raises ValueError for wrong settings and rows, and where checkpoints are missing (resume) or in the way (otherwise).
     """
     settings, output = settings.resolved(), Path(output)
+    arguments = _arguments(model, output, settings, evaluate=eval_rows is not None)
+    _check_checkpoints(output, settings, resume)
     prefix = Prefix.for_model(
         model, settings.prefix_len, init=settings.init, text=settings.init_text, tokenizer=tokenizer,
         reparametrization=None if settings.reparametrization == "none" else settings.reparametrization,
@@ -112,14 +133,13 @@ def train_prefix(
     callbacks: list[TrainerCallback] = [clock]
     if settings.patience:
         callbacks.append(EarlyStoppingCallback(settings.patience))
-    trainer = PrefixTrainer(
-        model, prefix, _arguments(model, output, settings, evaluate=eval_rows is not None), train_dataset=rows,
-        eval_dataset=eval_rows, processing_class=tokenizer, max_length=settings.max_length, backend=settings.backend,
-        callbacks=callbacks,
-    )  # fmt: skip
-    trainer.remove_callback(ProgressCallback)
     if progress:
-        trainer.add_callback(_LossBar())
+        callbacks.append(_LossBar())
+    trainer = PrefixTrainer(
+        model, prefix, arguments, train_dataset=rows, eval_dataset=eval_rows, processing_class=tokenizer,
+        max_length=settings.max_length, backend=settings.backend, callbacks=callbacks,
+    )  # fmt: skip
+    trainer.remove_callback(PrinterCallback)  # stands in for transformers' own bar, and writes to stdout
     try:
         trainer.train(resume_from_checkpoint=resume or None)
         if eval_rows is not None and not settings.save_steps:
@@ -139,7 +159,7 @@ def train_prefix(
     return prefix, {
         "losses": [entry["loss"] for entry in history if "loss" in entry],
         "eval_losses": [[entry["step"], entry["eval_loss"]] for entry in history if "eval_loss" in entry],
-        "seconds_per_step": clock.seconds / max(clock.steps, 1),
+        "seconds_per_step": clock.seconds / clock.steps if clock.steps else math.nan,
         "trainable_parameters": trained,
         "trainable_share": trained / (trained + frozen),
         "prefix_parameters": sum(t.numel() for pair in prefix.layers() for t in pair),
@@ -164,16 +184,26 @@ def _json(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def _check_checkpoints(output: Path, settings: TrainSettings, resume: bool) -> None:
+    found = any(output.glob("checkpoint-*"))
+    if resume and not found:
+        raise ValueError(f"resume: {output} holds no checkpoint to go on from")
+    if settings.save_steps and found and not resume:
+        raise ValueError(f"output: {output} holds the checkpoints of an earlier run; resume that, or take another folder")
+
+
 def _arguments(model: PreTrainedModel, output: Path, settings: TrainSettings, *, evaluate: bool) -> TrainingArguments:
     parameter = next(model.parameters())
     on_cpu, dtype = parameter.device.type == "cpu", parameter.dtype
     if dtype == torch.float16 and on_cpu:
         raise ValueError("dtype: training in float16 needs a GPU (its loss is scaled there); got the CPU, take bfloat16")
+    if settings.patience and not evaluate:
+        raise ValueError(f"patience: got {settings.patience} without eval_rows, whose loss tells when to stop")
     strategy = "steps" if settings.save_steps else "no"
-    # transformers 5.24 calls gradient checkpointing activation checkpointing.
+    # Newer versions of transformers (5.24) call gradient checkpointing activation checkpointing.
     names = {field.name for field in dataclasses.fields(TrainingArguments)}
     recompute = next(name for name in ("activation_checkpointing", "gradient_checkpointing") if name in names)
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(output),
         max_steps=settings.steps or -1,
         num_train_epochs=settings.epochs or 1.0,
@@ -200,8 +230,15 @@ def _arguments(model: PreTrainedModel, output: Path, settings: TrainSettings, *,
         dataloader_pin_memory=not on_cpu,
         seed=settings.seed,
         report_to=settings.report_to,
+        disable_tqdm=True,
         **{recompute: settings.gradient_checkpointing},
     )
+    if parameter.device.index and parameter.device != arguments.device:
+        raise ValueError(
+            f"device: the model is on {parameter.device}, but training runs on {arguments.device}; choose the GPU with "
+            "CUDA_VISIBLE_DEVICES"
+        )
+    return arguments
 
 
 class _StepClock(TrainerCallback):

@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import DataCollator, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
-from transformers.utils import logging
 
 from prefix_tuning.attach import Attachment, attach_prefix
 from prefix_tuning.checkpointing import LayerCheckpointing
-from prefix_tuning.data import PromptCompletionCollator, check_row, tokenize_rows
+from prefix_tuning.data import PromptCompletionCollator, tokenize_rows
 from prefix_tuning.loss import sum_loss, target_loss
 from prefix_tuning.prefix import Prefix
 
-logger = logging.get_logger(__name__)
+logger = logging.getLogger(__name__)
 
-# What works on the model that is frozen here, or would split it up; refused by name rather than ignored.
+# What works on the model that is frozen here, or would split or upload it; refused by name rather than ignored.
 _REFUSED = (
     "label_smoothing_factor", "neftune_noise_alpha", "use_liger_kernel", "bf16_full_eval", "fp16_full_eval", "fsdp",
-    "deepspeed",
+    "deepspeed", "push_to_hub",
 )  # fmt: skip
 
 
@@ -92,7 +93,7 @@ class PrefixedModel(nn.Module):
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
     ) -> None:
-        """The name by which transformers before 5.20 calls activation_checkpointing_enable."""
+        """The name by which older versions of transformers (5.17) call activation_checkpointing_enable."""
         self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **options)
 
 
@@ -106,16 +107,17 @@ class PrefixTrainer(Trainer):
         args: TrainingArguments. gradient_checkpointing recomputes the layers of the frozen model; bf16 and fp16 leave the
             prefix in its own dtype.
         train_dataset, eval_dataset: rows as data.py describes them (a sequence; tokenised here, which needs
-            processing_class), or datasets of {"input_ids", "labels"}.
+            processing_class), or datasets of {"input_ids", "labels"}. The same goes for what evaluate and predict are given.
         processing_class: the tokenizer.
-        max_length: cuts prompts so that a row has no more tokens; default: what the model has positions for.
+        max_length: cuts prompts so that a row has no more tokens; default, and at most: what the model has positions for.
         backend, prefix_window: as for attach_prefix.
         others: as for Trainer.
 
     A checkpoint holds the prefix with its reparametrisation, and the state of optimiser, schedule and random numbers:
     train(resume_from_checkpoint=…) goes on as if never interrupted. save_model writes the prefix alone, for Prefix.load.
 
-    Raises ValueError or TypeError for wrong arguments; NotImplementedError for args that would change or split the model.
+    Raises ValueError or TypeError for wrong arguments; NotImplementedError for args that would change, split or upload the
+    model.
     """
 
     def __init__(
@@ -142,18 +144,19 @@ class PrefixTrainer(Trainer):
             if processing_class is None:
                 raise ValueError("processing_class: expected the tokenizer, or a data_collator in its place")
             data_collator = PromptCompletionCollator(processing_class)
-        longest = _longest(model, prefix)
-        max_length = min(max_length or longest, longest)
 
-        self.prefix = prefix
         self.attachment: Attachment = attach_prefix(model, prefix, backend=backend, prefix_window=prefix_window)
         try:
+            if train_dataset is not None and not any(p.requires_grad for p in prefix.parameters()):
+                raise ValueError("prefix: none of its parameters requires a gradient; prefix.requires_grad_() lets them")
+            self.prefix = prefix
+            self.max_length = _max_length(model, prefix, max_length)
             super().__init__(
                 PrefixedModel(model, prefix),
                 args,
                 data_collator=data_collator,
-                train_dataset=_tokenized(train_dataset, processing_class, max_length),
-                eval_dataset=_tokenized(eval_dataset, processing_class, max_length),
+                train_dataset=_tokenized("train_dataset", train_dataset, processing_class, self.max_length),
+                eval_dataset=_tokenized("eval_dataset", eval_dataset, processing_class, self.max_length),
                 processing_class=processing_class,
                 **others,
             )
@@ -172,8 +175,15 @@ class PrefixTrainer(Trainer):
         """Writes the prefix to `output_dir`; in Trainer's own checkpoints (_internal_call) with its reparametrisation."""
         if self.args.should_save:
             self.prefix.save(output_dir or self.args.output_dir, keep_reparametrization=_internal_call)
-        if self.args.push_to_hub and not _internal_call:
-            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> None:
+        raise NotImplementedError("push_to_hub: upload the prefix alone, by prefix.push_to_hub")
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        return super().get_eval_dataloader(_tokenized("eval_dataset", eval_dataset, self.processing_class, self.max_length))
+
+    def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
+        return super().get_test_dataloader(_tokenized("test_dataset", test_dataset, self.processing_class, self.max_length))
 
     def prediction_step(
         self,
@@ -186,6 +196,10 @@ class PrefixTrainer(Trainer):
             inputs = {**inputs, "return_logits": True}
         return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if self.state.global_step < self.state.max_steps:  # Trainer takes one more step where it resumes a finished run
+            super()._run_epoch(*args, **kwargs)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         saved = Prefix.load(resume_from_checkpoint)
         kinds = ["with" if p.reparametrization is not None else "without" for p in (self.prefix, saved)]
@@ -194,10 +208,14 @@ class PrefixTrainer(Trainer):
                 f"resume_from_checkpoint: the prefix is trained {kinds[0]} a reparametrisation, the one in "
                 f"{resume_from_checkpoint} was saved {kinds[1]}"
             )
-        try:
-            self.prefix.load_state_dict(saved.state_dict())
-        except RuntimeError as error:
-            raise ValueError(f"resume_from_checkpoint: the prefix in {resume_from_checkpoint} differs: {error}") from None
+        expected, found = _sizes(self.prefix), _sizes(saved)
+        wrong = next((name for name in expected | found if expected.get(name) != found.get(name)), None)
+        if wrong is not None:
+            raise ValueError(
+                f"resume_from_checkpoint: {wrong} is {found.get(wrong, 'missing')} in {resume_from_checkpoint}, expected "
+                f"{expected.get(wrong, 'no such tensor')} as in the prefix that is trained"
+            )
+        self.prefix.load_state_dict(saved.state_dict())
 
     def _load_best_model(self) -> None:
         logger.info(f"Loading the best prefix from {self.state.best_model_checkpoint} (score: {self.state.best_metric}).")
@@ -208,31 +226,44 @@ def _check_args(args: TrainingArguments, others: Mapping[str, Any]) -> None:
     refused = [name for name in _REFUSED if getattr(args, name, None)]
     if refused:
         raise NotImplementedError(f"args: {', '.join(refused)} is not served when a prefix is trained")
-    unknown = {"model_init"} & others.keys()
-    if unknown:
-        raise TypeError(f"{unknown.pop()}: expected a model and a prefix in its place")
+    if "model_init" in others:
+        raise TypeError("model_init: expected a model and a prefix in its place")
     if args.n_gpu > 1:
         # One process would copy the model to every GPU by nn.DataParallel, and the copies would not see the prefix.
         logger.warning(f"{args.n_gpu} GPUs are visible and one is used; start one process for each with torchrun")
         args._n_gpu = 1
 
 
-def _longest(model: PreTrainedModel, prefix: Prefix) -> int:
-    limit = getattr(model.config, "max_position_embeddings", None) or 2**31 - 1
-    if limit <= prefix.position_offset:
-        raise ValueError(f"prefix: it takes {prefix.position_offset} of the model's {limit} positions, which leaves none")
-    return limit - prefix.position_offset
+def _sizes(prefix: Prefix) -> dict[str, Any]:
+    """What two prefixes must agree on for one to be loaded into the other."""
+    sizes = {"prefix_len": prefix.prefix_len, "position_offset": prefix.position_offset}
+    return sizes | {name: list(tensor.shape) for name, tensor in prefix.state_dict().items()}
 
 
-def _tokenized(dataset: Any, tokenizer: PreTrainedTokenizerBase | None, max_length: int) -> Any:
-    """Rows of text as examples; what is tokenised already, is no map-style data set or has a name goes on as it is."""
+def _max_length(model: PreTrainedModel, prefix: Prefix, max_length: int | None) -> int:
+    """max_length, or the tokens that the model has positions for behind the prefix where that is less."""
+    if max_length is not None and max_length < 1:
+        raise ValueError(f"max_length: expected at least 1, got {max_length}")
+    positions = model.config.max_position_embeddings
+    left = positions - prefix.position_offset
+    if left < 1:
+        raise ValueError(f"prefix: it takes {prefix.position_offset} of the model's {positions} positions, which leaves none")
+    return left if max_length is None else min(max_length, left)
+
+
+def _tokenized(name: str, dataset: Any, tokenizer: PreTrainedTokenizerBase | None, max_length: int) -> Any:
+    """Rows of text as examples; what is tokenised already, is no map-style data set or is a name goes on as it is."""
     if isinstance(dataset, Mapping):
-        return {name: _tokenized(part, tokenizer, max_length) for name, part in dataset.items()}
-    if dataset is None or isinstance(dataset, str | torch.utils.data.IterableDataset) or len(dataset) == 0:
+        return {part: _tokenized(f"{name}[{part!r}]", rows, tokenizer, max_length) for part, rows in dataset.items()}
+    if dataset is None or isinstance(dataset, str | torch.utils.data.IterableDataset):
         return dataset
+    if len(dataset) == 0:
+        raise ValueError(f"{name}: expected at least one row, got none")
     if isinstance(dataset[0], Mapping) and "input_ids" in dataset[0]:
         return dataset
-    check_row(dataset[0])
     if tokenizer is None:
         raise ValueError("processing_class: expected the tokenizer, which rows of text need")
-    return tokenize_rows(dataset, tokenizer, max_length)
+    try:
+        return tokenize_rows(dataset, tokenizer, max_length)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None

@@ -1,331 +1,686 @@
-"""PrefixTrainer: only the prefix learns, exactly as a plain loop would teach it, and everything around the step works."""
+"""PrefixTrainer trains the prefix alone, as a plain loop would, and keeps what Trainer promises around the step."""
 
+import copy
+import dataclasses
 import json
 import os
+import random
+import socket
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from torch.nn import functional
-from transformers import EarlyStoppingCallback, TrainingArguments
+from torch.nn.functional import cross_entropy
+from transformers import DynamicCache, EarlyStoppingCallback, PrinterCallback, TrainerCallback, TrainingArguments
 
-import prefix_kernels
-import prefix_tuning.attach
 from prefix_tuning import Prefix, PrefixTrainer, attach_prefix
 from prefix_tuning.data import PromptCompletionCollator, tokenize_rows
-from support.models import random_prefix, tiny_model
+from support.models import FAMILIES, random_prefix, tiny_model
 from support.tokenizer import tiny_tokenizer
 
-ROWS = [
-    {"prompt": "name : Aromi\n", "completion": "Aromi."},
-    {"prompt": "name : Browns | area : riverside\n", "completion": "Browns is a pub by the river."},
-    {"prompt": "name : Cotto\n", "completion": "There is a place, Cotto, that serves tea."},
-    {"prompt": "food : Thai\n", "completion": "Thai."},
-]
-RECOMPUTE = next(name for name in ("activation_checkpointing", "gradient_checkpointing") if hasattr(TrainingArguments, name))
+# All versions of transformers take the old name.
+pytestmark = pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")
+
+PREFIX_LEN = 5
+NAMES = ("Aromi", "Browns Cambridge", "Cotto", "Fitzbillies", "Green Man", "Loch Fyne", "Strada", "Wildwood")
+ROWS = [{"prompt": f"name : {name}\n", "completion": f"{name} is a pub." * (1 + i % 3)} for i, name in enumerate(NAMES)]
+TOLERANCE = {"atol": 2e-5, "rtol": 1e-4}
+# Newer versions of transformers call it activation checkpointing, and warn of the old name.
+CHECKPOINTING = next(
+    field.name for field in dataclasses.fields(TrainingArguments)
+    if field.name in ("activation_checkpointing", "gradient_checkpointing")
+)  # fmt: skip
 
 
 def arguments(folder, **changes):
-    options = {
-        "max_steps": 3, "learning_rate": 0.1, "per_device_train_batch_size": 4, "lr_scheduler_type": "constant",
-        "report_to": "none", "save_strategy": "no", "logging_steps": 1, "use_cpu": True, "dataloader_pin_memory": False,
-        "disable_tqdm": True, "seed": 0,
+    defaults = {
+        "max_steps": 4, "per_device_train_batch_size": 4, "per_device_eval_batch_size": 4, "learning_rate": 1e-2,
+        "logging_steps": 1, "save_strategy": "no", "report_to": "none", "use_cpu": True, "dataloader_pin_memory": False,
+        "disable_tqdm": True,
     }  # fmt: skip
-    return TrainingArguments(str(folder), **options | changes)
+    return TrainingArguments(str(folder), **defaults | changes)
 
 
-def make_trainer(folder, *, model=None, prefix=None, rows=ROWS, others=None, **changes):
-    model = model or tiny_model("llama")
-    prefix = prefix or random_prefix(model)
-    return PrefixTrainer(
-        model, prefix, arguments(folder, **changes), train_dataset=rows, processing_class=tiny_tokenizer(), **others or {}
-    )
+def make_trainer(folder, model=None, prefix=None, rows=ROWS, options=None, **changes):
+    """A silent trainer on the rows; `changes` go to TrainingArguments, `options` to PrefixTrainer."""
+    model = tiny_model("llama") if model is None else model
+    prefix = random_prefix(model, PREFIX_LEN) if prefix is None else prefix
+    options = {"processing_class": tiny_tokenizer()} | (options or {})
+    trainer = PrefixTrainer(model, prefix, arguments(folder, **changes), train_dataset=rows, **options)
+    trainer.remove_callback(PrinterCallback)
+    return trainer
 
 
-def mlp_prefix(model):
-    return Prefix.for_model(model, 5, reparametrization="mlp", hidden_size=8, seed=0)
-
-
-def values(prefix):
-    return [tensor.detach().clone() for pair in prefix.layers() for tensor in pair]
-
-
-def assert_equal(prefix, expected, **tolerance):
-    for tensor, wanted in zip(values(prefix), expected, strict=True):
-        torch.testing.assert_close(tensor, wanted, **tolerance)
-
-
-def batch():
-    return PromptCompletionCollator(tiny_tokenizer())(tokenize_rows(ROWS, tiny_tokenizer()))
-
-
-def plain_loss(model, inputs):
-    """Mean cross-entropy of the labelled tokens, from all logits."""
-    logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
-    return functional.cross_entropy(logits[:, :-1].flatten(0, 1), inputs["labels"][:, 1:].flatten(), ignore_index=-100)
-
-
-@pytest.mark.parametrize("reparametrized", (False, True))
-def test_equals_a_plain_loop(tmp_path, reparametrized):
-    model = tiny_model("llama")
-    prefix = mlp_prefix(model) if reparametrized else random_prefix(model)
-    optimizer = torch.optim.AdamW(prefix.parameters(), lr=0.1, weight_decay=0.0)
-    losses = []
-    with attach_prefix(model, prefix):
-        for _ in range(3):
-            optimizer.zero_grad()
-            loss = plain_loss(model, batch())
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(prefix.parameters(), 1.0)
-            optimizer.step()
-            losses.append(loss.item())
-    trained = mlp_prefix(model) if reparametrized else random_prefix(model)
-    trainer = make_trainer(tmp_path, prefix=trained)
-    trainer.train()
-    assert [entry["loss"] for entry in trainer.state.log_history if "loss" in entry] == pytest.approx(losses, rel=1e-4)
-    assert_equal(trained, values(prefix), atol=2e-3, rtol=1e-3)  # Adam's first steps turn rounding into steps of lr
-    assert any((a - b).abs().max() > 0.05 for a, b in zip(values(trained), values(random_prefix(model)), strict=True))
-
-
-def test_only_the_prefix_changes(tmp_path):
-    model = tiny_model("llama")
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    prefix = random_prefix(model)
-    start = values(prefix)
-    trainer = make_trainer(tmp_path, model=model, prefix=prefix)
-    names = [name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad]
-    assert names and all(name.startswith("prefix.") for name in names)
+def trained(folder, *args, **kwargs):
+    trainer = make_trainer(folder, *args, **kwargs)
     trainer.train()
     trainer.detach()
-    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-    assert all(parameter.grad is None for parameter in model.parameters())
-    assert not any(torch.equal(old, new) for old, new in zip(start, values(prefix), strict=True))
-    input_ids = batch()["input_ids"]
-    torch.testing.assert_close(model(input_ids=input_ids).logits, tiny_model("llama")(input_ids=input_ids).logits)
+    return trainer
 
 
-@pytest.mark.parametrize("recompute", (False, True))
-def test_no_dropout_even_when_layers_are_recomputed(tmp_path, recompute):
-    dropout = {"attn_pdrop": 0.5, "resid_pdrop": 0.5, "embd_pdrop": 0.5}
-    with_dropout = tiny_model("gpt2", **dropout)
-    prefix, expected = random_prefix(with_dropout), random_prefix(with_dropout)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
-        make_trainer(tmp_path, model=with_dropout, prefix=prefix, **{RECOMPUTE: recompute}).train()
-    make_trainer(tmp_path, model=tiny_model("gpt2", **dict.fromkeys(dropout, 0.0)), prefix=expected).train()
-    assert_equal(prefix, values(expected), atol=1e-4, rtol=1e-4)
-    assert not any(module.training for module in with_dropout.modules())
+def mlp_prefix(model, seed=0, **changes):
+    return Prefix.for_model(model, PREFIX_LEN, reparametrization="mlp", hidden_size=8, seed=seed, **changes)
 
 
+def losses(trainer):
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def assert_prefixes_close(actual, expected, **tolerance):
+    assert actual.state_dict().keys() == expected.state_dict().keys()
+    for name, tensor in actual.state_dict().items():
+        torch.testing.assert_close(tensor, expected.state_dict()[name], **tolerance or TOLERANCE)
+
+
+def assert_prefixes_equal(actual, expected):
+    assert_prefixes_close(actual, expected, atol=0, rtol=0)
+
+
+class Interrupt(TrainerCallback):
+    """Ends training after `step` as Ctrl-C does."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+class Draws(TrainerCallback):
+    """Uses up random numbers at every step, and keeps them."""
+
+    def __init__(self):
+        self.seen = {}
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.seen[state.global_step] = (torch.rand(()).item(), random.random(), float(np.random.rand()))
+
+
+@pytest.mark.parametrize("reparametrization", (None, "mlp"))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_prefix_alone_is_trained(family, reparametrization, tmp_path):
+    model = tiny_model(family)
+    prefix = Prefix.for_model(model, PREFIX_LEN, reparametrization=reparametrization, hidden_size=8, seed=0)
+    before = copy.deepcopy(prefix)
+    modes = []
+
+    class Modes(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, **kwargs):
+            modes.append(({m.training for m in model.modules()}, {m.training for m in prefix.modules()}))
+            assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in prefix.parameters())
+            assert all(p.grad is None for p in model.parameters())
+
+    trained(tmp_path, model, prefix, options={"callbacks": [Modes()]}, weight_decay=0.1)
+    assert modes == [({False}, {True})] * 4
+    for (name, parameter), untouched in zip(model.state_dict().items(), tiny_model(family).state_dict().values(), strict=True):
+        assert torch.equal(parameter, untouched), name
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    for (name, parameter), old in zip(prefix.named_parameters(), before.parameters(), strict=True):
+        assert not torch.equal(parameter, old), name
+
+
+def row_loss(model, prefix, tokenizer, row):
+    """Summed loss of the completion and the number of its tokens, by the plain model with the prefix as its cache."""
+    prompt = tokenizer(row["prompt"])["input_ids"]
+    target = [*tokenizer(row["completion"], add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    ids = torch.tensor([prompt + target])
+    cache = DynamicCache(config=model.config)
+    for index, (key, value) in enumerate(prefix.layers()):
+        cache.update(key[None], value[None], index)
+    logits = model(
+        input_ids=ids, attention_mask=torch.ones(1, PREFIX_LEN + ids.shape[1], dtype=torch.long), past_key_values=cache,
+        position_ids=torch.arange(ids.shape[1])[None] + PREFIX_LEN,
+    ).logits  # fmt: skip
+    return cross_entropy(logits[0, len(prompt) - 1 : -1], torch.tensor(target), reduction="sum"), len(target)
+
+
+def train_by_hand(model, prefix, rows, steps, rate, *, warmup, weight_decay, max_grad_norm):
+    """The losses of full-batch steps of torch's AdamW on the prefix, with a linear schedule; biases never decay."""
+    tokenizer, seen = tiny_tokenizer(), []
+    biases = [parameter for name, parameter in prefix.named_parameters() if name.endswith("bias")]
+    others = [parameter for name, parameter in prefix.named_parameters() if not name.endswith("bias")]
+    optimizer = torch.optim.AdamW([{"params": others, "weight_decay": weight_decay}, {"params": biases, "weight_decay": 0.0}])
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = rate * (step / warmup if step < warmup else (steps - step) / (steps - warmup))
+        sums, counts = zip(*(row_loss(model, prefix, tokenizer, row) for row in rows), strict=True)
+        loss = sum(sums) / sum(counts)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(prefix.parameters(), max_grad_norm)
+        optimizer.step()
+        seen.append(loss.item())
+    return seen
+
+
+@pytest.mark.parametrize("reparametrization", (None, "mlp"))
 @pytest.mark.parametrize("family", ("gpt2", "llama"))
-def test_layers_are_recomputed_and_nothing_else_changes(tmp_path, monkeypatch, family):
-    calls, original = [], prefix_tuning.attach.prefix_attention
-    monkeypatch.setattr(prefix_tuning.attach, "prefix_attention", lambda *a, **k: calls.append(1) or original(*a, **k))
-    results = []
-    for recompute in (False, True):
-        model = tiny_model(family)
-        prefix = random_prefix(model)
-        trainer = make_trainer(tmp_path, model=model, prefix=prefix, max_steps=2, **{RECOMPUTE: recompute})
-        calls.clear()
-        trainer.train()
-        results.append((len(calls), values(prefix)))
-        trainer.detach()
-        layers = [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]
-        assert layers and not any(layer.gradient_checkpointing for layer in layers)
-    assert results[1][0] == 2 * results[0][0] == 2 * 2 * 3
-    assert_equal(prefix, results[0][1], atol=1e-4, rtol=1e-4)
+def test_equals_a_loop_by_hand(family, reparametrization, tmp_path):
+    """Padding, the loss on targets alone, the optimiser, the schedule and clipping, over six steps."""
+    model, steps = tiny_model(family, max_position_embeddings=256), 6
+    prefix = random_prefix(model, PREFIX_LEN) if reparametrization is None else mlp_prefix(model)
+    by_hand, start = copy.deepcopy(prefix), copy.deepcopy(prefix)
+    settings = {"weight_decay": 0.1, "max_grad_norm": 0.5}
+    expected = train_by_hand(model, by_hand, ROWS[:4], steps, 1e-2, warmup=2, **settings)
+    trainer = trained(tmp_path, model, prefix, ROWS[:4], max_steps=steps, warmup_steps=2, **settings)
+    torch.testing.assert_close(torch.tensor(losses(trainer)), torch.tensor(expected), **TOLERANCE)
+    assert_prefixes_close(prefix, by_hand, atol=2e-4, rtol=1e-3)
+    moved = max((a - b).abs().max() for a, b in zip(prefix.parameters(), start.parameters(), strict=True))
+    assert moved > 0.01, "too little to see a difference"
 
 
-def test_accumulated_steps_equal_one_big_batch(tmp_path):
-    """Rows of unequal numbers of targets, so a mean of means would differ."""
-    results = []
-    for size, steps in ((4, 1), (2, 2), (1, 4)):
-        prefix = random_prefix(tiny_model("llama"))
-        changes = {"per_device_train_batch_size": size, "gradient_accumulation_steps": steps}
-        trainer = make_trainer(tmp_path, prefix=prefix, optim="sgd", max_grad_norm=0.0, learning_rate=1.0, **changes)
-        trainer.train()
-        results.append(values(prefix))
-    for other in results[1:]:
-        for tensor, expected in zip(other, results[0], strict=True):
-            torch.testing.assert_close(tensor, expected, atol=1e-4, rtol=1e-4)
+DROPOUT = {
+    "gpt2": {"attn_pdrop": 0.5, "resid_pdrop": 0.5, "embd_pdrop": 0.5}, "llama": {"attention_dropout": 0.5},
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("reparametrized", (False, True))
-def test_resumed_equals_uninterrupted(tmp_path, reparametrized):
-    make = mlp_prefix if reparametrized else random_prefix
-    changes = {
-        "max_steps": 6, "per_device_train_batch_size": 2, "save_strategy": "steps", "save_steps": 3,
-        "lr_scheduler_type": "linear",
-    }  # fmt: skip
-    whole = make_trainer(tmp_path, prefix=make(tiny_model("llama")), **changes)
-    whole.train()
-    again = make_trainer(tmp_path, prefix=make(tiny_model("llama")), **changes)
-    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
-    assert again.state.global_step == 6
-    for name, tensor in again.prefix.state_dict().items():
-        assert torch.equal(tensor, whole.prefix.state_dict()[name]), name
+@pytest.mark.parametrize("checkpointing", (False, True), ids=("stored", "recomputed"))
+@pytest.mark.parametrize("family", DROPOUT)
+def test_no_dropout(family, checkpointing, tmp_path, recwarn):
+    prefixes = []
+    for dropout in ({name: 0.0 for name in DROPOUT[family]}, DROPOUT[family]):
+        trainer = trained(tmp_path, tiny_model(family, **dropout), max_steps=2, **{CHECKPOINTING: checkpointing})
+        prefixes.append(trainer.prefix)
+    assert_prefixes_equal(*prefixes)
+    assert not [warning for warning in recwarn if "dropout" in str(warning.message)]
 
 
-def test_checkpoints_keep_the_mlp_and_save_model_drops_it(tmp_path):
-    trainer = make_trainer(tmp_path, prefix=mlp_prefix(tiny_model("llama")), max_steps=2, save_strategy="steps", save_steps=2)
-    trainer.train()
-    trainer.save_model(str(tmp_path / "final"))
-    kept, final = Prefix.load(tmp_path / "checkpoint-2"), Prefix.load(tmp_path / "final")
-    assert kept.reparametrization is not None and final.reparametrization is None
-    assert_equal(final, values(trainer.prefix))
-    assert_equal(kept, values(trainer.prefix))
-    assert not list((tmp_path / "checkpoint-2").glob("model*")), "the frozen model was saved"
+def count_forwards(model):
+    """How often each layer has begun to run, updated as it does; recomputation ends as early as it can."""
+    counts = [0] * len(model.base_model.layers)
+
+    def count(index):
+        def hook(module, args):
+            counts[index] += 1
+
+        return hook
+
+    for index, layer in enumerate(model.base_model.layers):
+        layer.input_layernorm.register_forward_pre_hook(count(index))
+    return counts
 
 
-def test_resuming_another_kind_of_prefix_is_refused(tmp_path):
-    changes = {"max_steps": 1, "save_strategy": "steps", "save_steps": 1}
-    make_trainer(tmp_path, prefix=mlp_prefix(tiny_model("llama")), **changes).train()
-    for prefix, message in (
-        (random_prefix(tiny_model("llama")), "without a reparametrisation"),
-        (Prefix.for_model(tiny_model("llama"), 4, reparametrization="mlp", hidden_size=8), "expected 4"),
-    ):
-        with pytest.raises(ValueError, match=f"resume_from_checkpoint: .*{message}"):
-            make_trainer(tmp_path, prefix=prefix, **changes).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
-
-
-def test_best_prefix_is_loaded_after_stopping_early(tmp_path):
-    changes = {
-        "max_steps": 30, "learning_rate": 3.0, "save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps",
-        "eval_steps": 1, "load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": False,
-    }  # fmt: skip
-    others = {"eval_dataset": ROWS[:2], "callbacks": [EarlyStoppingCallback(2)]}
-    trainer = make_trainer(tmp_path, others=others, **changes)
-    trainer.train()
-    losses = {entry["step"]: entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry}
-    best = min(losses, key=losses.get)
-    assert trainer.state.global_step == best + 2 < 30
-    assert trainer.state.best_model_checkpoint.endswith(f"checkpoint-{best}")
-    assert_equal(trainer.prefix, values(Prefix.load(tmp_path / f"checkpoint-{best}")))
-    assert trainer.evaluate()["eval_loss"] == pytest.approx(losses[best], rel=1e-5)
-
-
-def test_bf16_autocast_leaves_the_prefix_in_float32(tmp_path):
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({CHECKPOINTING: False}, [2, 2, 2]),
+        ({CHECKPOINTING: True}, [4, 4, 4]),
+        ({CHECKPOINTING: True, f"{CHECKPOINTING}_kwargs": {"use_reentrant": False, "preserve_rng_state": False}}, [4, 4, 4]),
+        ({CHECKPOINTING: True, f"{CHECKPOINTING}_kwargs": {"every_n_layers": 2}}, [4, 2, 4]),
+    ],
+    ids=("stored", "recomputed", "options", "every second layer"),
+)
+@pytest.mark.parametrize("reparametrization", (None, "mlp"))
+def test_gradient_checkpointing_recomputes_layers_and_changes_nothing(reparametrization, options, expected, tmp_path):
+    start = tiny_model("llama")
+    prefix = random_prefix(start, PREFIX_LEN) if reparametrization is None else mlp_prefix(start)
+    plain = trained(tmp_path, prefix=copy.deepcopy(prefix), max_steps=2)
     model = tiny_model("llama")
-    exact, rounded = random_prefix(model), random_prefix(model)
-    make_trainer(tmp_path, prefix=exact, max_steps=1, optim="sgd", learning_rate=1.0).train()
-    trainer = make_trainer(tmp_path, prefix=rounded, max_steps=1, optim="sgd", learning_rate=1.0, bf16=True)
-    trainer.train()
-    assert {parameter.dtype for parameter in rounded.parameters()} == {torch.float32}
-    difference = max((a - b).abs().max() for a, b in zip(values(exact), values(rounded), strict=True))
-    assert 0 < difference < 0.05
+    counts = count_forwards(model)
+    trainer = trained(tmp_path, model, prefix, max_steps=2, **options)
+    assert counts == expected
+    assert losses(trainer) == pytest.approx(losses(plain), rel=1e-6)
+    assert_prefixes_close(trainer.prefix, plain.prefix, atol=1e-6, rtol=1e-5)
 
 
-def test_evaluation_with_and_without_predictions(tmp_path):
-    shapes = []
-
-    def compute_metrics(prediction):
-        shapes.append((prediction.predictions.shape, prediction.label_ids.shape))
-        return {"rows": len(prediction.label_ids)}
-
+def test_detach_undoes_gradient_checkpointing(tmp_path):
     model = tiny_model("llama")
-    prefix = random_prefix(model)
-    with attach_prefix(model, prefix), torch.no_grad():
-        expected = plain_loss(model, batch()).item()
-    length = batch()["input_ids"].shape[1]
-    trainer = make_trainer(
-        tmp_path, prefix=prefix, others={"eval_dataset": {"all": ROWS, "two": ROWS[:2]}}, per_device_eval_batch_size=4
-    )
-    results = trainer.evaluate()
-    assert results["eval_all_loss"] == pytest.approx(expected, rel=1e-5) and "eval_two_loss" in results
-    trainer.compute_metrics = compute_metrics
-    results = trainer.evaluate(trainer.eval_dataset["all"])
-    assert results["eval_rows"] == 4 and results["eval_loss"] == pytest.approx(expected, rel=1e-5)
-    assert shapes == [((4, length, 128), (4, length))]
-
-
-SGD = {"optim": "sgd", "max_grad_norm": 0.0, "learning_rate": 0.1}
-TWO_PROCESSES = """
-import sys
-sys.path.insert(0, {tests!r})
-import conftest
-sys.path[0] = {here!r}
-import test_train as t
-
-changes = t.SGD | {{"per_device_train_batch_size": 2, "ddp_backend": "gloo"}}
-trainer = t.make_trainer({folder!r}, prefix=t.mlp_prefix(t.tiny_model("llama")), **changes)
-trainer.train()
-trainer.save_model()
-"""
-
-
-def test_two_processes_equal_one(tmp_path):
-    here = Path(__file__).resolve().parent
-    script = tmp_path / "two.py"
-    script.write_text(TWO_PROCESSES.format(tests=str(here.parent), here=str(here), folder=str(tmp_path / "two")))
-    packages = [str(Path(package.__file__).resolve().parents[1]) for package in (prefix_kernels, prefix_tuning)]
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(packages)}, capture_output=True, text=True,
-        timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    one = make_trainer(tmp_path / "one", prefix=mlp_prefix(tiny_model("llama")), **SGD)
-    one.train()
-    assert_equal(Prefix.load(tmp_path / "two"), values(one.prefix), atol=1e-4, rtol=1e-4)
-
-
-def test_long_prompts_lose_their_beginning(tmp_path):
-    rows = [{"prompt": "a b c d " * 40, "completion": "end"}]
-    trainer = make_trainer(tmp_path, rows=rows)  # 128 positions, of which the prefix takes 5
-    (example,) = trainer.train_dataset
-    assert len(example["input_ids"]) == 123
+    layers = model.base_model.layers
+    layers[1].gradient_checkpointing = False  # an own attribute, to be found again; the others have their class's
+    before = [vars(layer).copy() for layer in layers]
+    trainer = make_trainer(tmp_path, model, max_steps=1, **{CHECKPOINTING: True})
+    trainer.train()
+    trainer.train()
+    assert all(layer.gradient_checkpointing for layer in layers)
     trainer.detach()
-    (shorter,) = make_trainer(tmp_path, rows=rows, others={"max_length": 16}).train_dataset
-    assert shorter["input_ids"] == example["input_ids"][-16:]
+    trainer.detach()
+    assert [vars(layer) for layer in layers] == before
+    counts = count_forwards(model)
+    ids = torch.ones(1, 4, dtype=torch.long)
+    with attach_prefix(model, trainer.prefix):
+        model.train()(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    assert counts == [1, 1, 1]
 
 
-def test_tokenised_rows_are_taken_as_they_are(tmp_path):
+def test_evaluation_recomputes_nothing(tmp_path):
     model = tiny_model("llama")
-    results = []
-    for rows in (ROWS, tokenize_rows(ROWS, tiny_tokenizer())):
-        trainer = make_trainer(tmp_path, model=model, prefix=random_prefix(model), rows=rows)
+    trainer = make_trainer(tmp_path, model, max_steps=1, options={"eval_dataset": ROWS[:4]}, **{CHECKPOINTING: True})
+    trainer.train()
+    counts = count_forwards(model)
+    trainer.evaluate()
+    assert counts == [1, 1, 1]
+    assert not any(module.training for module in trainer.model.modules())
+
+
+@pytest.mark.parametrize("reparametrization", (None, "mlp"))
+def test_accumulation_equals_a_bigger_batch(reparametrization, tmp_path):
+    """Rows have 15 to 60 target tokens, so a mean of means would show."""
+    model = tiny_model("llama")
+    prefix = random_prefix(model, PREFIX_LEN) if reparametrization is None else mlp_prefix(model)
+    whole, parts = copy.deepcopy(prefix), prefix
+    expected = trained(tmp_path, model, whole, ROWS[:4])
+    split = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    assert losses(trained(tmp_path, model, parts, ROWS[:4], **split)) == pytest.approx(losses(expected), rel=1e-5)
+    assert_prefixes_close(parts, whole, atol=2e-4, rtol=1e-3)
+
+
+RESUMED = {"max_steps": 7, "save_strategy": "steps", "save_steps": 3, "warmup_steps": 2, "per_device_train_batch_size": 2}
+
+
+@pytest.mark.parametrize("reparametrization", (None, "mlp"))
+def test_resuming_equals_an_uninterrupted_run(reparametrization, tmp_path):
+    """Bitwise, with the optimiser's moments, the schedule, the order of the rows in both epochs and all random numbers."""
+
+    def start(folder, callbacks, seed=0):
+        model = tiny_model("llama")
+        prefix = Prefix.for_model(model, PREFIX_LEN, reparametrization=reparametrization, hidden_size=8, seed=seed)
+        return make_trainer(tmp_path / folder, model, prefix, options={"callbacks": callbacks}, **RESUMED)
+
+    draws, drawn_again = Draws(), Draws()
+    whole = start("whole", [draws])
+    whole.train()
+    interrupted = start("cut", [Draws(), Interrupt(5)])
+    with pytest.raises(KeyboardInterrupt):
+        interrupted.train()
+    resumed = start("cut", [drawn_again], seed=1)
+    resumed.train(resume_from_checkpoint=True)
+    assert sorted(drawn_again.seen) == [4, 5, 6, 7]
+    assert drawn_again.seen.items() <= draws.seen.items()
+    assert losses(resumed) == losses(whole)
+    rates = [[entry.get("learning_rate") for entry in run.state.log_history] for run in (resumed, whole)]
+    assert rates[0] == rates[1]
+    assert_prefixes_equal(resumed.prefix, whole.prefix)
+
+
+def test_resuming_a_finished_run_trains_nothing(tmp_path):
+    """Seven steps of two rows are not whole epochs, where Trainer itself would take an eighth step."""
+    whole = trained(tmp_path, **RESUMED)
+    again = trained(tmp_path, prefix=random_prefix(tiny_model("llama"), PREFIX_LEN), **RESUMED)
+    assert again.state.global_step == 7
+    resumed = make_trainer(tmp_path, **RESUMED)
+    counts = count_forwards(resumed.model.model)
+    resumed.train(resume_from_checkpoint=True)
+    assert counts == [0, 0, 0] and resumed.state.global_step == 7
+    assert losses(resumed) == losses(whole)
+    assert_prefixes_equal(resumed.prefix, whole.prefix)
+    assert {path.name for path in tmp_path.glob("checkpoint-*")} == {"checkpoint-3", "checkpoint-6", "checkpoint-7"}
+
+
+def test_checkpoints_keep_the_reparametrisation_and_save_model_drops_it(tmp_path):
+    model = tiny_model("llama")
+    trainer = make_trainer(tmp_path, model, mlp_prefix(model), max_steps=2, save_strategy="steps", save_steps=2)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "prefix"))
+    trainer.save_model()
+    kept = Prefix.load(tmp_path / "checkpoint-2")
+    assert_prefixes_equal(kept, trainer.prefix)
+    assert not list((tmp_path / "checkpoint-2").glob("*model*")), "the model itself was saved"
+    for folder in (tmp_path / "prefix", tmp_path):
+        saved = Prefix.load(folder)
+        assert saved.reparametrization is None
+        for (key, value), (expected_key, expected_value) in zip(saved.layers(), trainer.prefix.layers(), strict=True):
+            assert torch.equal(key, expected_key) and torch.equal(value, expected_value)
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"reparametrization": "mlp", "hidden_size": 8}, "trained with a reparametrisation.*saved without"),
+        ({"prefix_len": 6}, r"prefix_len is 5 in \S+checkpoint-2, expected 6"),
+        ({"offset": 0}, r"position_offset is 5 in \S+checkpoint-2, expected 0"),
+        ({"layers": 2}, r"decoder.2 is \[2, 5, 16\] in \S+checkpoint-2, expected no such tensor"),
+    ],
+    ids=("reparametrisation", "prefix_len", "position_offset", "layers"),
+)
+def test_resuming_with_another_prefix_is_refused_in_one_line(other, message, tmp_path):
+    trained(tmp_path, max_steps=2, save_strategy="steps", save_steps=2)
+    model = tiny_model("llama", num_hidden_layers=other.pop("layers", 3))
+    offset = other.pop("offset", None)
+    prefix = Prefix.for_model(model, other.pop("prefix_len", PREFIX_LEN), **other)
+    prefix.position_offset = prefix.prefix_len if offset is None else offset
+    start = copy.deepcopy(prefix)
+    trainer = make_trainer(tmp_path, model, prefix)
+    with pytest.raises(ValueError, match=f"^resume_from_checkpoint: .*{message}.*$") as error:
+        trainer.train(resume_from_checkpoint=True)
+    assert "\n" not in str(error.value)
+    assert_prefixes_equal(prefix, start)
+
+
+def test_early_stopping_and_the_best_prefix(tmp_path):
+    """Learning to write one letter makes another ever less likely, so the first evaluation is the best."""
+    rows, contrary = ([row | {"completion": letter * 20} for row in ROWS[:4]] for letter in "aZ")
+    evaluations = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": False}
+    model = tiny_model("llama")
+    trainer = make_trainer(
+        tmp_path, model, mlp_prefix(model), rows, max_steps=40, learning_rate=0.1, **evaluations, **best,
+        options={"eval_dataset": contrary, "callbacks": [EarlyStoppingCallback(2)]},
+    )  # fmt: skip
+    trainer.train()
+    seen = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert len(seen) == 3 and min(seen) == seen[0] and trainer.state.global_step == 6
+    assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-2")
+    assert_prefixes_equal(trainer.prefix, Prefix.load(tmp_path / "checkpoint-2"))
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(seen[0], rel=1e-6)
+
+
+def test_bfloat16_autocast_leaves_the_prefix_in_float32(tmp_path):
+    model = tiny_model("llama")
+    dtypes = set()
+    model.model.layers[0].self_attn.q_proj.register_forward_hook(lambda module, args, output: dtypes.add(output.dtype))
+    trainer = trained(tmp_path, model, bf16=True)
+    assert dtypes == {torch.bfloat16}
+    assert {parameter.dtype for parameter in trainer.prefix.parameters()} == {torch.float32}
+    exact = trained(tmp_path)
+    assert losses(trainer) == pytest.approx(losses(exact), rel=0.05)
+    assert losses(trainer) != losses(exact)
+
+
+@pytest.mark.parametrize("reparametrization", (None, "mlp"))
+def test_a_model_in_bfloat16(reparametrization, tmp_path):
+    model = tiny_model("llama").bfloat16()
+    prefix = Prefix.for_model(model, PREFIX_LEN, reparametrization=reparametrization, hidden_size=8, seed=0)
+    trainer = trained(tmp_path, model, prefix, ROWS[:4])
+    assert {parameter.dtype for parameter in prefix.parameters()} == {torch.float32}
+    assert losses(trainer)[-1] < losses(trainer)[0]
+
+
+def test_evaluation_without_predictions_and_with(tmp_path):
+    """The same loss; compute_metrics gets logits [rows, tokens, vocabulary] that give that loss, and the labels."""
+    model = tiny_model("llama")
+    expected = make_trainer(tmp_path, model, options={"eval_dataset": ROWS[:4]})
+    plain = expected.evaluate()["eval_loss"]
+    expected.detach()
+    seen = []
+
+    def compute_metrics(result):
+        seen.append(result)
+        return {"rows": len(result.predictions)}
+
+    options = {"eval_dataset": ROWS[:4], "compute_metrics": compute_metrics}
+    trainer = make_trainer(tmp_path, model, options=options)
+    metrics = trainer.evaluate()
+    assert metrics["eval_loss"] == pytest.approx(plain, rel=1e-6) and metrics["eval_rows"] == 4
+    logits, labels = torch.tensor(seen[0].predictions), torch.tensor(seen[0].label_ids)
+    batch = PromptCompletionCollator(tiny_tokenizer())(tokenize_rows(ROWS[:4], tiny_tokenizer()))
+    assert torch.equal(labels, batch["labels"])
+    assert logits.shape == (*labels.shape, model.config.vocab_size)
+    assert cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()).item() == pytest.approx(plain, rel=1e-5)
+    sums, counts = zip(*(row_loss_attached(trainer, row) for row in ROWS[:4]), strict=True)
+    assert plain == pytest.approx(sum(sums) / sum(counts), rel=1e-5)
+    trainer.detach()
+
+
+def row_loss_attached(trainer, row):
+    loss, count = row_loss(tiny_model("llama"), trainer.prefix, tiny_tokenizer(), row)
+    return loss.item(), count
+
+
+def test_evaluate_and_predict_take_rows_of_text(tmp_path):
+    trainer = make_trainer(tmp_path, options={"eval_dataset": ROWS[:4]})
+    expected = trainer.evaluate()["eval_loss"]
+    assert trainer.evaluate(ROWS[:4])["eval_loss"] == expected
+    assert trainer.evaluate(tokenize_rows(ROWS[:4], tiny_tokenizer()))["eval_loss"] == expected
+    two = trainer.evaluate({"a": ROWS[:4], "b": ROWS[4:]})
+    assert two["eval_a_loss"] == expected != two["eval_b_loss"]
+    output = trainer.predict(ROWS[:4])
+    assert output.predictions.shape == (*output.label_ids.shape, 128) and output.metrics["test_loss"] == expected
+    with pytest.raises(ValueError, match=r"test_dataset: rows\[1\]: "):
+        trainer.predict([*ROWS[:1], {"text": "?"}])
+
+
+def test_eval_datasets_by_name(tmp_path):
+    sets = {"a": ROWS[:4], "b": tokenize_rows(ROWS[4:], tiny_tokenizer())}
+    trainer = make_trainer(tmp_path, options={"eval_dataset": sets}, max_steps=1, eval_strategy="steps", eval_steps=1)
+    trainer.train()
+    (a,), (b,) = ([e[f"eval_{name}_loss"] for e in trainer.state.log_history if f"eval_{name}_loss" in e] for name in sets)
+    assert a != b
+    assert trainer.evaluate(ROWS[:4])["eval_loss"] == a and trainer.evaluate(ROWS[4:])["eval_loss"] == b
+
+
+class Stream(torch.utils.data.IterableDataset):
+    def __init__(self, examples):
+        self.examples = examples
+
+    def __iter__(self):
+        return iter(self.examples)
+
+
+@pytest.mark.parametrize("kind", ("list", "with more columns", "stream"))
+def test_tokenised_datasets(kind, tmp_path):
+    """As they are, without a tokenizer; a label on a row's first token counts nowhere."""
+    examples = tokenize_rows(ROWS[:4], tiny_tokenizer())
+    expected = trained(tmp_path / "text", rows=ROWS[:4])
+    for example in examples:
+        example["labels"][0] = example["input_ids"][0]
+    if kind == "with more columns":
+        examples = [example | {"prompt": "text", "weight": 1.0} for example in examples]
+    dataset = Stream(examples * 4) if kind == "stream" else examples
+    options = {"processing_class": None, "data_collator": PromptCompletionCollator(tiny_tokenizer())}
+    trainer = trained(tmp_path / "ids", rows=dataset, options=options)
+    assert losses(trainer) == pytest.approx(losses(expected), rel=1e-5)
+    assert_prefixes_close(trainer.prefix, expected.prefix, atol=2e-4, rtol=1e-3)
+
+
+def test_conversations_are_trained_on(tmp_path):
+    template = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + eos_token }}{% endfor %}" \
+        "{% if add_generation_prompt %}assistant: {% endif %}"  # fmt: skip
+    talks = [
+        {"messages": [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["completion"]}]}
+        for row in ROWS[:4]
+    ]
+    trainer = trained(tmp_path, rows=talks, options={"processing_class": tiny_tokenizer(chat_template=template)})
+    assert losses(trainer)[-1] < losses(trainer)[0]
+
+
+def test_rows_are_cut_to_the_positions_that_the_prefix_leaves(tmp_path):
+    model = tiny_model("gpt2")
+    rows = [{"prompt": "word " * 60, "completion": "abc"}, {"prompt": "x", "completion": "abc"}]
+
+    def longest(max_length):
+        options = {"max_length": max_length, "eval_dataset": rows}
+        trainer = make_trainer(tmp_path, model, rows=rows, options=options, max_steps=1)
         trainer.train()
         trainer.detach()
-        results.append(values(trainer.prefix))
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+        lengths = [[len(example["input_ids"]) for example in data] for data in (trainer.train_dataset, trainer.eval_dataset)]
+        assert lengths[0] == lengths[1]
+        return max(lengths[0])
+
+    left = model.config.n_positions - PREFIX_LEN
+    assert [longest(max_length) for max_length in (None, 1000, 20)] == [left, left, 20]
+    with pytest.raises(ValueError, match=r"train_dataset: rows\[0\]: max_length: .*got max_length 4"):
+        longest(4)
+
+
+def test_backend_and_window_reach_the_attention(tmp_path, monkeypatch):
+    import prefix_tuning.attach
+
+    called, original = [], prefix_tuning.attach.prefix_attention
+
+    def spy(*args, **kwargs):
+        called.append((kwargs["backend"], kwargs["first_key_position"]))
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(prefix_tuning.attach, "prefix_attention", spy)
+    trained(tmp_path, tiny_model("mistral"), max_steps=1)
+    assert set(called) == {(None, None)}
+    called.clear()
+    trained(tmp_path, tiny_model("mistral"), max_steps=1, options={"backend": "reference", "prefix_window": "peft"})
+    assert set(called) == {("reference", 0)}
+
+
+def test_a_loss_function_of_the_callers(tmp_path):
+    def double(outputs, labels, num_items_in_batch):
+        logits = outputs["logits"][:, :-1].flatten(0, 1)
+        return 2 * cross_entropy(logits, labels[:, 1:].flatten(), reduction="sum") / num_items_in_batch
+
+    expected = losses(trained(tmp_path, max_steps=1))
+    assert losses(trained(tmp_path, max_steps=1, options={"compute_loss_func": double})) == pytest.approx([2 * expected[0]])
+
+
+def test_detach_gives_back_the_plain_model(tmp_path):
+    model = tiny_model("llama")
+    config, ids = model.config, torch.randint(3, 100, (2, 7))
+    plain = model(input_ids=ids).logits
+    trainer = make_trainer(tmp_path, model)
+    trainer.train()
+    assert not torch.equal(model(input_ids=ids).logits, plain)
+    trainer.detach()
+    assert torch.equal(model(input_ids=ids).logits, plain)
+    assert model.config is config and not any(hasattr(module, "layer_prefix") for module in model.modules())
 
 
 REFUSED = {
-    "label_smoothing_factor": ({"label_smoothing_factor": 0.1}, {}, NotImplementedError, "label_smoothing_factor"),
-    "neftune": ({"neftune_noise_alpha": 1.0}, {}, NotImplementedError, "neftune_noise_alpha"),
-    "model_init": ({}, {"model_init": lambda: None}, TypeError, "model_init"),
-    "no tokenizer": ({}, {"processing_class": None}, ValueError, "processing_class: expected the tokenizer"),
-    "window": ({}, {"prefix_window": "loose"}, ValueError, "prefix_window"),
-    "row": ({}, {"train_dataset": [{"text": "a"}]}, ValueError, "prompt"),
-    "long target": ({}, {"max_length": 3}, ValueError, r"rows\[0\]: max_length"),
-    "reentrant": (
-        {RECOMPUTE: True, f"{RECOMPUTE}_kwargs": {"use_reentrant": True}}, {}, ValueError, "use_reentrant: expected False"
-    ),
+    "label_smoothing_factor": 0.1, "neftune_noise_alpha": 5.0, "use_liger_kernel": True, "bf16_full_eval": True,
+    "fp16_full_eval": True, "fsdp": "full_shard", "deepspeed": {"stage": 2}, "push_to_hub": True,
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_cannot_be_served_is_refused_and_leaves_the_model_alone(tmp_path, name):
-    changes, others, error, message = REFUSED[name]
+def test_arguments_for_the_frozen_model_are_refused(name, tmp_path):
+    model, args = tiny_model("llama"), arguments(tmp_path)
+    setattr(args, name, REFUSED[name])
+    with pytest.raises(NotImplementedError, match=f"args: {name} is not served"):
+        PrefixTrainer(model, random_prefix(model), args, train_dataset=ROWS, processing_class=tiny_tokenizer())
+
+
+OTHERS = {
+    "no tokenizer": ({"processing_class": None}, ValueError, "processing_class: expected the tokenizer, or a data_coll"),
+    "rows without tokenizer": (
+        {"processing_class": None, "data_collator": len}, ValueError, "processing_class: expected the tokenizer, which rows"
+    ),
+    "model_init": ({"model_init": lambda: None}, TypeError, "model_init: expected a model and a prefix"),
+    "no rows": ({"rows": []}, ValueError, "train_dataset: expected at least one row"),
+    "no rows to evaluate": ({"eval_dataset": {"a": []}}, ValueError, r"eval_dataset\['a'\]: expected at least one row"),
+    "a bad row": ({"rows": [*ROWS, {"text": "?"}]}, ValueError, r"train_dataset: rows\[8\]: expected an object"),
+    "no prefix": ({"prefix": "prefix"}, TypeError, "prefix: expected a Prefix, got str"),
+    "a frozen prefix": ({"frozen": True}, ValueError, "prefix: none of its parameters requires a gradient"),
+    "a long prefix": ({"length": 128}, ValueError, "prefix: it takes 128 of the model's 128 positions"),
+    "max_length": ({"max_length": 0}, ValueError, "max_length: expected at least 1, got 0"),
+    "prefix_window": ({"prefix_window": "x"}, ValueError, "prefix_window: expected 'pinned' or 'peft'"),
+    "Trainer's own": ({"eval_strategy": "steps"}, ValueError, "eval_dataset"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_failing_constructor_leaves_the_model_detached(name, tmp_path):
+    options, error, message = OTHERS[name]
+    options = dict(options)
     model = tiny_model("llama")
-    options = {"train_dataset": ROWS, "processing_class": tiny_tokenizer()} | others
+    config = model.config
+    prefix = options.pop("prefix", None) or random_prefix(model, options.pop("length", PREFIX_LEN))
+    if options.pop("frozen", False):
+        prefix.requires_grad_(False)
+    rows, args = options.pop("rows", ROWS), {key: options.pop(key) for key in ("eval_strategy",) if key in options}
     with pytest.raises(error, match=message):
-        PrefixTrainer(model, random_prefix(model), arguments(tmp_path, **changes), **options).train()
-    if name != "reentrant":  # refused when training starts
-        assert not hasattr(model.model.layers[0].self_attn, "layer_prefix")
+        make_trainer(tmp_path, model, prefix, rows, options=options, **args)
+    assert model.config is config and not any(hasattr(module, "layer_prefix") for module in model.modules())
 
 
-def test_a_prefix_that_fills_every_position_is_refused(tmp_path):
-    model = tiny_model("gpt2", n_positions=8)
-    with pytest.raises(ValueError, match="8 of the model's 8 positions"):
-        make_trainer(tmp_path, model=model, prefix=random_prefix(model, 8))
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"use_reentrant": True}, ValueError, "use_reentrant: expected False"),
+        ({"every_n_layers": 0}, ValueError, "every_n_layers: expected at least 1, got 0"),
+        ({"offload": True}, NotImplementedError, "offload"),
+    ],
+)
+def test_kinds_of_checkpointing_that_are_refused(options, error, message, tmp_path):
+    trainer = make_trainer(tmp_path, **{CHECKPOINTING: True, f"{CHECKPOINTING}_kwargs": options})
+    with pytest.raises(error, match=message):
+        trainer.train()
 
 
-def test_state_is_written_for_trainers_own_tools(tmp_path):
-    trainer = make_trainer(tmp_path, max_steps=2, save_strategy="steps", save_steps=2)
-    trainer.train()
-    state = json.loads((tmp_path / "checkpoint-2" / "trainer_state.json").read_text())
-    assert state["global_step"] == 2 and len([entry for entry in state["log_history"] if "loss" in entry]) == 2
+def test_uploading_is_left_to_the_prefix(tmp_path):
+    with pytest.raises(NotImplementedError, match="prefix.push_to_hub"):
+        make_trainer(tmp_path).push_to_hub()
+
+
+def test_several_gpus_in_one_process(tmp_path, caplog):
+    """One is used, with a warning; the caller's arguments stay as they are."""
+    model, args = tiny_model("llama"), arguments(tmp_path)
+    args._n_gpu = 2
+    before = vars(args).copy()
+    trainer = PrefixTrainer(model, random_prefix(model), args, train_dataset=ROWS, processing_class=tiny_tokenizer())
+    assert "2 GPUs are visible and one is used; start one process for each with torchrun" in caplog.text
+    assert trainer.args.n_gpu == 1 and trainer.args.train_batch_size == 4
+    assert vars(args) == before
+
+
+def test_default_arguments(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = tiny_model("llama")
+    trainer = PrefixTrainer(model, random_prefix(model), processing_class=tiny_tokenizer())
+    assert Path(trainer.args.output_dir).name == "prefix-trainer"
+
+
+DDP = """
+import json, sys
+from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainingArguments
+from prefix_tuning import Prefix, PrefixTrainer
+
+folder, checkpointing = sys.argv[1:]
+rows = json.load(open(f"{folder}/rows.json"))
+args = TrainingArguments(
+    f"{folder}/run", max_steps=3, per_device_train_batch_size=1, per_device_eval_batch_size=2, gradient_accumulation_steps=2,
+    learning_rate=1e-2, logging_steps=1, save_strategy="steps", save_steps=3, report_to="none", use_cpu=True,
+    ddp_backend="gloo", disable_tqdm=True, dataloader_pin_memory=False, **{checkpointing: True},
+)
+trainer = PrefixTrainer(
+    AutoModelForCausalLM.from_pretrained(f"{folder}/model"), Prefix.load(f"{folder}/prefix"), args, train_dataset=rows,
+    eval_dataset=rows, processing_class=AutoTokenizer.from_pretrained(f"{folder}/model"),
+)
+trainer.remove_callback(PrinterCallback)
+trainer.train()
+loss = trainer.evaluate()["eval_loss"]
+trainer.prefix.save(f"{folder}/trained{trainer.args.process_index}", keep_reparametrization=True)
+losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+json.dump({"processes": trainer.args.world_size, "wrapped": type(trainer.model_wrapped).__name__, "losses": losses,
+           "eval_loss": loss}, open(f"{folder}/result{trainer.args.process_index}.json", "w"))
+"""
+
+
+def test_two_processes_equal_one_with_their_batches_together(tmp_path):
+    """Two gloo processes with two accumulated batches of one row each, with gradient checkpointing and an MLP."""
+    model = tiny_model("llama")
+    prefix = mlp_prefix(model)
+    model.save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    prefix.save(tmp_path / "prefix", keep_reparametrization=True)
+    (tmp_path / "rows.json").write_text(json.dumps(ROWS[:4]))
+    (tmp_path / "script.py").write_text(DDP)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = os.environ | {
+        "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+    }  # fmt: skip
+    processes = [
+        subprocess.Popen(
+            [sys.executable, tmp_path / "script.py", tmp_path, CHECKPOINTING], stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, text=True, env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    try:
+        printed = [process.communicate(timeout=240)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(printed)
+
+    one = trained(tmp_path / "one", model, prefix, ROWS[:4], max_steps=3, options={"eval_dataset": ROWS[:4]})
+    with attach_prefix(model, prefix):
+        eval_loss = one.evaluate()["eval_loss"]
+    for rank in range(2):
+        result = json.loads((tmp_path / f"result{rank}.json").read_text())
+        assert result["processes"] == 2 and result["wrapped"] == "DistributedDataParallel"
+        assert result["losses"] == pytest.approx(losses(one), rel=1e-5)
+        assert result["eval_loss"] == pytest.approx(eval_loss, rel=1e-5)
+        assert_prefixes_close(Prefix.load(tmp_path / f"trained{rank}"), prefix, atol=2e-4, rtol=1e-3)
+    assert_prefixes_equal(Prefix.load(tmp_path / "run" / "checkpoint-3"), Prefix.load(tmp_path / "trained0"))

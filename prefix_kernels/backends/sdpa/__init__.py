@@ -80,13 +80,11 @@ def _columns_of(inputs: AttentionInputs, one: Pass) -> tuple[Tensor, Tensor]:
 
 
 def _merge_passes(inputs: AttentionInputs, passes: list[Pass]) -> tuple[Tensor, Tensor]:
-    batch, heads, q_len, _ = inputs.q.shape
+    heads, q_len = inputs.q.shape[1:3]
     out = lse = None
     for one in passes if inputs.q.numel() else ():
-        part, part_lse = attend(
-            one.queries.take(inputs.q), *_columns_of(inputs, one), one.mask, one.causal, inputs.scale
-        )
-        part, part_lse = one.queries.unfold(part, q_len), one.queries.unfold(part_lse, q_len)
+        part, part_lse = attend(one.queries.take(inputs.q), *_columns_of(inputs, one), one.mask, one.causal, inputs.scale)
+        part, part_lse = (one.queries.unfold(tensor, heads, q_len) for tensor in (part, part_lse))
         if one.hidden is not None:
             part_lse = part_lse.masked_fill(one.hidden, -torch.inf)
             part = part.masked_fill(one.hidden[..., None], 0)
@@ -128,7 +126,7 @@ def _sum_passes(inputs, passes, out, lse, grad_out, grad_lse, wanted) -> list[Te
         empty_token_major(tensor, tuple(tensor.shape), dtype).zero_() if needed else None
         for tensor, needed in zip(tensors, wanted, strict=True)
     ]
-    q_len = inputs.q.shape[2]
+    heads, q_len = inputs.q.shape[1:3]
     for one in passes if inputs.q.numel() else ():
         if not (want_q or (want_keys if one.prefix is None else want_prefix)):
             continue
@@ -137,7 +135,7 @@ def _sum_passes(inputs, passes, out, lse, grad_out, grad_lse, wanted) -> list[Te
             take(grad_out), None if grad_lse is None else take(grad_lse), take(inputs.q), *_columns_of(inputs, one),
             take(out), take(lse), one.mask, one.causal, inputs.scale,
         )  # fmt: skip
-        _add(grads[0], (one.queries.rows, slice(None), one.queries.positions), one.queries.unfold(dq, q_len))
+        _add(grads[0], (one.queries.rows, slice(None), one.queries.positions), one.queries.unfold(dq, heads, q_len))
         first = 1 if one.prefix is None else 3
         rows = None if one.prefix is None else slice(one.prefix, one.prefix + 1)
         _add(grads[first], (rows, slice(None), one.columns), dk)

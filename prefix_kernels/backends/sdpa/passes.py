@@ -1,8 +1,9 @@
 """Splits one call into passes that a stock kernel can run: which queries, which columns, which mask.
 
-The prefix is read by folding the batch into query rows, [1, heads, batch · q_len, head_dim] against
-[1, kv_heads, prefix_len, head_dim], so it is never expanded. Only a mask over the prefix (a bias, or a window that slides over
-it) forbids the folding; then each row is a pass of its own.
+The prefix is read by folding the batch, and the heads that share a kv head, into query rows,
+[1, kv_heads, group · batch · q_len, head_dim] against [1, kv_heads, prefix_len, head_dim]: it is never expanded, and its
+gradient is summed where the kernel sums over rows, in float32. Only a mask over the prefix (a bias, or a window that slides
+over it) forbids the folding; then each row is a pass of its own.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ from prefix_kernels.problem import AttentionInputs
 
 @dataclass(frozen=True)
 class Selection:
-    """Some queries of [batch, heads, q_len, …]: batch rows, or query positions, or all; folded to one batch row or not."""
+    """Some queries of [batch, heads, q_len, …]: batch rows, or query positions, or all. `fold`: kv_heads, to fold them."""
 
     rows: Tensor | slice | None = None
     positions: Tensor | slice | None = None
-    fold: bool = False
+    fold: int | None = None
 
     @property
     def everything(self) -> bool:
@@ -37,11 +38,13 @@ class Selection:
     def take(self, tensor: Tensor) -> Tensor:
         """The selected queries as the kernels see them."""
         tensor = self.select(tensor)
-        return tensor.transpose(0, 1).flatten(1, 2)[None] if self.fold else tensor
+        return tensor.unflatten(1, (self.fold, -1)).movedim(0, 2).flatten(1, 3)[None] if self.fold else tensor
 
-    def unfold(self, tensor: Tensor, q_len: int) -> Tensor:
+    def unfold(self, tensor: Tensor, heads: int, q_len: int) -> Tensor:
         """The inverse of folding."""
-        return tensor[0].unflatten(1, (-1, q_len)).transpose(0, 1) if self.fold else tensor
+        if not self.fold:
+            return tensor
+        return tensor[0].unflatten(1, (heads // self.fold, -1, q_len)).movedim(2, 0).flatten(1, 2)
 
     def put(self, target: Tensor, value: Tensor) -> None:
         """Write values back to where select found them."""
@@ -94,10 +97,10 @@ def _prefix_passes(inputs: AttentionInputs) -> Iterator[Pass]:
     for prefix, rows, length in _row_groups(inputs.prefix_ids, inputs):
         columns = slice(0, length)
         if inputs.bias is None and not slides:
-            yield Pass(Selection(rows, fold=True), prefix, columns)
+            yield Pass(Selection(rows, fold=inputs.k.shape[1]), prefix, columns)
             continue
         for row in range(batch) if rows is None else rows.tolist():
-            mask = inputs.q.new_zeros((1, 1, 1, length), dtype=torch.float32)
+            mask = inputs.q.new_zeros((1, 1, 1, length))
             if inputs.bias is not None:
                 bias_row = row if inputs.bias.shape[0] > 1 else 0
                 mask = inputs.bias[bias_row : bias_row + 1, ..., :length]
@@ -121,9 +124,7 @@ def _sequence_passes(inputs: AttentionInputs) -> tuple[AttentionInputs, list[Pas
             fill = inputs.key_lens.clamp(0, inputs.k.shape[2])
             kv_len = inputs.k.shape[2]
             past = (torch.arange(kv_len, device=fill.device) >= fill[:, None])[:, None, :, None]
-            inputs = AttentionInputs(
-                **{**vars(inputs), "k": inputs.k.masked_fill(past, 0), "v": inputs.v.masked_fill(past, 0)}
-            )
+            inputs = AttentionInputs(**{**vars(inputs), "k": inputs.k.masked_fill(past, 0), "v": inputs.v.masked_fill(past, 0)})
     if kv_len == 0:
         return inputs, []
     mask = None
@@ -131,10 +132,10 @@ def _sequence_passes(inputs: AttentionInputs) -> tuple[AttentionInputs, list[Pas
         mask = inputs.bias[..., inputs.prefix_k.shape[2] :][..., :kv_len]
     if inputs.key_mask is not None:
         visible = inputs.key_mask[:, None, None, :kv_len]
-        mask = _restrict(mask, visible)
+        mask = _restrict(mask, visible, inputs.q.dtype)
     windowed = inputs.window is not None and not (inputs.causal and inputs.window >= kv_len)
     if fill is not None or windowed:
-        mask = _restrict(mask, _band(inputs, q_len, kv_len, fill))
+        mask = _restrict(mask, _band(inputs, q_len, kv_len, fill), inputs.q.dtype)
         return inputs, [_sequence_pass(slice(0, kv_len), mask, False)]
     if not inputs.causal or q_len == 1:
         return inputs, [_sequence_pass(slice(0, kv_len), mask, False)]
@@ -165,10 +166,10 @@ def _band(inputs: AttentionInputs, q_len: int, kv_len: int, fill: Tensor | None)
     return visible if visible.dim() == 4 else visible[None, None]
 
 
-def _restrict(mask: Tensor | None, visible: Tensor) -> Tensor:
-    """Adds −inf to an additive mask where nothing may be seen."""
+def _restrict(mask: Tensor | None, visible: Tensor, dtype: torch.dtype) -> Tensor:
+    """Adds −inf to an additive mask where nothing may be seen; a new one has `dtype`."""
     if mask is None:
-        return torch.zeros(visible.shape, dtype=torch.float32, device=visible.device).masked_fill_(~visible, -torch.inf)
+        return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, -torch.inf)
     return mask.masked_fill(~visible, -torch.inf)
 
 
@@ -206,7 +207,7 @@ def _packed_passes(inputs: AttentionInputs) -> Iterator[Pass]:
             continue
         start, stop = ends_k[index], ends_k[index + 1]
         if inputs.window is not None and not (inputs.causal and inputs.window >= kv_len):
-            mask = _restrict(None, _band(inputs, q_len, kv_len, None))
+            mask = _restrict(None, _band(inputs, q_len, kv_len, None), inputs.q.dtype)
             yield Pass(selection, None, slice(start, stop), mask=mask, hidden=_hidden(mask, False))
         elif not inputs.causal or q_len == 1:
             yield Pass(selection, None, slice(start, stop))

@@ -18,6 +18,7 @@ from torch.nn.functional import pad
 
 aten = torch.ops.aten
 
+_CUDA_ALIGNMENT = 16  # bytes, of every row of q, k and v
 _LSE_ALIGNMENT = 32  # the memory-efficient kernel's rows of lse
 _BIAS_ALIGNMENT = 16  # elements; the memory-efficient kernel's rows of the mask
 
@@ -27,12 +28,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, s
 
     Args:
         q: [batch, heads, q_len, head_dim]; k, v: [batch, kv_heads, n, ·]; none of the sizes is 0.
-        mask: additive, 4 axes that broadcast to [batch, heads, q_len, n], float32 or q's dtype.
+        mask: additive, 4 axes that broadcast to [batch, heads, q_len, n], float32 or q's dtype (on CUDA the fast one).
         causal: query i sees keys j ≤ i; needs q_len = n.
 
     lse is meaningless where the mask hides every key (the kernels do not agree); the caller knows those rows.
     """
-    value_dim, mask = v.shape[-1], _kernel_mask(mask, q)
+    value_dim, dtype = v.shape[-1], q.dtype
+    mask, (q, k, v) = _beside_mask(mask, q, k, v)
     q, scale = _positive_scale(q, scale)
     q, k, v = _same_dim(q, k, v)
     if q.device.type == "cpu":
@@ -46,7 +48,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, s
             q, k, v, bias, None, None, None, None, 0.0, int(causal), True, scale=scale
         )[:2]
         out, lse = out.transpose(1, 2), lse[:, :, : q.shape[1]]
-    return out[..., :value_dim], lse
+    return out[..., :value_dim].to(dtype), lse
 
 
 def attend_backward(
@@ -58,14 +60,15 @@ def attend_backward(
     The kernels compute delta = rowsum(grad_out ∘ out) themselves. A gradient of lse enters as delta − grad_lse through one
     more value channel: v is 0 there, so no score sees it, out is 1 and grad_out is −grad_lse.
     """
-    head_dim, value_dim, kv_heads, mask = q.shape[-1], v.shape[-1], k.shape[1], _kernel_mask(mask, q)
+    head_dim, value_dim, kv_heads = q.shape[-1], v.shape[-1], k.shape[1]
+    mask, (q, k, v, out, grad_out) = _beside_mask(mask, q, k, v, out, grad_out)
     dq_factor = 1.0 if scale > 0 else scale
     q, scale = _positive_scale(q, scale)
     if grad_lse is not None:
         v, grad_out, out = pad(v, (0, 1)), pad(grad_out, (0, 1)), pad(out, (0, 1), value=1.0)
         grad_out[..., -1] = -grad_lse
     q, k, v = _same_dim(q, k, v)
-    grad_out, out = (pad(tensor, (0, q.shape[-1] - tensor.shape[-1])) for tensor in (grad_out, out))
+    grad_out, out = (_rows(tensor, q.shape[-1]) for tensor in (grad_out, out))
     if q.device.type == "cpu":
         dq, dk, dv = aten._scaled_dot_product_flash_attention_for_cpu_backward(
             grad_out, q, k, v, out, lse.contiguous(), 0.0, causal, attn_mask=mask, scale=scale
@@ -82,6 +85,7 @@ def attend_backward(
         k, v = (tensor.transpose(1, 2) for tensor in _repeat_heads(q.shape[2], k, v))
         lse = pad(lse, (0, -lse.shape[-1] % _LSE_ALIGNMENT), value=torch.inf).contiguous()
         no_dropout_state = torch.zeros((), dtype=torch.int64, device=q.device)
+        out = out.contiguous()  # the kernel takes its rows to be heads · value_dim apart, whatever its strides say
         dq, dk, dv, _ = aten._efficient_attention_backward(
             grad_out, q, k, v, _efficient_bias(q, k, mask), out, None, None, q.shape[1], k.shape[1], lse, 0.0,
             no_dropout_state, no_dropout_state, int(causal), False, scale=scale, num_splits_key=1,
@@ -92,12 +96,21 @@ def attend_backward(
     return dq[..., :head_dim], dk[..., :head_dim], dv[..., :value_dim]
 
 
-def _kernel_mask(mask: Tensor | None, q: Tensor) -> Tensor | None:
-    """The kernels read a mask's last axis with stride 1, and beside float64 only a float64 mask."""
+def _beside_mask(mask: Tensor | None, *tensors: Tensor) -> tuple[Tensor | None, tuple[Tensor, ...]]:
+    """Mask and tensors in dtypes that a kernel takes together.
+
+    The CPU kernel takes a float32 mask beside 16 bit, and beside float64 only float64. The memory-efficient kernel takes
+    the inputs' dtype alone: beside a float32 bias they go through it in float32, since a rounded bias moves every score.
+    """
     if mask is None:
-        return None
-    mask = mask.to(torch.promote_types(q.dtype, torch.float32))
-    return mask if mask.stride(-1) == 1 else mask.contiguous()
+        return None, tensors
+    dtype = tensors[0].dtype
+    if mask.device.type == "cpu":
+        mask = mask.to(torch.promote_types(dtype, torch.float32))
+    else:
+        dtype = torch.promote_types(dtype, mask.dtype)
+        tensors = tuple(tensor.to(dtype) for tensor in tensors)
+    return mask if mask.stride(-1) == 1 else mask.contiguous(), tensors
 
 
 def _positive_scale(q: Tensor, scale: float) -> tuple[Tensor, float]:
@@ -106,7 +119,9 @@ def _positive_scale(q: Tensor, scale: float) -> tuple[Tensor, float]:
 
 
 def _takes_flash(q: Tensor, mask: Tensor | None) -> bool:
-    return mask is None and q.dtype.itemsize == 2 and q.shape[-1] <= 256
+    if mask is not None or q.dtype.itemsize != 2 or q.shape[-1] > 256:
+        return False
+    return torch.cuda.get_device_capability(q.device) >= (8, 0)
 
 
 def _same_dim(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -114,7 +129,17 @@ def _same_dim(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     dim = max(q.shape[-1], v.shape[-1])
     if q.device.type != "cpu":
         dim += -dim % 8
-    return tuple(tensor if tensor.shape[-1] == dim else pad(tensor, (0, dim - tensor.shape[-1])) for tensor in (q, k, v))
+    return tuple(_rows(tensor, dim) for tensor in (q, k, v))
+
+
+def _rows(tensor: Tensor, dim: int) -> Tensor:
+    """`tensor` with rows of `dim` numbers that a kernel can read: last stride 1, on CUDA in steps of 16 bytes."""
+    if tensor.shape[-1] != dim:
+        return pad(tensor, (0, dim - tensor.shape[-1]))
+    steps = () if tensor.device.type == "cpu" else (tensor.storage_offset(), *tensor.stride()[:-1])
+    if tensor.stride(-1) == 1 and all(step * tensor.element_size() % _CUDA_ALIGNMENT == 0 for step in steps):
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def _repeat_heads(heads: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -134,9 +159,9 @@ def _efficient_bias(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor | None:
 
 @contextmanager
 def _deterministic():
-    """Flash attention's backward pass orders its additions only under this global switch."""
+    """Flash attention's backward pass orders its additions only under this global switch, and not where it only warns."""
     before, warn_only = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.use_deterministic_algorithms(True)
     try:
         yield
     finally:
