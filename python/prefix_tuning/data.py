@@ -177,9 +177,7 @@ def _tokenize_messages(
     an answer, and up to the turn's end must each be a beginning of the whole: what lies between is the turn.
     """
     if re.search(r"{%-?\s*generation\b", _chat_template(tokenizer)):
-        encoded = tokenizer.apply_chat_template(
-            list(messages), tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-        )
+        encoded = _rendered(messages, tokenizer, return_assistant_tokens_mask=True)
         ids, said = list(encoded["input_ids"]), encoded["assistant_masks"]
         return ids, [token if spoken else IGNORED for token, spoken in zip(ids, said, strict=True)]
     ids = _templated(messages, tokenizer)
@@ -203,8 +201,17 @@ def _tokenize_messages(
 
 
 def _templated(messages: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, **options: Any) -> list[int]:
+    return list(_rendered(messages, tokenizer, **options)["input_ids"])
+
+
+def _rendered(
+    messages: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, **options: Any
+) -> Mapping[str, list[int]]:
     _chat_template(tokenizer)
-    return list(tokenizer.apply_chat_template(list(messages), tokenize=True, return_dict=True, **options)["input_ids"])
+    try:
+        return tokenizer.apply_chat_template(list(messages), tokenize=True, return_dict=True, **options)
+    except Exception as error:  # a template is a program of the model's authors; many refuse what they do not expect
+        raise ValueError(f"messages: the chat template does not take this conversation: {error}") from error
 
 
 def _chat_template(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -42,6 +42,8 @@ def folder(tmp_path_factory):
     random_prefix(tiny_model("llama", num_hidden_layers=2)).save(folder / "other")
     transformers.OPTForCausalLM(OPT).save_pretrained(folder / "opt")
     tiny_tokenizer().save_pretrained(folder / "opt")
+    model.save_pretrained(folder / "strict")
+    tiny_tokenizer(chat_template="{{ raise_exception('roles must alternate') }}").save_pretrained(folder / "strict")
     for name, rows in FILES.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
@@ -312,6 +314,13 @@ ERRORS = {
     "no chat template": (
         ("generate", "--model", "opt", "--messages", '[{"role": "user", "content": "hi"}]'), "tokenizer has no chat template"
     ),
+    "refused by the template": (
+        ("generate", "--model", "strict", "--messages", '[{"role": "user", "content": "hi"}]'), "messages: .*roles must alternate"
+    ),
+    "rows refused by the template": (
+        (*TRAIN[:2], "talks.jsonl", *TRAIN[3:], "--model", "strict"), r"train_dataset: rows\[0\]: .*roles must alternate"
+    ),
+    "content of no kind": (("generate", "--messages", '[{"role": "user", "content": 1}]'), "messages: the chat template"),
     "temperature alone": (("generate", "--prompt", "p", "--temperature", "0.5"), "--temperature, --top-p: they need --sample"),
     "bytes": (("generate", "--file", "bytes.txt"), "bytes.txt: not a UTF-8 text file"),
     "no prompts": (("generate", "--file", "blank.txt"), "blank.txt: holds no prompts"),
