@@ -315,7 +315,8 @@ ERRORS = {
         ("generate", "--model", "opt", "--messages", '[{"role": "user", "content": "hi"}]'), "tokenizer has no chat template"
     ),
     "refused by the template": (
-        ("generate", "--model", "strict", "--messages", '[{"role": "user", "content": "hi"}]'), "messages: .*roles must alternate"
+        ("generate", "--model", "strict", "--messages", '[{"role": "user", "content": "hi"}]'),
+        "messages: .*roles must alternate",
     ),
     "rows refused by the template": (
         (*TRAIN[:2], "talks.jsonl", *TRAIN[3:], "--model", "strict"), r"train_dataset: rows\[0\]: .*roles must alternate"
