@@ -27,5 +27,5 @@ quality:
 	@"$(VENV)/bin/python" -m ruff check .
 
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .benchmarks
+	rm -rf build dist *.egg-info prefix_kernels/_C*.so .pytest_cache .ruff_cache .benchmarks
 	find . -path "./$(VENV)" -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

