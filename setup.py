@@ -91,7 +91,7 @@ def call(*command: str) -> None:
 def compile_kernels(base: Path, with_cuda: bool) -> list[Path]:
     """Compiles what changed since the last time and gives the libraries. Every environment has a folder of its own under
     `base`, so that the cache of another one is never read."""
-    cmake, ninja, torch, cxx, nvcc = tool("cmake"), tool("ninja"), torch_folder(), cxx_compiler(), cuda_compiler()
+    cxx, nvcc, torch, cmake, ninja = cxx_compiler(), cuda_compiler(), torch_folder(), tool("cmake"), tool("ninja")
     arguments = [f"-DCMAKE_MAKE_PROGRAM={ninja}", f"-DTORCH_DIR={torch}", *shlex.split(os.environ.get("CMAKE_ARGS", ""))]
     flags = [os.environ.get(name) for name in ("CXX", "CXXFLAGS", "LDFLAGS", "CUDAFLAGS", "CUDAHOSTCXX")]
     environment = repr((ROOT, cmake, cxx, nvcc, importlib.metadata.version("torch"), arguments, flags))
@@ -103,7 +103,7 @@ def compile_kernels(base: Path, with_cuda: bool) -> list[Path]:
             raise CannotBuildError("csrc/cuda holds no .cu file")
         arguments.append(f"-DCMAKE_CUDA_COMPILER={nvcc}")
     arguments.append(f"-DPREFIX_KERNELS_CUDA={'ON' if with_cuda else 'OFF'}")
-    call(cmake, "-S", str(ROOT), "-B", str(folder), "-G", "Ninja", "--log-level=WARNING", *arguments)
+    call(cmake, "-S", str(ROOT), "-B", str(folder), "-G", "Ninja", *arguments)
     call(cmake, "--build", str(folder))
     return [folder / name for name in LIBRARIES[: 1 + with_cuda]]
 

@@ -1,5 +1,6 @@
 """The distribution as a user gets it: two packages from one place, a version, a command, an honest set-up script."""
 
+import ctypes
 import importlib.metadata
 import os
 import re
@@ -9,11 +10,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import prefix_kernels
 import prefix_tuning
+from support.building import NO_COMPILER, ROOT, build_in_place, copy_tree, cuda_compiler, libraries, needs_compiler, run
 
-ROOT = Path(__file__).resolve().parents[1]
+UNOPTIMIZED = "-DCMAKE_BUILD_TYPE=Debug"  # quicker to compile
 
 
 def test_both_packages_come_from_one_root():
@@ -22,6 +25,17 @@ def test_both_packages_come_from_one_root():
     this_checkout = (kernels, tuning) == (ROOT / "prefix_kernels", ROOT / "python" / "prefix_tuning")
     one_installation = kernels.parent == tuning.parent
     assert this_checkout or one_installation, f"mixed installation: {kernels} and {tuning}"
+
+
+@needs_compiler
+def test_the_extension_is_loaded_from_where_the_packages_are():
+    """A source tree found before an installed wheel would otherwise run without its kernels, and nothing would fail."""
+    library = Path(prefix_kernels.__file__).resolve().parent / "_C.so"
+    assert library.exists(), "not built: make test, or PREFIX_KERNELS_BUILD=cpu python setup.py build_ext --inplace"
+    q = torch.zeros(1, 1, 1, 16)
+    prefix_kernels.prefix_attention(q, q, q, q[0], q[0], backend="cpu")
+    assert [path for path in torch.ops.loaded_libraries if "prefix_kernels" in path] == [str(library)]
+    assert torch.ops.prefix_kernels_cpu.isa(None) in ("baseline", "avx2", "avx512")
 
 
 def test_installed_version_is_the_declared_one():
@@ -60,3 +74,81 @@ def test_setup_names_what_is_missing(tmp_path, body, message):
     failed = subprocess.run(["bash", script, "demo"], env=environment, capture_output=True, text=True, timeout=60)
     assert failed.returncode != 0
     assert message in failed.stderr
+
+
+def set_up(tree: Path, **environment) -> subprocess.CompletedProcess:
+    """tools/setup_env.sh with an environment that has everything: what it asks pip for is not installed again."""
+    python = tree / "venv" / "bin" / "python"
+    if not python.exists():
+        python.parent.mkdir(parents=True)
+        fake_python(python.parent, f'case "$1 $2" in "-m pip") exit 0;; esac; exec "{sys.executable}" "$@"').rename(python)
+    return run("bash", tree / "tools" / "setup_env.sh", "test", VENV=str(python.parents[1]), **environment)
+
+
+@needs_compiler
+def test_setup_builds_what_changed(tmp_path):
+    tree = copy_tree(tmp_path / "tree")
+    compiled = re.compile(r"kernels_baseline\.dir/csrc/cpu/(\w+)\.cpp")
+    first = set_up(tree, CMAKE_ARGS=UNOPTIMIZED)
+    assert first.returncode == 0 and libraries(tree / "prefix_kernels") == ["_C.so"], first.stdout
+    assert sorted(compiled.findall(first.stdout)) == ["backward", "decode", "forward"]
+    for name, again in (("decode", ["decode"]), (None, [])):
+        if name:
+            (tree / "csrc" / "cpu" / f"{name}.cpp").touch()
+        later = set_up(tree, CMAKE_ARGS=UNOPTIMIZED)
+        assert later.returncode == 0 and "is ready" in later.stdout and compiled.findall(later.stdout) == again, later.stdout
+
+
+def test_setup_without_a_compiler_warns_and_goes_on(tmp_path):
+    tree = copy_tree(tmp_path / "tree")
+    warned = set_up(tree, **NO_COMPILER)
+    assert warned.returncode == 0 and "is ready" in warned.stdout, warned.stdout
+    assert "as pure Python: no C++ compiler found (looked for /nonexistent/c++" in warned.stdout
+    failed = set_up(tree, PREFIX_KERNELS_BUILD="cpu", **NO_COMPILER)
+    assert failed.returncode != 0 and "PREFIX_KERNELS_BUILD=none does without them" in failed.stdout
+
+
+def test_unknown_build_is_refused(tmp_path):
+    refused = build_in_place(copy_tree(tmp_path / "tree"), PREFIX_KERNELS_BUILD="nonsense")
+    assert refused.returncode != 0
+    assert "PREFIX_KERNELS_BUILD: expected one of auto, none, cpu, cuda, got 'nonsense'" in refused.stdout
+
+
+def test_build_of_nothing_says_nothing(tmp_path):
+    tree = copy_tree(tmp_path / "tree")
+    (tree / "prefix_kernels" / "_C.so").write_text("of an earlier build")
+    built = build_in_place(tree, PREFIX_KERNELS_BUILD="none")
+    assert (built.returncode, built.stdout) == (0, "")
+    assert libraries(tree / "prefix_kernels") == [] and not (tree / "build").exists()
+
+
+@needs_compiler
+def test_build_for_cuda_needs_nvcc(tmp_path):
+    tree = copy_tree(tmp_path / "tree")
+    failed = build_in_place(tree, PREFIX_KERNELS_BUILD="cuda", CUDACXX="/nonexistent/nvcc")
+    assert failed.returncode != 0 and "PREFIX_KERNELS_BUILD=cuda: nvcc is missing" in failed.stdout
+
+
+@needs_compiler
+@pytest.mark.skipif(cuda_compiler() is None, reason="needs nvcc, and none is found")
+def test_cuda_sources_are_compiled(tmp_path):
+    """For the architectures asked for, with a torch that may have no CUDA; a CUDA source that fails costs no CPU kernels."""
+    tree = copy_tree(tmp_path / "tree")
+    source = tree / "csrc" / "cuda" / "answer.cu"
+    source.parent.mkdir(exist_ok=True)
+    source.write_text(
+        '__global__ void fill(int* out) { *out = 42; }\nextern "C" int answer() { return fill == nullptr ? 0 : 42; }\n'
+    )
+    arguments = f"{UNOPTIMIZED} -DPREFIX_KERNELS_CUDA_ARCHITECTURES=90a"
+    built = build_in_place(tree, PREFIX_KERNELS_BUILD="cuda", CMAKE_ARGS=arguments)
+    assert built.returncode == 0, built.stdout
+    assert libraries(tree / "prefix_kernels") == ["_C.so", "_C_cuda.so"]
+    assert ctypes.CDLL(tree / "prefix_kernels" / "_C_cuda.so").answer() == 42
+    (commands,) = (tree / "build").glob("*/compile_commands.json")
+    assert set(re.findall(r",code=(\w+)", commands.read_text())) == {"sm_90a"}
+
+    source.write_text("#error this line\n")
+    built = build_in_place(tree, CMAKE_ARGS=arguments)
+    assert built.returncode == 0, built.stdout
+    assert "WARNING: prefix-kernels is built without its CUDA kernels" in built.stdout
+    assert libraries(tree / "prefix_kernels") == ["_C.so"]

@@ -86,7 +86,7 @@ install_torch() {
 
 # In the source tree and seen, not inside pip, which hides warnings.
 build_kernels() {
-    "$VENV/bin/python" setup.py -q build_ext --inplace | sed '/ninja: no work to do/d' ||
+    "$VENV/bin/python" setup.py -q build_ext --inplace | sed '/^-- /d; /ninja: no work to do/d' ||
         die "the C++ kernels were not built. PREFIX_KERNELS_BUILD=none does without them"
 }
 
