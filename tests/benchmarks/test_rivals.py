@@ -1,0 +1,132 @@
+"""The ways that are compared compute the same thing, on small shapes; a wrong one is never timed."""
+
+import dataclasses
+
+import pytest
+import torch
+
+import attention_row
+import prefix_kernels
+import rivals
+from attention_row import measure_on_cpu, prepare
+from cases import Case, tiny_op_cases
+
+CASES = [
+    Case("small", 2, 4, kv_heads, 16, length, kv_len, prefix_len, dtype, backward, seqlens)
+    for length, kv_len, prefix_len, backward, seqlens in (
+        (6, 6, 5, False, None), (6, 6, 5, True, None), (3, 3, 9, True, None), (1, 7, 4, False, None), (1, 7, 0, False, None),
+        (5, 5, 3, True, (5, 2)),
+    )
+    for kv_heads in (4, 2)
+    for dtype in ("float32", "bfloat16")
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.key)
+def test_every_way_is_right_or_says_why_it_cannot_run(case):
+    prepared = prepare(case, "cpu")
+    for name, way in prepared.row["ways"].items():
+        assert ("not_available" in way) != (name in prepared.calls), f"{name}: {way}"
+    assert {"peft", "sdpa"} <= prepared.calls.keys()
+    expected = {"out"} | (set(attention_row.GRADIENTS) if case.backward else set())
+    assert all(prepared.row["ways"][name]["errors"].keys() == expected for name in prepared.calls)
+
+
+def legal(case):
+    own_kernels = set(prefix_kernels.available_backends()) - {"sdpa"}
+    return prepare(case, "cpu").calls.keys() - own_kernels
+
+
+def test_what_is_legal_on_a_cpu():
+    assert legal(CASES[0]) == {"peft", "concat_mask", "concat_square", "sdpa"}
+    assert legal(CASES[8]) == {"peft", "concat_mask", "sdpa"}  # more prefix than queries: no square
+    assert legal(CASES[12]) == {"peft", "concat", "sdpa"}  # decoding: nothing is hidden, so no mask
+
+
+@pytest.mark.parametrize("broken", ["out", "gradient"])
+def test_a_wrong_way_is_recorded_and_not_timed(monkeypatch, broken):
+    right = rivals.prepare_concat_mask
+
+    def prepare_wrong(case, device):
+        attend = right(case, device)
+
+        class Doubled(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, tensor):
+                return tensor * (1.01 if broken == "out" else 1)
+
+            @staticmethod
+            def backward(ctx, grad):
+                return grad * 1.01
+
+        return lambda inputs: Doubled.apply(attend(inputs))
+
+    wrong = tuple(
+        dataclasses.replace(way, prepare=prepare_wrong) if way.name == "concat_mask" else way for way in rivals.RIVALS
+    )
+    monkeypatch.setattr(rivals, "RIVALS", wrong)
+    row = measure_on_cpu(CASES[4], seconds=0, rounds=1)
+    assert row["ways"]["concat_mask"]["failed"].startswith("wrong: relative error")
+    assert "median" not in row["ways"]["concat_mask"] and "median" in row["ways"]["peft"]
+
+
+def test_a_way_that_raises_leaves_the_others(monkeypatch):
+    def prepare_broken(case, device):
+        raise RuntimeError("no such kernel\nand a long trace")
+
+    broken = tuple(dataclasses.replace(way, prepare=prepare_broken) if way.name == "peft" else way for way in rivals.RIVALS)
+    monkeypatch.setattr(rivals, "RIVALS", broken)
+    row = measure_on_cpu(CASES[0], seconds=0, rounds=1)
+    assert row["ways"]["peft"]["failed"] == "RuntimeError: no such kernel"
+    assert row["ratio"] is not None and row["best_rival"].startswith("concat")
+
+
+def test_ratio_is_the_best_rivals_median_over_the_chosen_ones():
+    names = ("peft", "sdpa", "cpu", "other", "flex")
+    row = {"chosen": "cpu", "ways": {name: {"ours": name in ("cpu", "sdpa", "other")} for name in names}}
+    timings = {name: {"median": seconds} for name, seconds in (("peft", 4.0), ("sdpa", 3.0), ("cpu", 2.0), ("other", 1.0))}
+    assert attention_row.finish(row, timings)["best_rival"] == "sdpa" and row["ratio"] == 1.5
+    row["chosen"] = "sdpa"
+    assert attention_row.finish(row, timings)["best_rival"] == "peft" and row["ratio"] == 1.3333
+
+
+def test_packed_sequences_reach_dense_rivals_as_padded_rows():
+    packed = next(case for case in tiny_op_cases() if case.seqlens and case.backward)
+    inputs = rivals.make_inputs(packed, "cpu", torch.Generator().manual_seed(0))
+    padded = inputs.padded()
+    start = 0
+    for row, length in enumerate(packed.seqlens):
+        own = inputs.k[start : start + length].transpose(0, 1)
+        assert torch.equal(padded.k[row, :, :length], own) and not padded.k[row, :, length:].any()
+        start += length
+    assert padded.prefix_k is inputs.prefix_k and padded.case.seqlens is None
+
+
+def test_varlen_rival_gathers_the_prefix_in_front_of_each_sequence(monkeypatch):
+    from torch.nn.attention import varlen
+
+    def by_hand(q, k, v, cu_q, cu_k, max_q, max_k, *, window_size):
+        assert window_size == (-1, 0) and max_k == 7 + 5
+        outs = []
+        for i in range(len(cu_q) - 1):
+            queries, keys = slice(int(cu_q[i]), int(cu_q[i + 1])), slice(int(cu_k[i]), int(cu_k[i + 1]))
+            mask = torch.ones(cu_q[i + 1] - cu_q[i], cu_k[i + 1] - cu_k[i], dtype=torch.bool).tril(5)
+            args = (t.transpose(0, 1)[None] for t in (q[queries], k[keys], v[keys]))
+            outs.append(torch.nn.functional.scaled_dot_product_attention(*args, attn_mask=mask)[0].transpose(0, 1))
+        return torch.cat(outs)
+
+    monkeypatch.setattr(varlen, "varlen_attn", by_hand)
+    packed = next(case for case in tiny_op_cases() if case.seqlens)
+    packed = dataclasses.replace(packed, kv_heads=packed.heads, dtype="float32")
+    inputs = rivals.make_inputs(packed, "cpu", torch.Generator().manual_seed(0))
+    out = rivals.prepare_concat_varlen(packed, "cpu")(inputs)
+    torch.testing.assert_close(out[:10], attention_row.reference(inputs)[0].float())
+
+
+def test_goals():
+    def goal(*arguments):
+        return Case("", *arguments).cpu_goal
+
+    assert goal(32, 12, 12, 64, 1, 128, 128, "float32") == 2 and goal(32, 12, 12, 64, 1, 128, 512, "bfloat16") == 5
+    assert goal(32, 12, 12, 64, 1, 128, 16, "float32") == 1 and goal(8, 12, 12, 64, 1, 128, 2048, "float32") == 1
+    assert goal(8, 12, 12, 64, 64, 64, 2048, "float32") == 1
