@@ -1,9 +1,10 @@
-"""What this machine can run: versions, devices, attention backends with their reasons, the default model."""
+"""What this machine can run: versions, devices, compiled kernels, attention backends with their reasons, the default model."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import platform
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -14,12 +15,18 @@ from prefix_tuning.prefix import model_shape
 
 PACKAGES = ("prefix-kernels", "torch", "transformers", "accelerate", "triton", "sacrebleu", "matplotlib", "gguf")
 
+HOW_TO_BUILD = (
+    "with a C++ compiler, cmake and ninja, in this project's source folder: "
+    "PREFIX_KERNELS_BUILD=cpu pip install --no-build-isolation --no-deps --force-reinstall ."
+)
+
 
 def report() -> str:
     """Several lines of text for a person."""
     sections = {
         "versions": _versions(),
         "devices": _devices(),
+        "compiled kernels": _compiled_kernels(),
         "backends on this machine": [", ".join(available_backends()) + " (in order of preference)"],
     }
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
@@ -82,6 +89,14 @@ def _devices() -> list[str]:
             f"{device.total_memory / 2**30:.0f} GiB"
         )
     return lines
+
+
+def _compiled_kernels() -> list[str]:
+    reasons = _reasons("cpu", torch.float32, batch=1, q_len=1, kv_len=1)  # a call that they serve: it loads them
+    loaded = [path for path in torch.ops.loaded_libraries if Path(path).parent.name == "prefix_kernels"]
+    if loaded:
+        return [*(f"loaded from {path}" for path in loaded), f"instruction set: {torch.ops.prefix_kernels_cpu.isa()}"]
+    return [*(reason for reason in reasons if reason.startswith("cpu ")), "to build them: " + HOW_TO_BUILD]
 
 
 def _offline_model() -> list[str]:

@@ -1,14 +1,18 @@
-"""What doctor says of versions, devices, backends and the default model; the backend of a training step."""
+"""What doctor says of versions, devices, compiled kernels, backends and the default model; the backend of a training step."""
 
 import importlib.metadata
 import platform
 import re
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
+import prefix_kernels
 from prefix_kernels import available_backends, explain_backends
 from prefix_tuning import doctor
+from support.building import copy_tree, needs_compiler, run
 from support.models import tiny_model
 
 
@@ -45,6 +49,21 @@ def test_devices(report):
         assert [line.split(",")[0] for line in others] == [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     else:
         assert len(others) == 1 and others[0].startswith("no GPU: ") and torch.__version__ in others[0]
+
+
+@needs_compiler
+def test_compiled_kernels(report):
+    library = Path(prefix_kernels.__file__).resolve().parent / "_C.so"
+    assert report["compiled kernels"] == [f"loaded from {library}", f"instruction set: {torch.ops.prefix_kernels_cpu.isa()}"]
+
+
+def test_kernels_that_are_not_compiled(tmp_path):
+    tree = copy_tree(tmp_path)
+    code = "from prefix_tuning import doctor; print(doctor.report())"
+    shown = run(sys.executable, "-c", code, cwd=tree, PYTHONPATH=f"{tree}:{tree / 'python'}")
+    reason, remedy = sections(shown.stdout)["compiled kernels"]
+    assert reason.startswith("cpu ") and "not built" in reason
+    assert remedy.startswith("to build them: ") and "PREFIX_KERNELS_BUILD=cpu pip install" in remedy
 
 
 def test_every_backend_is_chosen_or_has_a_reason(report):
@@ -87,6 +106,6 @@ def test_a_training_step_is_explained_in_the_models_own_shapes(family, heads, kv
         "q": ((3, heads, 7, 16), torch.bfloat16), "k": own, "v": own, "prefix_k": prefix, "prefix_v": prefix,
         "key_mask": ((3, 7), torch.bool),
     }  # fmt: skip
-    assert reasons["sdpa"] == "chosen"
+    assert list(reasons.values()).count("chosen") == 1 and reasons["reference"] != "chosen"
     chosen = doctor.explain_training(model, torch.float32, batch=3, length=7, prefix_len=5, backend="reference")
     assert chosen["reference"] == "chosen" != chosen["sdpa"]
