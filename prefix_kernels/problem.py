@@ -42,6 +42,11 @@ class AttentionInputs:
     max_seqlen_k: int | None
 
     @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """q, k, v, prefix_k, prefix_v: what has a gradient."""
+        return self.q, self.k, self.v, self.prefix_k, self.prefix_v
+
+    @property
     def varlen(self) -> bool:
         return self.cu_seqlens_q is not None
 

@@ -6,9 +6,11 @@ import importlib
 import os
 from types import ModuleType
 
+import torch
+
 from prefix_kernels.problem import AttentionProblem
 
-BACKENDS = ("sdpa", "reference")  # in order of preference
+BACKENDS = ("cpu", "sdpa", "reference")  # in order of preference
 
 
 def load_backend(name: str) -> ModuleType:
@@ -56,4 +58,16 @@ def explain(problem: AttentionProblem, backend: str | None) -> dict[str, str]:
 
 def available_backends() -> tuple[str, ...]:
     """The backends that can run on this machine, in order of preference."""
-    return BACKENDS
+    devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+    probes = [_small_problem(device) for device in devices]
+    return tuple(name for name in BACKENDS if any(load_backend(name).why_not(probe) is None for probe in probes))
+
+
+def _small_problem(device: str) -> AttentionProblem:
+    """What every backend of that device serves: one row, head_dim 64, float32, no option."""
+    return AttentionProblem(
+        device=device, dtype=torch.float32, prefix_dtype=torch.float32, batch=1, heads=1, kv_heads=1, q_len=1, kv_len=1,
+        q_tokens=1, k_tokens=1, head_dim=64, value_dim=64, prefixes=1, prefix_len=1, causal=True, window=None, softcap=None,
+        first_key_position=None, has_key_mask=False, has_key_lens=False, has_bias=False, has_prefix_ids=False,
+        has_prefix_lens=False, varlen=False, has_parent=False,
+    )  # fmt: skip

@@ -4,9 +4,8 @@ import pytest
 import torch
 
 import prefix_kernels
-from prefix_kernels.select import BACKENDS
 from support.cases import CASES, Case
-from support.compare import DTYPES, compare
+from support.compare import BACKENDS, DTYPES, compare, serves
 from support.inputs import make_inputs
 
 
@@ -24,12 +23,13 @@ def test_backend(backend, case, dtype):
     compare(case, *DTYPES[dtype], backend)
 
 
-def test_prefix_gradient_over_many_rows():
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "reference"])
+def test_prefix_gradient_over_many_rows(backend):
     """16 384 query rows of bfloat16 add up in the prefix's gradient. Summed in 16 bit it is off by 1.5e-2 of the maximum."""
     inputs = make_inputs(Case("many rows", batch=128, kv_heads=1, q_len=32, kv_len=32, prefix_len=8), *DTYPES["float32 prefix"])
     grad_out, results = torch.randn(inputs.tensors[0].shape).bfloat16(), []
-    for backend, tensors in (("sdpa", inputs), ("reference", inputs.to(torch.float64))):
-        out = tensors.call(backend=backend)
+    for name, tensors in ((backend, inputs), ("reference", inputs.to(torch.float64))):
+        out = tensors.call(backend=name)
         results.append(torch.autograd.grad(out, tensors.tensors[3:], grad_out.to(out.dtype)))
     for grad, expected in zip(*results, strict=True):
         assert (grad - expected).abs().max() < 5e-3 * expected.abs().max()
@@ -52,7 +52,7 @@ ABSENT = [case for case in CASES if (case.key_lens or case.prefix_lens or case.p
 def test_what_nobody_sees_gets_gradients_of_exactly_zero(backend, case):
     """Keys past key_lens or hidden, prefix columns past prefix_lens, prefixes without a row, queries without a key."""
     inputs = make_inputs(case)
-    if case.softcap and backend == "sdpa":
+    if not serves(backend, inputs):
         return
     out, lse = inputs.call(backend=backend, return_lse=True)
     loss = out.square().sum() + lse.masked_fill(lse == -torch.inf, 0).square().sum()
@@ -81,7 +81,8 @@ STRIDES = {
 
 @pytest.mark.parametrize("which", range(5), ids=("q", "k", "v", "prefix_k", "prefix_v"))
 @pytest.mark.parametrize("layout", STRIDES)
-def test_any_strides(layout, which):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_any_strides(backend, layout, which):
     """The same values in another layout give the same output and gradients."""
     inputs = make_inputs(Case("strides", key_lens=(9, 9)))
     values = [tensor.detach() for tensor in inputs.tensors]
@@ -90,7 +91,7 @@ def test_any_strides(layout, which):
     results = []
     for tensors in (values, [tensor.contiguous() for tensor in values]):
         inputs.tensors = tuple(tensor.detach().requires_grad_() for tensor in tensors)
-        out = inputs.call(backend="sdpa")
+        out = inputs.call(backend=backend)
         results.append((out, *torch.autograd.grad(out.square().sum(), inputs.tensors)))
     for got, expected in zip(*results, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
@@ -99,9 +100,10 @@ def test_any_strides(layout, which):
 @pytest.mark.parametrize("case", [Case("dense"), Case("folded one query", q_len=1), Case("varlen", seqlens_q=(4, 3))], ids=str)
 @pytest.mark.parametrize("layout", STRIDES)
 @pytest.mark.parametrize("with_lse", [False, True])
-def test_any_strides_of_the_gradients_that_come_in(layout, case, with_lse):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_any_strides_of_the_gradients_that_come_in(backend, layout, case, with_lse):
     inputs = make_inputs(case)
-    outputs = inputs.call(backend="sdpa", return_lse=True)
+    outputs = inputs.call(backend=backend, return_lse=True)
     values = [STRIDES[layout](torch.randn(tensor.shape)) for tensor in outputs]
     count = 2 if with_lse else 1
     results = [

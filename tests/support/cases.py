@@ -75,6 +75,7 @@ CASES = (
     Case("cross attention, padded", causal=False, q_len=5, kv_len=11, padding="right"),
     Case("scale", scale=0.3),
     Case("scale zero", scale=0.0),
+    Case("negative scale", scale=-0.3),
     Case("window", window=3),
     Case("window of one", window=1),
     Case("window wider than the keys", window=100),

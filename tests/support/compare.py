@@ -13,6 +13,7 @@ from support.inputs import make_inputs
 from support.oracle import naive_attention
 from support.tolerance import assert_close
 
+BACKENDS = prefix_kernels.available_backends()  # what can be tested on this machine
 DTYPES = {
     "float64": (torch.float64, torch.float64),
     "float32": (torch.float32, torch.float32),
@@ -21,6 +22,11 @@ DTYPES = {
     "float32 prefix": (torch.bfloat16, torch.float32),
 }
 NAMES = ("out", "lse", "dq", "dk", "dv", "dprefix_k", "dprefix_v")
+
+
+def serves(backend, inputs):
+    """Whether the backend takes the call, as explain_backends says."""
+    return not prefix_kernels.explain_backends(*inputs.tensors, **inputs.options)[backend].startswith("refused: ")
 
 
 def gradients(inputs, out, lse, grad_out, grad_lse):

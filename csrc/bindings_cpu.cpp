@@ -1,0 +1,209 @@
+// The operators prefix_kernels_cpu::{forward, backward, isa}. The only file of the CPU library that includes
+// torch, through its stable ABI: one build serves every torch from 2.11 on. prefix_kernels/backends/cpu.py is the caller; it
+// has checked shapes and dtypes, made every last stride 1 and every index int64.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "cpu/kernels.h"
+#include "plan.h"
+
+namespace prefix_kernels {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using MaybeTensor = std::optional<Tensor>;
+
+Strided strided(const Tensor& tensor, int64_t row, int64_t token, int64_t head) {
+  const bool is_float32 = tensor.scalar_type() == ScalarType::Float;
+  STD_TORCH_CHECK(is_float32 || tensor.scalar_type() == ScalarType::BFloat16, "expected float32 or bfloat16");
+  return {tensor.data_ptr(), is_float32 ? Element::float32 : Element::bfloat16, row, token, head};
+}
+
+// [batch, heads, len, dim], or [tokens, heads, dim] where varlen
+Strided rows(const Tensor& tensor, bool varlen) {
+  return varlen ? strided(tensor, 0, tensor.stride(0), tensor.stride(1))
+                : strided(tensor, tensor.stride(0), tensor.stride(2), tensor.stride(1));
+}
+
+const int64_t* indices(const MaybeTensor& tensor) {
+  return tensor ? static_cast<const int64_t*>(tensor->const_data_ptr()) : nullptr;
+}
+
+// A call: its problem and the sequences that the problem points to.
+struct Call {
+  Problem problem;
+  std::vector<Sequence> sequences;
+  int64_t max_q_len = 0;
+};
+
+Call describe(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& prefix_k, const Tensor& prefix_v,
+              const MaybeTensor& key_mask, const MaybeTensor& key_lens, const MaybeTensor& prefix_ids,
+              const MaybeTensor& prefix_lens, const MaybeTensor& cu_seqlens_q, const MaybeTensor& cu_seqlens_k,
+              const MaybeTensor& parent, bool causal, double scale, int64_t window, double softcap,
+              int64_t first_key_position, const Tensor& out, const Tensor& lse) {
+  Call call;
+  Problem& p = call.problem;
+  const bool varlen = cu_seqlens_q.has_value();
+  p.q = rows(q, varlen), p.k = rows(k, varlen), p.v = rows(v, varlen), p.out = rows(out, varlen);
+  p.prefix_k = strided(prefix_k, prefix_k.stride(0), prefix_k.stride(2), prefix_k.stride(1));
+  p.prefix_v = strided(prefix_v, prefix_v.stride(0), prefix_v.stride(2), prefix_v.stride(1));
+  p.lse = static_cast<float*>(lse.data_ptr());
+  p.lse_row = varlen ? 0 : lse.stride(0), p.lse_head = lse.stride(varlen ? 0 : 1);
+  if (key_mask) p.key_mask = static_cast<const bool*>(key_mask->const_data_ptr()), p.key_mask_row = key_mask->stride(0);
+  p.heads = q.size(1), p.kv_heads = k.size(1), p.head_dim = q.size(varlen ? 2 : 3), p.value_dim = v.size(varlen ? 2 : 3);
+  p.prefixes = prefix_k.size(0), p.prefix_len = prefix_k.size(2);
+  p.causal = causal, p.scale = scale, p.softcap = softcap;
+  p.window = window, p.first_key_position = first_key_position;
+  const int64_t *ids = indices(prefix_ids), *lens = indices(prefix_lens), *fill = indices(key_lens);
+  const int64_t *ends_q = indices(cu_seqlens_q), *ends_k = indices(cu_seqlens_k), *parents = indices(parent);
+  const int64_t count = varlen ? cu_seqlens_q->size(0) - 1 : q.size(0);
+  for (int64_t i = 0; i < count; ++i) {
+    Sequence s{};
+    if (varlen) {
+      s.first_query = ends_q[i], s.first_key = ends_k[i];
+      s.q_len = ends_q[i + 1] - ends_q[i], s.kv_len = ends_k[i + 1] - ends_k[i];
+    } else {
+      s.row = i, s.q_len = q.size(2), s.kv_len = k.size(2);
+      if (fill) s.kv_len = std::clamp<int64_t>(fill[i], 0, s.kv_len);
+    }
+    s.prefix = ids ? ids[i] : 0;
+    if (s.prefix < 0 || s.prefix >= p.prefixes) s.prefix = -1;
+    s.prefix_len = s.prefix < 0 ? 0 : lens ? std::clamp<int64_t>(lens[s.prefix], 0, p.prefix_len) : p.prefix_len;
+    if (s.prefix_len == 0) s.prefix = -1;
+    s.parent = parents ? parents[i] : -1;
+    call.max_q_len = std::max(call.max_q_len, s.q_len);
+    call.sequences.push_back(s);
+  }
+  p.sequences = call.sequences.data(), p.sequence_count = count;
+  return call;
+}
+
+template <typename Run>
+void in_parallel(int64_t tasks, const Run& run) {
+  if (tasks > 0) torch::stable::parallel_for(0, tasks, 1, run);
+}
+
+void run_decode(const Call& call, const Kernels& kernel, const Tensor& like) {
+  const Problem& p = call.problem;
+  const int64_t per_tile = std::max<int64_t>(1, kernel.rows / std::max<int64_t>(1, call.max_q_len * p.group()));
+  const DecodeTiles tiles = decode_tiles(call.sequences, per_tile);
+  // Few tiles: ranges of 256 columns or more, 8 tasks or so, whatever the number of threads: results do not depend on it, and
+  // partial results of many rows are never more than one copy.
+  const int64_t tile_count = int64_t(tiles.tile_first.size()) - 1;
+  const int64_t splits =
+      std::clamp<int64_t>(8 / std::max<int64_t>(1, p.kv_heads * tile_count), 1, std::max<int64_t>(1, p.prefix_len / 256));
+  const Tensor partial = torch::stable::new_empty(
+      like, {splits, p.sequence_count, p.heads, call.max_q_len, p.value_dim + 2}, ScalarType::Float);
+  const DecodePlan plan{tiles.order.data(), tiles.tile_first.data(), tile_count, splits,
+                        (p.prefix_len + splits - 1) / splits, call.max_q_len, static_cast<float*>(partial.data_ptr())};
+  in_parallel(p.kv_heads * plan.tiles * splits, [&](int64_t begin, int64_t end) { kernel.decode_prefix(p, plan, begin, end); });
+  in_parallel(p.kv_heads * p.sequence_count, [&](int64_t begin, int64_t end) { kernel.decode_own(p, plan, begin, end); });
+}
+
+void forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& prefix_k, const Tensor& prefix_v,
+             MaybeTensor key_mask, MaybeTensor key_lens, MaybeTensor prefix_ids, MaybeTensor prefix_lens,
+             MaybeTensor cu_seqlens_q, MaybeTensor cu_seqlens_k, MaybeTensor parent, bool causal, double scale,
+             int64_t window, double softcap, int64_t first_key_position, const Tensor& out, const Tensor& lse) {
+  const Call call = describe(q, k, v, prefix_k, prefix_v, key_mask, key_lens, prefix_ids, prefix_lens, cu_seqlens_q,
+                             cu_seqlens_k, parent, causal, scale, window, softcap, first_key_position, out, lse);
+  const Problem& p = call.problem;
+  const Kernels& kernel = kernels();
+  if (call.max_q_len * p.group() < kernel.lanes) return run_decode(call, kernel, q);
+  const std::vector<int64_t> tile_first = count_tiles(call.sequences, p.group(), kernel.rows);
+  in_parallel(p.kv_heads * tile_first.back(),
+              [&](int64_t begin, int64_t end) { kernel.forward(p, tile_first.data(), begin, end); });
+}
+
+// Adds the slots beyond the bank to the prefix they belong to, in order.
+void add_slots(const Tensor& sums, const std::vector<int64_t>& prefix_of_slot, int64_t prefixes) {
+  float* data = static_cast<float*>(sums.data_ptr());
+  const int64_t heads = sums.size(1), per_head = sums.size(2) * sums.size(3);
+  if (int64_t(prefix_of_slot.size()) == prefixes || per_head == 0) return;
+  in_parallel(heads, [&](int64_t begin, int64_t end) {
+    for (size_t slot = prefixes; slot < prefix_of_slot.size(); ++slot)
+      for (int64_t head = begin; head < end; ++head) {
+        const float* from = data + (int64_t(slot) * heads + head) * per_head;
+        float* to = data + (prefix_of_slot[slot] * heads + head) * per_head;
+        for (int64_t i = 0; i < per_head; ++i) to[i] += from[i];
+      }
+  });
+}
+
+// dq, dk, dv are written or, dk and dv (float32), added to; undefined ones are not wanted. Returns the gradients of the bank,
+// float32, empty where not wanted.
+std::tuple<Tensor, Tensor> backward(
+    const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& prefix_k, const Tensor& prefix_v, MaybeTensor key_mask,
+    MaybeTensor key_lens, MaybeTensor prefix_ids, MaybeTensor prefix_lens, MaybeTensor cu_seqlens_q,
+    MaybeTensor cu_seqlens_k, MaybeTensor parent, bool causal, double scale, int64_t window, double softcap,
+    int64_t first_key_position, const Tensor& out, const Tensor& lse, const Tensor& dout, MaybeTensor dlse, MaybeTensor dq,
+    MaybeTensor dk, MaybeTensor dv, bool wants_prefix_k, bool wants_prefix_v) {
+  const Call call = describe(q, k, v, prefix_k, prefix_v, key_mask, key_lens, prefix_ids, prefix_lens, cu_seqlens_q,
+                             cu_seqlens_k, parent, causal, scale, window, softcap, first_key_position, out, lse);
+  const Problem& p = call.problem;
+  const bool varlen = cu_seqlens_q.has_value();
+  Gradients g;
+  g.dout = rows(dout, varlen);
+  if (dlse) g.dlse = static_cast<const float*>(dlse->const_data_ptr());
+  if (dq) g.dq = rows(*dq, varlen);
+  if (dk) g.dk = rows(*dk, varlen);
+  if (dv) g.dv = rows(*dv, varlen);
+  // About four tasks a thread; more parts than that would only cost memory, one copy of the prefix each.
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t wanted_parts = std::clamp<int64_t>((4 * threads + p.kv_heads - 1) / p.kv_heads, 1, 8);
+  const BackwardParts plan = backward_parts(call.sequences, p.prefixes, wanted_parts);
+  const int64_t slots = int64_t(plan.prefix_of_slot.size());
+  auto sums = [&](bool wanted, int64_t dim) {
+    return torch::stable::new_zeros(q, {wanted ? slots : 0, p.kv_heads, p.prefix_len, dim}, ScalarType::Float);
+  };
+  const Tensor sums_k = sums(wants_prefix_k, p.head_dim), sums_v = sums(wants_prefix_v, p.value_dim);
+  if (wants_prefix_k) g.dprefix_k = static_cast<float*>(sums_k.data_ptr());
+  if (wants_prefix_v) g.dprefix_v = static_cast<float*>(sums_v.data_ptr());
+  const int64_t parts = int64_t(plan.parts.size());
+  in_parallel(p.kv_heads * parts,
+              [&](int64_t begin, int64_t end) { kernels().backward(p, g, plan.parts.data(), parts, begin, end); });
+  auto bank = [&](const Tensor& all, bool wanted) {
+    if (!wanted) return all;
+    add_slots(all, plan.prefix_of_slot, p.prefixes);
+    Tensor whole = all;
+    return torch::stable::narrow(whole, 0, 0, p.prefixes);
+  };
+  return {bank(sums_k, wants_prefix_k), bank(sums_v, wants_prefix_v)};
+}
+
+std::string isa(std::optional<std::string> name) {
+  if (name) STD_TORCH_CHECK(use_kernels(name->c_str()), "instruction set: this processor cannot run ", *name);
+  return kernels().name;
+}
+
+}  // namespace
+}  // namespace prefix_kernels
+
+#define PROBLEM                                                                                                     \
+  "Tensor q, Tensor k, Tensor v, Tensor prefix_k, Tensor prefix_v, Tensor? key_mask, Tensor? key_lens, "           \
+  "Tensor? prefix_ids, Tensor? prefix_lens, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? parent, bool causal, " \
+  "float scale, int window, float softcap, int first_key_position, "
+
+STABLE_TORCH_LIBRARY(prefix_kernels_cpu, m) {
+  m.def("forward(" PROBLEM "Tensor(a!) out, Tensor(b!) lse) -> ()");
+  m.def("backward(" PROBLEM
+        "Tensor out, Tensor lse, Tensor dout, Tensor? dlse, Tensor(a!)? dq, Tensor(b!)? dk, Tensor(c!)? dv, "
+        "bool wants_prefix_k, bool wants_prefix_v) -> (Tensor, Tensor)");
+  m.def("isa(str? name=None) -> str");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(prefix_kernels_cpu, CPU, m) {
+  m.impl("forward", TORCH_BOX(&prefix_kernels::forward));
+  m.impl("backward", TORCH_BOX(&prefix_kernels::backward));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(prefix_kernels_cpu, CompositeExplicitAutograd, m) {
+  m.impl("isa", TORCH_BOX(&prefix_kernels::isa));
+}

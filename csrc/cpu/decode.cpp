@@ -1,0 +1,171 @@
+// Few query rows per sequence (decoding): the prefix is read once for the rows of many sequences, then each sequence meets
+// its own keys. Two passes over the same online softmax:
+//
+//     decode_prefix   tiles of rows of several sequences × ranges of prefix columns → partial (accumulator, m, l)
+//     decode_own      merges the partial results of a sequence, goes on with its own keys, writes out and lse
+//
+// With too few rows to fill vector lanes, lanes hold head_dim instead.
+#include "kernels.h"
+#include "softmax.h"
+
+namespace prefix_kernels::ISA {
+
+// Few rows, each with its own accumulator along value_dim.
+struct NarrowTile {
+  alignas(64) float q[ROWS * MAX_DIM], acc[ROWS * MAX_DIM];
+  alignas(64) float weights[ROWS][KEYS];
+  alignas(64) float keys[KEYS * MAX_DIM], values[KEYS * MAX_DIM];
+  float m[ROWS], l[ROWS];
+  TileRows rows;
+
+  void start(const Problem& p) {
+    read_rows(p.q, rows, p.head_dim, q);
+    std::fill_n(acc, rows.count * p.value_dim, 0.0f);
+    std::fill_n(m, ROWS, -INF), std::fill_n(l, ROWS, 0.0f);
+  }
+
+  // Keys first … last of a segment; the visible ranges must be set for it.
+  void attend(const Problem& p, const Segment& segment, int64_t first, int64_t last) {
+    first = std::max(first, rows.any_from), last = std::min(last, rows.any_to);
+    for (; first < last; first += KEYS) {
+      const int64_t count = std::min<int64_t>(KEYS, last - first);
+      const KeyTile k = widen(segment.k, segment.k_first, first, count, p.head_dim, keys);
+      for (int r = 0; r < rows.count; ++r) weigh(p, r, k, segment.mask, first, count);
+      const KeyTile v = widen(segment.v, segment.v_first, first, count, p.value_dim, values);
+      product_columns<Left::rows>(rows.count, p.value_dim, weights[0], KEYS, v.data, v.stride, acc, p.value_dim, count, true);
+    }
+  }
+
+  // Goes on from another tile's partial result for row r.
+  void merge(const Problem& p, int r, const float* other_acc, float other_m, float other_l) {
+    const float m_new = other_m > m[r] ? other_m : m[r], base = m_new == -INF ? 0.0f : m_new;
+    const float mine = exp2(splat(m[r] - base))[0], others = exp2(splat(other_m - base))[0];
+    for (int64_t d = 0; d < p.value_dim; d += LANES) {
+      float* at = acc + r * p.value_dim + d;
+      store(at, load(at) * mine + load(other_acc + d) * others);
+    }
+    m[r] = m_new, l[r] = l[r] * mine + other_l * others;
+  }
+
+ private:
+  // Scores of one row with `count` keys, as weights 2^(s − m').
+  void weigh(const Problem& p, int r, const KeyTile& k, const bool* mask, int64_t first, int64_t count) {
+    float* w = weights[r];
+    Vec top = splat(m[r]);
+    for (int64_t n = 0; n < count; n += LANES) {
+      const Vec s = visible(p, r, dot(k, n, count, q + r * p.head_dim, p.head_dim), mask, first + n, first + count);
+      store(w + n, s);
+      top = max(top, s);
+    }
+    float m_new = top[0];
+    for (int lane = 1; lane < LANES; ++lane) m_new = m_new > top[lane] ? m_new : top[lane];
+    const float base = m_new == -INF ? 0.0f : m_new, alpha = exp2(splat(m[r] - base))[0];
+    Vec total = {};
+    for (int64_t n = 0; n < count; n += LANES) {
+      const Vec weight = exp2(load(w + n) - base);
+      store(w + n, weight);
+      total += weight;
+    }
+    m[r] = m_new, l[r] = l[r] * alpha + float(sum(total));
+    for (int64_t d = 0; d < p.value_dim; d += LANES)
+      store(acc + r * p.value_dim + d, load(acc + r * p.value_dim + d) * alpha);
+  }
+
+  // One row's products with keys n … n + LANES, a key in each lane; 0 past `count`.
+  static Vec dot(const KeyTile& k, int64_t n, int64_t count, const float* row, int64_t dim) {
+    Vec parts[LANES] = {};
+    for (int i = 0; i < LANES && n + i < count; ++i)
+      for (int64_t d = 0; d < dim; d += LANES) parts[i] += load(k.data + (n + i) * k.stride + d) * load(row + d);
+    transpose(parts);
+    Vec s = parts[0];
+    for (int i = 1; i < LANES; ++i) s += parts[i];
+    return s;
+  }
+
+  // Scale and softcap, and −inf where row r does not see keys key … key + LANES or there is no key.
+  Vec visible(const Problem& p, int r, Vec s, const bool* mask, int64_t key, int64_t keys_end) const {
+    const ScoreFactors factors(p);
+    s = (factors.softcap ? tanh(s * factors.inner) : s) * factors.outer;
+    const int64_t end = std::min<int64_t>(rows.end[r], keys_end);
+    if (!mask && rows.lowest[r] <= key && key + LANES <= end) return s;
+    for (int lane = 0; lane < LANES; ++lane) {
+      const int64_t j = key + lane;
+      if (j < rows.lowest[r] || j >= end || (mask && !mask[j])) s[lane] = -INF;
+    }
+    return s;
+  }
+};
+
+static float* partial_of(const Problem& p, const DecodePlan& plan, int64_t split, const TileRows& rows, int r) {
+  const int64_t sequence = rows.sequence[r] - p.sequences;
+  const int64_t row = ((split * p.sequence_count + sequence) * p.heads + rows.head[r]) * plan.max_q_len + rows.query[r];
+  return plan.partial + row * (p.value_dim + 2);
+}
+
+static void write_partial(const Problem& p, const DecodePlan& plan, int64_t split, const TileRows& rows, const float* acc,
+                          const float* m, const float* l) {
+  for (int r = 0; r < rows.count; ++r) {
+    float* to = partial_of(p, plan, split, rows, r);
+    std::memcpy(to, acc + r * p.value_dim, p.value_dim * sizeof(float));
+    to[p.value_dim] = m[r], to[p.value_dim + 1] = l[r];
+  }
+}
+
+void decode_prefix(const Problem& p, const DecodePlan& plan, int64_t begin, int64_t end) {
+  AttendTile wide;
+  NarrowTile narrow;
+  for (int64_t task = begin; task < end; ++task) {
+    const int64_t split = task % plan.splits, tile = task / plan.splits % plan.tiles, kv_head = task / plan.splits / plan.tiles;
+    TileRows rows;
+    for (int64_t i = plan.tile_first[tile]; i < plan.tile_first[tile + 1]; ++i)
+      rows.add(p, p.sequences[plan.order[i]], kv_head, 0);
+    if (rows.count == 0 || rows.sequence[0]->prefix < 0) continue;
+    set_visible(p, rows, Keys::prefix);
+    const Segment prefix = segment_of(p, *rows.sequence[0], kv_head, Keys::prefix);
+    const int64_t first = split * plan.split_len, last = first + plan.split_len;
+    if (rows.count < LANES / 2) {
+      narrow.rows = rows;
+      narrow.start(p);
+      narrow.attend(p, prefix, first, last);
+      write_partial(p, plan, split, rows, narrow.acc, narrow.m, narrow.l);
+    } else {
+      wide.rows = rows;
+      wide.start(p);
+      wide.attend(p, prefix, first, last);
+      alignas(64) float m[ROWS], l[ROWS];
+      for (int u = 0; u < 2; ++u) store(m + u * LANES, wide.state.m[u]), store(l + u * LANES, wide.state.l[u]);
+      transpose_columns(wide.acc, p.value_dim, wide.values);
+      write_partial(p, plan, split, rows, wide.values, m, l);
+    }
+  }
+}
+
+void decode_own(const Problem& p, const DecodePlan& plan, int64_t begin, int64_t end) {
+  NarrowTile tile;
+  for (int64_t task = begin; task < end; ++task) {
+    const int64_t kv_head = task % p.kv_heads;
+    const Sequence& s = p.sequences[task / p.kv_heads];
+    tile.rows.count = 0;
+    tile.rows.add(p, s, kv_head, 0);
+    tile.start(p);
+    for (int64_t split = 0; s.prefix >= 0 && split < plan.splits; ++split)
+      for (int r = 0; r < tile.rows.count; ++r) {
+        const float* from = partial_of(p, plan, split, tile.rows, r);
+        tile.merge(p, r, from, from[p.value_dim], from[p.value_dim + 1]);
+      }
+    for (const Keys which : {Keys::parent, Keys::own}) {
+      if (which == Keys::parent && s.parent < 0) continue;
+      set_visible(p, tile.rows, which);
+      tile.attend(p, segment_of(p, s, kv_head, which), 0, INT32_MAX);
+    }
+    for (int r = 0; r < tile.rows.count; ++r) {
+      float* acc = tile.acc + r * p.value_dim;
+      const float inverse = tile.l[r] == 0.0f ? 0.0f : 1.0f / tile.l[r];
+      for (int64_t d = 0; d < p.value_dim; d += LANES) store(acc + d, load(acc + d) * inverse);
+      write_row(p.out, row_offset(p.out, tile.rows, r), p.value_dim, acc);
+      p.lse[p.lse_offset(s, tile.rows.query[r], tile.rows.head[r])] = log_sum_exp(tile.m[r], tile.l[r]);
+    }
+  }
+}
+
+}  // namespace prefix_kernels::ISA

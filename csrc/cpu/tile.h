@@ -1,0 +1,213 @@
+// A tile of query rows and the keys it meets.
+//
+// Query rows lie in vector lanes: q is stored transposed, [head_dim][ROWS], scores are [key][ROWS], the accumulator is
+// [value_dim][ROWS]. The maximum and the sum over keys then need no work across lanes, and keys and values are read where
+// they are. Scores are in units of log2, so that exp2 serves.
+#pragma once
+
+#include <algorithm>
+
+#include "../problem.h"
+#include "product.h"
+
+namespace prefix_kernels::ISA {
+
+constexpr int ROWS = 2 * LANES;  // query rows of a tile
+constexpr int KEYS = 64;         // keys of a tile
+constexpr int MAX_DIM = 256;     // head_dim and value_dim; both are multiples of 16
+
+// Which query rows are in a tile; what each may see is set for one segment of keys at a time.
+struct TileRows {
+  int count = 0;
+  const Sequence* sequence[ROWS];
+  int64_t query[ROWS], head[ROWS];
+  // Row r sees the keys lowest[r] ≤ j < end[r] of the segment. Lanes without a row see none.
+  alignas(64) int32_t lowest[ROWS], end[ROWS];
+  int64_t all_from, all_to, any_from, any_to;  // keys that every row sees; keys that some row sees
+
+  int vectors() const { return count <= LANES ? 1 : 2; }
+
+  // Adds the rows of a sequence and kv head from `first` on, as far as there is room: query by query, the heads of the
+  // group innermost, so that neighbours stand at neighbouring positions.
+  void add(const Problem& p, const Sequence& s, int64_t kv_head, int64_t first) {
+    const int64_t group = p.group();
+    for (int64_t row = first; row < s.q_len * group && count < ROWS; ++row, ++count)
+      sequence[count] = &s, query[count] = row / group, head[count] = kv_head * group + row % group;
+  }
+};
+
+// Keys and values of one kind: a prefix, a parent's, or the sequence's own.
+struct Segment {
+  Strided k, v;
+  int64_t k_first, v_first;         // offset of key 0
+  const bool* mask = nullptr;       // [key], true where a key may be attended; null: all
+};
+
+enum class Keys { prefix, parent, own };
+
+inline Segment segment_of(const Problem& p, const Sequence& s, int64_t kv_head, Keys which) {
+  if (which == Keys::prefix)
+    return {p.prefix_k, p.prefix_v, p.prefix_k.offset(s.prefix, 0, kv_head), p.prefix_v.offset(s.prefix, 0, kv_head)};
+  const Sequence& owner = which == Keys::parent ? p.sequences[s.parent] : s;
+  return {p.k, p.v, p.k.offset(owner.row, owner.first_key, kv_head), p.v.offset(owner.row, owner.first_key, kv_head),
+          p.key_mask ? p.key_mask + owner.row * p.key_mask_row : nullptr};
+}
+
+// Sets what each row of the tile may see of its segment `which`.
+inline void set_visible(const Problem& p, TileRows& rows, Keys which) {
+  rows.all_from = 0, rows.any_to = 0;
+  rows.all_to = rows.any_from = INT32_MAX;
+  for (int r = 0; r < ROWS; ++r) {
+    rows.lowest[r] = rows.end[r] = 0;
+    if (r >= rows.count) continue;
+    const Sequence& s = *rows.sequence[r];
+    const int64_t position = p.causal ? rows.query[r] + s.kv_len - s.q_len : rows.query[r];
+    int64_t lowest = 0, end = 0;
+    if (which == Keys::prefix) {
+      end = s.prefix_len;
+      if (p.window && p.first_key_position >= 0)
+        lowest = s.prefix_len + p.first_key_position + position - p.window + 1;
+    } else if (which == Keys::parent) {
+      end = s.parent < 0 ? 0 : p.sequences[s.parent].kv_len;
+    } else {
+      end = p.causal ? std::min(s.kv_len, position + 1) : s.kv_len;
+      if (p.window) {
+        lowest = position - p.window + 1;
+        if (!p.causal) end = std::min(end, position + p.window);
+      }
+    }
+    end = std::max<int64_t>(end, 0);
+    lowest = std::clamp<int64_t>(lowest, 0, end);
+    rows.lowest[r] = int32_t(lowest), rows.end[r] = int32_t(end);
+    rows.all_from = std::max(rows.all_from, lowest), rows.all_to = std::min(rows.all_to, end);
+    if (lowest < end) rows.any_from = std::min(rows.any_from, lowest), rows.any_to = std::max(rows.any_to, end);
+  }
+}
+
+// scores[key][ROWS] = −inf where a row does not see keys first … first + count of the segment.
+inline void hide(const TileRows& rows, const bool* mask, int64_t first, int64_t count, float (*scores)[ROWS]) {
+  const bool all_seen = rows.all_from <= first && first + count <= rows.all_to;
+  if (all_seen && !mask) return;
+  for (int u = 0; u < rows.vectors(); ++u) {
+    const IntVec lowest = load(rows.lowest + u * LANES), end = load(rows.end + u * LANES);
+    for (int64_t n = 0; n < count; ++n) {
+      float* at = scores[n] + u * LANES;
+      if (mask && !mask[first + n]) {
+        store(at, splat(-INF));
+      } else if (!all_seen) {
+        const IntVec key = splat(int32_t(first + n));
+        store(at, (key >= lowest) & (key < end) ? load(at) : splat(-INF));
+      }
+    }
+  }
+}
+
+// Keys (or values) of a tile as float32: where they are, or widened into `buffer`.
+struct KeyTile {
+  const float* data;
+  int64_t stride;
+};
+
+inline KeyTile widen(const Strided& from, int64_t offset, int64_t first, int64_t count, int64_t dim, float* buffer) {
+  if (from.element == Element::float32)
+    return {static_cast<const float*>(from.data) + offset + first * from.token, from.token};
+  for (int64_t n = 0; n < count; ++n) {
+    const bfloat16* source = static_cast<const bfloat16*>(from.data) + offset + (first + n) * from.token;
+    for (int64_t d = 0; d < dim; d += LANES) store(buffer + n * dim + d, load(source + d));
+  }
+  return {buffer, dim};
+}
+
+// One query row as float32.
+inline void read_row(const Strided& from, int64_t offset, int64_t dim, float* to) {
+  for (int64_t d = 0; d < dim; d += LANES) {
+    const Vec v = from.element == Element::float32 ? load(static_cast<const float*>(from.data) + offset + d)
+                                                   : load(static_cast<const bfloat16*>(from.data) + offset + d);
+    store(to + d, v);
+  }
+}
+
+inline void write_row(const Strided& to, int64_t offset, int64_t dim, const float* row) {
+  for (int64_t d = 0; d < dim; d += LANES) {
+    if (to.element == Element::float32) store(static_cast<float*>(to.data) + offset + d, load(row + d));
+    else store(static_cast<bfloat16*>(to.data) + offset + d, load(row + d));
+  }
+}
+
+inline int64_t row_offset(const Strided& of, const TileRows& rows, int r) {
+  const Sequence& s = *rows.sequence[r];
+  return of.offset(s.row, s.first_query + rows.query[r], rows.head[r]);
+}
+
+// to[dim][ROWS] = the tile's rows of `from` [ROWS][dim]
+inline void transpose_rows(const float* from, int64_t dim, float (*to)[ROWS]) {
+  for (int u = 0; u < 2; ++u)
+    for (int64_t d = 0; d < dim; d += LANES) {
+      Vec block[LANES];
+      for (int i = 0; i < LANES; ++i) block[i] = load(from + (u * LANES + i) * dim + d);
+      transpose(block);
+      for (int i = 0; i < LANES; ++i) store(to[d + i] + u * LANES, block[i]);
+    }
+}
+
+// to[ROWS][dim] = from[dim][ROWS]
+inline void transpose_columns(const float (*from)[ROWS], int64_t dim, float* to) {
+  for (int u = 0; u < 2; ++u)
+    for (int64_t d = 0; d < dim; d += LANES) {
+      Vec block[LANES];
+      for (int i = 0; i < LANES; ++i) block[i] = load(from[d + i] + u * LANES);
+      transpose(block);
+      for (int i = 0; i < LANES; ++i) store(to + (u * LANES + i) * dim + d, block[i]);
+    }
+}
+
+// buffer[ROWS][dim] = the tile's rows of `from`, as float32; lanes without a row are 0.
+inline void read_rows(const Strided& from, const TileRows& rows, int64_t dim, float* buffer) {
+  for (int r = 0; r < ROWS; ++r) {
+    if (r < rows.count) read_row(from, row_offset(from, rows, r), dim, buffer + r * dim);
+    else std::fill_n(buffer + r * dim, dim, 0.0f);
+  }
+}
+
+// What turns a product q · k into a score in units of log2: c · tanh(product · inner) · log2 e with a softcap c, or
+// product · outer.
+struct ScoreFactors {
+  float inner, outer;
+  bool softcap;
+  explicit ScoreFactors(const Problem& p)
+      : inner(p.softcap > 0 ? float(p.scale / p.softcap) : 1.0f),
+        outer(float((p.softcap > 0 ? p.softcap : p.scale) * LOG2E)), softcap(p.softcap > 0) {}
+};
+
+// What is taken off each row's scores: in the backward pass its log-sum-exp in units of log2, as a sum of two floats,
+// because a rounding of it would be a relative error of the weights.
+struct Shift {
+  alignas(64) float most[ROWS] = {}, rest[ROWS] = {};
+};
+
+// scores[count][ROWS] of a tile of keys, in units of log2, less the shift; −inf where hidden. With a softcap, `slopes`
+// (unless null) becomes its derivative 1 − tanh² at each score.
+inline void compute_scores(const Problem& p, const TileRows& rows, const Segment& segment, int64_t first, int64_t count,
+                           const KeyTile& keys, const float (*q)[ROWS], const Shift& shift, float (*scores)[ROWS],
+                           float (*slopes)[ROWS]) {
+  if (rows.vectors() == 2)
+    product<2, Left::rows>(count, keys.data, keys.stride, q[0], ROWS, scores[0], ROWS, p.head_dim, false);
+  else
+    product<1, Left::rows>(count, keys.data, keys.stride, q[0], ROWS, scores[0], ROWS, p.head_dim, false);
+  const ScoreFactors factors(p);
+  for (int u = 0; u < rows.vectors(); ++u) {
+    const Vec most = load(shift.most + u * LANES), rest = load(shift.rest + u * LANES);
+    for (int64_t n = 0; n < count; ++n) {
+      float* at = scores[n] + u * LANES;
+      Vec s = load(at);
+      if (factors.softcap) {
+        s = tanh(s * factors.inner);
+        if (slopes) store(slopes[n] + u * LANES, 1.0f - s * s);
+      }
+      store(at, s * factors.outer - most - rest);
+    }
+  }
+  hide(rows, segment.mask, first, count, scores);
+}
+
+}  // namespace prefix_kernels::ISA

@@ -1,0 +1,108 @@
+"""C++ kernels for the CPU (csrc/cpu): float32 and bfloat16, AVX2 and AVX-512 chosen at run time.
+
+Query rows lie in vector lanes; the prefix, a parent's keys and the own keys are met in one online softmax. Where a step has
+few queries per row (decoding), the prefix is read once for the rows of the whole batch.
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from prefix_kernels.problem import AttentionInputs, AttentionProblem, empty_token_major
+
+LIBRARY = Path(__file__).resolve().parents[1] / "_C.so"
+DTYPES = (torch.float32, torch.bfloat16)
+DIM_STEP, MAX_DIM = 16, 256  # head_dim and value_dim fill whole vectors; a tile of 256 fits the cache
+
+
+@functools.cache
+def _missing() -> str | None:
+    """Loads the library, once; the reason why it cannot be used, or None."""
+    if not LIBRARY.exists():
+        return f"the C++ kernels are not built (no {LIBRARY.name} beside the package); reinstall where a C++ compiler is found"
+    try:
+        torch.ops.load_library(LIBRARY)
+    except OSError as error:
+        return f"the C++ kernels in {LIBRARY} cannot be loaded: {error}"
+    return None
+
+
+def why_not(problem: AttentionProblem) -> str | None:
+    """None where the kernels can serve the problem, else the reason."""
+    if problem.device != "cpu":
+        return f"it runs on the CPU, the tensors are on {problem.device}"
+    if problem.dtype not in DTYPES:
+        return f"it serves float32 and bfloat16, got {problem.dtype}"
+    if problem.prefix_dtype not in DTYPES:
+        return f"it serves prefixes in float32 and bfloat16, got {problem.prefix_dtype}"
+    if problem.has_bias:
+        return "it takes no bias"
+    for name in ("head_dim", "value_dim"):
+        dim = getattr(problem, name)
+        if dim % DIM_STEP or not 0 < dim <= MAX_DIM:
+            return f"it serves multiples of {DIM_STEP} up to {MAX_DIM} as {name}, got {dim}"
+    return _missing()
+
+
+def forward(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
+    """(out, lse) of one call."""
+    q, value_dim = inputs.q, inputs.v.shape[-1]
+    out = empty_token_major(q, (*q.shape[:-1], value_dim))
+    lse_shape = (q.shape[1], q.shape[0]) if inputs.varlen else q.shape[:3]
+    lse = q.new_empty(lse_shape, dtype=torch.float32)
+    torch.ops.prefix_kernels_cpu.forward(*_arguments(inputs), out, lse)
+    return out, lse
+
+
+def backward(
+    inputs: AttentionInputs, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None, wanted: tuple[bool, ...]
+) -> tuple[Tensor | None, ...]:
+    """Gradients of q, k, v, prefix_k, prefix_v; one that is not wanted is neither computed nor allocated."""
+    q, k, v = (
+        empty_token_major(tensor, tuple(tensor.shape), dtype) if needed else None
+        for tensor, needed, dtype in zip(inputs.tensors[:3], wanted, (None, torch.float32, torch.float32), strict=False)
+    )
+    for added_to in (k, v):
+        if added_to is not None:
+            added_to.zero_()
+    prefix_k, prefix_v = torch.ops.prefix_kernels_cpu.backward(
+        *_arguments(inputs), _last_stride_one(out), lse.contiguous(), _last_stride_one(grad_out),
+        None if grad_lse is None else grad_lse.contiguous(), q, k, v, wanted[3], wanted[4],
+    )  # fmt: skip
+    dtypes = (inputs.q.dtype,) * 3 + (inputs.prefix_k.dtype,) * 2
+    grads = (q, k, v, prefix_k, prefix_v)
+    return tuple(
+        grad.to(dtype) if needed else None for grad, dtype, needed in zip(grads, dtypes, wanted, strict=True)
+    )
+
+
+def _last_stride_one(tensor: Tensor) -> Tensor:
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _index(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.to(torch.int64).contiguous()
+
+
+def _arguments(inputs: AttentionInputs) -> tuple:
+    """What both operators take first, in the order of their schema; 0 and −1 stand for None."""
+    mask = inputs.key_mask
+    return (
+        *(_last_stride_one(tensor) for tensor in inputs.tensors),
+        mask if mask is None else _last_stride_one(mask),
+        _index(inputs.key_lens),
+        _index(inputs.prefix_ids),
+        _index(inputs.prefix_lens),
+        _index(inputs.cu_seqlens_q),
+        _index(inputs.cu_seqlens_k),
+        _index(inputs.parent),
+        inputs.causal,
+        inputs.scale,
+        inputs.window or 0,
+        inputs.softcap or 0.0,
+        -1 if inputs.first_key_position is None else inputs.first_key_position,
+    )

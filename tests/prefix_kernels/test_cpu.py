@@ -1,0 +1,128 @@
+"""The C++ kernels: every instruction set on every case, sizes that cross tiles, threads, and what the backend refuses."""
+
+import pytest
+import torch
+
+import prefix_kernels
+from prefix_kernels.backends import cpu
+from support.cases import CASES, Case
+from support.compare import DTYPES, compare, gradients, serves
+from support.inputs import make_inputs
+
+pytestmark = pytest.mark.skipif("cpu" not in prefix_kernels.available_backends(), reason="the C++ kernels are not built")
+ISAS = ("baseline", "avx2", "avx512")
+
+
+def has_isa(name):
+    try:
+        torch.ops.prefix_kernels_cpu.isa(name)
+    except RuntimeError:
+        return False
+    return True
+
+
+@pytest.fixture
+def isa(request):
+    """The test runs with the instruction set named by its parameter, if this processor has it."""
+    best = torch.ops.prefix_kernels_cpu.isa()
+    if not has_isa(request.param):
+        pytest.skip(f"this processor has no {request.param}")
+    yield request.param
+    torch.ops.prefix_kernels_cpu.isa(best)
+
+
+# Tiles hold 8, 16 or 32 query rows and 64 keys; a decode step cuts a long prefix in ranges of 256 columns.
+TILES = (
+    Case("several tiles", batch=1, q_len=75, kv_len=140, prefix_len=130),
+    Case("several tiles, window", batch=1, q_len=150, kv_len=150, prefix_len=70, window=40),
+    Case("several tiles, sliding prefix", batch=1, q_len=90, kv_len=150, prefix_len=140, window=130, first_key_position=0),
+    Case("several tiles, not causal window", batch=1, q_len=150, kv_len=130, window=33, causal=False),
+    Case("several tiles, holes, softcap", q_len=70, kv_len=140, padding="holes", softcap=4.0),
+    Case("several tiles, fill", q_len=40, kv_len=200, key_lens=(77, 190)),
+    Case("several tiles, varlen", seqlens_q=(70, 1, 33, 64), seqlens_k=(70, 90, 33, 130), prefix_len=66),
+    Case("several tiles, parent", seqlens_q=(70, 40, 33, 20, 50), parent=(-1, 0, 0, -1, 3), prefix_len=66),
+    Case("many sequences", batch=21, q_len=17, kv_len=17, kv_heads=1, prefix_len=40),
+    Case("decode, ranges", batch=5, q_len=1, kv_len=70, prefix_len=600, kv_heads=1),
+    Case("decode, full tiles", batch=37, q_len=1, kv_len=9, prefix_len=70, heads=2, kv_heads=1),
+    Case("decode, bank", batch=21, q_len=1, kv_len=70, prefix_len=300, prefixes=3, prefix_lens=(300, 257, 0),
+         prefix_ids=(0, 1, 2, -1, 0, 1, 2) * 3, padding="left"),
+    Case("decode, four queries", batch=9, heads=2, q_len=4, kv_len=80, prefix_len=100, window=30),
+    Case("decode, packed", seqlens_q=(1, 2, 1, 3), seqlens_k=(70, 5, 1, 90), prefix_len=80, heads=2),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("isa", ISAS, indirect=True)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float32 prefix"])
+@pytest.mark.parametrize("case", CASES + TILES, ids=str)
+def test_every_instruction_set(isa, case, dtype):
+    compare(case, *DTYPES[dtype], "cpu")
+
+
+def test_an_unknown_instruction_set_is_refused():
+    with pytest.raises(RuntimeError, match="this processor cannot run mmx"):
+        torch.ops.prefix_kernels_cpu.isa("mmx")
+
+
+def run(inputs):
+    out, lse = inputs.call(backend="cpu", return_lse=True)
+    generator = torch.Generator().manual_seed(2)
+    grads = (torch.randn(out.shape, generator=generator), torch.randn(lse.shape, generator=generator))
+    return (out, lse, *gradients(inputs, out, lse, *grads))
+
+
+@pytest.mark.parametrize("case", TILES, ids=str)
+def test_any_number_of_threads(case):
+    """Every result has one owner: forward bits do not depend on the threads, and gradients only on how the prefix's are cut."""
+    inputs, threads = make_inputs(case), torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = run(inputs)
+        torch.set_num_threads(3)
+        three, again = run(inputs), run(inputs)
+    finally:
+        torch.set_num_threads(threads)
+    for index, (first, other, repeated) in enumerate(zip(one, three, again, strict=True)):
+        assert torch.equal(other, repeated)
+        if index < 5:
+            assert torch.equal(first, other)
+        else:
+            torch.testing.assert_close(first, other, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype", "reason"),
+    [
+        (Case("plain"), torch.float16, "it serves float32 and bfloat16, got torch.float16"),
+        (Case("plain"), torch.float64, "it serves float32 and bfloat16, got torch.float64"),
+        (Case("bias", bias=(0, 0, 0, 0)), torch.float32, "it takes no bias"),
+        (Case("odd", head_dim=24), torch.float32, "it serves multiples of 16 up to 256 as head_dim, got 24"),
+        (Case("large", value_dim=272), torch.float32, "it serves multiples of 16 up to 256 as value_dim, got 272"),
+    ],
+)
+def test_refusals(case, dtype, reason):
+    inputs = make_inputs(case, dtype)
+    assert prefix_kernels.explain_backends(*inputs.tensors, **inputs.options)["cpu"] == f"refused: {reason}"
+    with pytest.raises(NotImplementedError, match=reason):
+        inputs.call(backend="cpu")
+
+
+def test_it_is_preferred_where_it_serves():
+    assert serves("cpu", make_inputs(Case("plain")))
+    inputs = make_inputs(Case("plain"))
+    assert prefix_kernels.explain_backends(*inputs.tensors)["cpu"] == "chosen"
+
+
+@pytest.mark.parametrize(("content", "reason"), [(None, "are not built"), (b"no library", "cannot be loaded")])
+def test_a_missing_or_broken_library_is_a_reason(tmp_path, monkeypatch, content, reason):
+    library = tmp_path / "_C.so"
+    if content is not None:
+        library.write_bytes(content)
+    monkeypatch.setattr(cpu, "LIBRARY", library)
+    cpu._missing.cache_clear()
+    inputs = make_inputs(Case("plain"))
+    try:
+        explained = prefix_kernels.explain_backends(*inputs.tensors)
+        assert reason in explained["cpu"] and explained["sdpa"] == "chosen"
+        assert "cpu" not in prefix_kernels.available_backends()
+    finally:
+        cpu._missing.cache_clear()
