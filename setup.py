@@ -9,14 +9,15 @@ CMAKE_ARGS adds arguments to CMake's configuration; CXX and CUDACXX name the com
 """
 
 import hashlib
+import importlib.machinery
 import importlib.metadata
-import importlib.util
 import logging
 import os
 import re
 import shlex
 import shutil
 import subprocess
+import sys
 import sysconfig
 from pathlib import Path
 
@@ -69,18 +70,20 @@ def cuda_sources() -> list[Path]:
     return sorted(ROOT.glob("csrc/cuda/*.cu"))
 
 
-def torch_folder() -> Path:
-    """Found without importing torch, which takes seconds."""
-    spec = importlib.util.find_spec("torch")
+def find_torch() -> tuple[Path, str]:
+    """Its folder and version, without importing it, which takes seconds. pip's isolated builds hide it, but run in the
+    environment that they build for."""
+    path = [*sys.path, sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
+    spec = importlib.machinery.PathFinder.find_spec("torch", path)
     if spec is None or spec.origin is None:
         raise CannotBuildError(
             "torch is missing where this is built (install torch >= 2.11, then use `pip install --no-build-isolation` or "
             "`python -m build --no-isolation`)"
         )
-    version = importlib.metadata.version("torch")
+    version = next(iter(importlib.metadata.distributions(name="torch", path=path))).version
     if tuple(map(int, re.findall(r"\d+", version)[:2])) < (2, 11):
         raise CannotBuildError(f"torch {version} is older than 2.11")
-    return Path(spec.origin).parent
+    return Path(spec.origin).parent, version
 
 
 def call(*command: str) -> None:
@@ -91,10 +94,10 @@ def call(*command: str) -> None:
 def compile_kernels(base: Path, with_cuda: bool) -> list[Path]:
     """Compiles what changed since the last time and gives the libraries. Every environment has a folder of its own under
     `base`, so that the cache of another one is never read."""
-    cxx, nvcc, torch, cmake, ninja = cxx_compiler(), cuda_compiler(), torch_folder(), tool("cmake"), tool("ninja")
+    cxx, nvcc, (torch, version), cmake, ninja = cxx_compiler(), cuda_compiler(), find_torch(), tool("cmake"), tool("ninja")
     arguments = [f"-DCMAKE_MAKE_PROGRAM={ninja}", f"-DTORCH_DIR={torch}", *shlex.split(os.environ.get("CMAKE_ARGS", ""))]
     flags = [os.environ.get(name) for name in ("CXX", "CXXFLAGS", "LDFLAGS", "CUDAFLAGS", "CUDAHOSTCXX")]
-    environment = repr((ROOT, cmake, cxx, nvcc, importlib.metadata.version("torch"), arguments, flags))
+    environment = repr((ROOT, cmake, cxx, nvcc, version, arguments, flags))
     folder = base / f"cmake-{hashlib.sha256(environment.encode()).hexdigest()[:12]}"
     if with_cuda:
         if nvcc is None:

@@ -1,10 +1,12 @@
 """What `python -m build` makes: a wheel with the compiled kernels that needs no compiler, a source distribution that holds
 all a build needs and is installed as pure Python where something is missing."""
 
+import importlib.util
 import re
 import sys
 import tarfile
 import zipfile
+from pathlib import Path
 
 import pytest
 
@@ -104,12 +106,31 @@ def test_pure_wheel_says_so(tmp_path):
     assert not [name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".so")]
 
 
-@needs_compiler
-def test_source_that_does_not_compile(tmp_path):
+@pytest.fixture
+def broken_tree(tmp_path):
     tree = copy_tree(tmp_path / "tree")
-    (tree / "prefix_kernels" / "_C.so").write_text("of an earlier build")
     with (tree / "csrc" / "problem.h").open("a") as source:
         source.write("#error this line\n")
+    return tree
+
+
+@needs_compiler
+def test_build_that_hides_torch_uses_it_nevertheless(broken_tree, tmp_path):
+    """As in pip's isolated builds, which would else end as pure Python, with a warning that pip does not show."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys; sys.path[:] = [path for path in sys.path if 'site-packages' not in path]\n"
+    )
+    for file in Path(importlib.util.find_spec("setuptools").origin).parents[1].iterdir():
+        if not file.name.startswith("torch"):
+            (tmp_path / file.name).symlink_to(file)
+    failed = build_in_place(broken_tree, PREFIX_KERNELS_BUILD="cpu", PYTHONPATH=str(tmp_path))
+    assert "#error this line" in failed.stdout, failed.stdout
+
+
+@needs_compiler
+def test_source_that_does_not_compile(broken_tree):
+    tree = broken_tree
+    (tree / "prefix_kernels" / "_C.so").write_text("of an earlier build")
     failed = build_in_place(tree, PREFIX_KERNELS_BUILD="cpu")
     assert failed.returncode != 0 and "#error this line" in failed.stdout
     assert "PREFIX_KERNELS_BUILD=cpu: `cmake --build …` ended with status 1, its output is above" in failed.stdout
