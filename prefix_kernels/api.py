@@ -174,5 +174,5 @@ def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _run(inputs: AttentionInputs, backend: str | None, return_lse: bool) -> Tensor | tuple[Tensor, Tensor]:
     validate.check_call(backend, return_lse)
-    out, lse = ops.attention(*vars(inputs).values(), backend, return_lse)
+    out, lse = ops.run(inputs, backend, return_lse)
     return (out, lse) if return_lse else out

@@ -73,9 +73,17 @@ struct NarrowTile {
 
   // One row's products with keys n … n + LANES, a key in each lane; 0 past `count`.
   static Vec dot(const KeyTile& k, int64_t n, int64_t count, const float* row, int64_t dim) {
+    const float* key = k.data + n * k.stride;
     Vec parts[LANES] = {};
-    for (int i = 0; i < LANES && n + i < count; ++i)
-      for (int64_t d = 0; d < dim; d += LANES) parts[i] += load(k.data + (n + i) * k.stride + d) * load(row + d);
+    if (n + LANES <= count) {
+      for (int64_t d = 0; d < dim; d += LANES) {
+        const Vec q = load(row + d);
+        for (int i = 0; i < LANES; ++i) parts[i] += load(key + i * k.stride + d) * q;
+      }
+    } else {
+      for (int64_t i = 0; i < count - n; ++i)
+        for (int64_t d = 0; d < dim; d += LANES) parts[i] += load(key + i * k.stride + d) * load(row + d);
+    }
     transpose(parts);
     Vec s = parts[0];
     for (int i = 1; i < LANES; ++i) s += parts[i];

@@ -412,6 +412,24 @@ def test_explain_backends_rejects_wrong_calls_as_the_call_does():
         prefix_kernels.explain_backends(q, k, v, prefix_k, prefix_v, cu_seqlens_k=torch.tensor([0]))
 
 
+@pytest.mark.parametrize("case", [Case("plain"), BANK, PACKED], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_without_gradients_the_operator_is_passed_by(operator_calls, backend, case):
+    """It costs as much as a small decoding step. Whatever records, traces or wraps still goes through it."""
+    inputs = make_inputs(case)
+    through = [tensor.detach() for tensor in inputs.call(return_lse=True, backend=backend)]
+    assert operator_calls["attention"]
+    operator_calls["attention"].clear()
+    with torch.no_grad():
+        past = inputs.call(return_lse=True, backend=backend)
+        assert not operator_calls["attention"]
+    for value, other in zip(past, through, strict=True):
+        assert torch.equal(value, other) and value.stride() == other.stride() and not value.requires_grad
+    meta = make_inputs(case, device="meta")
+    with torch.no_grad():
+        assert meta.call().is_meta and operator_calls["attention"]
+
+
 def test_available_backends():
     """Those of BACKENDS that run here; the order is that of preference."""
     available, inputs = prefix_kernels.available_backends(), make_inputs(Case("plain"))
