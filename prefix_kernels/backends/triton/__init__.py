@@ -1,0 +1,77 @@
+"""Kernels in Triton: one pass over prefix and keys forward, three kernels and no atomics backward.
+
+Imported for every call, so it loads neither triton nor the kernels before a problem lies on a device that they serve.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import re
+import sys
+
+import torch
+from torch import Tensor
+
+from prefix_kernels.problem import AttentionInputs, AttentionProblem
+
+MAX_DIM = 256
+
+
+def why_not(problem: AttentionProblem) -> str | None:
+    """Why this backend refuses a problem, or None."""
+    if problem.device == "cpu":
+        if not _interpreting():
+            return "Triton compiles for CUDA devices (and runs on the CPU in its interpreter alone, TRITON_INTERPRET=1)"
+    elif problem.device != "cuda":
+        return f"Triton compiles for CUDA devices, not for {problem.device}"
+    else:
+        missing = _missing()
+        if missing is not None:
+            return missing
+    if problem.dtype == torch.float64:
+        return "the Triton kernels accumulate in float32 and know no float64"
+    if problem.has_bias:
+        return "the Triton kernels know no bias"
+    if max(problem.head_dim, problem.value_dim) > MAX_DIM:
+        return f"the Triton kernels hold whole heads of up to {MAX_DIM}, not {max(problem.head_dim, problem.value_dim)}"
+    return None
+
+
+def forward(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
+    """(out, lse) of one call."""
+    from prefix_kernels.backends.triton import forward_kernel
+
+    return forward_kernel.forward(inputs)
+
+
+def backward(
+    inputs: AttentionInputs, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None, wanted: tuple[bool, ...]
+) -> tuple[Tensor | None, ...]:
+    """Gradients of q, k, v, prefix_k, prefix_v, None where not wanted."""
+    from prefix_kernels.backends.triton import backward_kernels
+
+    return backward_kernels.backward(inputs, out, lse, grad_out, grad_lse, wanted)
+
+
+def _interpreting() -> bool:
+    """Whether Triton is loaded and interprets its kernels."""
+    knobs = getattr(sys.modules.get("triton"), "knobs", None)
+    return knobs is not None and bool(knobs.runtime.interpret)
+
+
+@functools.cache
+def _missing() -> str | None:
+    """What this machine lacks to run the kernels, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed (pip install 'triton>=3.6')"
+    import triton
+
+    if tuple(int(part) for part in re.findall(r"\d+", triton.__version__)[:2]) < (3, 6):
+        return f"it needs Triton 3.6 or newer, and finds {triton.__version__}"
+    if torch.version.hip is not None:
+        return "its tile sizes are for NVIDIA GPUs"
+    capability = torch.cuda.get_device_capability()
+    if capability < (8, 0):
+        return f"it needs compute capability 8.0 or newer, and the GPU has {capability[0]}.{capability[1]}"
+    return None

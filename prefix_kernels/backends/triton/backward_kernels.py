@@ -1,0 +1,151 @@
+"""The backward pass, through the global out and lse: delta, dq, the keys' gradients, the prefix's gradients.
+
+    delta = rowsum(dout ∘ out) − dlse
+
+Only kernels that feed a wanted gradient run. The prefix's gradients are summed over the batch in float32: a program sums one
+share of the query blocks, and a last kernel adds the shares in order. Their number depends on sizes alone and has a bound.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from prefix_kernels.backends.triton.dkeys_kernels import dkeys_kernel, dprefix_kernel
+from prefix_kernels.backends.triton.dq_kernel import dq_kernel
+from prefix_kernels.backends.triton.launch import LENGTHS, Call
+from prefix_kernels.backends.triton.online_softmax import load_tile, start_of
+from prefix_kernels.backends.triton.rows import Tokens, block_of, queries_of, scalars, tokens
+from prefix_kernels.problem import AttentionInputs, empty_token_major
+
+PROGRAMS = 264  # of the prefix kernel: two for each multiprocessor of a large GPU
+MAX_SPLITS = 32
+SUM_BLOCK = 1024
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def delta_kernel(
+    out, grad_out, lse, grad_lse, delta, rows, batch, heads, group, q_len, kv_len, q_tokens, k_tokens, prefixes, prefix_len,
+    window, slide, scale, softcap, CAUSAL: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr, BLOCK_VALUE_DIM: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """delta of a block of queries of one head of one row; a query that sees nothing takes no gradient from its lse."""
+    block, head, row = block_of(tl.program_id(0), tl.cdiv(q_len, BLOCK_M), heads)
+    q_start, own_q_len = queries_of(rows, row, q_len, q_tokens)
+    first_query = block * BLOCK_M
+    if first_query >= own_q_len:
+        return
+    query = first_query + tl.arange(0, BLOCK_M)
+    out_tile = load_tile(
+        start_of(out, row, head, q_start), out.token, first_query, own_q_len, True, VALUE_DIM, BLOCK_M, BLOCK_VALUE_DIM
+    )  # [BLOCK_M, BLOCK_VALUE_DIM]
+    grad_tile = load_tile(
+        start_of(grad_out, row, head, q_start), grad_out.token, first_query, own_q_len, True, VALUE_DIM, BLOCK_M,
+        BLOCK_VALUE_DIM,
+    )  # [BLOCK_M, BLOCK_VALUE_DIM]  # fmt: skip
+    result = tl.sum(out_tile.to(tl.float32) * grad_tile.to(tl.float32), 1)
+    exists = query < own_q_len
+    if grad_lse is not None:
+        lse_of = tl.load(start_of(lse, row, head, q_start) + query, mask=exists, other=0.0)  # [BLOCK_M]
+        grad_lse_of = tl.load(start_of(grad_lse, row, head, q_start) + query, mask=exists, other=0.0)  # [BLOCK_M]
+        result = result - tl.where(lse_of == float("-inf"), 0.0, grad_lse_of)
+    tl.store(start_of(delta, row, head, q_start) + query, result, mask=exists)
+
+
+@triton.jit(do_not_specialize=["splits", "numel"])
+def sum_splits_kernel(parts, total, splits, numel, BLOCK: tl.constexpr):
+    """total [numel] = Σ parts [splits, numel], in order."""
+    index = tl.cast(tl.program_id(0), tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    result = tl.zeros([BLOCK], tl.float32)
+    for split in tl.range(0, splits):
+        result += tl.load(parts + tl.cast(split, tl.int64) * numel + index, mask=index < numel, other=0.0)
+    tl.store(total + index, result.to(total.dtype.element_ty), mask=index < numel)
+
+
+def backward(
+    inputs: AttentionInputs, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None, wanted: tuple[bool, ...]
+) -> tuple[Tensor | None, ...]:
+    """Gradients of q, k, v, prefix_k, prefix_v, None where not wanted."""
+    call, varlen = Call(inputs), inputs.varlen
+    q, k, v, prefix_k, prefix_v = call.tensors
+    grads = [
+        empty_token_major(tensor, tuple(tensor.shape)) if needed else None
+        for tensor, needed in zip((inputs.q, inputs.k, inputs.v), wanted, strict=False)
+    ]
+    dq, dk, dv = (None if grad is None else tokens(grad, varlen) for grad in grads)
+    query_side = {
+        "grad_out": tokens(grad_out, varlen), "lse": scalars(lse, varlen), "delta": _delta(call, out, lse, grad_out, grad_lse),
+    }  # fmt: skip
+    if dq is not None:
+        tile = call.tile("dq")
+        programs = triton.cdiv(call.problem.q_len, tile.BLOCK_M) * call.problem.heads * call.problem.batch
+        call.launch(dq_kernel, tile, programs, q=q, k=k, v=v, prefix_k=prefix_k, prefix_v=prefix_v, dq=dq, **query_side)
+    if dk is not None or dv is not None:
+        tile = call.tile("dkeys")
+        programs = triton.cdiv(call.problem.kv_len, tile.BLOCK_N) * call.problem.kv_heads * call.problem.batch
+        children, first_child = _children(inputs)
+        call.launch(
+            dkeys_kernel, tile, programs, q=q, k=k, v=v, dk=dk, dv=dv, children=children, first_child=first_child, **query_side
+        )
+    return *grads, *_prefix_gradients(call, inputs, wanted[3:], query_side)
+
+
+def _delta(call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None) -> Tokens:
+    varlen, tile = call.problem.varlen, call.tile("delta")
+    delta = scalars(torch.empty_like(lse, memory_format=torch.contiguous_format), varlen)
+    programs = triton.cdiv(call.problem.q_len, tile.BLOCK_M) * call.problem.heads * call.problem.batch
+    call.launch(
+        delta_kernel, tile, programs, out=tokens(out, varlen), grad_out=tokens(grad_out, varlen), lse=scalars(lse, varlen),
+        grad_lse=None if grad_lse is None else scalars(grad_lse, varlen), delta=delta,
+    )  # fmt: skip
+    return delta
+
+
+def _children(inputs: AttentionInputs) -> tuple[Tensor | None, Tensor | None]:
+    """Sequences sorted by parent, and where the children of each begin among them; nothing is read back from the device."""
+    if inputs.parent is None:
+        return None, None
+    by_parent, children = inputs.parent.sort(stable=True)
+    row = torch.arange(inputs.parent.shape[0] + 1, dtype=by_parent.dtype, device=by_parent.device)
+    return children, torch.searchsorted(by_parent, row)
+
+
+def _prefix_gradients(
+    call: Call, inputs: AttentionInputs, wanted: tuple[bool, ...], query_side: dict[str, Tokens]
+) -> list[Tensor | None]:
+    """Gradients of prefix_k and prefix_v, in the prefix's dtype."""
+    problem, tile = call.problem, call.tile("dprefix")
+    q, _, _, prefix_k, prefix_v = call.tensors
+    owners = triton.cdiv(problem.prefix_len, tile.BLOCK_N) * problem.kv_heads * problem.prefixes
+    splits = _splits(owners, triton.cdiv(problem.q_len, tile.BLOCK_M) * problem.batch)
+    grads = [
+        prefix.new_empty(prefix.shape) if needed else None
+        for prefix, needed in zip((inputs.prefix_k, inputs.prefix_v), wanted, strict=True)
+    ]
+    parts = grads
+    if splits > 1:
+        parts = [
+            None if grad is None else grad.new_empty((splits * grad.shape[0], *grad.shape[1:]), dtype=torch.float32)
+            for grad in grads
+        ]
+    dprefix_k, dprefix_v = (None if part is None else tokens(part) for part in parts)
+    if dprefix_k is not None or dprefix_v is not None:
+        call.launch(
+            dprefix_kernel, tile, owners * splits, q=q, prefix_k=prefix_k, prefix_v=prefix_v, dprefix_k=dprefix_k,
+            dprefix_v=dprefix_v, splits=splits, **query_side,
+        )  # fmt: skip
+    for grad, part in zip(grads, parts, strict=True):
+        if splits > 1 and grad is not None:
+            with call.on_device():
+                sum_splits_kernel[(triton.cdiv(grad.numel(), SUM_BLOCK),)](
+                    part, grad, splits, grad.numel(), SUM_BLOCK, enable_fp_fusion=True
+                )
+    return grads
+
+
+def _splits(owners: int, query_blocks: int) -> int:
+    """Into how many shares the query blocks of the batch are split, so that there is work for a whole GPU."""
+    return max(1, min(MAX_SPLITS, query_blocks, PROGRAMS // max(owners, 1)))

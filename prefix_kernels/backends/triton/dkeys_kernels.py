@@ -1,0 +1,220 @@
+"""The gradients of keys and values. A program owns a block of them and runs over the queries that see it; nothing is added
+to memory by two programs, so the same call gives the same bits.
+
+    weightsᵀ = exp(keys · qᵀ − lse)                dvalues = weightsᵀ · dout
+    dscoresᵀ = weightsᵀ ∘ (values · doutᵀ − delta)      dkeys = scale · dscoresᵀ · q
+
+dkeys_kernel: a row's own keys, over the heads of a group, the row's queries and its children's.
+dprefix_kernel: a prefix, over the heads of a group and one share of all query blocks of the batch, summed in float32.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from prefix_kernels.backends.triton.launch import LENGTHS
+from prefix_kernels.backends.triton.online_softmax import (
+    load_log2_lse,
+    load_tile,
+    scores_of,
+    start_of,
+    store_tile,
+    through_softcap,
+)  # fmt: skip
+from prefix_kernels.backends.triton.rows import (
+    clamp,
+    keys_of,
+    prefix_of,
+    queries_of,
+    queries_seeing,
+    queries_seeing_column,
+    shift_of,
+    split_range,
+)  # fmt: skip
+
+
+@triton.jit
+def add_blocks(
+    dk, dv, k, v, queries, grads, lse, delta, q_stride, grad_stride, q_len, first, stop, begin, end, scale, softcap,
+    MASKED: tl.constexpr, WANT_DK: tl.constexpr, WANT_DV: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_VALUE_DIM: tl.constexpr,
+):  # fmt: skip
+    """dk / scale and dv after the blocks of queries in [begin, end)."""
+    for start in tl.range(begin, end, BLOCK_M):
+        query = start + tl.arange(0, BLOCK_M)
+        q = load_tile(queries, q_stride, start, q_len, MASKED, HEAD_DIM, BLOCK_M, BLOCK_DIM)
+        grad_out = load_tile(grads, grad_stride, start, q_len, MASKED, VALUE_DIM, BLOCK_M, BLOCK_VALUE_DIM)
+        scores = scores_of(tl.dot(k, tl.trans(q), input_precision="ieee"), scale, softcap)  # [BLOCK_N, BLOCK_M]
+        weights = tl.exp2(scores - load_log2_lse(lse, query, q_len, MASKED)[None, :])
+        if MASKED:
+            visible = (query[None, :] >= first[:, None]) & (query[None, :] < stop[:, None])
+            weights = tl.where(visible, weights, 0.0)
+        if WANT_DV:
+            dv = tl.dot(weights.to(q.dtype), grad_out, dv, input_precision="ieee")
+        if WANT_DK:
+            if MASKED:
+                delta_of = tl.load(delta + query, mask=query < q_len, other=0.0)  # [BLOCK_M]
+            else:
+                delta_of = tl.load(delta + query)  # [BLOCK_M]
+            dweights = tl.dot(v, tl.trans(grad_out), input_precision="ieee")  # [BLOCK_N, BLOCK_M]
+            dscores = through_softcap(weights * (dweights - delta_of[None, :]), scores, softcap)
+            dk = tl.dot(dscores.to(q.dtype), q, dk, input_precision="ieee")
+    return dk, dv
+
+
+@triton.jit
+def add_queries(
+    dk, dv, k, v, q, grad_out, lse, delta, row, first_head, group, q_start, q_len, first, stop, blocks, scale, softcap,
+    WINDOWED: tl.constexpr, WANT_DK: tl.constexpr, WANT_DV: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_VALUE_DIM: tl.constexpr,
+):  # fmt: skip
+    """dk / scale and dv after a row's queries, of all heads of the group; each key is seen by queries [first, stop).
+
+    WINDOWED: first is not 0 everywhere. Masks on edge blocks alone.
+    """
+    begin, full_begin, full_end, end = blocks
+    for head in tl.range(first_head, first_head + group):
+        queries, grads = start_of(q, row, head, q_start), start_of(grad_out, row, head, q_start)
+        lses, deltas = start_of(lse, row, head, q_start), start_of(delta, row, head, q_start)
+        if WINDOWED:
+            dk, dv = add_blocks(
+                dk, dv, k, v, queries, grads, lses, deltas, q.token, grad_out.token, q_len, first, stop, begin, full_begin,
+                scale, softcap, True, WANT_DK, WANT_DV, HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_DIM, BLOCK_VALUE_DIM,
+            )  # fmt: skip
+        dk, dv = add_blocks(
+            dk, dv, k, v, queries, grads, lses, deltas, q.token, grad_out.token, q_len, first, stop, full_begin, full_end,
+            scale, softcap, False, WANT_DK, WANT_DV, HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_DIM, BLOCK_VALUE_DIM,
+        )  # fmt: skip
+        dk, dv = add_blocks(
+            dk, dv, k, v, queries, grads, lses, deltas, q.token, grad_out.token, q_len, first, stop, full_end, end,
+            scale, softcap, True, WANT_DK, WANT_DV, HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_DIM, BLOCK_VALUE_DIM,
+        )  # fmt: skip
+    return dk, dv
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def dkeys_kernel(
+    q, k, v, grad_out, lse, delta, dk, dv, children, first_child, rows, batch, heads, group, q_len, kv_len, q_tokens,
+    k_tokens, prefixes, prefix_len, window, slide, scale, softcap, CAUSAL: tl.constexpr, HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_VALUE_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    blocks, kv_heads = tl.cdiv(kv_len, BLOCK_N), heads // group
+    program = tl.program_id(0)
+    block, kv_head, row = program % blocks, program // blocks % kv_heads, program // blocks // kv_heads
+    k_start, own_kv_len, buffer_len = keys_of(rows, row, kv_len, k_tokens)
+    first_key = block * BLOCK_N
+    if first_key >= buffer_len:
+        return
+    key = first_key + tl.arange(0, BLOCK_N)
+    k_tile = load_tile(
+        start_of(k, row, kv_head, k_start), k.token, first_key, own_kv_len, True, HEAD_DIM, BLOCK_N, BLOCK_DIM
+    )  # [BLOCK_N, BLOCK_DIM]
+    v_tile = load_tile(
+        start_of(v, row, kv_head, k_start), v.token, first_key, own_kv_len, True, VALUE_DIM, BLOCK_N, BLOCK_VALUE_DIM
+    )  # [BLOCK_N, BLOCK_VALUE_DIM]
+    dk_sum = tl.zeros([BLOCK_N, BLOCK_DIM], tl.float32)
+    dv_sum = tl.zeros([BLOCK_N, BLOCK_VALUE_DIM], tl.float32)
+
+    q_start, own_q_len = queries_of(rows, row, q_len, q_tokens)
+    shift = shift_of(own_kv_len, own_q_len, CAUSAL)
+    last_key = tl.minimum(first_key + BLOCK_N, own_kv_len) - 1
+    first, stop = queries_seeing(key, shift, own_q_len, window, CAUSAL)
+    first_low, stop_low = queries_seeing(first_key, shift, own_q_len, window, CAUSAL)
+    first_high, stop_high = queries_seeing(last_key, shift, own_q_len, window, CAUSAL)
+    if last_key < first_key:
+        stop_low, stop_high = 0, 0
+    dk_sum, dv_sum = add_queries(
+        dk_sum, dv_sum, k_tile, v_tile, q, grad_out, lse, delta, row, kv_head * group, group, q_start, own_q_len, first,
+        stop, split_range(first_low, first_high, stop_low, stop_high, BLOCK_M), scale, softcap,
+        CAUSAL or window is not None, dk is not None, dv is not None,
+        HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_DIM, BLOCK_VALUE_DIM,
+    )  # fmt: skip
+
+    if children is not None:
+        for index in tl.range(tl.load(first_child + row), tl.load(first_child + row + 1)):
+            child = tl.load(children + index)
+            q_start, own_q_len = queries_of(rows, child, q_len, q_tokens)
+            dk_sum, dv_sum = add_queries(
+                dk_sum, dv_sum, k_tile, v_tile, q, grad_out, lse, delta, child, kv_head * group, group, q_start, own_q_len,
+                key * 0, key * 0 + own_q_len, split_range(0, 0, own_q_len, own_q_len, BLOCK_M), scale, softcap, False,
+                dk is not None, dv is not None, HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_DIM, BLOCK_VALUE_DIM,
+            )  # fmt: skip
+
+    exists = key < own_kv_len
+    if rows.key_mask is not None:
+        mask = rows.key_mask + tl.cast(row, tl.int64) * kv_len
+        exists = exists & (tl.load(mask + key, mask=exists, other=0) != 0)
+    if dk is not None:
+        store_tile(
+            start_of(dk, row, kv_head, k_start), dk.token, first_key, buffer_len,
+            tl.where(exists[:, None], dk_sum * scale, 0.0), HEAD_DIM, BLOCK_N, BLOCK_DIM,
+        )  # fmt: skip
+    if dv is not None:
+        store_tile(
+            start_of(dv, row, kv_head, k_start), dv.token, first_key, buffer_len,
+            tl.where(exists[:, None], dv_sum, 0.0), VALUE_DIM, BLOCK_N, BLOCK_VALUE_DIM,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=[*LENGTHS, "splits"])
+def dprefix_kernel(
+    q, prefix_k, prefix_v, grad_out, lse, delta, dprefix_k, dprefix_v, splits, rows, batch, heads, group, q_len, kv_len,
+    q_tokens, k_tokens, prefixes, prefix_len, window, slide, scale, softcap, CAUSAL: tl.constexpr, HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_VALUE_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """dprefix_k and dprefix_v [splits · prefixes, kv_heads, prefix_len, …]: the sums over each split's share of the queries."""
+    blocks, kv_heads = tl.cdiv(prefix_len, BLOCK_N), heads // group
+    program = tl.program_id(0)
+    first_column, kv_head = program % blocks * BLOCK_N, program // blocks % kv_heads
+    result = program // blocks // kv_heads  # split · prefixes + prefix
+    split, prefix = result // prefixes, result % prefixes
+    column = first_column + tl.arange(0, BLOCK_N)
+    length = prefix_len
+    if rows.prefix_lens is not None:
+        length = clamp(tl.load(rows.prefix_lens + prefix), 0, prefix_len)
+    k_tile = load_tile(
+        start_of(prefix_k, prefix, kv_head, 0), prefix_k.token, first_column, length, True, HEAD_DIM, BLOCK_N, BLOCK_DIM
+    ).to(q.pointer.dtype.element_ty)  # [BLOCK_N, BLOCK_DIM]
+    v_tile = load_tile(
+        start_of(prefix_v, prefix, kv_head, 0), prefix_v.token, first_column, length, True, VALUE_DIM, BLOCK_N,
+        BLOCK_VALUE_DIM,
+    ).to(q.pointer.dtype.element_ty)  # [BLOCK_N, BLOCK_VALUE_DIM]  # fmt: skip
+    dk_sum = tl.zeros([BLOCK_N, BLOCK_DIM], tl.float32)
+    dv_sum = tl.zeros([BLOCK_N, BLOCK_VALUE_DIM], tl.float32)
+
+    query_blocks = tl.cdiv(q_len, BLOCK_M)  # of a row
+    share = tl.cdiv(batch * query_blocks, splits)
+    share_start = split * share
+    share_stop = tl.minimum(share_start + share, batch * query_blocks)
+    for row in tl.range(share_start // query_blocks, tl.cdiv(share_stop, query_blocks)):
+        own_prefix, own_prefix_len = prefix_of(rows, row, prefixes, prefix_len)
+        q_start, own_q_len = queries_of(rows, row, q_len, q_tokens)
+        _, own_kv_len, _ = keys_of(rows, row, kv_len, k_tokens)
+        shift = shift_of(own_kv_len, own_q_len, CAUSAL)
+        first, stop = queries_seeing_column(column, shift, length, own_q_len, slide)
+        _, stop_low = queries_seeing_column(first_column, shift, length, own_q_len, slide)
+        _, stop_high = queries_seeing_column(first_column + BLOCK_N - 1, shift, length, own_q_len, slide)
+        begin = tl.maximum(share_start - row * query_blocks, 0) * BLOCK_M
+        end = tl.minimum(tl.minimum(share_stop - row * query_blocks, query_blocks) * BLOCK_M, stop_high)
+        end = tl.where((own_prefix == prefix) & (own_prefix_len > 0), end, begin)
+        full_end = tl.maximum(tl.minimum(stop_low // BLOCK_M * BLOCK_M, end), begin)
+        dk_sum, dv_sum = add_queries(
+            dk_sum, dv_sum, k_tile, v_tile, q, grad_out, lse, delta, row, kv_head * group, group, q_start, own_q_len,
+            first, stop, (begin, begin, full_end, end), scale, softcap, False, dprefix_k is not None,
+            dprefix_v is not None, HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_DIM, BLOCK_VALUE_DIM,
+        )  # fmt: skip
+
+    exists = (column < length)[:, None]
+    if dprefix_k is not None:
+        store_tile(
+            start_of(dprefix_k, result, kv_head, 0), dprefix_k.token, first_column, prefix_len,
+            tl.where(exists, dk_sum * scale, 0.0), HEAD_DIM, BLOCK_N, BLOCK_DIM,
+        )  # fmt: skip
+    if dprefix_v is not None:
+        store_tile(
+            start_of(dprefix_v, result, kv_head, 0), dprefix_v.token, first_column, prefix_len,
+            tl.where(exists, dv_sum, 0.0), VALUE_DIM, BLOCK_N, BLOCK_VALUE_DIM,
+        )  # fmt: skip

@@ -1,0 +1,201 @@
+"""What a kernel has to know of one batch row or packed sequence: where its tokens lie and which of them see each other.
+
+Within a row, query i stands at position i + shift. The keys that it sees are an interval [first, stop), and so are the queries
+that see a key; both ends grow with the index. So of the blocks that a loop runs over, the first and the last few need a mask
+and those between need none.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from prefix_kernels.problem import AttentionInputs
+
+MAX_DISTANCE = 2**30  # a window that is wider hides nothing; sums of two stay below 2**31
+MAX_TOKEN_STRIDE = 2**23  # offsets within a block of up to 256 tokens are 32 bit
+
+
+class Tokens(NamedTuple):
+    """A tensor that is read token by token: address and strides in elements; the last stride is 1."""
+
+    pointer: Tensor
+    batch: int  # 0 for packed sequences
+    head: int
+    token: int
+
+
+class Rows(NamedTuple):
+    """Index tensors of a call; what is None does not exist in the kernel that is compiled."""
+
+    cu_seqlens_q: Tensor | None  # [sequences + 1]
+    cu_seqlens_k: Tensor | None  # [sequences + 1]
+    key_lens: Tensor | None  # [batch]
+    key_mask: Tensor | None  # [batch, kv_len], bytes
+    parent: Tensor | None  # [sequences]
+    prefix_ids: Tensor | None  # [batch]
+    prefix_lens: Tensor | None  # [prefixes]
+
+
+def tokens(tensor: Tensor, varlen: bool = False) -> Tokens:
+    """[batch or prefixes, heads, tokens, dim], or packed [tokens, heads, dim]; copied where the strides cannot be used."""
+    if tensor.stride(-1) != 1 or tensor.stride(-3 if varlen else -2) > MAX_TOKEN_STRIDE:
+        tensor = tensor.contiguous()
+    if varlen:
+        return Tokens(tensor, 0, tensor.stride(1), tensor.stride(0))
+    return Tokens(tensor, *tensor.stride()[:3])
+
+
+def scalars(tensor: Tensor, varlen: bool) -> Tokens:
+    """[batch, heads, tokens] or packed [heads, tokens]: one number a token (lse)."""
+    tensor = tensor.contiguous()
+    return Tokens(tensor, 0 if varlen else tensor.stride(0), tensor.stride(-2), 1)
+
+
+def rows_of(inputs: AttentionInputs) -> Rows:
+    """The index tensors of a call, each with stride 1."""
+    key_mask = None if inputs.key_mask is None else inputs.key_mask.view(torch.uint8)
+    index = (inputs.cu_seqlens_q, inputs.cu_seqlens_k, inputs.key_lens, key_mask, inputs.parent)
+    index += (inputs.prefix_ids, inputs.prefix_lens)
+    return Rows(*(None if tensor is None else tensor.contiguous() for tensor in index))
+
+
+def distances(inputs: AttentionInputs) -> tuple[int | None, int | None]:
+    """(window, slide). Query at position t sees prefix column p of a prefix of length L if p > L + t + slide; None: all."""
+    window, slide = inputs.window, None
+    if window is not None and inputs.first_key_position is not None:
+        slide = max(-MAX_DISTANCE, min(inputs.first_key_position - window, MAX_DISTANCE))
+    return None if window is None else min(window, MAX_DISTANCE), slide
+
+
+@triton.jit
+def clamp(value, low, high):
+    return tl.minimum(tl.maximum(value, low), high).to(tl.int32)
+
+
+@triton.jit
+def block_of(program, blocks, heads):
+    """(block, head, row); the last blocks of a row first, since causal ones have the most keys."""
+    return blocks - 1 - program % blocks, program // blocks % heads, program // blocks // heads
+
+
+@triton.jit
+def packed(cu_seqlens, row, tokens):
+    """(start, length) of a packed sequence."""
+    start = clamp(tl.load(cu_seqlens + row), 0, tokens)
+    return start, clamp(tl.load(cu_seqlens + row + 1), start, tokens) - start
+
+
+@triton.jit
+def queries_of(rows, row, q_len, q_tokens):
+    """(start, length) of a row's queries. Dense: q_len each."""
+    if rows.cu_seqlens_q is None:
+        start, length = 0, q_len
+    else:
+        start, length = packed(rows.cu_seqlens_q, row, q_tokens)
+    return start, length
+
+
+@triton.jit
+def keys_of(rows, row, kv_len, k_tokens):
+    """(start, number, buffer length) of a row's keys: past the number there may lie NaN."""
+    if rows.cu_seqlens_k is None:
+        start, length = 0, kv_len
+    else:
+        start, length = packed(rows.cu_seqlens_k, row, k_tokens)
+    number = length
+    if rows.key_lens is not None:
+        number = clamp(tl.load(rows.key_lens + row), 0, length)
+    return start, number, length
+
+
+@triton.jit
+def prefix_of(rows, row, prefixes, prefix_len):
+    """(prefix, its length) of a row; length 0 for an id that is no prefix."""
+    prefix, length = 0, prefix_len
+    if rows.prefix_ids is not None:
+        wanted = tl.load(rows.prefix_ids + row)
+        exists = (wanted >= 0) & (wanted < prefixes)
+        prefix = tl.where(exists, wanted, 0).to(tl.int32)
+        length = tl.where(exists, prefix_len, 0)
+        if rows.prefix_lens is not None:
+            length = clamp(tl.load(rows.prefix_lens + prefix), 0, length)
+    return prefix, length
+
+
+@triton.jit
+def parent_of(rows, row, batch):
+    """The row's parent, or −1."""
+    parent = tl.load(rows.parent + row)
+    return tl.where((parent >= 0) & (parent < batch), parent, -1).to(tl.int32)
+
+
+@triton.jit
+def shift_of(kv_len, q_len, CAUSAL: tl.constexpr):
+    """Query i of a row stands at position i + shift."""
+    if CAUSAL:
+        shift = kv_len - q_len
+    else:
+        shift = 0
+    return shift
+
+
+@triton.jit
+def keys_seen(query, shift, kv_len, window, CAUSAL: tl.constexpr):
+    """[first, stop): the keys that a query sees."""
+    first, stop = query * 0, query * 0 + kv_len
+    if CAUSAL:
+        stop = tl.maximum(tl.minimum(query + shift + 1, kv_len), 0)
+    if window is not None:
+        first = tl.maximum(query + shift - window + 1, 0)
+        if not CAUSAL:
+            stop = tl.minimum(query + window, kv_len)
+    return first, stop
+
+
+@triton.jit
+def queries_seeing(key, shift, q_len, window, CAUSAL: tl.constexpr):
+    """[first, stop): the queries that see a key. The inverse of keys_seen."""
+    first, stop = key * 0, key * 0 + q_len
+    if CAUSAL:
+        first = tl.maximum(key - shift, 0)
+    if window is not None:
+        stop = tl.maximum(tl.minimum(key + window - shift, q_len), 0)
+        if not CAUSAL:
+            first = tl.maximum(key - window + 1, 0)
+    return first, stop
+
+
+@triton.jit
+def columns_seen(query, shift, prefix_len, slide):
+    """[first, stop): the prefix columns that a query sees."""
+    first, stop = query * 0, query * 0 + prefix_len
+    if slide is not None:
+        first = tl.maximum(prefix_len + query + shift + slide + 1, 0)
+    return first, stop
+
+
+@triton.jit
+def queries_seeing_column(column, shift, prefix_len, q_len, slide):
+    """[first, stop): the queries that see a prefix column. The inverse of columns_seen."""
+    first, stop = column * 0, column * 0 + q_len
+    if slide is not None:
+        stop = tl.maximum(tl.minimum(column - prefix_len - shift - slide, q_len), 0)
+    return first, stop
+
+
+@triton.jit
+def split_range(first_low, first_high, stop_low, stop_high, BLOCK: tl.constexpr):
+    """(start, full_start, full_stop, stop) of a loop in steps of BLOCK, for things that see [first, stop) each.
+
+    first lies in [first_low, first_high], stop in [stop_low, stop_high]. Blocks in [full_start, full_stop) are seen wholly
+    by all; those in [start, full_start) and [full_stop, stop) need a mask; the others are seen by none.
+    """
+    start = first_low // BLOCK * BLOCK
+    full_start = tl.minimum(tl.cdiv(first_high, BLOCK) * BLOCK, tl.maximum(tl.cdiv(stop_high, BLOCK) * BLOCK, start))
+    full_stop = tl.maximum(stop_low // BLOCK * BLOCK, full_start)
+    return start, full_start, full_stop, stop_high
