@@ -55,24 +55,29 @@ def measure_on_cpu(case: Case, seconds: float, rounds: int, backend: str | None 
     return finish(prepared.row, comparison.timings())
 
 
-def measure_on_gpu(case: Case, put: Callable[[dict], None], only: Sequence[str], before: dict | None = None) -> None:
-    """Adds the ways of these names, one after another, to the row, which `put` gets after each; before: the row so far."""
-    needed = case.prefix_len * case.batch * case.kv_heads * case.head_dim * 4 * case.torch_dtype.itemsize if case.decode else 0
-    if needed > DEVICE_MEMORY_SHARE * torch.cuda.get_device_properties(0).total_memory:
-        return put({"key": case.key, "case": asdict(case), "failed": f"{needed >> 30} GiB of caches", "complete": True})
+def measure_on_gpu(case: Case, wanted: Callable[[str], bool], put: Callable[[dict], None], before: dict | None) -> None:
+    """Adds ways to the row `before`, or to a new one, one after another; `put` gets the row after each.
+
+    wanted: asked for each way by name just before it is tried.
+    """
+    caches = 2 * case.batch * case.kv_heads * (case.prefix_len + 2 * case.kv_len) * case.head_dim * case.torch_dtype.itemsize
+    if case.decode and caches > DEVICE_MEMORY_SHARE * torch.cuda.get_device_properties(0).total_memory:
+        return put({"key": case.key, "case": asdict(case), "failed": f"caches of {caches >> 30} GiB", "complete": True})
     prepared = prepare(case, "cuda", only=())
-    row, expected = before or prepared.row, reference(prepared.sets[0])
-    prepared.row = row
-    for way in ways(prepared.sets[0], only):
+    prepared.row = row = before or prepared.row
+    expected = reference(prepared.sets[0])
+    for way in ways(prepared.sets[0]):
+        if not wanted(way.name):
+            continue
         _add(prepared, way, expected)
         call = prepared.calls.get(way.name)
         if call is not None:
             try:
-                peak = measure.peak_bytes(lambda call=call: call(0))
+                _, peak = measure.with_peak(lambda call=call: call(0))
                 finish(row, {way.name: measure.device_timing(call, len(prepared.sets)) | {"peak_bytes": peak}})
             except Exception as error:
                 row["ways"][way.name]["failed"] = measure.first_line(error)
-        put(row)
+        put(row | {"complete": False})
         measure.settle()
     put(row | {"complete": True})
 

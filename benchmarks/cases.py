@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 
@@ -63,7 +63,7 @@ class Case:
 
         q, k = (shape(batch, heads, n, self.head_dim) for heads, n in ((self.heads, q_len), (self.kv_heads, kv_len)))
         prefix = shape(1, self.kv_heads, self.prefix_len, self.head_dim)
-        given = dict.fromkeys(field.name for field in fields(AttentionInputs))
+        given = dict.fromkeys(AttentionInputs.__annotations__)
         given |= {"q": q, "k": k, "v": k, "prefix_k": prefix, "prefix_v": prefix, "causal": True}
         return AttentionInputs(**given).problem()
 

@@ -31,7 +31,7 @@ SAMPLE_SECONDS = 2e-3  # a CPU sample repeats a short call until it lasts this l
 GPU_SECONDS = 0.15  # of replays
 CODE = (
     "prefix_kernels/**/*.py", "python/**/*.py", "csrc/**/*.*", "CMakeLists.txt", "benchmarks/cases.py", "benchmarks/measure.py",
-    "benchmarks/rivals.py", "benchmarks/attention_row.py", "benchmarks/bench_*.py", "benchmarks/run_gpu.py",
+    "benchmarks/rivals.py", "benchmarks/attention_row.py", "benchmarks/bench_*.py", "benchmarks/gpu_jobs.py",
 )  # fmt: skip
 SAME_RESULTS = ("source", "python", "torch", "triton", "transformers", "device", "threads")
 
@@ -47,15 +47,19 @@ def summary(samples: list[float], calls: int) -> dict[str, Any]:
 
 
 class Comparison:
-    """Ways to compute the same thing on the CPU, timed in turn. Each way is called with the number of an input set."""
+    """Ways to compute the same thing, timed in turn by the clock. Each way is called with the number of an input set.
 
-    def __init__(self, ways: Mapping[str, Call], sets: int = 1):
+    warm_up: call each way on every set first, so that all memory is touched and every lazy thing is done, and find out how
+    often a short call must be repeated.
+    """
+
+    def __init__(self, ways: Mapping[str, Call], sets: int = 1, warm_up: bool = True):
         self.ways, self.sets = dict(ways), sets
         self.samples: dict[str, list[float]] = {name: [] for name in ways}
         self._position = dict.fromkeys(ways, 0)
         self._calls = dict.fromkeys(ways, 1)
-        for name in ways:
-            for _ in range(sets):  # warm-up: every set's memory is touched, every lazy thing is done
+        for name in ways if warm_up else ():
+            for _ in range(sets):
                 self._timed(name)
             once = self._timed(name)
             self._calls[name] = max(1, min(1000, int(SAMPLE_SECONDS / max(once, 1e-9))))
@@ -117,14 +121,34 @@ def device_timing(way: Call, sets: int) -> dict[str, Any]:
     return summary([start.elapsed_time(end) / 1e3 / sets for start, end in events], sets) | {"mode": mode}
 
 
-def peak_bytes(call: Callable[[], Any]) -> int:
-    """Device memory that one call needs at its highest, above what is held before it."""
+def with_peak(call: Callable[[], Any]) -> tuple[Any, int | None]:
+    """What a call gives, and the device memory it needs at its highest above what is held before it; None without a device."""
+    if not torch.cuda.is_available():
+        return call(), None
     settle()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    call()
+    result = call()
     torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
+    return result, torch.cuda.max_memory_allocated() - before
+
+
+def ceilings(device: str) -> dict[str, float]:
+    """What this device reaches: bytes a second, read and written, of a large copy; operations a second of a matrix product."""
+    length, side = (2**31, 8192) if device == "cuda" else (2**22, 512)
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    source, a, b = (torch.randn(shape, device=device, dtype=dtype) for shape in ((length,), (side, side), (side, side)))
+    target = torch.empty_like(source)
+    seconds = []
+    for way in (lambda index: target.copy_(source), lambda index: a @ b):
+        if device == "cuda":
+            seconds.append(device_timing(way, 1)["median"])
+        else:
+            comparison = Comparison({"ceiling": way})
+            comparison.run(0, 5)
+            seconds.append(comparison.timings()["ceiling"]["median"])
+    bytes_moved = 2 * length * source.element_size()
+    return {"copy_bytes_per_second": bytes_moved / seconds[0], "matmul_flops_per_second": 2 * side**3 / seconds[1]}
 
 
 def settle() -> None:
@@ -208,9 +232,11 @@ class Results:
     def done(self, key: str) -> bool:
         return self.rows.get(key, {}).get("complete", False)
 
-    def put(self, row: dict[str, Any]) -> None:
+    def put(self, row: dict[str, Any], write: bool = True) -> None:
         """Adds or replaces the row of that key. "complete" says whether a later start may leave it out."""
         self.rows[row["key"]] = row
+        if not write:  # the next one that is written takes it along
+            return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         temporary = self.path.with_name(f".{self.path.name}.new")
         rows = ",\n".join(json.dumps(each, ensure_ascii=False) for each in self.rows.values())  # one line each

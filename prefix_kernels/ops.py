@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import fields
+from typing import get_type_hints
 
 import torch
 from torch import Tensor
@@ -12,11 +12,10 @@ from prefix_kernels.problem import AttentionInputs, empty_token_major
 from prefix_kernels.select import choose_backend, load_backend
 
 _SCHEMA_TYPES = {
-    "Tensor": "Tensor", "Tensor | None": "Tensor?", "bool": "bool", "float": "float", "float | None": "float?",
-    "int | None": "SymInt?",
+    Tensor: "Tensor", Tensor | None: "Tensor?", bool: "bool", float: "float", float | None: "float?", int | None: "SymInt?",
 }  # fmt: skip
-_INPUTS = ", ".join(f"{_SCHEMA_TYPES[field.type]} {field.name}" for field in fields(AttentionInputs))
-_INPUT_COUNT = len(fields(AttentionInputs))
+_INPUTS = ", ".join(f"{_SCHEMA_TYPES[kind]} {name}" for name, kind in get_type_hints(AttentionInputs).items())
+_INPUT_COUNT = len(AttentionInputs._fields)
 _DIFFERENTIABLE = 5  # q, k, v, prefix_k, prefix_v: the first five inputs
 
 
@@ -123,7 +122,7 @@ def run(inputs: AttentionInputs, backend: str | None, return_lse: bool) -> tuple
     Passing through the operator takes some 15 µs, which is a good part of a small decoding step.
     """
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or not _plain(inputs):
-        return attention(*vars(inputs).values(), backend, return_lse)
+        return attention(*inputs, backend, return_lse)
     return _forward(inputs, backend)
 
 

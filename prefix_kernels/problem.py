@@ -5,14 +5,13 @@ Backends receive an AttentionInputs and nothing else; selection looks only at th
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
-class AttentionInputs:
+class AttentionInputs(NamedTuple):
     """The validated arguments of one call, in the order of the operator's schema.
 
     Dense: q [batch, heads, q_len, head_dim], k [batch, kv_heads, kv_len, head_dim], v [batch, kv_heads, kv_len, value_dim].
@@ -71,8 +70,7 @@ class AttentionInputs:
         )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class AttentionProblem:
+class AttentionProblem(NamedTuple):
     """What selection may look at: sizes, dtypes and which options are present. Varlen: batch is the number of sequences."""
 
     device: str

@@ -10,7 +10,7 @@ import torch
 
 from prefix_kernels.problem import AttentionProblem
 
-BACKENDS = ("cpu", "sdpa", "reference")  # in order of preference
+BACKENDS = ("cpu", "sdpa", "triton", "reference")  # in order of preference
 
 
 def load_backend(name: str) -> ModuleType:

@@ -28,10 +28,10 @@ struct KeySums {
 
 static void read_tile(const Problem& p, const Gradients& g, BackwardTile& t) {
   read_rows(p.q, t.rows, p.head_dim, t.q_rows);
-  transpose_rows(t.q_rows, p.head_dim, t.q);
+  transpose_rows(t.q_rows, p.head_dim, t.rows.vectors(), t.q);
   for (int64_t i = 0; i < t.rows.count * p.head_dim; i += LANES) store(t.q_rows + i, load(t.q_rows + i) * float(p.scale));
   read_rows(g.dout, t.rows, p.value_dim, t.dout_rows);
-  transpose_rows(t.dout_rows, p.value_dim, t.dout);
+  transpose_rows(t.dout_rows, p.value_dim, t.rows.vectors(), t.dout);
   std::fill_n(t.dq[0], p.head_dim * ROWS, 0.0f);
   alignas(64) float out[MAX_DIM];
   for (int r = 0; r < ROWS; ++r) {
@@ -84,7 +84,7 @@ static void meet_keys(const Problem& p, BackwardTile& t, const Segment& segment,
 static void write_dq(const Problem& p, const Gradients& g, BackwardTile& t) {
   for (int64_t d = 0; d < p.head_dim; ++d)
     for (int u = 0; u < t.rows.vectors(); ++u) store(t.dq[d] + u * LANES, load(t.dq[d] + u * LANES) * float(p.scale));
-  transpose_columns(t.dq, p.head_dim, t.q_rows);
+  transpose_columns(t.dq, p.head_dim, t.rows.vectors(), t.q_rows);
   for (int r = 0; r < t.rows.count; ++r)
     write_row(g.dq, row_offset(g.dq, t.rows, r), p.head_dim, t.q_rows + r * p.head_dim);
 }

@@ -142,7 +142,7 @@ void decode_prefix(const Problem& p, const DecodePlan& plan, int64_t begin, int6
       wide.attend(p, prefix, first, last);
       alignas(64) float m[ROWS], l[ROWS];
       for (int u = 0; u < 2; ++u) store(m + u * LANES, wide.state.m[u]), store(l + u * LANES, wide.state.l[u]);
-      transpose_columns(wide.acc, p.value_dim, wide.values);
+      transpose_columns(wide.acc, p.value_dim, rows.vectors(), wide.values);
       write_partial(p, plan, split, rows, wide.values, m, l);
     }
   }

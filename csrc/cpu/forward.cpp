@@ -15,7 +15,7 @@ static void write_outputs(const Problem& p, AttendTile& tile) {
     const Vec inverse = total == 0.0f ? Vec{} : 1.0f / total;
     for (int64_t d = 0; d < p.value_dim; ++d) store(tile.acc[d] + u * LANES, load(tile.acc[d] + u * LANES) * inverse);
   }
-  transpose_columns(tile.acc, p.value_dim, tile.values);
+  transpose_columns(tile.acc, p.value_dim, tile.rows.vectors(), tile.values);
   for (int r = 0; r < tile.rows.count; ++r) {
     write_row(p.out, row_offset(p.out, tile.rows, r), p.value_dim, tile.values + r * p.value_dim);
     const int64_t at = p.lse_offset(*tile.rows.sequence[r], tile.rows.query[r], tile.rows.head[r]);

@@ -37,7 +37,7 @@ struct AttendTile {
   void start(const Problem& p) {
     state = SoftmaxState();
     read_rows(p.q, rows, p.head_dim, keys);
-    transpose_rows(keys, p.head_dim, q);
+    transpose_rows(keys, p.head_dim, rows.vectors(), q);
     std::fill_n(acc[0], p.value_dim * ROWS, 0.0f);
   }
 

@@ -139,9 +139,9 @@ inline int64_t row_offset(const Strided& of, const TileRows& rows, int r) {
   return of.offset(s.row, s.first_query + rows.query[r], rows.head[r]);
 }
 
-// to[dim][ROWS] = the tile's rows of `from` [ROWS][dim]
-inline void transpose_rows(const float* from, int64_t dim, float (*to)[ROWS]) {
-  for (int u = 0; u < 2; ++u)
+// to[dim][ROWS] = `vectors` · LANES rows of `from` [ROWS][dim]
+inline void transpose_rows(const float* from, int64_t dim, int vectors, float (*to)[ROWS]) {
+  for (int u = 0; u < vectors; ++u)
     for (int64_t d = 0; d < dim; d += LANES) {
       Vec block[LANES];
       for (int i = 0; i < LANES; ++i) block[i] = load(from + (u * LANES + i) * dim + d);
@@ -150,9 +150,9 @@ inline void transpose_rows(const float* from, int64_t dim, float (*to)[ROWS]) {
     }
 }
 
-// to[ROWS][dim] = from[dim][ROWS]
-inline void transpose_columns(const float (*from)[ROWS], int64_t dim, float* to) {
-  for (int u = 0; u < 2; ++u)
+// `vectors` · LANES rows of to[ROWS][dim] = from[dim][ROWS]
+inline void transpose_columns(const float (*from)[ROWS], int64_t dim, int vectors, float* to) {
+  for (int u = 0; u < vectors; ++u)
     for (int64_t d = 0; d < dim; d += LANES) {
       Vec block[LANES];
       for (int i = 0; i < LANES; ++i) block[i] = load(from[d + i] + u * LANES);
@@ -161,9 +161,9 @@ inline void transpose_columns(const float (*from)[ROWS], int64_t dim, float* to)
     }
 }
 
-// buffer[ROWS][dim] = the tile's rows of `from`, as float32; lanes without a row are 0.
+// buffer[ROWS][dim] = the tile's rows of `from`, as float32; the rest of the last vector of rows is 0.
 inline void read_rows(const Strided& from, const TileRows& rows, int64_t dim, float* buffer) {
-  for (int r = 0; r < ROWS; ++r) {
+  for (int r = 0; r < rows.vectors() * LANES; ++r) {
     if (r < rows.count) read_row(from, row_offset(from, rows, r), dim, buffer + r * dim);
     else std::fill_n(buffer + r * dim, dim, 0.0f);
   }

@@ -7,6 +7,7 @@ few queries per row (decoding), the prefix is read once for the rows of the whol
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -48,13 +49,20 @@ def why_not(problem: AttentionProblem) -> str | None:
     return _missing()
 
 
+@functools.cache
+def _operators() -> tuple[Callable, Callable]:
+    """The library's forward and backward; looking them up at every call would take a microsecond."""
+    library = torch.ops.prefix_kernels_cpu
+    return library.forward.default, library.backward.default
+
+
 def forward(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
     """(out, lse) of one call."""
     q, value_dim = inputs.q, inputs.v.shape[-1]
     out = empty_token_major(q, (*q.shape[:-1], value_dim))
     lse_shape = (q.shape[1], q.shape[0]) if inputs.varlen else q.shape[:3]
     lse = q.new_empty(lse_shape, dtype=torch.float32)
-    torch.ops.prefix_kernels_cpu.forward(*_arguments(inputs), out, lse)
+    _operators()[0](*_arguments(inputs), out, lse)
     return out, lse
 
 
@@ -69,7 +77,7 @@ def backward(
     for added_to in (k, v):
         if added_to is not None:
             added_to.zero_()
-    prefix_k, prefix_v = torch.ops.prefix_kernels_cpu.backward(
+    prefix_k, prefix_v = _operators()[1](
         *_arguments(inputs), _last_stride_one(out), lse.contiguous(), _last_stride_one(grad_out),
         None if grad_lse is None else grad_lse.contiguous(), q, k, v, wanted[3], wanted[4],
     )  # fmt: skip

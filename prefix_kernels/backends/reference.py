@@ -11,8 +11,6 @@ backend says what is right, the others are fast.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
@@ -83,8 +81,7 @@ def _sequences(inputs: AttentionInputs):
 def _one_sequence(inputs: AttentionInputs, queries: Tensor, keys: Tensor, row: int) -> AttentionInputs:
     """Sequence `row` as a dense batch of one. A causal child sees its parent wholly: the parent's keys come first."""
     ids = inputs.prefix_ids
-    return replace(
-        inputs,
+    return inputs._replace(
         q=inputs.q[queries].transpose(0, 1)[None],
         k=inputs.k[keys].transpose(0, 1)[None],
         v=inputs.v[keys].transpose(0, 1)[None],

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("csrc", "prefix_kernels", "python", "tools")
 FILES = ("setup.py", "pyproject.toml", "CMakeLists.txt", "MANIFEST.in", "README.md", "LICENSE", "CHANGELOG.md")
-BUILD_VARIABLES = ("PREFIX_KERNELS_BUILD", "PREFIX_KERNELS_BACKEND", "CMAKE_ARGS", "CXX", "CUDACXX", "CUDA_HOME", "PYTHONPATH")
+SET_BY_TESTS = ("PREFIX_KERNELS_BUILD", "PREFIX_KERNELS_BACKEND", "CMAKE_ARGS", "PYTHONPATH")
 NO_COMPILER = {"CXX": "/nonexistent/c++", "CUDACXX": "/nonexistent/nvcc"}
 
 
@@ -20,7 +20,7 @@ def cannot_build() -> str | None:
     """What this machine lacks to compile the kernels."""
     if os.environ.get("PREFIX_KERNELS_BUILD") == "none":
         return "PREFIX_KERNELS_BUILD=none: nothing is to be compiled"
-    if not any(map(shutil.which, (os.environ.get("CXX") or "c++", "g++", "clang++"))):
+    if not any(map(shutil.which, [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"])):
         return "no C++ compiler found"
     scripts = sysconfig.get_path("scripts")
     missing = [name for name in ("cmake", "ninja") if not (shutil.which(name, path=scripts) or shutil.which(name))]
@@ -45,8 +45,8 @@ def copy_tree(target: Path) -> Path:
 
 
 def run(*command, **environment) -> subprocess.CompletedProcess:
-    """stdout and stderr together in stdout; without the build variables of the caller's own environment."""
-    inherited = {name: value for name, value in os.environ.items() if name not in BUILD_VARIABLES}
+    """stdout and stderr together in stdout; of the variables that tests set, only those of this call."""
+    inherited = {name: value for name, value in os.environ.items() if name not in SET_BY_TESTS}
     cwd = environment.pop("cwd", None)
     return subprocess.run(
         [str(part) for part in command], cwd=cwd, env=inherited | environment, text=True, timeout=600,

@@ -9,8 +9,6 @@ dq of the passes add up, and dprefix arrives summed over the batch because the b
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
@@ -50,7 +48,7 @@ def backward(
         grad_lse = None if grad_lse is None else grad_lse[None]
     if dense.q.device.type == "cpu" and dense.q.dtype.itemsize == 2:
         names = ("q", "k", "v", "prefix_k", "prefix_v")
-        dense = replace(dense, **{name: getattr(dense, name).float() for name in names})
+        dense = dense._replace(**{name: getattr(dense, name).float() for name in names})
         out, grad_out = out.float(), grad_out.float()
     dense, passes = plan(dense)
     nothing_visible = lse == -torch.inf
@@ -66,10 +64,10 @@ def backward(
 def _as_batch(inputs: AttentionInputs) -> AttentionInputs:
     """The prefix in q's dtype; packed tokens as one batch row [1, heads, tokens, head_dim]."""
     dtype = inputs.q.dtype
-    inputs = replace(inputs, prefix_k=inputs.prefix_k.to(dtype), prefix_v=inputs.prefix_v.to(dtype))
+    inputs = inputs._replace(prefix_k=inputs.prefix_k.to(dtype), prefix_v=inputs.prefix_v.to(dtype))
     if not inputs.varlen:
         return inputs
-    return replace(inputs, **{name: getattr(inputs, name).transpose(0, 1)[None] for name in ("q", "k", "v")})
+    return inputs._replace(**{name: getattr(inputs, name).transpose(0, 1)[None] for name in ("q", "k", "v")})
 
 
 def _columns_of(inputs: AttentionInputs, one: Pass) -> tuple[Tensor, Tensor]:

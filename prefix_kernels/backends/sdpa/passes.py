@@ -124,7 +124,7 @@ def _sequence_passes(inputs: AttentionInputs) -> tuple[AttentionInputs, list[Pas
             fill = inputs.key_lens.clamp(0, inputs.k.shape[2])
             kv_len = inputs.k.shape[2]
             past = (torch.arange(kv_len, device=fill.device) >= fill[:, None])[:, None, :, None]
-            inputs = AttentionInputs(**{**vars(inputs), "k": inputs.k.masked_fill(past, 0), "v": inputs.v.masked_fill(past, 0)})
+            inputs = inputs._replace(k=inputs.k.masked_fill(past, 0), v=inputs.v.masked_fill(past, 0))
     if kv_len == 0:
         return inputs, []
     mask = None

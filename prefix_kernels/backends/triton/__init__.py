@@ -71,6 +71,8 @@ def _missing() -> str | None:
         return f"it needs Triton 3.6 or newer, and finds {triton.__version__}"
     if torch.version.hip is not None:
         return "its tile sizes are for NVIDIA GPUs"
+    if not torch.cuda.is_available():
+        return "torch finds no CUDA device"
     capability = torch.cuda.get_device_capability()
     if capability < (8, 0):
         return f"it needs compute capability 8.0 or newer, and the GPU has {capability[0]}.{capability[1]}"
