@@ -1,0 +1,120 @@
+"""The stage `tests` of run_gpu.py: pytest's outcomes as they come, and the CUDA memory checker over a few of the tests."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import measure
+
+SELECTION = ["-m", "gpu", "tests"]
+DRY_SELECTION = ["tests/prefix_kernels/test_problem.py"]
+SECONDS_A_TEST = 60
+MEMCHECK = "compute-sanitizer"
+MEMCHECK_SELECTION = ["-m", "gpu", "-k", "plain or mqa", "tests/prefix_kernels"]
+MEMCHECK_SECONDS = 40  # left at least, or it is not started
+LOST_DEVICE = 3  # a worker's exit status
+LINES = 3
+
+
+class Recorder:
+    """pytest plug-in: a row for each test, on disk within a second; tests that have a row already are left out."""
+
+    def __init__(self, results: measure.Results, begin: Callable[[str], None]):
+        self.results, self.begin, self._written = results, begin, 0.0
+
+    def pytest_collection_modifyitems(self, config: Any, items: list) -> None:
+        done = [item for item in items if item.nodeid in self.results.rows]
+        config.hook.pytest_deselected(items=done)
+        items[:] = [item for item in items if item.nodeid not in self.results.rows]
+
+    def pytest_collectreport(self, report: Any) -> None:
+        if report.failed:
+            self._put(outcome_row(report.nodeid, "failed", report.longreprtext))
+
+    def pytest_runtest_logstart(self, nodeid: str) -> None:
+        self.begin(nodeid)
+        signal.alarm(SECONDS_A_TEST)  # no handler: the signal ends this process, wherever it hangs
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        if report.when == "call" or not report.passed:
+            before = self.results.rows.get(report.nodeid)
+            if before is None or before["outcome"] == "passed":  # a teardown that fails counts, after one that failed does not
+                self._put(outcome_row(report.nodeid, report.outcome, report.longreprtext))
+
+    def pytest_runtest_logfinish(self, nodeid: str) -> None:
+        signal.alarm(0)
+        if self.results.rows.get(nodeid, {}).get("outcome") == "failed" and torch.cuda.is_available():
+            try:
+                torch.cuda.synchronize()
+            except Exception:
+                os._exit(LOST_DEVICE)  # every later test would fail with it
+
+    def pytest_sessionfinish(self) -> None:
+        self._put(counts(self.results))
+
+    def _put(self, row: dict[str, Any]) -> None:
+        late = time.monotonic() - self._written > 1
+        self.results.put(row, write=late or row.get("outcome") != "passed")
+        self._written = time.monotonic() if late else self._written
+
+
+def outcome_row(nodeid: str, outcome: str, text: str) -> dict[str, Any]:
+    """A test's row; of what went wrong the last lines that pytest marks as the error, else the first lines there are."""
+    row = {"key": nodeid, "outcome": outcome, "complete": True}
+    if outcome != "passed":
+        lines = [line for line in text.splitlines() if line.strip()]
+        said = [line[1:].strip() for line in lines if re.match(r"E\s", line)]
+        row["lines"] = [line[:300] for line in (said or lines)[:LINES]]
+    return row
+
+
+def counts(results: measure.Results) -> dict[str, Any]:
+    """How many tests passed, failed and were skipped; the memory checker is not one of them."""
+    found = Counter(row["outcome"] for key, row in results.rows.items() if "outcome" in row and key != MEMCHECK)
+    return {"key": "counts", **{name: found[name] for name in ("passed", "failed", "skipped")}}
+
+
+def run_tests(results: measure.Results, begin: Callable[[str], None], dry_run: bool) -> int:
+    """Runs what has no row yet, in this process; pytest's exit status."""
+    import pytest
+
+    selection = DRY_SELECTION if dry_run else SELECTION
+    return int(pytest.main(["-q", "-p", "no:cacheprovider", *selection], plugins=[Recorder(results, begin)]))
+
+
+def memory_check(seconds: float) -> dict[str, Any]:
+    """The row of the memory checker: passed, failed with its first lines, or skipped with the reason."""
+    tool = shutil.which(MEMCHECK) or shutil.which(f"/usr/local/cuda/bin/{MEMCHECK}")
+    reason = None
+    if not torch.cuda.is_available():
+        reason = "no CUDA device"
+    elif tool is None:
+        reason = f"{MEMCHECK} is not installed"
+    elif seconds < MEMCHECK_SECONDS:
+        reason = f"{seconds:.0f} s are left"
+    if reason is not None:
+        return {"key": MEMCHECK, "outcome": "skipped", "lines": [reason]}
+    command = [tool, "--tool", "memcheck", "--error-exitcode", "9", "--print-limit", "5", sys.executable, "-m", "pytest", "-q",
+               "-x", "-p", "no:cacheprovider", *MEMCHECK_SELECTION]  # fmt: skip
+    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # else one allocation hides many
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=seconds, env=environment, cwd=Path(__file__).resolve().parents[1]
+        )
+    except subprocess.TimeoutExpired:
+        return {"key": MEMCHECK, "outcome": "skipped", "lines": [f"not finished within {seconds:.0f} s"]}
+    said = re.compile(r"=========|\d+ (passed|failed|error)")
+    lines = [line for line in done.stdout.splitlines() if said.match(line)]
+    return {"key": MEMCHECK, "outcome": "failed" if done.returncode else "passed", "complete": True, "lines": lines[-8:]}

@@ -1,0 +1,229 @@
+"""Every stage of run_gpu.sh without a GPU, on tiny shapes; crashes, hangs and restarts of its workers."""
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import gpu_jobs
+import gpu_tests
+import measure
+import run_gpu
+
+ROOT = Path(__file__).resolve().parents[2]
+ROWS = {
+    "tests": ("compute-sanitizer", "counts"),
+    "op": ("ceilings", "forward B3 S8 H4/2 D16 P5 bfloat16", "forward+backward packed 3×7 H4/2 D16 P5 bfloat16"),
+    "decode": ("ceilings", "decode B3 S12 H4/2 D16 P8 bfloat16", "decode B1 S12 H4/2 D16 P0 bfloat16"),
+    "e2e": ("train tiny B2 P4", "generate tiny B2 P4"),
+}
+
+
+def start(*arguments):
+    environment = os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [ROOT / "benchmarks" / "run_gpu.sh", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd="/", env=environment, timeout=120)
+
+
+@pytest.mark.parametrize("stage", ROWS)
+def test_dry_run_of_a_stage(stage, tmp_path):
+    done = start("--dry-run", str(tmp_path / "results"), stage)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((tmp_path / "results" / f"{stage}.json").read_text())
+    rows = {row["key"]: row for row in found["rows"]}
+    assert rows.keys() >= set(ROWS[stage])
+    assert found["environment"]["torch"] and found["environment"]["source"]
+    assert {file.name for file in (tmp_path / "results").iterdir()} == {f"{stage}.json", "workers.log"}
+    if stage == "tests":
+        assert rows["counts"]["passed"] >= 5 and rows["counts"]["failed"] == 0
+        assert f"{rows['counts']['passed']} passed, 0 failed" in done.stdout
+    else:
+        assert all(row["complete"] and "failed" not in row for row in rows.values())
+        ways = [way for row in rows.values() for way in row.get("ways", {}).values()]
+        assert ways and all("median" in way or "not_available" in way for way in ways)
+        assert all(key in done.stdout for key in rows)
+
+
+@pytest.mark.parametrize("arguments", [(), ("a", "b", "c"), ("a", "wrong"), ("--wrong", "a")])
+def test_wrong_arguments(arguments, tmp_path):
+    done = start(*arguments)
+    assert done.returncode == 2 and "usage" in done.stderr
+
+
+FAKE_WORKER = """#!/bin/bash
+# run_gpu.py RESULTS STAGE --progress FILE
+cat > "{folder}/without.$(ls "{folder}" | grep -c without)"
+{body}
+"""
+
+
+@pytest.fixture
+def supervised(tmp_path, monkeypatch):
+    """supervise() with a shell script in the worker's place; gives (results, what each worker was told to leave out)."""
+
+    def run(body, stage="op", seconds=20):
+        folder, worker = tmp_path / "told", tmp_path / "worker"
+        folder.mkdir()
+        worker.write_text(FAKE_WORKER.format(folder=folder, body=body))
+        worker.chmod(0o755)
+        monkeypatch.setattr(run_gpu.sys, "executable", str(worker))
+        args = argparse.Namespace(results=tmp_path, stage=stage, dry_run=True)
+        run_gpu.supervise(args, ENVIRONMENT, time.monotonic() + seconds)
+        told = [json.loads(file.read_text()) for file in sorted(folder.iterdir())]
+        assert all(each["environment"] == ENVIRONMENT for each in told)
+        return run_gpu.open_results(args, ENVIRONMENT), [each["without"] for each in told]
+
+    return run
+
+
+ENVIRONMENT = {"source": "abc"}
+JOBS = [job for job in gpu_jobs.jobs("op", dry_run=True) if job.what]
+
+
+def test_a_crash_costs_one_row_and_twice_the_same_way_that_way(supervised):
+    first, second = JOBS[0].key, JOBS[1].key
+    results, told = supervised(f"""
+        n=$(ls "$(dirname "$0")/told" | wc -l)
+        [ $n = 1 ] && {{ printf '@{first}\\n+peft\\n+triton\\n' > "$5"; kill -SEGV $$; }}
+        [ $n = 2 ] && {{ printf '@{second}\\n+triton\\n' > "$5"; exit 134; }}
+        exit 0""")
+    assert results.rows[first]["ways"]["triton"] == {"failed": "the worker ended with status -11"}
+    assert results.rows[second]["ways"]["triton"] == {"failed": "the worker ended with status 134"}
+    assert results.done(first) and results.done(second)
+    assert told == [[], [], ["triton"]]
+
+
+def test_a_job_that_takes_too_long_is_recorded(supervised):
+    key = JOBS[0].key
+    results, told = supervised(f"""
+        n=$(ls "$(dirname "$0")/told" | wc -l)
+        [ $n = 1 ] && {{ printf '@{key}\\n' > "$5"; kill -{signal.SIGALRM.value} $$; }}
+        exit 0""")
+    assert results.rows[key]["failed"] == "it took too long" and len(told) == 2
+
+
+def test_what_a_lost_device_leaves_goes_to_a_new_worker(supervised):
+    results, told = supervised(f"""
+        n=$(ls "$(dirname "$0")/told" | wc -l)
+        [ $n -le 2 ] && {{ printf '@{JOBS[0].key}\\n' > "$5"; exit {gpu_tests.LOST_DEVICE}; }}
+        exit 0""")
+    assert len(told) == 3 and results.rows == {}
+
+
+def test_the_time_of_a_stage_ends_it(supervised):
+    begin = time.monotonic()
+    results, told = supervised("exec sleep 30", seconds=1)
+    assert time.monotonic() - begin < 10 and len(told) == 1 and results.rows == {}
+
+
+def test_a_worker_that_cannot_begin_is_reported(supervised, capsys):
+    _, told = supervised("echo ModuleNotFoundError: no torch >&2; exit 1")
+    assert len(told) == 1 and "before its first job: ModuleNotFoundError: no torch" in capsys.readouterr().out
+
+
+def test_done_jobs_are_left_out_and_failing_ones_keep_their_reason(tmp_path, monkeypatch):
+    args = argparse.Namespace(results=tmp_path, stage="op", dry_run=True, progress=tmp_path / "progress")
+    run_gpu.open_results(args, ENVIRONMENT).put({"key": JOBS[0].key, "complete": True})
+    ran = []
+
+    def run_job(job, results, without, begin):
+        ran.append(job.name)
+        if job is not None and job.what is None:
+            raise RuntimeError("CUDA error: boom")
+        results.put({"key": job.key, "complete": True})
+
+    monkeypatch.setattr(run_gpu, "run_job", run_job)
+    monkeypatch.setattr(run_gpu.json, "load", lambda stream: {"without": [], "environment": ENVIRONMENT})
+    assert run_gpu.work(args) == 0
+    expected = [job.name for job in gpu_jobs.jobs("op", dry_run=True) if job.name != JOBS[0].name]
+    assert ran == expected and (tmp_path / "progress").read_text().splitlines() == [f"@{name}" for name in expected]
+    assert run_gpu.open_results(args, ENVIRONMENT).rows["ceilings"]["failed"] == "RuntimeError: CUDA error: boom"
+
+
+def test_flex_attention_is_compiled_after_everything_else():
+    jobs = gpu_jobs.jobs("op", dry_run=False)
+    compiled = [job.compiled for job in jobs]
+    assert compiled == sorted(compiled) and sum(compiled) == gpu_jobs.COMPILED_CASES
+    results = argparse.Namespace(rows={jobs[-1].key: {"ways": {"peft": {}}}}, done=lambda key: True)
+    assert not jobs[-1].done(results)
+    results.rows[jobs[-1].key]["ways"]["flex"] = {}
+    assert jobs[-1].done(results)
+
+
+OUTCOMES = """
+import os, pytest
+@pytest.fixture
+def broken():
+    raise OSError("no fixture")
+def test_right(): pass
+def test_wrong(): assert 1 + 1 == 3, "sum"
+def test_left_out(): pytest.skip("no device")
+def test_no_set_up(broken): pass
+def test_crash(): os.environ.get("CALM") or os._exit(9)
+"""
+RUN_TESTS = """
+import sys
+import gpu_tests, measure
+gpu_tests.DRY_SELECTION = ["--rootdir", sys.argv[1], sys.argv[1] + "/test_some.py"]
+results = measure.Results(sys.argv[1] + "/tests.json", {})
+begin = lambda name: open(sys.argv[1] + "/begun", "a").write(name.split("::")[-1] + "\\n")
+gpu_tests.run_tests(results, begin, dry_run=True)
+"""
+
+
+def test_outcomes_of_tests_are_kept_as_they_come(tmp_path, monkeypatch):
+    (tmp_path / "test_some.py").write_text(OUTCOMES)
+    path = os.pathsep.join([str(ROOT / "benchmarks"), str(ROOT), str(ROOT / "python")])
+    monkeypatch.setenv("PYTHONPATH", path)
+    command = [sys.executable, "-c", RUN_TESTS, str(tmp_path)]
+    assert subprocess.run(command, capture_output=True, cwd=tmp_path).returncode == 9
+    rows = {row["key"].split("::")[-1]: row for row in json.loads((tmp_path / "tests.json").read_text())["rows"]}
+    found = {name: row["outcome"] for name, row in rows.items()}
+    assert found == {"test_right": "passed", "test_wrong": "failed", "test_left_out": "skipped", "test_no_set_up": "failed"}
+    assert rows["test_wrong"]["lines"][0] == "AssertionError: sum" and "no fixture" in str(rows["test_no_set_up"]["lines"])
+    monkeypatch.setenv("CALM", "1")
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = {row["key"]: row for row in json.loads((tmp_path / "tests.json").read_text())["rows"]}
+    assert rows["counts"] == {"key": "counts", "passed": 2, "failed": 2, "skipped": 1}
+    begun = (tmp_path / "begun").read_text().split()
+    assert len(begun) == 6 and begun[-1] == "test_crash"  # alone in the second run
+
+
+def test_memory_checker_says_why_it_did_not_run(monkeypatch):
+    monkeypatch.setattr(gpu_tests.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu_tests.shutil, "which", lambda name: None)
+    assert gpu_tests.memory_check(100)["lines"] == ["compute-sanitizer is not installed"]
+    monkeypatch.setattr(gpu_tests.shutil, "which", lambda name: "/bin/true")
+    assert gpu_tests.memory_check(3)["lines"] == ["3 s are left"]
+
+
+@pytest.mark.parametrize("status, outcome", [(0, "passed"), (9, "failed")])
+def test_memory_checker(monkeypatch, tmp_path, status, outcome):
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text(f"#!/bin/sh\necho noise\necho '========= ERROR SUMMARY: {status} errors'\nexit {status}\n")
+    tool.chmod(0o755)
+    monkeypatch.setattr(gpu_tests.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu_tests.shutil, "which", lambda name: str(tool))
+    row = gpu_tests.memory_check(100)
+    assert row["outcome"] == outcome and row["lines"] == [f"========= ERROR SUMMARY: {status} errors"]
+
+
+def test_a_long_log_keeps_its_end(tmp_path):
+    log = tmp_path / "workers.log"
+    log.write_bytes(b"a" * run_gpu.LOG_BYTES + b"end")
+    run_gpu.shorten(log)
+    assert log.stat().st_size == run_gpu.LOG_BYTES and log.read_bytes().endswith(b"end")
+
+
+def test_stages_have_the_limits_of_the_script():
+    script = (ROOT / "benchmarks" / "run_gpu.sh").read_text()
+    assert "tests | op) echo 300 ;; *) echo 240" in script
+    assert run_gpu.STAGES == {"tests": 300, "op": 300, "decode": 240, "e2e": 240}
+    assert measure.ROOT == ROOT
