@@ -2,6 +2,7 @@
 
 import json
 import math
+from unittest import mock
 
 import pytest
 import torch
@@ -30,6 +31,29 @@ def test_short_calls_are_repeated_within_a_sample():
     comparison = measure.Comparison({"short": lambda index: None})
     assert comparison.timings  # nothing was sampled yet
     assert comparison._calls["short"] == 1000
+
+
+@pytest.mark.parametrize("captured", [True, False])
+def test_device_time_of_graph_replays_or_of_a_queue(monkeypatch, captured):
+    """The CUDA calls replaced: the numbers are those of events around everything, by input set."""
+    cuda = mock.MagicMock()
+    cuda.Event.return_value.elapsed_time.return_value = 6.0  # ms for 3 sets
+    if not captured:
+        cuda.graph.side_effect = RuntimeError("not capturable")
+    monkeypatch.setattr(measure.torch, "cuda", cuda)
+    called = []
+    timing = measure.device_timing(called.append, sets=3)
+    assert timing["median"] == timing["p20"] == 0.002 and timing["calls"] == 3
+    assert called[:3] == [0, 1, 2] and len(called) % 3 == 0
+    if captured:
+        assert timing["mode"] == "graph" and len(called) == 6 and cuda.CUDAGraph().replay.call_count == timing["samples"] + 2
+    else:
+        assert timing["mode"] == "queue: RuntimeError: not capturable" and len(called) == 3 * (timing["samples"] + 3)
+        cuda.set_stream.assert_called_once()
+
+
+def test_ceilings():
+    assert all(number > 1e7 for number in measure.ceilings("cpu").values())
 
 
 def test_summary():

@@ -1,6 +1,8 @@
 """The ways that are compared compute the same thing, on small shapes; a wrong one is never timed."""
 
 import dataclasses
+import sys
+import types
 
 import pytest
 import torch
@@ -121,6 +123,94 @@ def test_varlen_rival_gathers_the_prefix_in_front_of_each_sequence(monkeypatch):
     inputs = rivals.make_inputs(packed, "cpu", torch.Generator().manual_seed(0))
     out = rivals.prepare_concat_varlen(packed, "cpu")(inputs)
     torch.testing.assert_close(out[:10], attention_row.reference(inputs)[0].float())
+
+
+def on_the_cpu(name, case, monkeypatch):
+    """Errors of a way that is for CUDA, run on the CPU."""
+    monkeypatch.setattr(torch, "compile", lambda function, dynamic: function)
+    inputs = rivals.make_inputs(case, "cpu", torch.Generator().manual_seed(0))
+    way = next(way for way in rivals.RIVALS if way.name == name)
+    return attention_row._errors(way.prepare(case, "cpu"), inputs, case, attention_row.reference(inputs))
+
+
+@pytest.mark.parametrize("name, case", [
+    ("flex", Case("", 2, 4, 2, 16, 6, 6, 5, "float32")), ("flex", Case("", 2, 4, 4, 16, 6, 6, 3, "float32")),
+    ("concat_flash", Case("", 2, 4, 4, 16, 6, 6, 5, backward=True)), ("concat_flash", Case("", 2, 4, 2, 16, 1, 6, 5)),
+])  # fmt: skip
+def test_rivals_for_cuda(name, case, monkeypatch):
+    errors = on_the_cpu(name, case, monkeypatch)
+    assert all(error[2] <= attention_row.LIMITS[case.dtype] for error in errors.values()), errors
+
+
+@pytest.mark.parametrize("case", [Case("", 2, 4, 2, 16, 1, 6, 5), Case("", 2, 4, 2, 16, 4, 6, 5)], ids=lambda case: case.key)
+def test_flash_attention_3(case, monkeypatch):
+    def flash_attn_func(q, k, v, causal):  # [batch, len, heads, head_dim], causal means bottom-right
+        mask = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool).tril(k.shape[1] - q.shape[1]) if causal else None
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+        return out.transpose(1, 2)
+
+    monkeypatch.setattr(rivals.importlib.util, "find_spec", lambda name: name == "flash_attn_interface")
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", types.SimpleNamespace(flash_attn_func=flash_attn_func))
+    assert on_the_cpu("fa3", case, monkeypatch)["out"][2] < 0.01
+
+
+class FakeCascade:
+    """FlashInfer's cascade as its documentation describes it: pages [pages, kv_heads, page, head_dim] and index pointers."""
+
+    def __init__(self, levels, workspace, layout):
+        assert levels == 2 and layout == "HND"
+
+    def plan(self, queries, pointers, pages, last_lens, heads, kv_heads, head_dim, page, *, q_data_type):
+        assert all(pointer[-1] == len(index) for pointer, index in zip(pointers, pages, strict=True))
+        assert all(set(lens.tolist()) == {page} for lens in last_lens)
+        self.queries, self.pointers, self.pages = queries, pointers, pages
+
+    def run(self, q, cache):
+        def columns(level, row, tensor):
+            at = int((self.queries[level][1:] <= row).sum())
+            index = self.pages[level][self.pointers[level][at] : self.pointers[level][at + 1]].long()
+            return tensor[index].transpose(0, 1).flatten(1, 2)
+
+        rows = []
+        for row in range(len(q)):
+            k, v = (torch.cat([columns(level, row, tensor) for level in (0, 1)], 1)[None] for tensor in cache)
+            query = q[row][None, :, None]
+            rows.append(torch.nn.functional.scaled_dot_product_attention(query, k, v, enable_gqa=True)[0, :, 0])
+        return torch.stack(rows)
+
+
+def test_flashinfer(monkeypatch):
+    monkeypatch.setitem(sys.modules, "flashinfer", types.SimpleNamespace(MultiLevelCascadeAttentionWrapper=FakeCascade))
+    assert on_the_cpu("flashinfer", Case("", 3, 4, 2, 16, 1, 32, 48), monkeypatch)["out"][2] < 0.01
+
+
+def test_row_on_a_gpu_way_by_way(monkeypatch):
+    """The order of events on a GPU, on the CPU: the row is put after each way, and one that fails leaves the others."""
+    prepare = attention_row.prepare
+    monkeypatch.setattr(attention_row, "prepare", lambda case, device, only: prepare(case, "cpu", only=only))
+    monkeypatch.setattr(attention_row.measure, "with_peak", lambda call: (call(), 123))
+    memory = types.SimpleNamespace(total_memory=1e9)
+    monkeypatch.setattr(attention_row.torch.cuda, "get_device_properties", lambda index: memory)
+
+    def device_timing(call, sets):
+        if sets and asked[-1] == "concat":
+            raise RuntimeError("out of memory")
+        return {"median": 1.0}
+
+    asked, rows = [], []
+    monkeypatch.setattr(attention_row.measure, "device_timing", device_timing)
+    case = Case("", 3, 4, 2, 16, 1, 8, 5, "float32")
+    attention_row.measure_on_gpu(case, lambda name: asked.append(name) or name != "peft", rows.append, None)
+    assert asked[:2] == ["peft", "concat_mask"] and "sdpa" in asked
+    assert [row["complete"] for row in rows] == [False] * (len(asked) - 1) + [True]
+    assert rows[-1]["ways"]["sdpa"]["median"] == 1 and rows[-1]["ways"]["sdpa"]["peak_bytes"] == 123
+    assert rows[-1]["ways"]["concat"]["failed"] == "RuntimeError: out of memory" and "peft" not in rows[-1]["ways"]
+    attention_row.measure_on_gpu(case, lambda name: name == "peft", rows.append, rows[-1])
+    assert rows[-1]["ways"].keys() == set(asked) and rows[-1]["complete"]
+    huge = Case("", 4096, 32, 8, 128, 1, 4096, 8192)
+    attention_row.measure_on_gpu(huge, lambda name: True, rows.append, None)
+    assert rows[-1]["failed"] == "caches of 256 GiB"
 
 
 def test_goals():
