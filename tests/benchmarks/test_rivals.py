@@ -127,10 +127,12 @@ def test_varlen_rival_gathers_the_prefix_in_front_of_each_sequence(monkeypatch):
 
 def on_the_cpu(name, case, monkeypatch):
     """Errors of a way that is for CUDA, run on the CPU."""
-    monkeypatch.setattr(torch, "compile", lambda function, dynamic: function)
     inputs = rivals.make_inputs(case, "cpu", torch.Generator().manual_seed(0))
     way = next(way for way in rivals.RIVALS if way.name == name)
-    return attention_row._errors(way.prepare(case, "cpu"), inputs, case, attention_row.reference(inputs))
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "compile", lambda function, dynamic: function)
+        attend = way.prepare(case, "cpu")
+    return attention_row._errors(attend, inputs, case, attention_row.reference(inputs))
 
 
 @pytest.mark.parametrize("name, case", [
