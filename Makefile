@@ -5,11 +5,12 @@ VENV ?= .venv
 ARGS ?=
 export VENV
 
-.PHONY: help demo test quality clean
+.PHONY: help demo test bench quality clean
 
 help:
 	@echo "make demo      train a prefix for SmolLM2-135M-Instruct on the E2E data, generate, score -> runs/demo"
 	@echo "make test      the whole test suite (ARGS=... goes to pytest)"
+	@echo "make bench     speed on this CPU -> benchmarks/results/cpu, docs/benchmarks.md (ARGS=... as --threads 1)"
 	@echo "make quality   ruff"
 	@echo "make clean     remove builds and caches (keeps $(VENV) and runs)"
 	@echo "Variables: PYTHON (default: the first Python >= 3.10 found), VENV (default: .venv)"
@@ -21,6 +22,12 @@ demo:
 test:
 	@tools/setup_env.sh test
 	@"$(VENV)/bin/python" -m pytest $(ARGS)
+
+bench:
+	@tools/setup_env.sh test
+	@"$(VENV)/bin/python" benchmarks/bench_prefix_attention.py $(ARGS)
+	@"$(VENV)/bin/python" benchmarks/bench_whole.py $(ARGS)
+	@"$(VENV)/bin/python" benchmarks/report.py
 
 quality:
 	@tools/setup_env.sh test

@@ -1,0 +1,196 @@
+"""Results into documents: every number is the results', losses are named, and what has no results has no section."""
+
+import dataclasses
+import json
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+
+import measure
+import plots
+import report
+import tables
+from attention_row import finish
+from cases import cpu_cases, gpu_decode_cases, gpu_op_cases
+
+ROOT = Path(__file__).resolve().parents[2]
+ENVIRONMENT = {
+    "commit": "0123456789abcdef", "dirty": False, "source": "feedfeedfeed", "date": "2026-01-02", "python": "3.11.0",
+    "torch": "2.13.0", "triton": None, "transformers": "5.24.0", "device": "Some CPU, 2 cores", "instructions": "AVX2",
+    "cache_bytes": 1, "threads": 2,
+}  # fmt: skip
+GPU = ENVIRONMENT | {"device": "Some GPU", "instructions": None, "triton": "3.9.0"}
+
+
+def row(case, seconds, chosen):
+    ways = {name: {"ours": name == chosen or name == "sdpa", "errors": {}} for name in seconds}
+    made = {"key": case.key, "case": dataclasses.asdict(case), "flops": case.flops(), "bytes": case.bytes_moved(), "ways": ways}
+    return finish(made | {"chosen": chosen}, {n: {"median": s, "peak_bytes": 2**20} for n, s in seconds.items()})
+
+
+def write(path, environment, rows):
+    results = measure.Results(path, environment)
+    for each in rows[:-1]:
+        results.put(each, write=False)
+    results.put(rows[-1])
+
+
+def operator_rows(cases, chosen, draw):
+    def seconds():
+        return {"peft": 4e-3, "concat": draw.uniform(2e-3, 3e-3), "sdpa": 3.1e-3, chosen: 2e-3 / draw.uniform(0.9, 2)}
+
+    return [row(case, seconds(), chosen) for case in cases]
+
+
+def whole_row(key, what, seconds, **more):
+    ways = {name: {"median": s, "ours": name != "peft"} | more for name, s in seconds.items()}
+    row = {"key": key, "run": {"what": what}, "dtype": "float32", "chosen": "selected", "backend": "cpu"}
+    return row | {"tokens": 256, "ways": ways}
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """A copy of the documents with results of nothing but the demo."""
+    results = tmp_path / "benchmarks" / "results"
+    (results / "demo").mkdir(parents=True)
+    (tmp_path / "docs").mkdir()
+    shutil.copy(ROOT / "benchmarks" / "results" / "demo" / "metrics.json", results / "demo")
+    text = (ROOT / "README.md").read_text()
+    (tmp_path / "README.md").write_text(text)
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    monkeypatch.setattr(report, "RESULTS", results)
+    monkeypatch.setattr(report, "README", tmp_path / "README.md")
+    monkeypatch.setattr(report, "BENCHMARKS", tmp_path / "docs" / "benchmarks.md")
+    return tmp_path
+
+
+@pytest.fixture
+def measured(project):
+    """The same with results of every kind; one point is below 1.0x, one below a higher goal, one failed."""
+    draw, results = random.Random(0), project / "benchmarks" / "results"
+    rows = operator_rows(cpu_cases(), "cpu", draw)
+    rows[3] = row(cpu_cases()[3], {"peft": 4e-3, "concat": 1.5e-3, "sdpa": 3e-3, "cpu": 2e-3}, "cpu")
+    decode = next(i for i, case in enumerate(cpu_cases()) if case.cpu_goal == 5)
+    rows[decode] = row(cpu_cases()[decode], {"peft": 12e-3, "concat": 9e-3, "cpu": 2e-3}, "cpu")
+    rows[5]["ways"]["cpu"] = {"ours": True, "failed": "wrong: relative error 0.5"}
+    rows[5]["ratio"] = None
+    write(results / "cpu" / "prefix_attention.json", ENVIRONMENT, rows)
+    whole = [whole_row("train M B4 P16", "train", {"selected": 2.0, "sdpa": 2.2, "peft": 3.0}),
+             whole_row("generate M B8 P512", "generate", {"selected": 4.0, "sdpa": 3.0, "peft": 8.0})]  # fmt: skip
+    write(results / "cpu" / "whole.json", ENVIRONMENT, whole)
+    ceilings = {"key": "ceilings", "copy_bytes_per_second": 3e12, "matmul_flops_per_second": 7.5e14}
+    failed = {"key": "forward failed", "case": rows[0]["case"], "failed": "it took too long"}
+    write(results / "gpu" / "op.json", GPU, [ceilings, *operator_rows(gpu_op_cases(), "triton", draw), failed])
+    write(results / "gpu" / "decode.json", GPU, [ceilings, *operator_rows(gpu_decode_cases()[:4], "triton", draw)])
+    lost = {"key": "train L", "failed": "RuntimeError: out of memory"}
+    train = whole_row("train M", "train", {"selected": 1.0, "peft": 2.0}, peak_bytes=2**31)
+    write(results / "gpu" / "e2e.json", GPU, [train, lost])
+    tests = [{"key": "test_a", "outcome": "failed", "lines": ["assert 1 == 2"]}, {"key": "test_b", "outcome": "passed"},
+             {"key": "compute-sanitizer", "outcome": "passed", "lines": ["ERROR SUMMARY: 0 errors"]},
+             {"key": "counts", "passed": 1, "failed": 1, "skipped": 4}]  # fmt: skip
+    write(results / "gpu" / "tests.json", GPU, tests)
+    assert report.main([]) == 0
+    return project
+
+
+def test_the_committed_documents_are_up_to_date():
+    assert report.main(["--check"]) == 0
+
+
+def test_without_results_there_are_no_sections(project):
+    assert report.main(["--check"]) == 1  # docs/benchmarks.md is missing
+    assert not (project / "docs" / "benchmarks.md").exists()
+    assert report.main([]) == 0 and report.main(["--check"]) == 0
+    page = (project / "docs" / "benchmarks.md").read_text()
+    assert page.startswith("# Benchmarks") and "\n## " not in page
+    assert "<!-- results: cpu -->\n<!-- end -->" in (project / "README.md").read_text()
+    assert not list(project.rglob("*.png"))
+
+
+def test_sections_and_numbers(measured):
+    page = (measured / "docs" / "benchmarks.md").read_text()
+    titles = [line for line in page.splitlines() if line.startswith("## ")]
+    assert titles == [
+        "## Attention on a CPU, 2 threads", "## Whole models on a CPU, 2 threads", "## Tests on Some GPU",
+        "## Attention in training shapes on Some GPU", "## Decoding on Some GPU", "## Whole models on Some GPU",
+    ]  # fmt: skip
+    assert "Some CPU, 2 cores (AVX2), 2 threads; torch 2.13.0, transformers 5.24.0, Python 3.11.0; commit 0123456789ab" in page
+    rows = json.loads((measured / "benchmarks/results/cpu/prefix_attention.json").read_text())["rows"]
+    forward = [r["ratio"] for r in rows if r["key"].startswith("forward B") and r["ratio"]]
+    assert len(forward) == 31
+    mean = tables.geometric_mean(forward)
+    assert f"Geometric mean over the best rival, 31 of 32 points: {mean:.2f}x (goal 1.3x; 1.0x at every point)" in page
+    for each in rows:
+        assert f"| {each['key']} |" in page
+    assert "| train M B4 P16 | float32 | cpu | 2.000 s | 2.200 s | 3.000 s | 1.50x |" in page
+    assert "| generate M B8 P512 | float32 | cpu | 64.0 tokens/s | 85.3 tokens/s | 32.0 tokens/s | 2.00x |" in page
+    assert "1 passed, 1 failed, 4 skipped." in page and "- test_a: assert 1 == 2" in page and "ERROR SUMMARY: 0 errors" in page
+    assert "750 TFLOP/s (matrix product), 3.00 TB/s" in page
+    assert "2.0 GiB" in page and "- train L: RuntimeError: out of memory" in page
+
+
+def test_losses_are_named(measured):
+    page = (measured / "docs" / "benchmarks.md").read_text()
+    rows = json.loads((measured / "benchmarks/results/cpu/prefix_attention.json").read_text())["rows"]
+    assert f"- {rows[3]['key']}: 0.75x, 2.000 ms against 1.500 ms of concat\n" in page
+    assert f"- {rows[5]['key']}: no ratio: wrong: relative error 0.5" in page
+    decode = next(case for case in cpu_cases() if case.cpu_goal == 5)
+    assert f"- {decode.key}: 4.50x, 2.000 ms against 9.000 ms of concat, goal 5.0x" in page
+    assert "- generate M B8 P512: 0.75x of sdpa" in page
+    below = [row for row in rows if row["ratio"] is None or row["ratio"] < 1]
+    assert all(f"- {row['key']}: " in page for row in below)
+    assert "- forward failed: failed" in page
+
+
+def test_gpu_rows_say_what_they_reach(measured):
+    page = (measured / "docs" / "benchmarks.md").read_text()
+    first = json.loads((measured / "benchmarks/results/gpu/op.json").read_text())["rows"][1]
+    seconds = first["ways"]["triton"]["median"]
+    line = next(line for line in page.splitlines() if line.startswith(f"| {first['key']} |"))
+    assert f"triton {seconds * 1e6:.0f}" in line and f"{first['flops'] / seconds / 1e12:.0f} |" in line
+    assert f"{first['flops'] / seconds / 7.5e14:.0%}, {first['bytes'] / seconds / 3e12:.0%}" in line and "| 1, 1 |" in line
+
+
+def test_readme(measured):
+    readme = (measured / "README.md").read_text()
+    (block,) = [part.split("<!-- end -->")[0] for part in readme.split("<!-- results: cpu -->")[1:]]
+    rows = json.loads((measured / "benchmarks/results/cpu/prefix_attention.json").read_text())["rows"]
+    chosen = [r for r in rows if r["key"].startswith("forward B") and "float32" in r["key"]]
+    worst = min(chosen, key=lambda r: r["ratio"])
+    mean = tables.geometric_mean(r["ratio"] for r in chosen)
+    over_peft = tables.geometric_mean(4e-3 / r["ways"]["cpu"]["median"] for r in chosen)
+    place = f"{worst['ratio']:.2f}x (P={worst['case']['prefix_len']}, over {worst['best_rival']})"
+    assert f"| forward, float32, 16 points | {over_peft:.2f}x | {mean:.2f}x | {place} |" in block
+    assert "forward, bfloat16, 15 points" in block and "whole model: train M B4 P16, float32 | 1.50x" in block
+    assert report.render(readme) == readme
+
+
+def test_check_fails_where_a_document_or_a_plot_differs(measured, capsys):
+    assert report.main(["--check"]) == 0
+    page = measured / "docs" / "benchmarks.md"
+    page.write_text(page.read_text().replace("0.75x", "1.75x"))
+    assert report.main(["--check"]) == 1 and "docs/benchmarks.md" in capsys.readouterr().out
+    assert report.main([]) == 0 and report.main(["--check"]) == 0
+    picture = measured / "benchmarks" / "results" / "cpu" / "decode.png"
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    shown = plots.series(tables.load(measured / "benchmarks/results/cpu/prefix_attention.json"), "decode")
+    shown["lines"]["float32"]["best"]["12/12 heads, 8 rows"][0][1] += 1
+    assert not plots.is_current(picture, shown)
+    picture.unlink()
+    assert report.main(["--check"]) == 1 and "decode.png" in capsys.readouterr().out
+
+
+def test_plots_show_every_point(measured):
+    results = tables.load(measured / "benchmarks/results/cpu/prefix_attention.json")
+    for direction, count in (("forward", 31), ("forward+backward", 32), ("decode", 32)):
+        lines = plots.series(results, direction)["lines"]
+        assert lines.keys() == {"float32", "bfloat16"}
+        points = sum(len(points) for panel in lines.values() for points in panel["best"].values())
+        assert points == count
+
+
+def test_a_readme_without_markers_is_refused(project):
+    with pytest.raises(ValueError, match="expected one block <!-- results: cpu -->"):
+        report.render((project / "README.md").read_text().replace("<!-- results: cpu -->", ""))
