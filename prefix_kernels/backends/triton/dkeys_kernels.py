@@ -30,66 +30,40 @@ from prefix_kernels.backends.triton.rows import (
     queries_seeing,
     queries_seeing_column,
     shift_of,
-    split_range,
 )  # fmt: skip
 
 
 @triton.jit
-def add_blocks(
-    dk, dv, k, v, queries, grads, lse, delta, q_stride, grad_stride, q_len, first, stop, begin, end, scale, softcap,
-    MASKED: tl.constexpr, WANT_DK: tl.constexpr, WANT_DV: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_VALUE_DIM: tl.constexpr,
-):  # fmt: skip
-    """dk / scale and dv after the blocks of queries in [begin, end)."""
-    for start in tl.range(begin, end, BLOCK_M):
-        query = start + tl.arange(0, BLOCK_M)
-        q = load_tile(queries, q_stride, start, q_len, MASKED, HEAD_DIM, BLOCK_M, BLOCK_DIM)
-        grad_out = load_tile(grads, grad_stride, start, q_len, MASKED, VALUE_DIM, BLOCK_M, BLOCK_VALUE_DIM)
-        scores = scores_of(tl.dot(k, tl.trans(q), input_precision="ieee"), scale, softcap)  # [BLOCK_N, BLOCK_M]
-        weights = tl.exp2(scores - load_log2_lse(lse, query, q_len, MASKED)[None, :])
-        if MASKED:
-            visible = (query[None, :] >= first[:, None]) & (query[None, :] < stop[:, None])
-            weights = tl.where(visible, weights, 0.0)
-        if WANT_DV:
-            dv = tl.dot(weights.to(q.dtype), grad_out, dv, input_precision="ieee")
-        if WANT_DK:
-            if MASKED:
-                delta_of = tl.load(delta + query, mask=query < q_len, other=0.0)  # [BLOCK_M]
-            else:
-                delta_of = tl.load(delta + query)  # [BLOCK_M]
-            dweights = tl.dot(v, tl.trans(grad_out), input_precision="ieee")  # [BLOCK_N, BLOCK_M]
-            dscores = through_softcap(weights * (dweights - delta_of[None, :]), scores, softcap)
-            dk = tl.dot(dscores.to(q.dtype), q, dk, input_precision="ieee")
-    return dk, dv
-
-
-@triton.jit
 def add_queries(
-    dk, dv, k, v, q, grad_out, lse, delta, row, first_head, group, q_start, q_len, first, stop, blocks, scale, softcap,
-    WINDOWED: tl.constexpr, WANT_DK: tl.constexpr, WANT_DV: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_VALUE_DIM: tl.constexpr,
+    dk, dv, k, v, q, grad_out, lse, delta, row, first_head, group, q_start, q_len, first, stop, begin, end, scale, softcap,
+    FIRST: tl.constexpr, STOP: tl.constexpr, WANT_DK: tl.constexpr, WANT_DV: tl.constexpr, HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_VALUE_DIM: tl.constexpr,
 ):  # fmt: skip
-    """dk / scale and dv after a row's queries, of all heads of the group; each key is seen by queries [first, stop).
+    """dk / scale and dv after a row's queries in [begin, end), of all heads of the group.
 
-    WINDOWED: first is not 0 everywhere. Masks on edge blocks alone.
+    FIRST, STOP: each key is seen by queries [first, stop) alone. One loop for edge blocks and whole ones: a copy without masks
+    costs more registers than there are.
     """
-    begin, full_begin, full_end, end = blocks
     for head in tl.range(first_head, first_head + group):
         queries, grads = start_of(q, row, head, q_start), start_of(grad_out, row, head, q_start)
         lses, deltas = start_of(lse, row, head, q_start), start_of(delta, row, head, q_start)
-        if WINDOWED:
-            dk, dv = add_blocks(
-                dk, dv, k, v, queries, grads, lses, deltas, q.token, grad_out.token, q_len, first, stop, begin, full_begin,
-                scale, softcap, True, WANT_DK, WANT_DV, HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_DIM, BLOCK_VALUE_DIM,
-            )  # fmt: skip
-        dk, dv = add_blocks(
-            dk, dv, k, v, queries, grads, lses, deltas, q.token, grad_out.token, q_len, first, stop, full_begin, full_end,
-            scale, softcap, False, WANT_DK, WANT_DV, HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_DIM, BLOCK_VALUE_DIM,
-        )  # fmt: skip
-        dk, dv = add_blocks(
-            dk, dv, k, v, queries, grads, lses, deltas, q.token, grad_out.token, q_len, first, stop, full_end, end,
-            scale, softcap, True, WANT_DK, WANT_DV, HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_DIM, BLOCK_VALUE_DIM,
-        )  # fmt: skip
+        for start in tl.range(begin, end, BLOCK_M):
+            query = start + tl.arange(0, BLOCK_M)
+            q_tile = load_tile(queries, q.token, start, q_len, True, HEAD_DIM, BLOCK_M, BLOCK_DIM)
+            grad_tile = load_tile(grads, grad_out.token, start, q_len, True, VALUE_DIM, BLOCK_M, BLOCK_VALUE_DIM)
+            scores = scores_of(tl.dot(k, tl.trans(q_tile), input_precision="ieee"), scale, softcap)  # [BLOCK_N, BLOCK_M]
+            weights = tl.exp2(scores - load_log2_lse(lses, query, q_len)[None, :])
+            if FIRST:
+                weights = tl.where(query[None, :] >= first[:, None], weights, 0.0)
+            if STOP:
+                weights = tl.where(query[None, :] < stop[:, None], weights, 0.0)
+            if WANT_DV:
+                dv = tl.dot(weights.to(q_tile.dtype), grad_tile, dv, input_precision="ieee")
+            if WANT_DK:
+                delta_of = tl.load(deltas + query, mask=query < q_len, other=0.0)  # [BLOCK_M]
+                dweights = tl.dot(v, tl.trans(grad_tile), input_precision="ieee")  # [BLOCK_N, BLOCK_M]
+                dscores = through_softcap(weights * (dweights - delta_of[None, :]), scores, softcap)
+                dk = tl.dot(dscores.to(q_tile.dtype), q_tile, dk, input_precision="ieee")
     return dk, dv
 
 
@@ -121,15 +95,13 @@ def dkeys_kernel(
     shift = shift_of(own_kv_len, own_q_len, CAUSAL)
     last_key = tl.minimum(first_key + BLOCK_N, own_kv_len) - 1
     first, stop = queries_seeing(key, shift, own_q_len, window, CAUSAL)
-    first_low, stop_low = queries_seeing(first_key, shift, own_q_len, window, CAUSAL)
-    first_high, stop_high = queries_seeing(last_key, shift, own_q_len, window, CAUSAL)
-    if last_key < first_key:
-        stop_low, stop_high = 0, 0
+    begin, _ = queries_seeing(first_key, shift, own_q_len, window, CAUSAL)
+    _, end = queries_seeing(last_key, shift, own_q_len, window, CAUSAL)
+    end = tl.where(last_key < first_key, 0, end)
     dk_sum, dv_sum = add_queries(
         dk_sum, dv_sum, k_tile, v_tile, q, grad_out, lse, delta, row, kv_head * group, group, q_start, own_q_len, first,
-        stop, split_range(first_low, first_high, stop_low, stop_high, BLOCK_M), scale, softcap,
-        CAUSAL or window is not None, dk is not None, dv is not None,
-        HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_DIM, BLOCK_VALUE_DIM,
+        stop, begin // BLOCK_M * BLOCK_M, end, scale, softcap, CAUSAL or window is not None, window is not None,
+        dk is not None, dv is not None, HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_DIM, BLOCK_VALUE_DIM,
     )  # fmt: skip
 
     if children is not None:
@@ -138,8 +110,7 @@ def dkeys_kernel(
             q_start, own_q_len = queries_of(rows, child, q_len, q_tokens)
             dk_sum, dv_sum = add_queries(
                 dk_sum, dv_sum, k_tile, v_tile, q, grad_out, lse, delta, child, kv_head * group, group, q_start, own_q_len,
-                key * 0, key * 0 + own_q_len, split_range(0, 0, own_q_len, own_q_len, BLOCK_M), scale, softcap, False,
-                dk is not None, dv is not None, HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_DIM, BLOCK_VALUE_DIM,
+                first, stop, 0, own_q_len, scale, softcap, False, False, dk is not None, dv is not None, HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_DIM, BLOCK_VALUE_DIM,
             )  # fmt: skip
 
     exists = key < own_kv_len
@@ -195,16 +166,14 @@ def dprefix_kernel(
         _, own_kv_len, _ = keys_of(rows, row, kv_len, k_tokens)
         shift = shift_of(own_kv_len, own_q_len, CAUSAL)
         first, stop = queries_seeing_column(column, shift, length, own_q_len, slide)
-        _, stop_low = queries_seeing_column(first_column, shift, length, own_q_len, slide)
-        _, stop_high = queries_seeing_column(first_column + BLOCK_N - 1, shift, length, own_q_len, slide)
+        _, end = queries_seeing_column(first_column + BLOCK_N - 1, shift, length, own_q_len, slide)
         begin = tl.maximum(share_start - row * query_blocks, 0) * BLOCK_M
-        end = tl.minimum(tl.minimum(share_stop - row * query_blocks, query_blocks) * BLOCK_M, stop_high)
+        end = tl.minimum(tl.minimum(share_stop - row * query_blocks, query_blocks) * BLOCK_M, end)
         end = tl.where((own_prefix == prefix) & (own_prefix_len > 0), end, begin)
-        full_end = tl.maximum(tl.minimum(stop_low // BLOCK_M * BLOCK_M, end), begin)
         dk_sum, dv_sum = add_queries(
-            dk_sum, dv_sum, k_tile, v_tile, q, grad_out, lse, delta, row, kv_head * group, group, q_start, own_q_len,
-            first, stop, (begin, begin, full_end, end), scale, softcap, False, dprefix_k is not None,
-            dprefix_v is not None, HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_DIM, BLOCK_VALUE_DIM,
+            dk_sum, dv_sum, k_tile, v_tile, q, grad_out, lse, delta, row, kv_head * group, group, q_start, own_q_len, first,
+            stop, begin, end, scale, softcap, False, slide is not None, dprefix_k is not None, dprefix_v is not None,
+            HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_DIM, BLOCK_VALUE_DIM,
         )  # fmt: skip
 
     exists = (column < length)[:, None]

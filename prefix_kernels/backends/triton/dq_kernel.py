@@ -103,7 +103,7 @@ def dq_kernel(
         start_of(grad_out, row, head, q_start), grad_out.token, first_query, own_q_len, True, VALUE_DIM, BLOCK_M,
         BLOCK_VALUE_DIM,
     )  # [BLOCK_M, BLOCK_VALUE_DIM]  # fmt: skip
-    lse_of = load_log2_lse(start_of(lse, row, head, q_start), query, own_q_len, True)  # [BLOCK_M]
+    lse_of = load_log2_lse(start_of(lse, row, head, q_start), query, own_q_len)  # [BLOCK_M]
     delta_of = tl.load(start_of(delta, row, head, q_start) + query, mask=query < own_q_len, other=0.0)  # [BLOCK_M]
     total = tl.zeros([BLOCK_M, BLOCK_DIM], tl.float32)
 

@@ -102,12 +102,9 @@ def lse_of(largest, total):
 
 
 @triton.jit
-def load_log2_lse(lse, query, stop, MASKED: tl.constexpr):
+def load_log2_lse(lse, query, stop):
     """lse in units of log 2; +inf, which makes every weight 0, where there is no query and where a query sees nothing."""
-    if MASKED:
-        value = tl.load(lse + query, mask=query < stop, other=float("inf"))
-    else:
-        value = tl.load(lse + query)
+    value = tl.load(lse + query, mask=query < stop, other=float("inf"))
     return tl.where(value == float("-inf"), float("inf"), value) * LOG2_E
 
 
