@@ -30,12 +30,18 @@ class Prepared:
 
 
 def prepare(case: Case, device: str, backend: str | None = None, only: Sequence[str] | None = None) -> Prepared:
-    """Inputs, and every way that may run and is right. backend: ours, instead of the one that is chosen for such a call."""
+    """Inputs, and every way that may run and is right. backend: ours, instead of the one that is chosen for such a call.
+
+    ValueError for a backend that does not exist or refuses the case.
+    """
     generator = torch.Generator(device).manual_seed(0)
     sets = [make_inputs(case, device, generator)]
     wanted, state = measure.sets_needed(sets[0].bytes(), device)
     sets += [make_inputs(case, device, generator) for _ in range(wanted - 1)]
-    chosen = backend or next(name for name, said in explain(sets[0]).items() if said == "chosen")
+    said = explain(sets[0], backend)
+    chosen = next((name for name, answer in said.items() if answer == "chosen"), None)
+    if chosen is None:
+        raise ValueError(f"backend: expected one that serves {case.key}, got {backend!r}: {said}")
     row = {
         "key": case.key, "case": asdict(case), "flops": case.flops(), "bytes": case.bytes_moved(), "sets": len(sets),
         "state": state, "chosen": chosen, "ways": {}, "complete": False,
@@ -55,17 +61,19 @@ def measure_on_cpu(case: Case, seconds: float, rounds: int, backend: str | None 
     return finish(prepared.row, comparison.timings())
 
 
-def measure_on_gpu(case: Case, wanted: Callable[[str], bool], put: Callable[[dict], None], before: dict | None) -> None:
-    """Adds ways to the row `before`, or to a new one, one after another; `put` gets the row after each.
+def measure_on_gpu(
+    case: Case, wanted: Callable[[str], bool], put: Callable[[dict], None], tried: dict[str, dict[str, Any]]
+) -> None:
+    """One way after another; `put` gets the row after each.
 
-    wanted: asked for each way by name just before it is tried.
+    wanted: asked for each way by name just before it is tried. tried: ways that the row has already.
     """
     caches = 2 * case.batch * case.kv_heads * (case.prefix_len + 2 * case.kv_len) * case.head_dim * case.torch_dtype.itemsize
     if case.decode and caches > DEVICE_MEMORY_SHARE * torch.cuda.get_device_properties(0).total_memory:
         return put({"key": case.key, "case": asdict(case), "failed": f"caches of {caches >> 30} GiB", "complete": True})
     prepared = prepare(case, "cuda", only=())
-    prepared.row = row = before or prepared.row
-    expected = reference(prepared.sets[0])
+    row, expected = prepared.row, reference(prepared.sets[0])
+    row["ways"] |= tried
     for way in ways(prepared.sets[0]):
         if not wanted(way.name):
             continue
@@ -79,7 +87,7 @@ def measure_on_gpu(case: Case, wanted: Callable[[str], bool], put: Callable[[dic
                 row["ways"][way.name]["failed"] = measure.first_line(error)
         put(row | {"complete": False})
         measure.settle()
-    put(row | {"complete": True})
+    put(finish(row, {}))
 
 
 def reference(inputs: InputSet) -> list[Tensor]:

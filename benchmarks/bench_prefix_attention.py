@@ -10,7 +10,6 @@ PREFIX_KERNELS_BACKEND or --backend names another backend than the one that woul
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import warnings
 from pathlib import Path
@@ -30,7 +29,7 @@ ROUNDS = 10  # of pytest-benchmark
 @pytest.mark.parametrize("case", cpu_cases(), ids=lambda case: case.key)
 def test_prefix_attention(benchmark, case: Case):
     """Each round times one sample of every rival, then, as the benchmark's own number, one of the chosen backend."""
-    prepared = prepare(case, "cpu", os.environ.get("PREFIX_KERNELS_BACKEND"))
+    prepared = prepare(case, "cpu")
     chosen = prepared.row["chosen"]
     if chosen not in prepared.calls:
         pytest.fail(f"{chosen}: {prepared.row['ways'][chosen]}")
@@ -80,7 +79,6 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.threads:
         torch.set_num_threads(args.threads)
-    backend = args.backend or os.environ.get("PREFIX_KERNELS_BACKEND")
     cases = [case for case in cpu_cases() if any(text in case.key for text in args.only)]
     if not cases:
         parser.error(f"--only: no row has {' or '.join(args.only)} in its key")
@@ -88,7 +86,7 @@ def main(argv: list[str] | None = None) -> int:
     failed = False
     for case in cases:
         if not results.done(case.key):
-            results.put(measure_on_cpu(case, args.seconds_per_row, args.rounds, backend))
+            results.put(measure_on_cpu(case, args.seconds_per_row, args.rounds, args.backend))
         print(line(case, results.rows[case.key]), flush=True)
         failed |= results.rows[case.key].get("ratio") is None
     print(f"written to {args.output}")

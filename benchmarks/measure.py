@@ -73,7 +73,7 @@ class Comparison:
     def run(self, seconds: float, rounds: int) -> None:
         """Rounds of one sample a way, for `seconds` and at least `rounds` times; the way that begins changes."""
         names, begin, done = list(self.ways), time.perf_counter(), 0
-        while done < rounds or time.perf_counter() - begin < seconds:
+        while names and (done < rounds or time.perf_counter() - begin < seconds):
             first = done % len(names)
             for name in names[first:] + names[:first]:
                 self.sample(name)
@@ -188,9 +188,12 @@ def first_line(error: BaseException) -> str:
 
 
 def environment(device: str) -> dict[str, Any]:
-    """What results were measured on and with. `source` names the code itself, committed or not."""
+    """What results were measured on and with. `source` names the code itself, committed or not.
+
+    The variable COMMIT may say the commit where the code is a copy without git.
+    """
     return {
-        "commit": _git("rev-parse", "HEAD"),
+        "commit": _git("rev-parse", "HEAD") or os.environ.get("COMMIT"),
         "dirty": None if (status := _git("status", "--porcelain")) is None else bool(status),
         "source": source_fingerprint(),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),

@@ -338,9 +338,9 @@ def packing(case: Case, device: str) -> dict[str, Tensor | int]:
     return {"cu_seqlens_q": ends, "cu_seqlens_k": ends, "max_seqlen_q": case.q_len, "max_seqlen_k": case.kv_len}
 
 
-def explain(inputs: InputSet) -> dict[str, str]:
-    """Of each of our backends: "chosen", "not chosen: …" or "refused: …"."""
-    return prefix_kernels.explain_backends(*inputs.leaves, **packing(inputs.case, inputs.device))
+def explain(inputs: InputSet, backend: str | None = None) -> dict[str, str]:
+    """Of each of our backends: "chosen", "not chosen: …" or "refused: …"; backend: as if that one were asked for."""
+    return prefix_kernels.explain_backends(*inputs.leaves, **packing(inputs.case, inputs.device), backend=backend)
 
 
 def _need(wanted: Callable[[InputSet], bool], reason: str) -> Needs:

@@ -111,10 +111,10 @@ def record_crash(args: argparse.Namespace, results: measure.Results, begun: list
     way = begun[-1][1:] if begun[-1][0] == "+" else None
     row = results.rows.get(key, {"key": key, "ways": {}})
     if way is None:
-        row["failed"] = reason
-    else:
-        row.setdefault("ways", {})[way] = {"failed": reason}
-    results.put(row | {"complete": True})
+        results.put(row | {"failed": reason, "complete": True})
+    else:  # the row's other ways are left to the next worker
+        row["ways"][way] = {"failed": reason}
+        results.put(row)
     return way
 
 

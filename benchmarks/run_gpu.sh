@@ -6,6 +6,7 @@
 # Builds the kernels in place for the GPU that is found, then runs the stage for 5 (tests, op) or 4 minutes (decode, e2e) at
 # most, the build included. RESULTS_DIR/STAGE.json is written as it goes; started again, a stage goes on where it stopped.
 # PYTHON  interpreter with torch; default: .venv's, else python3
+# COMMIT  the commit to record where this folder is a copy without git
 # --dry-run  tiny shapes on any machine, without a build
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

@@ -47,6 +47,12 @@ def test_an_unknown_row_is_refused(capsys):
     assert "no row has P17 in its key" in capsys.readouterr().err
 
 
+def test_an_unknown_backend_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="backend: expected one of"):
+        bench_prefix_attention.main(["--output", str(tmp_path / "r.json"), "--only", KEY, "--backend", "fast"])
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("ratio, batch, ending", [
     (0.98, 8, "0.98x LOSS, goal 1.0x"), (1.5, 8, "1.50x"), (1.5, 32, "1.50x LOSS, goal 2.0x"), (2.5, 32, "2.50x"),
 ])  # fmt: skip

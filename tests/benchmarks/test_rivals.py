@@ -203,15 +203,16 @@ def test_row_on_a_gpu_way_by_way(monkeypatch):
     asked, rows = [], []
     monkeypatch.setattr(attention_row.measure, "device_timing", device_timing)
     case = Case("", 3, 4, 2, 16, 1, 8, 5, "float32")
-    attention_row.measure_on_gpu(case, lambda name: asked.append(name) or name != "peft", rows.append, None)
+    attention_row.measure_on_gpu(case, lambda name: asked.append(name) or name != "peft", rows.append, {})
     assert asked[:2] == ["peft", "concat_mask"] and "sdpa" in asked
     assert [row["complete"] for row in rows] == [False] * (len(asked) - 1) + [True]
     assert rows[-1]["ways"]["sdpa"]["median"] == 1 and rows[-1]["ways"]["sdpa"]["peak_bytes"] == 123
     assert rows[-1]["ways"]["concat"]["failed"] == "RuntimeError: out of memory" and "peft" not in rows[-1]["ways"]
-    attention_row.measure_on_gpu(case, lambda name: name == "peft", rows.append, rows[-1])
-    assert rows[-1]["ways"].keys() == set(asked) and rows[-1]["complete"]
+    assert rows[-1]["best_rival"] != "peft"
+    attention_row.measure_on_gpu(case, lambda name: name == "peft", rows.append, rows[-1]["ways"])
+    assert rows[-1]["ways"].keys() == set(asked) and rows[-1]["complete"] and rows[-1]["ratio"] == 1
     huge = Case("", 4096, 32, 8, 128, 1, 4096, 8192)
-    attention_row.measure_on_gpu(huge, lambda name: True, rows.append, None)
+    attention_row.measure_on_gpu(huge, lambda name: True, rows.append, {})
     assert rows[-1]["failed"] == "caches of 256 GiB"
 
 

@@ -95,7 +95,7 @@ def test_a_crash_costs_one_row_and_twice_the_same_way_that_way(supervised):
         exit 0""")
     assert results.rows[first]["ways"]["triton"] == {"failed": "the worker ended with status -11"}
     assert results.rows[second]["ways"]["triton"] == {"failed": "the worker ended with status 134"}
-    assert results.done(first) and results.done(second)
+    assert not results.done(first) and not results.done(second)  # their other ways are still to come
     assert told == [[], [], ["triton"]]
 
 
@@ -144,6 +144,23 @@ def test_done_jobs_are_left_out_and_failing_ones_keep_their_reason(tmp_path, mon
     expected = [job.name for job in gpu_jobs.jobs("op", dry_run=True) if job.name != JOBS[0].name]
     assert ran == expected and (tmp_path / "progress").read_text().splitlines() == [f"@{name}" for name in expected]
     assert run_gpu.open_results(args, ENVIRONMENT).rows["ceilings"]["failed"] == "RuntimeError: CUDA error: boom"
+
+
+def test_a_row_goes_on_with_the_ways_it_does_not_have(tmp_path, monkeypatch):
+    """After a crash, or the end of a stage's time, nothing is tried twice."""
+    asked = []
+
+    def measure_on_gpu(case, wanted, put, tried):
+        asked.extend(name for name in ("peft", "concat", "flex", "triton", "cuda") if wanted(name))
+        assert tried == {"peft": {}, "triton": {"failed": "it took too long"}}
+
+    monkeypatch.setattr(gpu_jobs, "measure_on_gpu", measure_on_gpu)
+    monkeypatch.setattr(gpu_jobs.torch.cuda, "is_available", lambda: True)
+    results = measure.Results(tmp_path / "op.json", ENVIRONMENT)
+    results.put({"key": JOBS[0].key, "ways": {"peft": {}, "triton": {"failed": "it took too long"}}})
+    begun = []
+    gpu_jobs.run_job(JOBS[0], results, ["cuda"], begun.append)
+    assert asked == begun == ["concat"]
 
 
 def test_flex_attention_is_compiled_after_everything_else():
