@@ -35,10 +35,10 @@ static void read_tile(const Problem& p, const Gradients& g, BackwardTile& t) {
   std::fill_n(t.dq[0], p.head_dim * ROWS, 0.0f);
   alignas(64) float out[MAX_DIM];
   for (int r = 0; r < ROWS; ++r) {
-    t.lse.most[r] = INF, t.lse.rest[r] = t.delta[r] = 0.0f;  // a row that sees nothing: p = 2^(s − inf) = 0
+    t.lse.most[r] = t.lse.rest[r] = t.delta[r] = 0.0f;
     if (r >= t.rows.count) continue;
     const int64_t at = p.lse_offset(*t.rows.sequence[r], t.rows.query[r], t.rows.head[r]);
-    if (p.lse[at] == -INF) continue;
+    if (p.lse[at] == -INF) continue;  // sees nothing: every score is −inf, every weight 0
     read_row(p.out, row_offset(p.out, t.rows, r), p.value_dim, out);
     double delta = g.dlse ? -g.dlse[at] : 0.0;
     for (int64_t d = 0; d < p.value_dim; d += LANES) delta += sum(load(out + d) * load(t.dout_rows + r * p.value_dim + d));

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 namespace prefix_kernels::ISA {
 
@@ -100,27 +101,24 @@ inline Vec tanh(Vec x) {
   return size < 0.625f ? small : (x < 0.0f ? -large : large);
 }
 
-template <int STEP>
-inline void transpose_step(Vec (&m)[LANES]) {
-  IntVec low, high;
-  for (int lane = 0; lane < LANES; ++lane) {
-    low[lane] = lane & STEP ? lane - STEP + LANES : lane;
-    high[lane] = lane & STEP ? lane + LANES : lane + STEP;
-  }
+// Exchanges the blocks off the diagonal of every 2 · STEP × 2 · STEP square.
+template <int STEP, int... LANE>
+inline void transpose_step(Vec (&m)[LANES], std::integer_sequence<int, LANE...>) {
   for (int i = 0; i < LANES; ++i) {
     if (i & STEP) continue;
     const Vec a = m[i], b = m[i + STEP];
-    m[i] = __builtin_shuffle(a, b, low);
-    m[i + STEP] = __builtin_shuffle(a, b, high);
+    m[i] = __builtin_shufflevector(a, b, (LANE & STEP ? LANE - STEP + LANES : LANE)...);
+    m[i + STEP] = __builtin_shufflevector(a, b, (LANE & STEP ? LANE + LANES : LANE + STEP)...);
   }
 }
 
 // m[i][j] becomes m[j][i].
 inline void transpose(Vec (&m)[LANES]) {
-  transpose_step<1>(m);
-  transpose_step<2>(m);
-  if constexpr (LANES > 4) transpose_step<4>(m);
-  if constexpr (LANES > 8) transpose_step<8>(m);
+  constexpr std::make_integer_sequence<int, LANES> lanes;
+  transpose_step<1>(m, lanes);
+  transpose_step<2>(m, lanes);
+  if constexpr (LANES > 4) transpose_step<4>(m, lanes);
+  if constexpr (LANES > 8) transpose_step<8>(m, lanes);
 }
 
 }  // namespace prefix_kernels::ISA

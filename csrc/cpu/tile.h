@@ -96,7 +96,7 @@ inline void hide(const TileRows& rows, const bool* mask, int64_t first, int64_t 
         store(at, splat(-INF));
       } else if (!all_seen) {
         const IntVec key = splat(int32_t(first + n));
-        store(at, (key >= lowest) & (key < end) ? load(at) : splat(-INF));
+        store(at, ((key >= lowest) & (key < end)) ? load(at) : splat(-INF));
       }
     }
   }

@@ -64,7 +64,9 @@ def measure(backend, layout, dtype, batch, prefix_len):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize(("backend", "dtype"), [*((name, dtype) for name in FAST for dtype in DTYPES), ("reference", "float32")])
+@pytest.mark.parametrize(
+    ("backend", "dtype"), [*((name, dtype) for name in FAST for dtype in DTYPES), ("reference", "float32")]
+)
 def test_nothing_of_size_batch_times_prefix(backend, dtype, layout):
     """The reference backend, which concatenates, shows that the measurement sees it."""
     growth = [measure(backend, layout, dtype, batch, LONG) - measure(backend, layout, dtype, batch, SHORT) for batch in BATCHES]

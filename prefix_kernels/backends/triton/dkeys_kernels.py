@@ -110,7 +110,8 @@ def dkeys_kernel(
             q_start, own_q_len = queries_of(rows, child, q_len, q_tokens)
             dk_sum, dv_sum = add_queries(
                 dk_sum, dv_sum, k_tile, v_tile, q, grad_out, lse, delta, child, kv_head * group, group, q_start, own_q_len,
-                first, stop, 0, own_q_len, scale, softcap, False, False, dk is not None, dv is not None, HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_DIM, BLOCK_VALUE_DIM,
+                first, stop, 0, own_q_len, scale, softcap, False, False, dk is not None, dv is not None,
+                HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_DIM, BLOCK_VALUE_DIM,
             )  # fmt: skip
 
     exists = key < own_kv_len
