@@ -7,7 +7,7 @@ import prefix_kernels
 from prefix_kernels.backends import cpu
 from support.cases import CASES, Case
 from support.compare import DTYPES, compare, gradients, serves
-from support.inputs import make_inputs
+from support.inputs import Inputs, make_inputs
 
 pytestmark = pytest.mark.skipif("cpu" not in prefix_kernels.available_backends(), reason="the C++ kernels are not built")
 ISAS = ("baseline", "avx2", "avx512")
@@ -56,6 +56,18 @@ TILES = (
 @pytest.mark.parametrize("case", CASES + TILES, ids=str)
 def test_every_instruction_set(isa, case, dtype):
     compare(case, *DTYPES[dtype], "cpu")
+
+
+@pytest.mark.parametrize("isa", ISAS, indirect=True)
+@pytest.mark.parametrize("case", [Case("plain"), TILES[1], TILES[-3]], ids=str)
+def test_bfloat16_is_widened_and_rounded_once(isa, case):
+    """The result in float32 for the same values, rounded to nearest even; NaN stays NaN."""
+    narrow = make_inputs(case, torch.bfloat16)
+    for inputs in (narrow, Inputs((narrow.tensors[0] * torch.nan, *narrow.tensors[1:]), narrow.options)):
+        out, lse = inputs.call(backend="cpu", return_lse=True)
+        wide_out, wide_lse = inputs.to(torch.float32).call(backend="cpu", return_lse=True)
+        assert torch.equal(out.nan_to_num(7.0), wide_out.bfloat16().nan_to_num(7.0))
+        assert torch.equal(lse.nan_to_num(7.0), wide_lse.nan_to_num(7.0))
 
 
 def test_an_unknown_instruction_set_is_refused():

@@ -120,7 +120,7 @@ def _prefix_gradients(
     problem, tile = call.problem, call.tile("dprefix")
     q, _, _, prefix_k, prefix_v = call.tensors
     owners = triton.cdiv(problem.prefix_len, tile.BLOCK_N) * problem.kv_heads * problem.prefixes
-    splits = _splits(owners, triton.cdiv(problem.q_len, tile.BLOCK_M) * problem.batch)
+    splits = splits_of(owners, triton.cdiv(problem.q_len, tile.BLOCK_M) * problem.batch)
     grads = [
         prefix.new_empty(prefix.shape) if needed else None
         for prefix, needed in zip((inputs.prefix_k, inputs.prefix_v), wanted, strict=True)
@@ -146,6 +146,6 @@ def _prefix_gradients(
     return grads
 
 
-def _splits(owners: int, query_blocks: int) -> int:
+def splits_of(owners: int, query_blocks: int) -> int:
     """Into how many shares the query blocks of the batch are split, so that there is work for a whole GPU."""
     return max(1, min(MAX_SPLITS, query_blocks, PROGRAMS // max(owners, 1)))

@@ -149,11 +149,11 @@ def dprefix_kernel(
         length = clamp(tl.load(rows.prefix_lens + prefix), 0, prefix_len)
     k_tile = load_tile(
         start_of(prefix_k, prefix, kv_head, 0), prefix_k.token, first_column, length, True, HEAD_DIM, BLOCK_N, BLOCK_DIM
-    ).to(q.pointer.dtype.element_ty)  # [BLOCK_N, BLOCK_DIM]
+    )  # [BLOCK_N, BLOCK_DIM]
     v_tile = load_tile(
         start_of(prefix_v, prefix, kv_head, 0), prefix_v.token, first_column, length, True, VALUE_DIM, BLOCK_N,
         BLOCK_VALUE_DIM,
-    ).to(q.pointer.dtype.element_ty)  # [BLOCK_N, BLOCK_VALUE_DIM]  # fmt: skip
+    )  # [BLOCK_N, BLOCK_VALUE_DIM]  # fmt: skip
     dk_sum = tl.zeros([BLOCK_N, BLOCK_DIM], tl.float32)
     dv_sum = tl.zeros([BLOCK_N, BLOCK_VALUE_DIM], tl.float32)
 

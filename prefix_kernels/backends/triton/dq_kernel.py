@@ -41,8 +41,8 @@ def add_blocks(
     """dq / scale after the blocks of keys in [begin, end)."""
     for start in tl.range(begin, end, BLOCK_N):
         key = start + tl.arange(0, BLOCK_N)
-        k = load_tile(keys, key_stride, start, stop_key, MASKED, HEAD_DIM, BLOCK_N, BLOCK_DIM).to(q.dtype)
-        v = load_tile(values, value_stride, start, stop_key, MASKED, VALUE_DIM, BLOCK_N, BLOCK_VALUE_DIM).to(q.dtype)
+        k = load_tile(keys, key_stride, start, stop_key, MASKED, HEAD_DIM, BLOCK_N, BLOCK_DIM)
+        v = load_tile(values, value_stride, start, stop_key, MASKED, VALUE_DIM, BLOCK_N, BLOCK_VALUE_DIM)
         scores = scores_of(tl.dot(q, tl.trans(k), input_precision="ieee"), scale, softcap)  # [BLOCK_M, BLOCK_N]
         weights = tl.exp2(scores - lse[:, None])
         if MASKED:

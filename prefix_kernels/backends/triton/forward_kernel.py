@@ -47,7 +47,7 @@ def attend_blocks(
     """The softmax state after the blocks of keys in [begin, end)."""
     for start in tl.range(begin, end, BLOCK_N):
         key = start + tl.arange(0, BLOCK_N)
-        k = load_tile(keys, key_stride, start, stop_key, MASKED, HEAD_DIM, BLOCK_N, BLOCK_DIM).to(q.dtype)
+        k = load_tile(keys, key_stride, start, stop_key, MASKED, HEAD_DIM, BLOCK_N, BLOCK_DIM)
         scores = scores_of(tl.dot(q, tl.trans(k), input_precision="ieee"), scale, softcap)  # [BLOCK_M, BLOCK_N]
         if MASKED:
             scores = tl.where(visible_keys(key, stop_key, first, stop, key_mask, WINDOWED), scores, float("-inf"))
@@ -59,7 +59,7 @@ def attend_blocks(
         weights = tl.exp2(scores - subtract[:, None])
         correction = tl.exp2(largest - subtract)
         total = total * correction + tl.sum(weights, 1)
-        v = load_tile(values, value_stride, start, stop_key, MASKED, VALUE_DIM, BLOCK_N, BLOCK_VALUE_DIM).to(q.dtype)
+        v = load_tile(values, value_stride, start, stop_key, MASKED, VALUE_DIM, BLOCK_N, BLOCK_VALUE_DIM)
         sums = tl.dot(weights.to(q.dtype), v, sums * correction[:, None], input_precision="ieee")
         largest = now_largest
     return sums, largest, total

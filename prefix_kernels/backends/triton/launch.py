@@ -25,8 +25,8 @@ class Call:
         problem = inputs.problem()
         self.problem, self.device = problem, inputs.q.device
         self.tensors = tuple(tokens(tensor, problem.varlen) for tensor in (inputs.q, inputs.k, inputs.v)) + tuple(
-            tokens(tensor) for tensor in (inputs.prefix_k, inputs.prefix_v)
-        )
+            tokens(tensor.to(problem.dtype)) for tensor in (inputs.prefix_k, inputs.prefix_v)
+        )  # a float32 prefix is rounded once, and not by every block of queries that reads it
         self.rows = rows_of(inputs)
         window, slide = distances(inputs)
         self.lengths = {
