@@ -5,11 +5,12 @@ VENV ?= .venv
 ARGS ?=
 export VENV
 
-.PHONY: help demo test bench quality clean
+.PHONY: help demo test aot bench quality clean
 
 help:
 	@echo "make demo      train a prefix for SmolLM2-135M-Instruct on the E2E data, generate, score -> runs/demo"
 	@echo "make test      the whole test suite (ARGS=... goes to pytest)"
+	@echo "make aot       compile every Triton kernel ahead of time, without a GPU, and record the verdicts (minutes)"
 	@echo "make bench     speed on this CPU -> benchmarks/results/cpu, docs/benchmarks.md (ARGS=... as --threads 1)"
 	@echo "make quality   ruff"
 	@echo "make clean     remove builds and caches (keeps $(VENV) and runs)"
@@ -22,6 +23,10 @@ demo:
 test:
 	@tools/setup_env.sh test
 	@"$(VENV)/bin/python" -m pytest $(ARGS)
+
+aot:
+	@tools/setup_env.sh test
+	@"$(VENV)/bin/python" tools/compile_kernels.py --verdicts tests/prefix_kernels/aot_verdicts.json $(ARGS)
 
 bench:
 	@tools/setup_env.sh test

@@ -14,10 +14,10 @@ from attention_row import measure_on_cpu, prepare
 from cases import Case, tiny_op_cases
 
 CASES = [
-    Case("small", 2, 4, kv_heads, 16, length, kv_len, prefix_len, dtype, backward, seqlens)
+    Case("small", 3, 4, kv_heads, 16, length, kv_len, prefix_len, dtype, backward, seqlens)
     for length, kv_len, prefix_len, backward, seqlens in (
         (6, 6, 5, False, None), (6, 6, 5, True, None), (3, 3, 9, True, None), (1, 7, 4, False, None), (1, 7, 0, False, None),
-        (5, 5, 3, True, (5, 2)),
+        (5, 5, 3, True, (5, 2, 4)),
     )
     for kv_heads in (4, 2)
     for dtype in ("float32", "bfloat16")
@@ -45,7 +45,7 @@ def test_what_is_legal_on_a_cpu():
     assert legal(CASES[12]) == {"peft", "concat", "sdpa"}  # decoding: nothing is hidden, so no mask
 
 
-@pytest.mark.parametrize("broken", ["out", "gradient"])
+@pytest.mark.parametrize("broken", ["out", "gradient", "nan"])
 def test_a_wrong_way_is_recorded_and_not_timed(monkeypatch, broken):
     right = rivals.prepare_concat_mask
 
@@ -55,7 +55,7 @@ def test_a_wrong_way_is_recorded_and_not_timed(monkeypatch, broken):
         class Doubled(torch.autograd.Function):
             @staticmethod
             def forward(ctx, tensor):
-                return tensor * (1.01 if broken == "out" else 1)
+                return tensor * {"out": 1.01, "gradient": 1, "nan": torch.nan}[broken]
 
             @staticmethod
             def backward(ctx, grad):
@@ -70,6 +70,14 @@ def test_a_wrong_way_is_recorded_and_not_timed(monkeypatch, broken):
     row = measure_on_cpu(CASES[4], seconds=0, rounds=1)
     assert row["ways"]["concat_mask"]["failed"].startswith("wrong: relative error")
     assert "median" not in row["ways"]["concat_mask"] and "median" in row["ways"]["peft"]
+
+
+def test_only_decoding_finds_its_cache_concatenated():
+    for case, ready in ((CASES[4], False), (CASES[12], True)):
+        inputs = rivals.make_inputs(case, "cpu", torch.Generator().manual_seed(0))
+        first, second = rivals.concatenated(inputs), rivals.concatenated(inputs)
+        assert (first[0] is second[0]) == ready
+        assert first[1].shape == (3, 4, case.prefix_len + case.kv_len, 16)
 
 
 def test_a_way_that_raises_leaves_the_others(monkeypatch):

@@ -1,6 +1,7 @@
 """The whole-model measurements on tiny models: ours and PEFT's give the same losses and tokens before they are timed."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -46,6 +47,45 @@ def test_another_prefix_is_wrong_and_not_timed(what, monkeypatch):
     monkeypatch.setattr(bench_whole, "Peft", lambda model, prefix: right(model, Prefix.for_model(model, 5, seed=7)))
     way = measure_run(run, model, prefix, inputs, seconds=0, rounds=1)["ways"]["peft"]
     assert way["failed"].startswith("wrong: ") and "median" not in way
+
+
+def checked(**found):
+    made = object.__new__(bench_whole.Checked)
+    vars(made).update({"losses": None, "logits": None, "tokens": None} | found)
+    return made
+
+
+@pytest.mark.parametrize("dtype, losses, wrong", [
+    (torch.float32, [3.0, 2.0], False), (torch.float32, [3.0, 2.01], True), (torch.float32, [3.01, 2.0], True),
+    (torch.bfloat16, [3.01, 2.01], False), (torch.bfloat16, [3.0, 2.5], True), (torch.bfloat16, [3.0, math.nan], True),
+])  # fmt: skip
+def test_losses_must_be_the_references(dtype, losses, wrong):
+    found, right = {}, checked(losses=[3.0, 2.0])
+    reason = checked(losses=losses).differs(right, right, dtype, found)
+    assert (reason is not None) == wrong and found["losses"] == losses
+
+
+@pytest.mark.parametrize("dtype, logit, token, wrong", [
+    (torch.float32, 1.0, 7, None), (torch.float32, 1.1, 7, "logits"), (torch.float32, 1.0, 8, "tokens"),
+    (torch.bfloat16, 1.0, 8, None), (torch.bfloat16, math.nan, 7, "logits"),
+])  # fmt: skip
+def test_logits_must_be_the_references_and_in_float32_the_tokens(dtype, logit, token, wrong):
+    found, right = {}, checked(logits=torch.ones(1, 4), tokens=torch.full((1, 4), 7))
+    one = checked(logits=torch.full((1, 4), logit), tokens=torch.tensor([[7, 7, 7, token]]))
+    reason = one.differs(right, right, dtype, found)
+    assert reason is None if wrong is None else wrong in reason
+    assert found["equal_tokens"] == (1 if token == 7 else 0.75)
+
+
+def test_a_step_trains_the_prefix_and_nothing_else():
+    run, model, prefix, batches = set_up("train")
+    for way in (Ours(model, prefix, None), Peft(model, prefix)):
+        (parameters,) = (group["params"] for group in way.optimizer.param_groups)
+        before = [parameter.clone() for parameter in parameters]
+        losses = [bench_whole.train_step(way, batches[0]) for _ in range(4)]
+        assert losses == sorted(losses, reverse=True) and losses[3] < losses[0]
+        assert not any(torch.equal(old, new) for old, new in zip(before, parameters, strict=True))
+        assert sum(parameter.numel() for parameter in parameters) == sum(p.numel() for p in prefix.parameters())
 
 
 def test_a_way_that_fails_leaves_ours(monkeypatch):

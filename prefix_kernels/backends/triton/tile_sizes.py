@@ -1,7 +1,12 @@
-"""Which block sizes each kernel runs with: architecture × kernel × width of the dtype × head_dim."""
+"""Which block sizes each kernel runs with: kernel × architecture × width of the dtype × head dimension.
+
+No row has been timed yet: all are assumed. Each is the largest of the usual shapes that compiles without spilling a register,
+whatever the options (`make aot` proves it for every row), with two pipeline stages or more where they fit.
+"""
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +14,7 @@ import torch
 
 @dataclass(frozen=True)
 class Tile:
-    """Queries and keys of a block, warps of a program, stages of the software pipeline, and why."""
+    """BLOCK_M queries and BLOCK_N keys a block, warps of a program, stages of the software pipeline, and why."""
 
     BLOCK_M: int
     BLOCK_N: int
@@ -18,5 +23,73 @@ class Tile:
     reason: str
 
 
+MASK_SPILLS = "assumed; the next larger block spills with key masks"
+PACK_SPILLS = "assumed; the next larger block spills in packs with parents"
+SMALL_SHARED = "assumed; a second stage would exceed the 99 KiB of 8.6, 8.9 and 12.x"
+LARGEST = "assumed; the largest block that was tried"
+NO_STAGE = "assumed; any second stage spills"
+NO_WGMMA = "mma.sync: with 64 keys, which wgmma needs, it spills in every configuration; assumed"
+NO_TCGEN05 = "mma.sync: with 64 keys, which tcgen05 needs, it spills in every configuration; assumed"
+SCALAR = "assumed; float32 products are not for tensor cores, their operands sit in registers"
+
+# (kernel, bits): {architecture: {head dimension: (BLOCK_M, BLOCK_N, num_warps, num_stages, reason)}}
+_ROWS = {
+    ("forward", 16): {
+        80: {64: (128, 64, 8, 3, LARGEST), 128: (64, 64, 8, 2, MASK_SPILLS), 256: (64, 32, 8, 2, SMALL_SHARED)},
+        90: {64: (128, 128, 8, 2, LARGEST), 128: (128, 64, 8, 3, LARGEST), 256: (64, 32, 8, 2, PACK_SPILLS)},
+        100: {64: (128, 64, 8, 3, LARGEST), 128: (128, 64, 8, 3, LARGEST), 256: (64, 64, 8, 2, LARGEST)},
+    },
+    ("dq", 16): {
+        80: {64: (64, 64, 8, 2, MASK_SPILLS), 128: (64, 64, 8, 2, LARGEST), 256: (64, 32, 8, 1, SMALL_SHARED)},
+        90: {64: (128, 64, 8, 2, LARGEST), 128: (64, 64, 8, 2, MASK_SPILLS), 256: (128, 32, 8, 1, NO_STAGE)},
+        100: {64: (128, 64, 8, 2, LARGEST), 128: (128, 64, 8, 2, LARGEST), 256: (64, 32, 8, 2, LARGEST)},
+    },
+    ("dkeys", 16): {
+        80: {64: (32, 128, 8, 2, MASK_SPILLS), 128: (32, 64, 8, 2, PACK_SPILLS), 256: (32, 32, 8, 2, MASK_SPILLS)},
+        90: {64: (32, 128, 8, 2, PACK_SPILLS), 128: (32, 64, 8, 2, PACK_SPILLS), 256: (32, 32, 8, 2, NO_WGMMA)},
+        100: {64: (32, 128, 8, 2, MASK_SPILLS), 128: (32, 128, 8, 1, NO_STAGE), 256: (32, 32, 8, 2, NO_TCGEN05)},
+    },
+    ("dprefix", 16): {
+        80: {64: (32, 128, 8, 2, MASK_SPILLS), 128: (64, 64, 8, 2, LARGEST), 256: (32, 32, 8, 2, MASK_SPILLS)},
+        90: {64: (32, 128, 8, 2, PACK_SPILLS), 128: (32, 64, 8, 2, PACK_SPILLS), 256: (32, 32, 8, 2, NO_WGMMA)},
+        100: {64: (32, 128, 8, 2, MASK_SPILLS), 128: (32, 128, 8, 1, NO_STAGE), 256: (32, 32, 8, 2, NO_TCGEN05)},
+    },
+}  # fmt: skip
+_FLOAT32 = {
+    "forward": {64: (32, 32, 4, 1, SCALAR), 128: (32, 32, 8, 1, SCALAR), 256: (32, 16, 8, 1, SCALAR)},
+    "dq": {64: (32, 32, 8, 1, SCALAR), 128: (32, 16, 8, 1, SCALAR), 256: (16, 16, 8, 1, SCALAR)},
+    "dkeys": {64: (32, 32, 8, 1, SCALAR), 128: (16, 32, 8, 1, SCALAR), 256: (16, 16, 8, 1, SCALAR)},
+    "dprefix": {64: (32, 32, 8, 1, SCALAR), 128: (16, 32, 8, 1, SCALAR), 256: (16, 16, 8, 1, SCALAR)},
+}  # fmt: skip
+_DELTA = {64: (128, 16, 4, 1, LARGEST), 128: (64, 16, 4, 1, LARGEST), 256: (32, 16, 4, 1, LARGEST)}
+ARCHITECTURES = (80, 90, 100)
+INTERPRETER = Tile(64, 64, 4, 1, "whole test cases in a block: the interpreter's time goes with the number of blocks")
+
+
+def _table() -> dict[tuple[str, int, int, int], Tile]:
+    rows = {(kernel, bits): by_architecture for (kernel, bits), by_architecture in _ROWS.items()}
+    rows |= {(kernel, 32): dict.fromkeys(ARCHITECTURES, by_dim) for kernel, by_dim in _FLOAT32.items()}
+    rows |= {("delta", bits): dict.fromkeys(ARCHITECTURES, _DELTA) for bits in (16, 32)}
+    return {
+        (kernel, architecture, bits, dim): Tile(*row)
+        for (kernel, bits), by_architecture in rows.items()
+        for architecture, by_dim in by_architecture.items()
+        for dim, row in by_dim.items()
+    }
+
+
+TABLE = _table()  # (kernel, architecture, bits of the dtype, head dimension)
+
+
 def find(kernel: str, device: torch.device, dtype: torch.dtype, dim: int) -> Tile:
-    return Tile(64, 64, 4, 2, "interp")
+    """The row for heads of up to `dim`."""
+    if device.type == "cpu":
+        return INTERPRETER
+    return TABLE[kernel, architecture_of(device), 8 * dtype.itemsize, 64 if dim <= 64 else 128 if dim <= 128 else 256]
+
+
+@functools.cache
+def architecture_of(device: torch.device) -> int:
+    """The architecture whose rows serve a device: its own, or sm_80's, which keep within what every newer chip has."""
+    major, _ = torch.cuda.get_device_capability(device)
+    return 10 * major if 10 * major in ARCHITECTURES else 80
