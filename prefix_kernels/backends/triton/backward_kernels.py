@@ -27,7 +27,7 @@ SUM_BLOCK = 1024
 
 @triton.jit(do_not_specialize=LENGTHS)
 def delta_kernel(
-    out, grad_out, lse, grad_lse, delta, rows, batch, heads, group, q_len, kv_len, q_tokens, k_tokens, prefixes, prefix_len,
+    out, grad_out, lse, grad_lse, delta, rows, batch, heads, kv_heads, q_len, kv_len, q_tokens, k_tokens, prefixes, prefix_len,
     window, slide, scale, softcap, CAUSAL: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr, BLOCK_VALUE_DIM: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,

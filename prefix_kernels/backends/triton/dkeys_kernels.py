@@ -69,12 +69,12 @@ def add_queries(
 
 @triton.jit(do_not_specialize=LENGTHS)
 def dkeys_kernel(
-    q, k, v, grad_out, lse, delta, dk, dv, children, first_child, rows, batch, heads, group, q_len, kv_len, q_tokens,
+    q, k, v, grad_out, lse, delta, dk, dv, children, first_child, rows, batch, heads, kv_heads, q_len, kv_len, q_tokens,
     k_tokens, prefixes, prefix_len, window, slide, scale, softcap, CAUSAL: tl.constexpr, HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_VALUE_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    blocks, kv_heads = tl.cdiv(kv_len, BLOCK_N), heads // group
+    blocks, group = tl.cdiv(kv_len, BLOCK_N), heads // kv_heads
     program = tl.program_id(0)
     block, kv_head, row = program % blocks, program // blocks % kv_heads, program // blocks // kv_heads
     k_start, own_kv_len, buffer_len = keys_of(rows, row, kv_len, k_tokens)
@@ -132,13 +132,13 @@ def dkeys_kernel(
 
 @triton.jit(do_not_specialize=[*LENGTHS, "splits"])
 def dprefix_kernel(
-    q, prefix_k, prefix_v, grad_out, lse, delta, dprefix_k, dprefix_v, splits, rows, batch, heads, group, q_len, kv_len,
+    q, prefix_k, prefix_v, grad_out, lse, delta, dprefix_k, dprefix_v, splits, rows, batch, heads, kv_heads, q_len, kv_len,
     q_tokens, k_tokens, prefixes, prefix_len, window, slide, scale, softcap, CAUSAL: tl.constexpr, HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_VALUE_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dprefix_k and dprefix_v [splits · prefixes, kv_heads, prefix_len, …]: the sums over each split's share of the queries."""
-    blocks, kv_heads = tl.cdiv(prefix_len, BLOCK_N), heads // group
+    blocks, group = tl.cdiv(prefix_len, BLOCK_N), heads // kv_heads
     program = tl.program_id(0)
     first_column, kv_head = program % blocks * BLOCK_N, program // blocks % kv_heads
     result = program // blocks // kv_heads  # split · prefixes + prefix
@@ -157,7 +157,7 @@ def dprefix_kernel(
     dk_sum = tl.zeros([BLOCK_N, BLOCK_DIM], tl.float32)
     dv_sum = tl.zeros([BLOCK_N, BLOCK_VALUE_DIM], tl.float32)
 
-    query_blocks = tl.cdiv(q_len, BLOCK_M)  # of a row
+    query_blocks = tl.maximum(tl.cdiv(q_len, BLOCK_M), 1)  # of a row
     share = tl.cdiv(batch * query_blocks, splits)
     share_start = split * share
     share_stop = tl.minimum(share_start + share, batch * query_blocks)

@@ -81,13 +81,13 @@ def add_segment(
 
 @triton.jit(do_not_specialize=LENGTHS)
 def dq_kernel(
-    q, k, v, prefix_k, prefix_v, grad_out, lse, delta, dq, rows, batch, heads, group, q_len, kv_len, q_tokens, k_tokens,
+    q, k, v, prefix_k, prefix_v, grad_out, lse, delta, dq, rows, batch, heads, kv_heads, q_len, kv_len, q_tokens, k_tokens,
     prefixes, prefix_len, window, slide, scale, softcap, CAUSAL: tl.constexpr, HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_VALUE_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     block, head, row = block_of(tl.program_id(0), tl.cdiv(q_len, BLOCK_M), heads)
-    kv_head = head // group
+    kv_head = head // (heads // kv_heads)
     q_start, own_q_len = queries_of(rows, row, q_len, q_tokens)
     first_query = block * BLOCK_M
     if first_query >= own_q_len:

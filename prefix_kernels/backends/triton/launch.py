@@ -14,7 +14,7 @@ from prefix_kernels.problem import AttentionInputs
 
 # Run-time values: another length never compiles a kernel again.
 LENGTHS = (
-    "batch", "heads", "group", "q_len", "kv_len", "q_tokens", "k_tokens", "prefixes", "prefix_len", "window", "slide",
+    "batch", "heads", "kv_heads", "q_len", "kv_len", "q_tokens", "k_tokens", "prefixes", "prefix_len", "window", "slide",
 )  # fmt: skip
 
 
@@ -30,7 +30,7 @@ class Call:
         self.rows = rows_of(inputs)
         window, slide = distances(inputs)
         self.lengths = {
-            "batch": problem.batch, "heads": problem.heads, "group": problem.heads // problem.kv_heads,
+            "batch": problem.batch, "heads": problem.heads, "kv_heads": problem.kv_heads,
             "q_len": problem.q_len, "kv_len": problem.kv_len, "q_tokens": problem.q_tokens, "k_tokens": problem.k_tokens,
             "prefixes": problem.prefixes, "prefix_len": problem.prefix_len, "window": window, "slide": slide,
             "scale": inputs.scale, "softcap": inputs.softcap,

@@ -1,0 +1,100 @@
+"""The Triton backend: its kernels in Triton's interpreter, on a GPU where there is one, and what it costs where it is not used.
+
+TRITON_INTERPRET decides what @triton.jit makes of a function, for a whole process. So the interpreted tests have their own.
+"""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import prefix_kernels
+from support.cases import CASES, CASES_OF_SEVERAL_BLOCKS, Case
+from support.compare import DTYPES, compare
+from support.inputs import make_inputs
+
+ROOT = Path(__file__).resolve().parents[2]
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton, which is not installed")
+
+# What to run in the interpreter, and what shared tests of all backends to leave out: those of the case table, which has tests
+# of its own there, and those that trace or compile.
+INTERPRETED = {
+    "case table and blocks": ("tests/prefix_kernels/triton_interpreted.py",),
+    "shared tests": (
+        "tests/prefix_kernels/test_backends.py", "tests/prefix_kernels/test_ops.py", "-k", "triton and not test_backend[",
+    ),
+}  # fmt: skip
+
+
+@needs_triton
+@pytest.mark.parametrize("tests", INTERPRETED)
+def test_in_the_interpreter(tests):
+    """A failing case shows with its assertion, as the inner run prints it."""
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", *INTERPRETED[tests])
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    if run.returncode != 0:
+        pytest.fail(f"in the interpreter:\n{run.stdout}\n{run.stderr}", pytrace=False)
+    counts = dict(reversed(count) for count in re.findall(r"(\d+) (\w+)", run.stdout.splitlines()[-1]))
+    assert int(counts["passed"]) > 40 and "skipped" not in counts, run.stdout
+
+
+@needs_triton
+def test_cpu_tensors_load_no_triton():
+    """Neither importing the package nor a call on the CPU loads triton, and it says why it does not serve."""
+    code = (
+        "import sys, torch, prefix_kernels\n"
+        "tensors = [torch.randn(1, 1, 2, 16) for _ in range(3)] + [torch.randn(1, 2, 16) for _ in range(2)]\n"
+        "prefix_kernels.prefix_attention(*tensors)\n"
+        "print(prefix_kernels.explain_backends(*tensors)['triton'], prefix_kernels.available_backends())\n"
+        "print('triton' in sys.modules)\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT, env=environment)
+    explained, loaded = run.stdout.splitlines()
+    assert explained.startswith("refused: Triton compiles for CUDA devices") and loaded == "False"
+    assert "'triton'" not in explained or torch.cuda.is_available()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [name for name in DTYPES if name != "float64"])
+@pytest.mark.parametrize("case", [*CASES, *CASES_OF_SEVERAL_BLOCKS], ids=str)
+def test_on_the_gpu(case, dtype):
+    compare(case, *DTYPES[dtype], "triton", device="cuda")
+
+
+MANY_ROWS = Case("many rows", batch=8, q_len=512, kv_len=512, prefix_len=256, head_dim=64)
+PACK = Case("pack", seqlens_q=(400, 300, 200, 100), parent=(-1, 0, 0, -1), prefix_len=256, head_dim=64)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [name for name in DTYPES if name != "float64"])
+@pytest.mark.parametrize("case", [MANY_ROWS, PACK], ids=str)
+def test_the_same_bits_on_the_gpu(case, dtype):
+    inputs, runs = make_inputs(case, *DTYPES[dtype], device="cuda"), []
+    for _ in range(2):
+        out, lse = inputs.call(backend="triton", return_lse=True)
+        runs.append((out, lse, *torch.autograd.grad(out.float().square().sum() + lse.sum(), inputs.tensors)))
+    for value, other in zip(*runs, strict=True):
+        assert torch.equal(value, other)
+
+
+@pytest.mark.gpu
+def test_another_length_compiles_nothing_again():
+    from prefix_kernels.backends.triton.forward_kernel import forward_kernel
+
+    def compiled():
+        return sum(len(cache[0]) for cache in forward_kernel.device_caches.values())
+
+    counts = []
+    for q_len, prefix_len in ((48, 32), (33, 7), (1, 1), (16, 16), (1024, 100)):
+        inputs = make_inputs(Case("length", q_len=q_len, kv_len=q_len, prefix_len=prefix_len, contiguous=True), torch.bfloat16)
+        tensors = [tensor.detach().cuda().contiguous() for tensor in inputs.tensors]
+        prefix_kernels.prefix_attention(*tensors, backend="triton")
+        counts.append(compiled())
+    assert len(set(counts)) == 1
