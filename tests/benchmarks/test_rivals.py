@@ -59,7 +59,7 @@ def test_a_wrong_way_is_recorded_and_not_timed(monkeypatch, broken):
 
             @staticmethod
             def backward(ctx, grad):
-                return grad * 1.01
+                return grad * (1.01 if broken == "gradient" else 1)
 
         return lambda inputs: Doubled.apply(attend(inputs))
 

@@ -143,7 +143,8 @@ def test_done_jobs_are_left_out_and_failing_ones_keep_their_reason(tmp_path, mon
     assert run_gpu.work(args) == 0
     expected = [job.name for job in gpu_jobs.jobs("op", dry_run=True) if job.name != JOBS[0].name]
     assert ran == expected and (tmp_path / "progress").read_text().splitlines() == [f"@{name}" for name in expected]
-    assert run_gpu.open_results(args, ENVIRONMENT).rows["ceilings"]["failed"] == "RuntimeError: CUDA error: boom"
+    results = run_gpu.open_results(args, ENVIRONMENT)
+    assert results.rows["ceilings"]["failed"] == "RuntimeError: CUDA error: boom" and results.done("ceilings")
 
 
 def test_a_row_goes_on_with_the_ways_it_does_not_have(tmp_path, monkeypatch):
@@ -182,6 +183,12 @@ def test_right(): pass
 def test_wrong(): assert 1 + 1 == 3, "sum"
 def test_left_out(): pytest.skip("no device")
 def test_no_set_up(broken): pass
+@pytest.fixture
+def untidy():
+    yield
+    raise OSError("no tidying")
+def test_untidy(untidy): pass
+def test_wrong_and_untidy(untidy): assert False, "first"
 def test_crash(): os.environ.get("CALM") or os._exit(9)
 """
 RUN_TESTS = """
@@ -202,15 +209,19 @@ def test_outcomes_of_tests_are_kept_as_they_come(tmp_path, monkeypatch):
     assert subprocess.run(command, capture_output=True, cwd=tmp_path).returncode == 9
     rows = {row["key"].split("::")[-1]: row for row in json.loads((tmp_path / "tests.json").read_text())["rows"]}
     found = {name: row["outcome"] for name, row in rows.items()}
-    assert found == {"test_right": "passed", "test_wrong": "failed", "test_left_out": "skipped", "test_no_set_up": "failed"}
+    assert found == {
+        "test_right": "passed", "test_wrong": "failed", "test_left_out": "skipped", "test_no_set_up": "failed",
+        "test_untidy": "failed", "test_wrong_and_untidy": "failed",
+    }  # fmt: skip
+    assert "no tidying" in str(rows["test_untidy"]["lines"]) and "first" in str(rows["test_wrong_and_untidy"]["lines"])
     assert rows["test_wrong"]["lines"][0] == "AssertionError: sum" and "no fixture" in str(rows["test_no_set_up"]["lines"])
     monkeypatch.setenv("CALM", "1")
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = {row["key"]: row for row in json.loads((tmp_path / "tests.json").read_text())["rows"]}
-    assert rows["counts"] == {"key": "counts", "passed": 2, "failed": 2, "skipped": 1}
+    assert rows["counts"] == {"key": "counts", "passed": 2, "failed": 4, "skipped": 1}
     begun = (tmp_path / "begun").read_text().split()
-    assert len(begun) == 6 and begun[-1] == "test_crash"  # alone in the second run
+    assert len(begun) == 8 and begun[-1] == "test_crash"  # alone in the second run
 
 
 def test_memory_checker_says_why_it_did_not_run(monkeypatch):
