@@ -29,7 +29,7 @@ if [[ -z "${PYTHON:-}" ]]; then
     PYTHON=python3
     if [[ -x .venv/bin/python ]]; then PYTHON=.venv/bin/python; fi
 fi
-export PYTHONPATH=.:python PYTHONUNBUFFERED=1
+export PYTHONPATH=.:python${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 
 limit() { case $1 in tests | op) echo 300 ;; *) echo 240 ;; esac; }
 
