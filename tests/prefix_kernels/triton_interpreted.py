@@ -63,8 +63,9 @@ def results(inputs):
     return out, lse, *torch.autograd.grad(loss, inputs.tensors)
 
 
-BANK = Case("bank", batch=3, q_len=40, kv_len=40, prefix_len=20, prefixes=2, prefix_ids=(1, 0, 1))
-PARENT = Case("parent", seqlens_q=(20, 17, 33, 5), parent=(-1, 0, -1, 0), prefix_len=20)
+SMALL = {"heads": 2, "kv_heads": 1, "head_dim": 16, "prefix_len": 20}
+BANK = Case("bank", **SMALL, batch=3, q_len=20, kv_len=20, prefixes=2, prefix_ids=(1, 0, 1))
+PARENT = Case("parent", **SMALL, seqlens_q=(20, 17, 9, 5), parent=(-1, 0, -1, 0))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float32 prefix"])

@@ -2,18 +2,20 @@
 
 Unpatched, `tl.dot` of bfloat16 multiplies those integers, and a cast from float32 cuts bits off instead of rounding. What else
 the kernels do with bfloat16 (load, store, transpose, cast to float32) only moves bits. Products of float32 come from a BLAS
-that adds up in another order for every shape: on tiny shapes that alone exceeds the tolerance now and then.
+that adds up in another order for every shape: on tiny shapes that alone exceeds the tolerance now and then. Triton 3.6 makes
+loop bounds of arrays with one element, which numpy refuses from 2.4 on.
 """
 
 from __future__ import annotations
 
 import numpy as np
 import triton.language as tl
+from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 
 def trust_interpreter() -> None:
-    """Patches the interpreter of this process: products in float64, casts to bfloat16 to the nearest even."""
+    """Patches the interpreter of this process: products in float64, casts to bfloat16 to the nearest even, loop bounds."""
     cast, convert = InterpreterBuilder.cast_impl, InterpreterBuilder.create_fp_to_fp
 
     def create_dot(self, a, b, accumulator, *precision):
@@ -31,6 +33,13 @@ def trust_interpreter() -> None:
             return cast_impl(self, src, dst_type)
         return convert(self, src, dst_type, rounding_mode)
 
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def patch_tensor_and_index(tensor, scope):
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
+
+    interpreter._patch_lang_tensor = patch_tensor_and_index
     InterpreterBuilder.create_dot = create_dot
     InterpreterBuilder.cast_impl = cast_impl
     InterpreterBuilder.create_fp_to_fp = create_fp_to_fp

@@ -1,7 +1,7 @@
 """Which block sizes each kernel runs with: kernel × architecture × width of the dtype × head dimension.
 
 No row has been timed yet: all are assumed. Each is the largest of the usual shapes that compiles without spilling a register,
-whatever the options (`make aot` proves it for every row), with two pipeline stages or more where they fit.
+whatever the options, with two pipeline stages or more where they fit; `make aot` proves it for every row.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ LARGEST = "assumed; the largest block that was tried"
 NO_STAGE = "assumed; any second stage spills"
 NO_WGMMA = "mma.sync: with 64 keys, which wgmma needs, it spills in every configuration; assumed"
 NO_TCGEN05 = "mma.sync: with 64 keys, which tcgen05 needs, it spills in every configuration; assumed"
-SCALAR = "assumed; float32 products are not for tensor cores, their operands sit in registers"
+SCALAR = "assumed; IEEE products have no tensor cores; ptxas stops at 80 to 128 registers and rather spills up to 8 words"
 
 # (kernel, bits): {architecture: {head dimension: (BLOCK_M, BLOCK_N, num_warps, num_stages, reason)}}
 _ROWS = {
@@ -56,10 +56,10 @@ _ROWS = {
     },
 }  # fmt: skip
 _FLOAT32 = {
-    "forward": {64: (32, 32, 4, 1, SCALAR), 128: (32, 32, 8, 1, SCALAR), 256: (32, 16, 8, 1, SCALAR)},
-    "dq": {64: (32, 32, 8, 1, SCALAR), 128: (32, 16, 8, 1, SCALAR), 256: (16, 16, 8, 1, SCALAR)},
-    "dkeys": {64: (32, 32, 8, 1, SCALAR), 128: (16, 32, 8, 1, SCALAR), 256: (16, 16, 8, 1, SCALAR)},
-    "dprefix": {64: (32, 32, 8, 1, SCALAR), 128: (16, 32, 8, 1, SCALAR), 256: (16, 16, 8, 1, SCALAR)},
+    "forward": {64: (32, 32, 4, 1, SCALAR), 128: (32, 32, 8, 1, SCALAR), 256: (16, 16, 4, 1, SCALAR)},
+    "dq": {64: (64, 32, 8, 1, SCALAR), 128: (32, 16, 4, 1, SCALAR), 256: (16, 16, 8, 1, SCALAR)},
+    "dkeys": {64: (32, 16, 4, 1, SCALAR), 128: (16, 16, 4, 1, SCALAR), 256: (16, 16, 8, 1, SCALAR)},
+    "dprefix": {64: (32, 16, 4, 1, SCALAR), 128: (16, 16, 4, 1, SCALAR), 256: (16, 16, 8, 1, SCALAR)},
 }  # fmt: skip
 _DELTA = {64: (128, 16, 4, 1, LARGEST), 128: (64, 16, 4, 1, LARGEST), 256: (32, 16, 4, 1, LARGEST)}
 ARCHITECTURES = (80, 90, 100)
