@@ -44,7 +44,7 @@ def prepare(case: Case, device: str, backend: str | None = None, only: Sequence[
         raise ValueError(f"backend: expected one that serves {case.key}, got {backend!r}: {said}")
     row = {
         "key": case.key, "case": asdict(case), "flops": case.flops(), "bytes": case.bytes_moved(), "sets": len(sets),
-        "state": state, "chosen": chosen, "ways": {}, "complete": False,
+        "state": state, "device": device, "chosen": chosen, "ways": {}, "complete": False,
     }  # fmt: skip
     prepared = Prepared(row, sets, {})
     expected = reference(sets[0])
@@ -110,12 +110,16 @@ def reference(inputs: InputSet) -> list[Tensor]:
 
 
 def finish(row: dict[str, Any], timings: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Puts timings into the row, and which rival is the best one by its median and how many times faster ours is."""
+    """Puts timings into the row, and which rival is the best one by its median and how many times faster ours is.
+
+    On the CPU rivals are the ways that concatenate; on a GPU torch's kernels composed by our `sdpa` backend are one too.
+    """
     for name, timing in timings.items():
         row["ways"][name] |= timing
     medians = {name: way["median"] for name, way in row["ways"].items() if "median" in way}
     chosen = row["chosen"]
-    rivals = {n: t for n, t in medians.items() if n != chosen and (not row["ways"][n]["ours"] or n in STOCK_BACKENDS)}
+    stock = STOCK_BACKENDS if row["device"] != "cpu" else ()
+    rivals = {n: t for n, t in medians.items() if n != chosen and (not row["ways"][n]["ours"] or n in stock)}
     row["best_rival"] = min(rivals, key=rivals.get, default=None)
     row["ratio"] = round(rivals[row["best_rival"]] / medians[chosen], 4) if rivals and chosen in medians else None
     row["complete"] = True

@@ -38,7 +38,7 @@ import prefix_kernels
 from cases import Case
 
 FA3_MODULES = ("fa3_fwd_interface", "flash_attn_interface")
-STOCK_BACKENDS = ("sdpa",)  # of ours: torch's kernels alone, so the rival to beat wherever a backend with own kernels is chosen
+STOCK_BACKENDS = ("sdpa",)  # of ours, but torch's kernels alone
 PAGE = 16  # of FlashInfer's cache
 
 

@@ -14,7 +14,7 @@ namespace prefix_kernels::ISA {
 struct NarrowTile {
   alignas(64) float q[ROWS * MAX_DIM], acc[ROWS * MAX_DIM];
   alignas(64) float weights[ROWS][KEYS];
-  alignas(64) float keys[KEYS * MAX_DIM], values[KEYS * MAX_DIM];
+  alignas(64) float keys[KEYS * MAX_DIM], values[KEYS * MAX_DIM];  // widened from 16 bit
   float m[ROWS], l[ROWS];
   TileRows rows;
 
@@ -28,11 +28,21 @@ struct NarrowTile {
   void attend(const Problem& p, const Segment& segment, int64_t first, int64_t last) {
     first = std::max(first, rows.any_from), last = std::min(last, rows.any_to);
     for (; first < last; first += KEYS) {
-      const int64_t count = std::min<int64_t>(KEYS, last - first);
-      const KeyTile k = widen(segment.k, segment.k_first, first, count, p.head_dim, keys);
-      for (int r = 0; r < rows.count; ++r) weigh(p, r, k, segment.mask, first, count);
-      const KeyTile v = widen(segment.v, segment.v_first, first, count, p.value_dim, values);
-      product_columns<Left::rows>(rows.count, p.value_dim, weights[0], KEYS, v.data, v.stride, acc, p.value_dim, count, true);
+      const int64_t count = std::min<int64_t>(KEYS, last - first), next = first + KEYS;
+      prefetch(segment.v, segment.v_first, first, count, p.value_dim);
+      if (segment.k.element == Element::bfloat16 && rows.count == 1) {  // widened as they are read
+        const auto at = [&](const Strided& of, int64_t offset) {
+          return static_cast<const bfloat16*>(of.data) + offset + first * of.token;
+        };
+        weigh(p, at(segment.k, segment.k_first), segment.k.token, segment.mask, first, count);
+        add_values(p, at(segment.v, segment.v_first), segment.v.token, count);
+      } else {
+        const KeyTile k = widen(segment.k, segment.k_first, first, count, p.head_dim, keys);
+        weigh(p, k.data, k.stride, segment.mask, first, count);
+        const KeyTile v = widen(segment.v, segment.v_first, first, count, p.value_dim, values);
+        add_values(p, v.data, v.stride, count);
+      }
+      prefetch(segment.k, segment.k_first, next, std::min<int64_t>(KEYS, last - next), p.head_dim);
     }
   }
 
@@ -48,12 +58,24 @@ struct NarrowTile {
   }
 
  private:
+  template <typename T>
+  void weigh(const Problem& p, const T* k, int64_t stride, const bool* mask, int64_t first, int64_t count) {
+    for (int r = 0; r < rows.count; ++r) weigh_row(p, r, k, stride, mask, first, count);
+  }
+
+  template <typename T>
+  void add_values(const Problem& p, const T* v, int64_t stride, int64_t count) {
+    product_columns<Left::rows>(rows.count, p.value_dim, weights[0], KEYS, v, stride, acc, p.value_dim, count, true);
+  }
+
   // Scores of one row with `count` keys, as weights 2^(s − m').
-  void weigh(const Problem& p, int r, const KeyTile& k, const bool* mask, int64_t first, int64_t count) {
+  template <typename T>
+  void weigh_row(const Problem& p, int r, const T* k, int64_t stride, const bool* mask, int64_t first, int64_t count) {
     float* w = weights[r];
     Vec top = splat(m[r]);
     for (int64_t n = 0; n < count; n += LANES) {
-      const Vec s = visible(p, r, dot(k, n, count, q + r * p.head_dim, p.head_dim), mask, first + n, first + count);
+      const Vec product = dot(k + n * stride, stride, std::min<int64_t>(LANES, count - n), q + r * p.head_dim, p.head_dim);
+      const Vec s = visible(p, r, product, mask, first + n, first + count);
       store(w + n, s);
       top = max(top, s);
     }
@@ -71,18 +93,18 @@ struct NarrowTile {
       store(acc + r * p.value_dim + d, load(acc + r * p.value_dim + d) * alpha);
   }
 
-  // One row's products with keys n … n + LANES, a key in each lane; 0 past `count`.
-  static Vec dot(const KeyTile& k, int64_t n, int64_t count, const float* row, int64_t dim) {
-    const float* key = k.data + n * k.stride;
+  // One row's products with LANES keys, a key in each lane; 0 past `count`.
+  template <typename T>
+  static Vec dot(const T* keys, int64_t stride, int64_t count, const float* row, int64_t dim) {
     Vec parts[LANES] = {};
-    if (n + LANES <= count) {
+    if (count == LANES) {
       for (int64_t d = 0; d < dim; d += LANES) {
         const Vec q = load(row + d);
-        for (int i = 0; i < LANES; ++i) parts[i] += load(key + i * k.stride + d) * q;
+        for (int i = 0; i < LANES; ++i) parts[i] += load(keys + i * stride + d) * q;
       }
     } else {
-      for (int64_t i = 0; i < count - n; ++i)
-        for (int64_t d = 0; d < dim; d += LANES) parts[i] += load(key + i * k.stride + d) * load(row + d);
+      for (int64_t i = 0; i < count; ++i)
+        for (int64_t d = 0; d < dim; d += LANES) parts[i] += load(keys + i * stride + d) * load(row + d);
     }
     transpose(parts);
     Vec s = parts[0];
@@ -165,6 +187,11 @@ void decode_own(const Problem& p, const DecodePlan& plan, int64_t begin, int64_t
       if (which == Keys::parent && s.parent < 0) continue;
       set_visible(p, tile.rows, which);
       tile.attend(p, segment_of(p, s, kv_head, which), 0, INT32_MAX);
+    }
+    if (task + 1 < end) {
+      const Sequence& next = p.sequences[(task + 1) / p.kv_heads];
+      const Segment own = segment_of(p, next, (task + 1) % p.kv_heads, Keys::own);
+      prefetch(own.k, own.k_first, 0, std::min<int64_t>(KEYS, next.kv_len), p.head_dim);
     }
     for (int r = 0; r < tile.rows.count; ++r) {
       float* acc = tile.acc + r * p.value_dim;

@@ -1,5 +1,5 @@
 // The one matrix product that everything is made of. The right factor and the result lie in vectors, the left factor is
-// read where it is and broadcast, so that nothing is ever packed.
+// read where it is and broadcast, so that nothing is ever packed. The right factor may be bfloat16, widened as it is read.
 #pragma once
 
 #include "simd.h"
@@ -12,8 +12,8 @@ enum class Left { rows, columns };
 constexpr int64_t CHAIN = 8;  // products added up one by one before they join the sum: shorter chains round less
 
 // c[m][lanes] (+)= Σ_step a(m, step) · b[step][lanes] for M rows m and VECTORS vectors of lanes.
-template <int M, int VECTORS, Left LEFT>
-inline __attribute__((always_inline)) void product_block(const float* a, int64_t a_stride, const float* b, int64_t b_stride,
+template <int M, int VECTORS, Left LEFT, typename Right>
+inline __attribute__((always_inline)) void product_block(const float* a, int64_t a_stride, const Right* b, int64_t b_stride,
                                                          float* c, int64_t c_stride, int64_t steps, bool add) {
   Vec sums[M][VECTORS];
   for (int m = 0; m < M; ++m)
@@ -38,8 +38,8 @@ inline __attribute__((always_inline)) void product_block(const float* a, int64_t
 }
 
 // The same for any number of rows: blocks of M, then of M / 2, …, 1.
-template <int VECTORS, Left LEFT, int M = BLOCK>
-inline void product(int64_t rows, const float* a, int64_t a_stride, const float* b, int64_t b_stride, float* c,
+template <int VECTORS, Left LEFT, int M = BLOCK, typename Right>
+inline void product(int64_t rows, const float* a, int64_t a_stride, const Right* b, int64_t b_stride, float* c,
                     int64_t c_stride, int64_t steps, bool add) {
   int64_t m = 0;
   for (; m + M <= rows; m += M) {
@@ -54,8 +54,8 @@ inline void product(int64_t rows, const float* a, int64_t a_stride, const float*
 }
 
 // The same where the result has `columns` of lanes, a multiple of LANES.
-template <Left LEFT>
-inline void product_columns(int64_t rows, int64_t columns, const float* a, int64_t a_stride, const float* b,
+template <Left LEFT, typename Right>
+inline void product_columns(int64_t rows, int64_t columns, const float* a, int64_t a_stride, const Right* b,
                             int64_t b_stride, float* c, int64_t c_stride, int64_t steps, bool add) {
   int64_t column = 0;
   for (; column + 2 * LANES <= columns; column += 2 * LANES)

@@ -27,7 +27,8 @@ GPU = ENVIRONMENT | {"device": "Some GPU", "instructions": None, "triton": "3.9.
 def row(case, seconds, chosen):
     ways = {name: {"ours": name == chosen or name == "sdpa", "errors": {}} for name in seconds}
     made = {"key": case.key, "case": dataclasses.asdict(case), "flops": case.flops(), "bytes": case.bytes_moved(), "ways": ways}
-    return finish(made | {"chosen": chosen}, {n: {"median": s, "peak_bytes": 2**20} for n, s in seconds.items()})
+    made |= {"device": "cuda" if "llama" in case.key.lower() else "cpu", "chosen": chosen}
+    return finish(made, {n: {"median": s, "peak_bytes": 2**20} for n, s in seconds.items()})
 
 
 def write(path, environment, rows):

@@ -93,11 +93,13 @@ def test_a_way_that_raises_leaves_the_others(monkeypatch):
 
 def test_ratio_is_the_best_rivals_median_over_the_chosen_ones():
     names = ("peft", "sdpa", "cpu", "other", "flex")
-    row = {"chosen": "cpu", "ways": {name: {"ours": name in ("cpu", "sdpa", "other")} for name in names}}
+    row = {"device": "cuda", "chosen": "cpu", "ways": {name: {"ours": name in ("cpu", "sdpa", "other")} for name in names}}
     timings = {name: {"median": seconds} for name, seconds in (("peft", 4.0), ("sdpa", 3.0), ("cpu", 2.0), ("other", 1.0))}
     assert attention_row.finish(row, timings)["best_rival"] == "sdpa" and row["ratio"] == 1.5
     row["chosen"] = "sdpa"
     assert attention_row.finish(row, timings)["best_rival"] == "peft" and row["ratio"] == 1.3333
+    row |= {"device": "cpu", "chosen": "cpu"}
+    assert attention_row.finish(row, timings)["best_rival"] == "peft" and row["ratio"] == 2
 
 
 def test_packed_sequences_reach_dense_rivals_as_padded_rows():
