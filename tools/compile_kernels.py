@@ -198,7 +198,8 @@ def fingerprint(key: tuple[str, int, int, int]) -> str:
     words = [repr((key, tile.BLOCK_M, tile.BLOCK_N, tile.num_warps, tile.num_stages))]
     for file in (*SHARED, FILES[key[0]]):
         for token in tokenize.generate_tokens(io.StringIO((SOURCES / file).read_text()).readline):
-            if token.type in (tokenize.NAME, tokenize.OP, tokenize.NUMBER) or token.string[:1] in "'\"" != token.string[:3]:
+            docstring = token.string.startswith('"""')
+            if token.type in (tokenize.NAME, tokenize.OP, tokenize.NUMBER, tokenize.STRING) and not docstring:
                 words.append(token.string)
     return hashlib.sha256(" ".join(words).encode()).hexdigest()[:16]
 

@@ -56,8 +56,8 @@ _ROWS = {
     },
 }  # fmt: skip
 _FLOAT32 = {
-    "forward": {64: (32, 32, 4, 1, SCALAR), 128: (32, 32, 8, 1, SCALAR), 256: (16, 16, 4, 1, SCALAR)},
-    "dq": {64: (64, 32, 8, 1, SCALAR), 128: (32, 16, 4, 1, SCALAR), 256: (16, 16, 8, 1, SCALAR)},
+    "forward": {64: (32, 32, 4, 1, SCALAR), 128: (32, 16, 8, 1, SCALAR), 256: (16, 16, 4, 1, SCALAR)},
+    "dq": {64: (64, 32, 8, 1, SCALAR), 128: (32, 16, 8, 1, SCALAR), 256: (16, 16, 8, 1, SCALAR)},
     "dkeys": {64: (32, 16, 4, 1, SCALAR), 128: (16, 16, 4, 1, SCALAR), 256: (16, 16, 8, 1, SCALAR)},
     "dprefix": {64: (32, 16, 4, 1, SCALAR), 128: (16, 16, 4, 1, SCALAR), 256: (16, 16, 8, 1, SCALAR)},
 }  # fmt: skip
