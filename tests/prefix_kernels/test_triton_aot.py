@@ -1,4 +1,4 @@
-"""Every row of the Triton tile table compiles ahead of time and spills nothing: what changed since it was proven, and a sample."""
+"""Every row of the Triton tile table compiles and spills nothing: those that changed since they were proven, and a sample."""
 
 import importlib.util
 import os

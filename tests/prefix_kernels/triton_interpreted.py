@@ -23,7 +23,7 @@ def uninitialized_memory_is_nan():
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    """Loops of several blocks; and prefix gradients of three parts, so that a part has more than one row and ends within one."""
+    """Loops of several blocks; prefix gradients of three parts, so that a part has more than one row and ends within one."""
     monkeypatch.setattr(tile_sizes, "find", lambda *key: Tile(16, 16, 4, 1, "for loops of several blocks"))
     monkeypatch.setattr(backward_kernels, "MAX_SPLITS", 3)
 
@@ -93,6 +93,16 @@ def test_only_what_feeds_a_wanted_gradient_runs(monkeypatch, wanted):
     assert kernels == ["forward_kernel", "delta_kernel", *(name for name, needed in names.items() if needed)]
     for tensor, grad, needed in zip(inputs.tensors, expected, wanted, strict=True):
         assert torch.equal(tensor.grad, grad) if needed else tensor.grad is None
+
+
+def test_the_gradient_of_a_lse_of_minus_infinity_counts_for_nothing():
+    """What a loss makes of −inf may be NaN; a query that sees nothing has gradient 0."""
+    inputs = make_inputs(Case("hidden row", padding="row", prefix_len=0))
+    out, lse = inputs.call(backend="triton", return_lse=True)
+    grad_lse = torch.where(lse == -torch.inf, torch.nan, 1.0)
+    assert grad_lse.isnan().any()
+    for grad in torch.autograd.grad((out, lse), inputs.tensors, (torch.ones_like(out), grad_lse)):
+        assert grad.isfinite().all()
 
 
 INDEX_VALUES = [  # on the left what a device may hold, on the right what it acts as
