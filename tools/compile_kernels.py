@@ -4,7 +4,7 @@ Every row of the tile table, each kernel with the options that cost registers, a
 runs on tensors without memory, and every launch becomes a compilation. That the host code runs on such tensors also shows that
 it reads no value back from a device. A row passes if
 
-    - nothing spills: no stack and no local memory, with any option (float32: 8 words, which ptxas spills of its own accord);
+    - nothing spills: no stack and no local memory, with any option (float32, which has no tensor cores to feed: up to 8 words);
     - shared memory fits the chips that the row serves;
     - 16-bit products use wgmma on sm_90 and tcgen05 on sm_100, unless the row's reason opens with "mma.sync".
 

@@ -1,6 +1,6 @@
 """Which block sizes each kernel runs with: kernel × architecture × width of the dtype × head dimension.
 
-No row has been timed yet: all are assumed. Each is the largest of the usual shapes that compiles without spilling a register,
+No row has been timed yet: all are assumed. Each is a large one of the shapes tried that compiles without spilling a register,
 whatever the options, with two pipeline stages or more where they fit; `make aot` proves it for every row.
 """
 
@@ -26,11 +26,11 @@ class Tile:
 MASK_SPILLS = "assumed; the next larger block spills with key masks"
 PACK_SPILLS = "assumed; the next larger block spills in packs with parents"
 SMALL_SHARED = "assumed; a second stage would exceed the 99 KiB of 8.6, 8.9 and 12.x"
-LARGEST = "assumed; the largest block that was tried"
-NO_STAGE = "assumed; any second stage spills"
-NO_WGMMA = "mma.sync: with 64 keys, which wgmma needs, it spills in every configuration; assumed"
-NO_TCGEN05 = "mma.sync: with 64 keys, which tcgen05 needs, it spills in every configuration; assumed"
-SCALAR = "assumed; IEEE products have no tensor cores; ptxas stops at 80 to 128 registers and rather spills up to 8 words"
+LARGEST = "assumed; a large block that leaves room for its pipeline stages"
+NO_STAGE = "assumed; a second stage spills"
+NO_WGMMA = "mma.sync: with 64 keys, which wgmma needs, every shape tried spills; assumed"
+NO_TCGEN05 = "mma.sync: with 64 keys, which tcgen05 needs, every shape tried spills; assumed"
+SCALAR = "assumed; IEEE products have no tensor cores; up to 8 words spilled are let pass"
 
 # (kernel, bits): {architecture: {head dimension: (BLOCK_M, BLOCK_N, num_warps, num_stages, reason)}}
 _ROWS = {
