@@ -164,7 +164,7 @@ def measure_run(
         else:
             found["failed"] = wrong
     training = run.what == "train"  # generation was warmed up by its check
-    comparison = measure.Comparison(calls, len(inputs) if training else 1, warm_up=training)
+    comparison = measure.Comparison(calls, len(inputs) if training else 1, warm_up=training, settles=False)
     comparison.run(seconds, rounds)
     return finish(row, comparison.timings())
 

@@ -11,10 +11,19 @@ import measure
 from cases import E2E_LENGTHS, Case, cpu_cases, gpu_decode_cases, gpu_op_cases, gpu_runs
 
 
+def test_an_untimed_call_comes_first(monkeypatch):
+    """On the set before, which the timed calls do not touch next."""
+    seen, clock = [], iter(range(100))
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: seen.append("clock") or next(clock))
+    comparison = measure.Comparison({"way": seen.append}, sets=4, warm_up=False)
+    comparison.sample("way"), comparison.sample("way")
+    assert seen == [3, "clock", 0, "clock", 0, "clock", 1, "clock"]
+
+
 def test_ways_are_timed_in_turn_over_all_input_sets():
     seen = []
     ways = {name: (lambda index, name=name: seen.append((name, index))) for name in ("rival", "ours")}
-    comparison = measure.Comparison(ways, sets=3)
+    comparison = measure.Comparison(ways, sets=3, settles=False)
     comparison._calls = {"rival": 2, "ours": 1}
     seen.clear()
     comparison.run(seconds=0, rounds=4)
