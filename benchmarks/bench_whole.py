@@ -139,7 +139,8 @@ def measure_run(
     """One row. inputs: the batches of a training run, or the prompts, int [rows, prompt_len]."""
     tokens = run.batch * run.new_tokens if run.what == "generate" else sum(int(b["attention_mask"].sum()) for b in inputs)
     row = {
-        "key": run.key, "run": asdict(run), "dtype": str(model.dtype).removeprefix("torch."), "device": model.device.type, "chosen": "selected",
+        "key": run.key, "run": asdict(run), "dtype": str(model.dtype).removeprefix("torch."),
+        "device": model.device.type, "chosen": "selected",
         "backend": prefix_kernels.available_backends()[0], "ways": {},
         "tokens": tokens if run.what == "generate" else tokens / len(inputs),
     }  # fmt: skip
