@@ -45,7 +45,7 @@ Made by `python benchmarks/report.py` from the files in `benchmarks/results`; ed
 - GPU: device time by events around replays of a CUDA graph, input sets over twice the L2. Whole models: wall clock, in turn.
 - `peft` is PEFT's path (expand the prefix, concatenate, dense mask, repeat kv heads); `concat…` are the stronger forms of
   concatenation that stay legal; `sdpa` composes torch's stock kernels without concatenation and is this project's own fallback,
-  and a rival wherever another backend is chosen. `benchmarks/rivals.py` says what is legal where.
+  on a GPU also a rival. `benchmarks/rivals.py` says what is legal where.
 - In decoding a rival's cache holds the prefix already, expanded for every row; filling it is not timed.
 - Losses are listed below each table."""
 
