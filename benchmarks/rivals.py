@@ -11,6 +11,7 @@
     flex           FlexAttention, compiled: the prefix with key batch 1 and the sequence with a causal block mask, merged. CUDA
     fa3            concatenation and FlashAttention-3's forward pass. Hopper, bfloat16, where the package is installed
     flashinfer     FlashInfer's cascade over a paged cache: decoding, where the package is installed
+    hopper         our forward kernel for Hopper by itself, which the triton backend does not choose before it was measured
     sdpa, cpu, triton, …    our backends, `sdpa` being the exact composition of stock kernels
 
 What is legal where: on the CPU no torch kernel takes the bottom-right causal flag that a prefix needs (causal_lower_right
@@ -36,6 +37,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import prefix_kernels
 from cases import Case
+from prefix_kernels import api
+from prefix_kernels.problem import AttentionInputs
 
 FA3_MODULES = ("fa3_fwd_interface", "flash_attn_interface")
 STOCK_BACKENDS = ("sdpa",)  # of ours, but torch's kernels alone
@@ -144,8 +147,8 @@ class Way:
 def ways(inputs: InputSet, only: Sequence[str] | None = None) -> list[Way]:
     """The rivals for this device, then our backends but the reference, which says what is right; only: those of these names."""
     backends = [name for name in prefix_kernels.available_backends() if name != "reference"]
-    found = [*(way for way in RIVALS if way.device in (None, inputs.device)), *map(our_way, reversed(backends))]
-    return [way for way in found if only is None or way.name in only]
+    found = [*RIVALS, HOPPER_KERNEL, *map(our_way, reversed(backends))]
+    return [way for way in found if way.device in (None, inputs.device) and (only is None or way.name in only)]
 
 
 def expanded(prefix: Tensor, own: Tensor) -> Tensor:
@@ -314,6 +317,24 @@ def prepare_flashinfer(case: Case, device: str) -> Attend:
     return attend
 
 
+def prepare_hopper(case: Case, device: str) -> Attend:
+    from prefix_kernels.backends.triton import hopper
+
+    return lambda inputs: hopper.forward(_attention_inputs(inputs))[0]
+
+
+def _hopper_refuses(inputs: InputSet) -> str | None:
+    from prefix_kernels.backends.triton import hopper
+
+    return hopper.why_not(_attention_inputs(inputs))
+
+
+def _attention_inputs(inputs: InputSet) -> AttentionInputs:
+    """What a kernel receives of the public call."""
+    make = api._dense_inputs if inputs.case.seqlens is None else api._varlen_inputs
+    return make(*inputs.leaves, **inputs.once("packing", lambda: packing(inputs.case, inputs.device)))
+
+
 def our_way(backend: str) -> Way:
     """One of our backends through the public call."""
 
@@ -354,6 +375,7 @@ def _installed(*modules: str) -> Needs:
 HOPPER = _need(lambda inputs: torch.cuda.get_device_capability()[0] == 9, "for Hopper alone")
 DECODING = _need(lambda inputs: inputs.case.decode, "for decoding alone")
 NOT_DECODING = _need(lambda inputs: not inputs.case.decode, "decoding needs no mask")
+TRAINING = _need(lambda inputs: not inputs.case.decode, "blocks of 128 queries: not for decoding")
 FORWARD = _need(lambda inputs: not inputs.case.backward, "no backward pass")
 PACKED = _need(lambda inputs: inputs.case.seqlens is not None, "for packed sequences alone")
 NOT_PACKED = _need(lambda inputs: inputs.case.seqlens is None, "not for packed sequences")
@@ -374,4 +396,7 @@ RIVALS = (
     Way("flex", prepare_flex, "cuda", (NOT_DECODING, NOT_PACKED)),
     Way("fa3", prepare_fa3, "cuda", (HOPPER, FORWARD, BFLOAT16, _installed(*FA3_MODULES))),
     Way("flashinfer", prepare_flashinfer, "cuda", (DECODING, HALF, HAS_PREFIX, WHOLE_PAGES, _installed("flashinfer"))),
+)
+HOPPER_KERNEL = Way(
+    "hopper", prepare_hopper, "cuda", (HOPPER, TRAINING, FORWARD, _installed("triton"), _hopper_refuses), pads=False, ours=True
 )

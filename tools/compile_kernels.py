@@ -6,7 +6,8 @@ it reads no value back from a device. A row passes if
 
     - nothing spills: no stack and no local memory, with any option (float32, which has no tensor cores to feed: up to 8 words);
     - shared memory fits the chips that the row serves;
-    - 16-bit products use wgmma on sm_90 and tcgen05 on sm_100, unless the row's reason opens with "mma.sync".
+    - 16-bit products use wgmma on sm_90 and tcgen05 on sm_100, unless the row's reason opens with "mma.sync";
+    - hopper_kernel also has what hopper_code.py looks for.
 
 Triton emits those for products of at least 64 rows in programs of 4 or 8 warps; other tiles fall back to mma.sync.
 
@@ -37,6 +38,7 @@ os.environ.pop("TRITON_INTERPRET", None)  # under it there is nothing to compile
 os.environ["TRITON_CACHE_DIR"] = os.environ.get("PREFIX_KERNELS_AOT_CACHE") or tempfile.mkdtemp(prefix="aot-")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import hopper_code
 import torch
 import triton
 from torch import Tensor
@@ -45,14 +47,14 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from prefix_kernels import api
-from prefix_kernels.backends.triton import backward_kernels, forward_kernel, tile_sizes
+from prefix_kernels.backends.triton import backward_kernels, forward_kernel, hopper, tile_sizes
 from prefix_kernels.problem import AttentionInputs
 
 SOURCES = Path(tile_sizes.__file__).parent
 SHARED = ("rows.py", "online_softmax.py", "launch.py")  # what every kernel is made of
 FILES = {
     "forward": "forward_kernel.py", "dq": "dq_kernel.py", "dkeys": "dkeys_kernels.py", "dprefix": "dkeys_kernels.py",
-    "delta": "backward_kernels.py",
+    "delta": "backward_kernels.py", "hopper": "hopper.py",
 }  # fmt: skip
 WANTED = {
     "dq": (True, False, False, False, False), "dkeys": (False, True, True, False, False),
@@ -89,12 +91,11 @@ def windowed(dim: int, dtype: torch.dtype, **more) -> AttentionInputs:
     return dense(dim, dtype, bank=True, window=64, first_key_position=0, softcap=30.0, **ids, **more)
 
 
-def packed(dim: int, dtype: torch.dtype) -> AttentionInputs:
+def packed(dim: int, dtype: torch.dtype, **options) -> AttentionInputs:
     q, k, v = (empty(BATCH * LENGTH, heads, dim, dtype=dtype) for heads in (HEADS, KV_HEADS, KV_HEADS))
     return api._varlen_inputs(
         q, k, v, *prefix(dim, dtype, True), cu_seqlens_q=index(BATCH + 1), cu_seqlens_k=index(BATCH + 1),
-        max_seqlen_q=LENGTH, max_seqlen_k=LENGTH, parent=index(BATCH), softcap=30.0, prefix_ids=index(BATCH),
-        prefix_lens=index(PREFIXES),
+        max_seqlen_q=LENGTH, max_seqlen_k=LENGTH, prefix_ids=index(BATCH), **options,
     )  # fmt: skip
 
 
@@ -103,6 +104,12 @@ VARIANTS = {
     "padded head": lambda dim, dtype: dense(dim * 3 // 4, dtype),
     "windowed": windowed,
     "masked": lambda dim, dtype: windowed(dim, dtype, key_mask=empty(BATCH, LENGTH, dtype=torch.bool)),
+    "packed": lambda dim, dtype: packed(dim, dtype, parent=index(BATCH), softcap=30.0, prefix_lens=index(PREFIXES)),
+}
+HOPPER_VARIANTS = {
+    "plain": dense,
+    "float16": lambda dim, dtype: dense(dim, torch.float16),
+    "bank, not causal": lambda dim, dtype: dense(dim, dtype, bank=True, causal=False, prefix_ids=index(BATCH)),
     "packed": packed,
 }
 
@@ -135,8 +142,8 @@ def compile_kernel(kernel: str, architecture: int, inputs: AttentionInputs):
     of_device, tile_sizes.architecture_of = tile_sizes.architecture_of, lambda device: architecture
     JITFunction.run = compile_instead
     try:
-        if kernel == "forward":
-            forward_kernel.forward(inputs)
+        if kernel in ("forward", "hopper"):
+            (forward_kernel if kernel == "forward" else hopper).forward(inputs)
         else:
             out = empty(*inputs.q.shape, dtype=inputs.q.dtype)
             lse = empty(*((HEADS, BATCH * LENGTH) if inputs.varlen else inputs.q.shape[:3]), dtype=torch.float32)
@@ -170,7 +177,7 @@ def name_of(key: tuple[str, int, int, int]) -> str:
 
 
 def variants_of(key: tuple[str, int, int, int]) -> tuple[str, ...]:
-    return ("plain", "packed") if key[0] == "delta" else tuple(VARIANTS)
+    return ("plain", "packed") if key[0] == "delta" else tuple(HOPPER_VARIANTS if key[0] == "hopper" else VARIANTS)
 
 
 def judge(key: tuple[str, int, int, int], variants: tuple[str, ...]) -> tuple[tuple[str, int, int, int], dict]:
@@ -179,16 +186,19 @@ def judge(key: tuple[str, int, int, int], variants: tuple[str, ...]) -> tuple[tu
     kernel, architecture, bits, dim = key
     tile, wrong, measured = tile_sizes.TABLE[key], [], {}
     for variant in variants:
-        inputs = VARIANTS[variant](dim, torch.bfloat16 if bits == 16 else torch.float32)
+        make = (HOPPER_VARIANTS if kernel == "hopper" else VARIANTS)[variant]
+        inputs = make(dim, torch.bfloat16 if bits == 16 else torch.float32)
         compiled = compile_kernel(kernel, architecture, inputs)
         numbers = measured[variant] = measure(compiled, architecture)
-        if numbers["stack"] > STACK[bits]:
+        if numbers["stack"] > (hopper_code.STACK if kernel == "hopper" else STACK[bits]):
             wrong.append(f"{variant}: {numbers['stack']} bytes of stack")
         if numbers["shared"] > SHARED_MEMORY[architecture] * 1024:
             wrong.append(f"{variant}: {numbers['shared'] / 1024:.0f} KiB of shared memory")
         fallback = tile.reason.startswith("mma.sync") or bits == 32 or kernel == "delta"
         if not fallback and not numbers["tensor_core_products"]:
             wrong.append(f"{variant}: no {TENSOR_CORES[architecture]}")
+        if kernel == "hopper":
+            wrong += [f"{variant}: {what}" for what in hopper_code.missing_in(compiled)]
     return key, {"fingerprint": fingerprint(key), "triton": triton.__version__, "measured": measured, "wrong": wrong}
 
 

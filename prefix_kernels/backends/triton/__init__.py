@@ -39,9 +39,14 @@ def why_not(problem: AttentionProblem) -> str | None:
 
 
 def forward(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
-    """(out, lse) of one call."""
-    from prefix_kernels.backends.triton import forward_kernel
+    """(out, lse) of one call: by the kernel for Hopper where a measurement says so, else by the one for every GPU."""
+    from prefix_kernels.backends.triton import forward_kernel, tile_sizes
 
+    if any(regime.covers(inputs.problem()) for regime in tile_sizes.HOPPER_REGIMES):
+        from prefix_kernels.backends.triton import hopper
+
+        if hopper.why_not(inputs) is None:
+            return hopper.forward(inputs)
     return forward_kernel.forward(inputs)
 
 

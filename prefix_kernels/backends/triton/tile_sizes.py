@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
+
+from prefix_kernels.problem import AttentionProblem
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,7 @@ MASK_SPILLS = "assumed; the next larger block spills with key masks"
 PACK_SPILLS = "assumed; the next larger block spills in packs with parents"
 SMALL_SHARED = "assumed; a second stage would exceed the 99 KiB of 8.6, 8.9 and 12.x"
 LARGEST = "assumed; a large block that leaves room for its pipeline stages"
+RING = "assumed; the keys and values that shared memory holds beside the queries"
 NO_STAGE = "assumed; a second stage spills"
 NO_WGMMA = "mma.sync: with 64 keys, which wgmma needs, every shape tried spills; assumed"
 NO_TCGEN05 = "mma.sync: with 64 keys, which tcgen05 needs, every shape tried spills; assumed"
@@ -39,6 +43,7 @@ _ROWS = {
         90: {64: (128, 128, 8, 2, LARGEST), 128: (128, 64, 8, 3, LARGEST), 256: (64, 32, 8, 2, PACK_SPILLS)},
         100: {64: (128, 64, 8, 3, LARGEST), 128: (128, 64, 8, 3, LARGEST), 256: (64, 64, 8, 2, LARGEST)},
     },
+    ("hopper", 16): {90: {64: (128, 128, 4, 3, RING), 128: (128, 128, 4, 2, RING)}},  # warps of a consumer, stages of a ring
     ("dq", 16): {
         80: {64: (64, 64, 8, 2, MASK_SPILLS), 128: (64, 64, 8, 2, LARGEST), 256: (64, 32, 8, 1, SMALL_SHARED)},
         90: {64: (128, 64, 8, 2, LARGEST), 128: (64, 64, 8, 2, MASK_SPILLS), 256: (128, 32, 8, 1, NO_STAGE)},
@@ -63,6 +68,23 @@ _FLOAT32 = {
 }  # fmt: skip
 _DELTA = {64: (128, 16, 4, 1, LARGEST), 128: (64, 16, 4, 1, LARGEST), 256: (32, 16, 4, 1, LARGEST)}
 ARCHITECTURES = (80, 90, 100)
+
+
+class Regime(NamedTuple):
+    """Calls of which hopper.py was measured to be faster than forward_kernel.py, and the results file that says so."""
+
+    head_dim: int
+    least_q_len: int
+    least_programs: int  # (128 queries) · heads · batch
+    results: str
+
+    def covers(self, problem: AttentionProblem) -> bool:
+        programs = -(-problem.q_len // 128) * problem.heads * problem.batch
+        large = problem.q_len >= self.least_q_len and programs >= self.least_programs
+        return large and problem.head_dim == problem.value_dim == self.head_dim
+
+
+HOPPER_REGIMES: tuple[Regime, ...] = ()  # nothing has been measured yet, so hopper.py serves no call by itself
 INTERPRETER = Tile(64, 64, 4, 1, "whole test cases in a block: the interpreter's time goes with the number of blocks")
 
 

@@ -1,0 +1,238 @@
+"""The forward kernel for Hopper: its code on an emulator, what it refuses, when it is chosen; on a GPU where there is one."""
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from prefix_kernels import api
+from prefix_kernels.backends import triton as triton_backend
+from support.cases import Case
+from support.compare import DTYPES, expectation
+from support.inputs import Inputs, make_inputs
+from support.tolerance import assert_close
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("needs Triton, which is not installed", allow_module_level=True)
+
+from prefix_kernels.backends.triton import forward_kernel, hopper, tile_sizes
+from prefix_kernels.backends.triton.tile_sizes import Regime
+from support.gluon_emulator import EmulatedKernel
+
+ROOT = Path(__file__).resolve().parents[2]
+SIXTEEN_BIT = ("bfloat16", "float16", "float32 prefix")
+
+ROWS = {"batch": 1, "heads": 2, "kv_heads": 1, "head_dim": 64}
+CASES_BY_NAME = {case.name: case for case in (
+    Case("whole blocks", **ROWS, q_len=256, kv_len=256, prefix_len=128),
+    Case("odd lengths", **ROWS | {"batch": 2, "kv_heads": 2}, q_len=200, kv_len=200, prefix_len=150),
+    Case("head_dim 128", **ROWS | {"heads": 4, "kv_heads": 2, "head_dim": 128}, q_len=150, kv_len=150, prefix_len=300),
+    Case("contiguous", **ROWS, q_len=65, kv_len=65, prefix_len=1, contiguous=True),
+    Case("short", **ROWS | {"batch": 2}, q_len=5, kv_len=5, prefix_len=3),
+    Case("no prefix", **ROWS, q_len=130, kv_len=130, prefix_len=0),
+    Case("long prefix", **ROWS, q_len=20, kv_len=20, prefix_len=700),
+    Case("chunk", **ROWS, q_len=70, kv_len=300, prefix_len=20),
+    Case("one new token", **ROWS | {"heads": 4}, q_len=1, kv_len=140, prefix_len=20),
+    Case("not causal", **ROWS, q_len=140, kv_len=260, prefix_len=130, causal=False),
+    Case("not causal, fewer keys", **ROWS, q_len=140, kv_len=20, prefix_len=0, causal=False),
+    Case("no keys", **ROWS, q_len=70, kv_len=0, prefix_len=140, causal=False),
+    Case("nothing to see", **ROWS, q_len=70, kv_len=0, prefix_len=0, causal=False),
+    Case("no rows", **ROWS | {"batch": 0}, q_len=70, kv_len=70, prefix_len=20),
+    Case("bank", **ROWS | {"batch": 4}, q_len=66, kv_len=66, prefix_len=150, prefixes=3, prefix_ids=(2, -1, 0, 2)),
+    Case("scale", **ROWS, q_len=66, kv_len=66, prefix_len=20, scale=0.5),
+    Case("pack", **ROWS, seqlens_q=(140, 1, 0, 128, 25), prefix_len=130),
+    Case("pack, no prefix", **ROWS, seqlens_q=(129, 40), prefix_len=0),
+    Case("pack, longer keys", **ROWS, seqlens_q=(20, 1, 70), seqlens_k=(150, 33, 70), prefix_len=20),
+    Case("pack, not causal", **ROWS, seqlens_q=(40, 130, 7), seqlens_k=(180, 50, 0), prefix_len=20, causal=False),
+    Case("pack, bank", **ROWS | {"head_dim": 128}, seqlens_q=(20, 50, 7), prefix_len=70, prefixes=2, prefix_ids=(1, -1, 0)),
+)}  # fmt: skip
+CASES = tuple(CASES_BY_NAME.values())
+
+
+@pytest.fixture(autouse=True)
+def uninitialized_memory_is_nan():
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def aligned(tensor):
+    """The values in a larger buffer of NaN, as in support.inputs, with strides of 16 bytes."""
+    swap = tensor.dim() == 4 and tensor.stride(1) < tensor.stride(2)
+    values = tensor.detach().transpose(1, 2) if swap else tensor.detach()
+    buffer = values.new_full([*(size + 2 for size in values.shape[:-1]), values.shape[-1] + 16], torch.nan)
+    view = buffer[(slice(1, -1),) * (values.dim() - 1) + (slice(8, -8),)].copy_(values)
+    return view.transpose(1, 2) if swap else view
+
+
+def call_of(inputs: Inputs):
+    """What the kernel receives of a public call."""
+    make = api._varlen_inputs if "cu_seqlens_q" in inputs.options else api._dense_inputs
+    return make(*map(aligned, inputs.tensors), **inputs.options)
+
+
+def check(case, dtype, device="cpu"):
+    """out and lse are as good as eager attention's."""
+    inputs = call_of(make_inputs(case, *DTYPES[dtype], device=device))
+    assert hopper.why_not_on_hopper(inputs) is None
+    out, lse = hopper.forward(inputs)
+    _, _, wide, eager = expectation(case, *DTYPES[dtype])
+    assert out.dtype == inputs.q.dtype and lse.dtype == torch.float32
+    assert_close(out, wide[0], eager[0], "out")
+    assert_close(lse, wide[1], eager[1], "lse")
+
+
+def emulate(monkeypatch, **options):
+    kernel = EmulatedKernel(hopper, "hopper_kernel", **options)
+    monkeypatch.setattr(hopper, "hopper_kernel", kernel)
+    monkeypatch.setattr(tile_sizes, "find", lambda *key: tile_sizes.TABLE["hopper", 90, 16, key[-1]])
+    return kernel
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_on_the_emulator(monkeypatch, case):
+    kernel = emulate(monkeypatch)
+    check(case, SIXTEEN_BIT[CASES.index(case) % 3])
+    assert kernel.programs > 0 or case.batch == 0
+
+
+@pytest.mark.parametrize("seed", range(1, 4))
+def test_other_orders_of_events(monkeypatch, seed):
+    emulate(monkeypatch, seed=seed)
+    check(CASES_BY_NAME["long prefix"], "bfloat16")
+
+
+BROKEN = {  # the case that must not survive a change of the source, and the change
+    "a barrier counts too few": ("long prefix", "v_empty.index(i), count=2", "v_empty.index(i), count=1"),
+    "a barrier counts too many": ("long prefix", "k_empty.index(i), count=2", "k_empty.index(i), count=3"),
+    "keys are not waited for": ("long prefix", "    wait_for_keys(k_ring, j + 1, blocks, STAGES)\n", ""),
+    "values are not waited for": ("long prefix", "    mbarrier.wait(full.index(j % STAGES), (j // STAGES) & 1)\n", ""),
+    "the producer does not wait": ("long prefix", "mbarrier.wait(empty.index(j % STAGES), ((j // STAGES) & 1) ^ 1)", "pass"),
+    "a block past the last is waited for": ("long prefix", "pred=j < blocks", "pred=j < blocks + 1"),
+    "scores are not waited for": ("long prefix", "warpgroup_mma_wait(1,", "warpgroup_mma_wait(2,"),
+    "keys are given back too early": ("long prefix", "    scores = warpgroup_mma_wait(1, deps=(scores,))\n", ""),
+    "a turn is not handed on": ("long prefix", "    mbarrier.arrive(turns.index(1 - WARPGROUP), count=1)\n", ""),
+    "no fence": ("short", "    fence_async_shared()\n", ""),
+    "a query sees the next key": ("odd lengths", "gl.minimum(query + shift + 1, own", "gl.minimum(query + shift + 2, own"),
+    "no mask": ("odd lengths", "    if MASKED:\n        key", "    if False:\n        key"),
+    "a full block too many": ("odd lengths", "(prefix_len // BLOCK_N, 1), prefix", "(prefix_blocks, 1), prefix"),
+    "the prefix of another row": ("bank", "prefix = gl.where(exists, wanted, 0)", "prefix = gl.where(exists, 0, 0)"),
+    "a head of another group": ("head_dim 128", "head // (heads // kv_heads)", "head % kv_heads"),
+    "a sequence ends elsewhere": ("pack", "stop, RAGGED - number)", "stop, RAGGED - length)"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("broken", BROKEN)
+def test_the_emulator_notices(monkeypatch, broken):
+    case, *change = BROKEN[broken]
+    emulate(monkeypatch, change=tuple(change))
+    with pytest.raises(AssertionError):
+        check(CASES_BY_NAME[case], "bfloat16")
+
+
+def inputs_of(dtype="bfloat16", **options):
+    return call_of(make_inputs(Case("", **ROWS | {"q_len": 8, "kv_len": 8, "prefix_len": 4} | options), *DTYPES[dtype]))
+
+
+REFUSED = [
+    ({"window": 3}, "it knows no window"),
+    ({"softcap": 2.0, "padding": "left"}, "it knows no softcap and no key_mask"),
+    ({"key_lens": (3,)}, "it knows no key_lens"),
+    ({"bias": (1, 1, 1, 0)}, "it knows no bias"),
+    ({"prefixes": 2, "prefix_ids": (1,), "prefix_lens": (4, 3)}, "it knows no prefix_lens"),
+    ({"seqlens_q": (5, 3), "parent": (-1, 0)}, "it knows no parent"),
+    ({"dtype": "float32"}, "it computes in bfloat16 and float16, not in float32"),
+    ({"head_dim": 96}, "heads and values have 64 or 128 dimensions alike, not 96 and 96"),
+    ({"value_dim": 128}, "heads and values have 64 or 128 dimensions alike, not 64 and 128"),
+    ({"scale": 0.0}, "scale is positive, not 0.0"),
+]
+
+
+@pytest.mark.parametrize(("options", "reason"), REFUSED)
+def test_refusals(options, reason):
+    assert hopper.why_not_on_hopper(inputs_of(**options)) == reason
+
+
+def test_strides_that_tma_cannot_take():
+    inputs = inputs_of()
+    for name in ("q", "k", "v", "prefix_k", "prefix_v"):
+        tensor = getattr(inputs, name)
+        odd = tensor.new_zeros(*tensor.shape[:-1], 68)[..., :64]
+        shifted = tensor.new_zeros(*tensor.shape[:-1], 72)[..., 1:65]
+        every_second = tensor.new_zeros(*tensor.shape[:-1], 128)[..., ::2]
+        expanded = tensor.new_zeros(*tensor.shape[:1], 1, *tensor.shape[2:]).expand(-1, 2, -1, -1)
+        for other in (odd, shifted, every_second, expanded):
+            assert hopper.why_not_on_hopper(inputs._replace(**{name: other})).startswith(f"{name}'s address and strides")
+    wide = torch.zeros(1, 1, 4, 68)[..., :64]  # float32: the kernel reads a copy of it
+    assert hopper.why_not_on_hopper(inputs._replace(prefix_k=wide, prefix_v=wide)) is None
+
+
+def test_it_serves_no_cpu():
+    assert hopper.why_not(inputs_of()) == "it is for GPUs of compute capability 9.0"
+
+
+def test_only_a_measured_regime_chooses_it(monkeypatch):
+    inputs, served = inputs_of(), []
+    monkeypatch.setattr(forward_kernel, "forward", lambda inputs: "portable")
+    monkeypatch.setattr(hopper, "forward", lambda inputs: "hopper")
+    monkeypatch.setattr(hopper, "why_not", lambda inputs: served.append(inputs) or (None if len(served) == 1 else "no"))
+    assert tile_sizes.HOPPER_REGIMES == () and triton_backend.forward(inputs) == "portable" and not served
+    for regime, kernel in (
+        (Regime(128, 1, 1, ""), "portable"), (Regime(64, 9, 1, ""), "portable"), (Regime(64, 1, 3, ""), "portable"),
+        (Regime(64, 8, 2, ""), "hopper"), (Regime(64, 8, 2, ""), "portable"),
+    ):  # fmt: skip
+        monkeypatch.setattr(tile_sizes, "HOPPER_REGIMES", (regime,))
+        assert triton_backend.forward(inputs) == kernel
+    assert len(served) == 2
+
+
+TRIAL = """
+import torch
+from prefix_kernels import api
+from prefix_kernels.backends.triton import hopper
+
+for length, prefix_len, causal in ((300, 200, True), (1, 0, True), (64, 700, True), (130, 130, False)):
+    q, k, v = (torch.randn(2, heads, length, 64, device="cuda", dtype=torch.bfloat16) for heads in (4, 2, 2))
+    prefix = torch.randn(2, prefix_len, 64, device="cuda", dtype=torch.bfloat16)
+    hopper.forward(api._dense_inputs(q, k, v, prefix, prefix, causal=causal))[0].cpu()
+"""
+
+
+@pytest.fixture(scope="module")
+def survived():
+    """A kernel that hangs takes a process of its own with it, and no other test."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs a GPU of compute capability 9.0")
+    return subprocess.run([sys.executable, "-c", TRIAL], cwd=ROOT, capture_output=True, text=True, timeout=50)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", SIXTEEN_BIT)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_on_the_gpu(survived, case, dtype):
+    assert survived.returncode == 0, survived.stderr
+    check(case, dtype, "cuda")
+
+
+@pytest.mark.gpu
+def test_the_same_bits_on_the_gpu(survived):
+    assert survived.returncode == 0, survived.stderr
+    case = Case("many rows", batch=8, heads=8, q_len=512, kv_len=512, prefix_len=256, head_dim=64)
+    inputs = call_of(make_inputs(case, *DTYPES["bfloat16"], device="cuda"))
+    for value, other in zip(hopper.forward(inputs), hopper.forward(inputs), strict=True):
+        assert torch.equal(value, other)
+
+
+@pytest.mark.gpu
+def test_another_length_compiles_nothing_again(survived):
+    assert survived.returncode == 0, survived.stderr
+    counts = []
+    for length, prefix_len in ((48, 32), (33, 7), (1, 1), (1024, 100), (128, 0)):
+        q, k, v = (torch.randn(2, heads, length, 64, device="cuda", dtype=torch.bfloat16) for heads in (4, 2, 2))
+        prefix = torch.randn(2, prefix_len, 64, device="cuda", dtype=torch.bfloat16)
+        hopper.forward(api._dense_inputs(q, k, v, prefix, prefix))
+        counts.append(sum(len(cache[0]) for cache in hopper.hopper_kernel.device_caches.values()))
+    assert len(set(counts)) == 1

@@ -1,0 +1,71 @@
+"""What the machine code of hopper_kernel must have: registers handed out anew, TMA, barriers, products beside the softmax."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+
+import triton
+
+from prefix_kernels.backends.triton.hopper import CONSUMER_REGISTERS, PRODUCER_REGISTERS, REGISTERS
+
+THREADS = 384  # two consumer warpgroups, and one of whose warps the producer is the only one to work
+ELEMENTS = 64  # of a thread: 64 × 128 scores over a warpgroup
+SOFTMAXES = 8  # for each of two warpgroups: prefix and keys, with and without a mask
+STACK = 8  # bytes: the assembler may save the thread's number once, before the registers are handed out anew
+SCORES, SUMS = "WARPGROUP.DEPBAR.LE gsb0, 0x1", "WARPGROUP.DEPBAR.LE gsb0, 0x0"  # the waits for them
+OTHER_WAITS = 4  # for each of two warpgroups: the first scores, the last sums
+INSTRUCTIONS = {"HGMMA": 1, "UTMALDG": 6, "UTMASTG": 2, "SYNCS": 20, "USETMAXREG": 2}  # and how many at least
+
+
+def missing_in(compiled) -> list[str]:
+    """What is wrong with a compiled hopper_kernel; empty if nothing."""
+    ptx, sass = compiled.asm["ptx"], disassembled(compiled.asm["cubin"])
+    wrong = []
+    given = {int(number) for number in re.findall(r"setmaxnreg\.(?:inc|dec)\.sync\.aligned\.u32\s+(\d+)", ptx)}
+    if not {CONSUMER_REGISTERS, PRODUCER_REGISTERS} <= given:
+        wrong.append(f"setmaxnreg gives {sorted(given)}")
+    threads = re.search(r"\.reqntid (\d+)", ptx)
+    if threads is None or int(threads.group(1)) != THREADS or f".maxnreg {REGISTERS}" not in ptx:
+        wrong.append(f"not {THREADS} threads of {REGISTERS} registers")
+    for name, least in INSTRUCTIONS.items():
+        found = len(re.findall(rf"\b{name}\b", sass))
+        if found < least:
+            wrong.append(f"{found} {name}")
+    softmaxes = exponentials(sass)
+    if len(softmaxes) < SOFTMAXES:
+        wrong.append(f"{len(softmaxes)} waits for scores that leave sums on their way")
+    wrong += [f"{after} of {before + after} exponentials wait for the sums" for before, after in softmaxes if after]
+    wrong += [f"{before} exponentials in a softmax" for before, _ in softmaxes if before < ELEMENTS]
+    if sass.count(SUMS) > len(softmaxes) + OTHER_WAITS:
+        wrong.append("wgmma is serialised: more waits than the source has")
+    for consumer in sass.split("UTMASTG")[:2]:
+        if re.search(r"\b(STL|LDL)", consumer[consumer.find(SCORES) : consumer.rfind(SCORES)]):
+            wrong.append("local memory in the loops")
+    return wrong
+
+
+def exponentials(sass: str) -> list[tuple[int, int]]:
+    """For each block's softmax: how many exponentials stand before the wait for the sums, and how many after."""
+    found, waits = [], 0
+    for name in re.findall(rf"HGMMA|MUFU\.EX2|{SCORES}|{SUMS}", sass):
+        if name == SCORES:
+            found.append([0, 0])
+            waits = 1
+        elif name == SUMS:
+            waits = 2 if waits == 1 else 0
+        elif name == "HGMMA":
+            waits = 0
+        elif waits:
+            found[-1][waits - 1] += 1
+    return [tuple(counts) for counts in found]
+
+
+def disassembled(cubin: bytes) -> str:
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.run((str(tool), "-c", file.name), capture_output=True, text=True, check=True).stdout
