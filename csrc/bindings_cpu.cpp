@@ -86,9 +86,24 @@ Call describe(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& p
   return call;
 }
 
+// Runs tasks that are `flops` of work together, on one thread where waking a second one would take longer than the work.
 template <typename Run>
-void in_parallel(int64_t tasks, const Run& run) {
-  if (tasks > 0) torch::stable::parallel_for(0, tasks, 1, run);
+void in_parallel(int64_t tasks, double flops, const Run& run) {
+  constexpr double FLOPS_OF_A_THREAD = 1e6;  // some 10 µs
+  if (tasks > 0) torch::stable::parallel_for(0, tasks, std::max<int64_t>(1, int64_t(tasks * FLOPS_OF_A_THREAD / flops)), run);
+}
+
+// Of the forward pass over the prefix, and over the sequences' own keys as if all were seen.
+double prefix_flops(const Call& call) {
+  double rows = 0;
+  for (const Sequence& s : call.sequences) rows += double(s.q_len) * double(s.prefix_len);
+  return 1 + 2.0 * double(call.problem.heads * (call.problem.head_dim + call.problem.value_dim)) * rows;
+}
+
+double own_flops(const Call& call) {
+  double rows = 0;
+  for (const Sequence& s : call.sequences) rows += double(s.q_len) * double(s.kv_len);
+  return 1 + 2.0 * double(call.problem.heads * (call.problem.head_dim + call.problem.value_dim)) * rows;
 }
 
 void run_decode(const Call& call, const Kernels& kernel, const Tensor& like) {
@@ -104,8 +119,10 @@ void run_decode(const Call& call, const Kernels& kernel, const Tensor& like) {
       like, {splits, p.sequence_count, p.heads, call.max_q_len, p.value_dim + 2}, ScalarType::Float);
   const DecodePlan plan{tiles.order.data(), tiles.tile_first.data(), tile_count, splits,
                         (p.prefix_len + splits - 1) / splits, call.max_q_len, static_cast<float*>(partial.data_ptr())};
-  in_parallel(p.kv_heads * plan.tiles * splits, [&](int64_t begin, int64_t end) { kernel.decode_prefix(p, plan, begin, end); });
-  in_parallel(p.kv_heads * p.sequence_count, [&](int64_t begin, int64_t end) { kernel.decode_own(p, plan, begin, end); });
+  in_parallel(p.kv_heads * plan.tiles * splits, prefix_flops(call),
+              [&](int64_t begin, int64_t end) { kernel.decode_prefix(p, plan, begin, end); });
+  in_parallel(p.kv_heads * p.sequence_count, own_flops(call),
+              [&](int64_t begin, int64_t end) { kernel.decode_own(p, plan, begin, end); });
 }
 
 void forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& prefix_k, const Tensor& prefix_v,
@@ -118,7 +135,7 @@ void forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& pr
   const Kernels& kernel = kernels();
   if (call.max_q_len * p.group() < kernel.lanes) return run_decode(call, kernel, q);
   const std::vector<int64_t> tile_first = count_tiles(call.sequences, p.group(), kernel.rows);
-  in_parallel(p.kv_heads * tile_first.back(),
+  in_parallel(p.kv_heads * tile_first.back(), prefix_flops(call) + own_flops(call),
               [&](int64_t begin, int64_t end) { kernel.forward(p, tile_first.data(), begin, end); });
 }
 
@@ -127,7 +144,7 @@ void add_slots(const Tensor& sums, const std::vector<int64_t>& prefix_of_slot, i
   float* data = static_cast<float*>(sums.data_ptr());
   const int64_t heads = sums.size(1), per_head = sums.size(2) * sums.size(3);
   if (int64_t(prefix_of_slot.size()) == prefixes || per_head == 0) return;
-  in_parallel(heads, [&](int64_t begin, int64_t end) {
+  in_parallel(heads, double(sums.numel()), [&](int64_t begin, int64_t end) {
     for (size_t slot = prefixes; slot < prefix_of_slot.size(); ++slot)
       for (int64_t head = begin; head < end; ++head) {
         const float* from = data + (int64_t(slot) * heads + head) * per_head;
@@ -167,7 +184,7 @@ std::tuple<Tensor, Tensor> backward(
   if (wants_prefix_k) g.dprefix_k = static_cast<float*>(sums_k.data_ptr());
   if (wants_prefix_v) g.dprefix_v = static_cast<float*>(sums_v.data_ptr());
   const int64_t parts = int64_t(plan.parts.size());
-  in_parallel(p.kv_heads * parts,
+  in_parallel(p.kv_heads * parts, 2.5 * (prefix_flops(call) + own_flops(call)),
               [&](int64_t begin, int64_t end) { kernels().backward(p, g, plan.parts.data(), parts, begin, end); });
   auto bank = [&](const Tensor& all, bool wanted) {
     if (!wanted) return all;
