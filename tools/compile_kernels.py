@@ -109,7 +109,7 @@ VARIANTS = {
 HOPPER_VARIANTS = {
     "plain": dense,
     "float16": lambda dim, dtype: dense(dim, torch.float16),
-    "bank, not causal": lambda dim, dtype: dense(dim, dtype, bank=True, causal=False, prefix_ids=index(BATCH)),
+    "bank, not causal": lambda dim, dtype: dense(dim, dtype, bank=True, causal=False, prefix_ids=index(BATCH).long()),
     "packed": packed,
 }
 

@@ -138,7 +138,7 @@ def test_varlen_rival_gathers_the_prefix_in_front_of_each_sequence(monkeypatch):
 def on_the_cpu(name, case, monkeypatch):
     """Errors of a way that is for CUDA, run on the CPU."""
     inputs = rivals.make_inputs(case, "cpu", torch.Generator().manual_seed(0))
-    way = next(way for way in rivals.RIVALS if way.name == name)
+    way = next(way for way in (*rivals.RIVALS, rivals.HOPPER_KERNEL) if way.name == name)
     with monkeypatch.context() as patch:
         patch.setattr(torch, "compile", lambda function, dynamic: function)
         attend = way.prepare(case, "cpu")
@@ -165,6 +165,19 @@ def test_flash_attention_3(case, monkeypatch):
     monkeypatch.setattr(rivals.importlib.util, "find_spec", lambda name: name == "flash_attn_interface")
     monkeypatch.setitem(sys.modules, "flash_attn_interface", types.SimpleNamespace(flash_attn_func=flash_attn_func))
     assert on_the_cpu("fa3", case, monkeypatch)["out"][2] < 0.01
+
+
+@pytest.mark.parametrize("seqlens", [None, (20, 3, 130)])
+def test_hopper_kernel(monkeypatch, seqlens):
+    pytest.importorskip("triton")
+    from prefix_kernels.backends.triton import hopper, tile_sizes
+    from support.gluon_emulator import EmulatedKernel
+
+    monkeypatch.setattr(hopper, "hopper_kernel", EmulatedKernel(hopper, "hopper_kernel"))
+    monkeypatch.setattr(tile_sizes, "find", lambda *key: tile_sizes.TABLE["hopper", 90, 16, 64])
+    longest = max(seqlens or (20,))
+    case = Case("", 3, 4, 2, 64, longest, longest, 5, seqlens=seqlens)
+    assert on_the_cpu("hopper", case, monkeypatch)["out"][2] < 0.01
 
 
 class FakeCascade:
