@@ -109,6 +109,22 @@ def explain_backends(
     return select.explain(build(q, k, v, prefix_k, prefix_v, **options).problem(), backend)
 
 
+def workspace_bytes(
+    q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, *, backend: str | None = None, **options: Any
+) -> dict[str, int]:
+    """How much memory the chosen backend takes for these arguments, besides the tensors that go in and come out.
+
+    Returns:
+        {"forward": bytes, "backward": bytes}, upper bounds. Copies of tensors whose last stride is not 1 are not counted.
+
+    Raises:
+        As prefix_attention. Nothing is computed.
+    """
+    validate.check_call(backend, options.pop("return_lse", False))
+    build = _varlen_inputs if options.get("cu_seqlens_q") is not None else _dense_inputs
+    return select.workspace_bytes(build(q, k, v, prefix_k, prefix_v, **options).problem(), backend)
+
+
 def _dense_inputs(
     q, k, v, prefix_k, prefix_v, *, causal=True, scale=None, key_mask=None, key_lens=None, window=None, softcap=None,
     bias=None, prefix_ids=None, prefix_lens=None, first_key_position=None,

@@ -110,13 +110,21 @@ class AttentionProblem(NamedTuple):
 
     def bytes_moved(self) -> int:
         """Least memory traffic of the forward pass in bytes: q, k, v and out once, every prefix once, lse in float32."""
-        per_token = (self.head_dim + self.value_dim) * self.dtype.itemsize
-        prefix = self.prefixes * self.kv_heads * self.prefix_len * (self.head_dim + self.value_dim)
-        return (
-            self.q_tokens * self.heads * (per_token + 4)
-            + self.k_tokens * self.kv_heads * per_token
-            + prefix * self.prefix_dtype.itemsize
-        )
+        tokens = (self.query_values() + self.key_values()) * self.dtype.itemsize
+        return tokens + 4 * self.q_tokens * self.heads + self.prefix_values() * self.prefix_dtype.itemsize
+
+
+    def query_values(self) -> int:
+        """Elements of q and out together."""
+        return self.q_tokens * self.heads * (self.head_dim + self.value_dim)
+
+    def key_values(self) -> int:
+        """Elements of k and v together."""
+        return self.k_tokens * self.kv_heads * (self.head_dim + self.value_dim)
+
+    def prefix_values(self) -> int:
+        """Elements of prefix_k and prefix_v together, of the whole bank."""
+        return self.prefixes * self.kv_heads * self.prefix_len * (self.head_dim + self.value_dim)
 
 
 def empty_token_major(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:

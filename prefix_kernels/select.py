@@ -56,6 +56,12 @@ def explain(problem: AttentionProblem, backend: str | None) -> dict[str, str]:
     return explanation
 
 
+def workspace_bytes(problem: AttentionProblem, backend: str | None) -> dict[str, int]:
+    """{"forward": …, "backward": …} of the backend that would run: extra memory in bytes, at most."""
+    forward, backward = load_backend(choose_backend(problem, backend)).workspace_bytes(problem)
+    return {"forward": forward, "backward": backward}
+
+
 def available_backends() -> tuple[str, ...]:
     """The backends that can run on this machine, in order of preference."""
     devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)

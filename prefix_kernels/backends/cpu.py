@@ -17,6 +17,7 @@ from prefix_kernels.problem import AttentionInputs, AttentionProblem, empty_toke
 
 LIBRARY = Path(__file__).resolve().parents[1] / "_C.so"
 DTYPES = (torch.float32, torch.bfloat16)
+MAX_LANES, MAX_PARTS = 16, 8  # as in csrc: vector lanes, and shares of a pass over one prefix
 DIM_STEP, MAX_DIM = 16, 256  # head_dim and value_dim fill whole vectors; a tile of 256 fits the cache
 
 
@@ -47,6 +48,23 @@ def why_not(problem: AttentionProblem) -> str | None:
         if dim % DIM_STEP or not 0 < dim <= MAX_DIM:
             return f"it serves multiples of {DIM_STEP} up to {MAX_DIM} as {name}, got {dim}"
     return _missing()
+
+
+def workspace_bytes(problem: AttentionProblem) -> tuple[int, int]:
+    """Most bytes that the forward and the backward pass take besides what goes in and comes out."""
+    indices = 8 * (6 * problem.batch + problem.prefixes + 2)  # int64 copies
+    forward = indices
+    if problem.heads // problem.kv_heads * problem.q_len < MAX_LANES:  # partial results over the prefix
+        splits = min(max(1, MAX_PARTS // problem.kv_heads), max(1, problem.prefix_len // 256))
+        forward += 4 * splits * problem.batch * problem.heads * problem.q_len * (problem.value_dim + 2)
+    parts = min(-(-4 * torch.get_num_threads() // problem.kv_heads), MAX_PARTS)
+    one_prefix = 4 * problem.kv_heads * problem.prefix_len * (problem.head_dim + problem.value_dim)
+    backward = indices + (parts - 1) * one_prefix
+    if problem.dtype != torch.float32:  # dk and dv are summed in float32
+        backward += 4 * problem.key_values()
+    if problem.prefix_dtype != torch.float32:
+        backward += problem.prefixes * one_prefix
+    return forward, backward
 
 
 @functools.cache

@@ -22,6 +22,20 @@ def why_not(problem: AttentionProblem) -> str | None:
     return None
 
 
+def workspace_bytes(problem: AttentionProblem) -> tuple[int, int]:
+    """Most bytes that the forward and the backward pass take besides what goes in and comes out: quadratic, and P per row."""
+    size = 8 if problem.dtype == torch.float64 else 4
+    rows = 1 if problem.varlen else problem.batch  # packed sequences are computed one by one
+    kv_len = 2 * problem.kv_len if problem.has_parent else problem.kv_len
+    columns = problem.prefix_len + kv_len
+    scores = rows * problem.heads * problem.q_len * columns
+    concatenated = rows * problem.kv_heads * columns * (problem.head_dim + problem.value_dim)
+    queries = problem.query_values() if not problem.varlen else problem.heads * problem.q_len * problem.head_dim * 2
+    forward = size * (5 * scores + 4 * concatenated + 2 * queries) + 4 * rows * problem.q_len * columns
+    gradients = problem.query_values() + problem.key_values() + problem.prefix_values() if problem.varlen else 0
+    return forward, forward + size * (3 * scores + 3 * concatenated + 3 * queries + problem.prefix_values() + gradients)
+
+
 def forward(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
     """(out, lse) of one call."""
     if not inputs.varlen:

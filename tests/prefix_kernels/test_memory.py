@@ -7,9 +7,9 @@ larger blocks, and more scratch memory, from 192 and from 768 query rows on.)
 
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
 
 import prefix_kernels
+from support.allocations import allocations
 
 FAST = [name for name in prefix_kernels.available_backends() if name != "reference"]
 BATCHES, HEADS, HEAD_DIM, LONG, SHORT = (40, 32), 8, 64, 512, 32
@@ -29,17 +29,6 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-def allocations(function):
-    """Bytes that `function` allocates on the CPU, the kernels' own scratch memory included: peak, largest, all together."""
-    function()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        function()
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    sizes = torch.tensor([event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())])
-    assert len(sizes), "the profiler saw no allocation"
-    return torch.stack([sizes.cumsum(0).max(), sizes.max(), sizes.clamp(min=0).sum()])
 
 
 def measure(backend, layout, dtype, batch, prefix_len):

@@ -16,6 +16,8 @@ from prefix_kernels.backends.sdpa.passes import Pass, plan
 from prefix_kernels.backends.sdpa.stock import attend, attend_backward
 from prefix_kernels.problem import AttentionInputs, AttentionProblem, empty_token_major
 
+KERNEL_SCRATCH = 2**20  # bytes a thread: torch's CPU kernel keeps a block of scores and one of outputs
+
 
 def why_not(problem: AttentionProblem) -> str | None:
     """Why this backend refuses a problem, or None."""
@@ -28,6 +30,28 @@ def why_not(problem: AttentionProblem) -> str | None:
     if problem.device == "cuda" and (problem.has_prefix_ids or problem.varlen):
         return "a bank or packed sequences would need index values on the host"
     return None
+
+
+def workspace_bytes(problem: AttentionProblem) -> tuple[int, int]:
+    """Most bytes that the forward and the backward pass take besides what goes in and comes out.
+
+    What torch's kernels take themselves is counted as measured on the CPU; on CUDA it was not measured.
+    """
+    size, wide = problem.dtype.itemsize, max(4, problem.dtype.itemsize)
+    queries, keys, prefix = problem.query_values(), problem.key_values(), problem.prefix_values()
+    lse = wide * problem.q_tokens * problem.heads
+    scratch = torch.get_num_threads() * KERNEL_SCRATCH * (1 + problem.value_dim // 128)
+    masks = 0
+    if problem.window or problem.has_key_mask or problem.has_key_lens or problem.has_bias or problem.varlen:
+        rows = problem.batch if problem.has_key_mask or problem.has_key_lens or problem.has_bias else 1
+        masks = 4 * wide * rows * problem.q_len * problem.kv_len
+        if problem.has_bias or problem.first_key_position is not None:
+            heads = problem.heads if problem.has_bias else 1
+            masks += 4 * wide * heads * problem.q_len * problem.prefix_len
+    copies = size * (keys if problem.has_key_lens else 0) + (size * prefix if problem.prefix_dtype != problem.dtype else 0)
+    forward = (size + 2 * wide) * queries + 6 * lse + masks + copies + scratch
+    backward = 5 * wide * queries + 4 * wide * (keys + prefix) + 6 * lse + masks + copies + scratch
+    return forward, backward
 
 
 def forward(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:

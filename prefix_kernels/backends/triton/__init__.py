@@ -38,6 +38,16 @@ def why_not(problem: AttentionProblem) -> str | None:
     return None
 
 
+def workspace_bytes(problem: AttentionProblem) -> tuple[int, int]:
+    """Most bytes that the forward and the backward pass take besides what goes in and comes out."""
+    from prefix_kernels.backends.triton.launch import MAX_SPLITS
+
+    rounded = problem.prefix_values() * problem.dtype.itemsize if problem.prefix_dtype != problem.dtype else 0
+    delta = 4 * problem.q_tokens * problem.heads
+    children = 24 * (problem.batch + 1) if problem.has_parent else 0
+    return rounded, rounded + delta + children + 4 * MAX_SPLITS * problem.prefix_values()
+
+
 def forward(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
     """(out, lse) of one call: by the kernel for Hopper where a measurement says so, else by the one for every GPU."""
     from prefix_kernels.backends.triton import forward_kernel, tile_sizes
