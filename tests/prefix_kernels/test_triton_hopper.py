@@ -215,16 +215,22 @@ import torch
 from prefix_kernels import api
 from prefix_kernels.backends.triton import hopper
 
-for length, prefix_len, causal in ((300, 200, True), (1, 0, True), (64, 700, True), (130, 130, False)):
-    q, k, v = (torch.randn(2, heads, length, 64, device="cuda", dtype=torch.bfloat16) for heads in (4, 2, 2))
-    prefix = torch.randn(2, prefix_len, 64, device="cuda", dtype=torch.bfloat16)
+for dim, q_len, kv_len, prefix_len, causal in (
+    (64, 300, 300, 200, True), (64, 1, 1, 0, True), (64, 70, 90, 900, True), (64, 200, 0, 0, False), (64, 130, 260, 1, False),
+    (128, 300, 300, 600, True),
+):
+    q, k, v = (
+        torch.randn(2, heads, length, dim, device="cuda", dtype=torch.bfloat16)
+        for heads, length in ((4, q_len), (2, kv_len), (2, kv_len))
+    )
+    prefix = torch.randn(2, prefix_len, dim, device="cuda", dtype=torch.bfloat16)
     hopper.forward(api._dense_inputs(q, k, v, prefix, prefix, causal=causal))[0].cpu()
 """
 
 
 @pytest.fixture(scope="module")
 def survived():
-    """A kernel that hangs takes a process of its own with it, and no other test."""
+    """A kernel that hangs or crashes does so here, in a process of its own, and takes no other test with it."""
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("needs a GPU of compute capability 9.0")
     return subprocess.run([sys.executable, "-c", TRIAL], cwd=ROOT, capture_output=True, text=True, timeout=50)
