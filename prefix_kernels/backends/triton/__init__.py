@@ -40,7 +40,7 @@ def why_not(problem: AttentionProblem) -> str | None:
 
 def workspace_bytes(problem: AttentionProblem) -> tuple[int, int]:
     """Most bytes that the forward and the backward pass take besides what goes in and comes out."""
-    from prefix_kernels.backends.triton.launch import MAX_SPLITS
+    from prefix_kernels.backends.triton.backward_kernels import MAX_SPLITS
 
     rounded = problem.prefix_values() * problem.dtype.itemsize if problem.prefix_dtype != problem.dtype else 0
     delta = 4 * problem.q_tokens * problem.heads

@@ -15,12 +15,13 @@ from torch import Tensor
 
 from prefix_kernels.backends.triton.dkeys_kernels import dkeys_kernel, dprefix_kernel
 from prefix_kernels.backends.triton.dq_kernel import dq_kernel
-from prefix_kernels.backends.triton.launch import LENGTHS, MAX_SPLITS, Call
+from prefix_kernels.backends.triton.launch import LENGTHS, Call
 from prefix_kernels.backends.triton.online_softmax import load_tile, start_of
 from prefix_kernels.backends.triton.rows import Tokens, block_of, queries_of, scalars, tokens
 from prefix_kernels.problem import AttentionInputs, empty_token_major
 
 PROGRAMS = 264  # of the prefix kernel: two for each multiprocessor of a large GPU
+MAX_SPLITS = 32
 SUM_BLOCK = 1024
 
 

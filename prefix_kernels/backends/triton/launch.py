@@ -12,7 +12,6 @@ from prefix_kernels.backends.triton.rows import Tokens, distances, rows_of, toke
 from prefix_kernels.backends.triton.tile_sizes import Tile
 from prefix_kernels.problem import AttentionInputs
 
-MAX_SPLITS = 32  # shares of the query blocks over which a prefix's gradient is summed
 # Run-time values: another length never compiles a kernel again.
 LENGTHS = (
     "batch", "heads", "kv_heads", "q_len", "kv_len", "q_tokens", "k_tokens", "prefixes", "prefix_len", "window", "slide",
