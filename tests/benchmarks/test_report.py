@@ -195,3 +195,12 @@ def test_plots_show_every_point(measured):
 def test_a_readme_without_markers_is_refused(project):
     with pytest.raises(ValueError, match="expected one block <!-- results: cpu -->"):
         report.render((project / "README.md").read_text().replace("<!-- results: cpu -->", ""))
+
+
+def test_what_is_chosen_was_the_fastest_of_ours_at_every_measured_point():
+    """prefix_kernels/select.py prefers by these results; a loss here means that it needs a threshold."""
+    results = json.loads((ROOT / "benchmarks" / "results" / "cpu" / "prefix_attention.json").read_text())
+    assert len(results["rows"]) == len(cpu_cases())
+    for row in results["rows"]:
+        own = {name: way["median"] for name, way in row["ways"].items() if way["ours"] and "median" in way}
+        assert min(own, key=own.get) == row["chosen"], row["key"]

@@ -383,12 +383,15 @@ def test_unknown_backends(monkeypatch, backend_calls):
     assert [call[0] for call in backend_calls] == ["reference"]
 
 
+PREFERRED = f"not chosen: sdpa is preferred ({select.REASONS['sdpa']})"
+
+
 @pytest.mark.parametrize(
     ("case", "more", "expected"),
     [
-        (Case("plain"), {}, {"sdpa": "chosen", "reference": "not chosen: sdpa is preferred"}),
+        (Case("plain"), {}, {"sdpa": "chosen", "reference": PREFERRED}),
         (Case("plain"), {"backend": "reference"}, {"sdpa": "not chosen: reference was asked for", "reference": "chosen"}),
-        (PACKED, {"return_lse": True}, {"sdpa": "chosen", "reference": "not chosen: sdpa is preferred"}),
+        (PACKED, {"return_lse": True}, {"sdpa": "chosen", "reference": PREFERRED}),
         *((case, {}, {"sdpa": "refused: torch's kernels know no softcap", "reference": "chosen"}) for case in SOFTCAP),
         (
             SOFTCAP[0],
