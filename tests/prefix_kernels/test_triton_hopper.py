@@ -4,6 +4,7 @@ import importlib.util
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -152,6 +153,33 @@ def test_the_emulator_notices(monkeypatch, broken):
     emulate(monkeypatch, change=tuple(change))
     with pytest.raises(AssertionError):
         check(CASES_BY_NAME[case], "bfloat16")
+
+
+EXPONENTIALS, SUMS = "MUFU.EX2\n" * 66, "WARPGROUP.DEPBAR.LE gsb0, 0x0\n"
+SOFTMAX = "HGMMA\nHGMMA\nWARPGROUP.DEPBAR.LE gsb0, 0x1\n" + EXPONENTIALS + SUMS
+CONSUMER = "HGMMA\n" + SUMS + SOFTMAX * 4 + "HGMMA\n" + SUMS + "UTMASTG\n"
+SASS = "USETMAXREG\n" * 2 + "SYNCS\n" * 20 + CONSUMER * 2 + "UTMALDG.5D\n" * 6
+PTX = ".maxnreg 168 .reqntid 384 setmaxnreg.inc.sync.aligned.u32 240; setmaxnreg.dec.sync.aligned.u32 24;"
+WRONG_CODE = [
+    ("", "", []),
+    ("u32 240", "u32 160", ["setmaxnreg gives [24, 160]"]),
+    ("384", "256", ["not 384 threads of 168 registers"]),
+    ("UTMALDG.5D", "LDGSTS", ["0 UTMALDG"]),
+    (EXPONENTIALS + SUMS, SUMS + EXPONENTIALS,
+     ["66 of 66 exponentials wait for the sums"] * 8 + ["0 exponentials in a softmax"] * 8),
+    ("HGMMA\nHGMMA\n", "HGMMA\n" + SUMS + "HGMMA\n", ["wgmma is serialised: more waits than the source has"]),
+    ("MUFU.EX2\nWARPGROUP", "MUFU.EX2\nLDL R1\nWARPGROUP", ["local memory in the loops"] * 2),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("old", "new", "said"), WRONG_CODE)
+def test_what_is_wrong_with_the_machine_code(monkeypatch, old, new, said):
+    spec = importlib.util.spec_from_file_location("hopper_code", ROOT / "tools" / "hopper_code.py")
+    hopper_code = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(hopper_code)
+    monkeypatch.setattr(hopper_code, "disassembled", lambda cubin: SASS.replace(old, new) if old else SASS)
+    compiled = SimpleNamespace(asm={"ptx": PTX.replace(old, new) if old else PTX, "cubin": b""})
+    assert hopper_code.missing_in(compiled) == said
 
 
 def inputs_of(dtype="bfloat16", **options):
