@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import re
 import shutil
 import signal
@@ -29,7 +30,10 @@ LINES = 3
 
 
 class Recorder:
-    """pytest plug-in: a row for each test, on disk within a second; tests that have a row already are left out."""
+    """pytest plug-in: a row for each test, on disk within a second; tests that have a row already are left out.
+
+    The files take turns, each in a shuffled order (always the same one): a stage that is cut off has seen something of all.
+    """
 
     def __init__(self, results: measure.Results, begin: Callable[[str], None]):
         self.results, self.begin, self._written = results, begin, 0.0
@@ -37,7 +41,14 @@ class Recorder:
     def pytest_collection_modifyitems(self, config: Any, items: list) -> None:
         done = [item for item in items if item.nodeid in self.results.rows]
         config.hook.pytest_deselected(items=done)
-        items[:] = [item for item in items if item.nodeid not in self.results.rows]
+        left = [item for item in items if item.nodeid not in self.results.rows]
+        random.Random(0).shuffle(left)
+        seen: Counter = Counter()
+        turns = []
+        for item in left:
+            seen[item.path] += 1
+            turns.append(seen[item.path])
+        items[:] = [item for _, item in sorted(zip(turns, left, strict=True), key=lambda pair: pair[0])]
 
     def pytest_collectreport(self, report: Any) -> None:
         if report.failed:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -255,3 +256,13 @@ def test_stages_have_the_limits_of_the_script():
     assert "tests | op) echo 300 ;; *) echo 240" in script
     assert run_gpu.STAGES == {"tests": 300, "op": 300, "decode": 240, "e2e": 240}
     assert measure.ROOT == ROOT
+
+
+def test_gpu_tests_take_the_files_in_turn():
+    results = mock.Mock(rows={"a::3": {}})
+    items = [mock.Mock(path=path, nodeid=f"{path}::{index}") for path, count in (("a", 20), ("b", 3)) for index in range(count)]
+    recorder = gpu_tests.Recorder(results, begin=lambda nodeid: None)
+    recorder.pytest_collection_modifyitems(mock.Mock(), items)
+    assert sorted(item.path for item in items[:6]) == ["a", "a", "a", "b", "b", "b"]
+    assert len(items) == 22 and "a::3" not in {item.nodeid for item in items}
+    assert [item.nodeid for item in items if item.path == "a"] != sorted(item.nodeid for item in items if item.path == "a")

@@ -256,7 +256,7 @@ for dim, q_len, kv_len, prefix_len, causal in (
 """
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def survived():
     """A kernel that hangs or crashes does so here, in a process of its own, and takes no other test with it."""
     if torch.cuda.get_device_capability() != (9, 0):
