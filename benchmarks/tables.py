@@ -232,6 +232,7 @@ def readme_cpu(operator: dict[str, Any], whole: dict[str, Any] | None) -> str:
                 lines.append((f"{title}, {dtype}, {len(rows)} points", _mean_over(rows, "peft"), f"{mean:.2f}x", place))
     for row in whole["rows"] if whole else []:
         if (ratio := over(row, "peft")) is not None:
-            lines.append((f"whole model: {row['key']}, {row['dtype']}", f"{ratio:.2f}x", "", ""))
+            threads = whole["environment"]["threads"]
+            lines.append((f"whole model: {row['key']}, {row['dtype']}, {threads} threads", f"{ratio:.2f}x", "", ""))
     head = ("speed on a CPU, geometric means", "over PEFT's way", "over the best rival", "worst point")
     return f"{table(head, lines)}\n\n{environment_line(operator['environment'])}"

@@ -164,7 +164,7 @@ def test_readme(measured):
     over_peft = tables.geometric_mean(4e-3 / r["ways"]["cpu"]["median"] for r in chosen)
     place = f"{worst['ratio']:.2f}x (P={worst['case']['prefix_len']}, over {worst['best_rival']})"
     assert f"| forward, float32, 16 points | {over_peft:.2f}x | {mean:.2f}x | {place} |" in block
-    assert "forward, bfloat16, 15 points" in block and "whole model: train M B4 P16, float32 | 1.50x" in block
+    assert "forward, bfloat16, 15 points" in block and "whole model: train M B4 P16, float32, 2 threads | 1.50x" in block
     assert report.render(readme) == readme
 
 
