@@ -6,8 +6,8 @@
 
 namespace prefix_kernels {
 
-// Query rows of one kv head that share a prefix, possibly of several sequences: (sequence, query) of the first row of each
-// sequence are implied, rows go query by query, heads of the group innermost.
+// A step with few queries a sequence. A tile holds the query rows of one kv head of several sequences with one prefix: sequence
+// by sequence, query by query, the heads of the group innermost.
 struct DecodePlan {
   const int64_t* order;       // sequences, those with the same prefix side by side
   const int64_t* tile_first;  // [tiles + 1] into `order`: the sequences of each tile
