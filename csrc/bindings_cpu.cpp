@@ -93,18 +93,14 @@ void in_parallel(int64_t tasks, double flops, const Run& run) {
   if (tasks > 0) torch::stable::parallel_for(0, tasks, std::max<int64_t>(1, int64_t(tasks * FLOPS_OF_A_THREAD / flops)), run);
 }
 
-// Of the forward pass over the prefix, and over the sequences' own keys as if all were seen.
-double prefix_flops(const Call& call) {
-  double rows = 0;
-  for (const Sequence& s : call.sequences) rows += double(s.q_len) * double(s.prefix_len);
-  return 1 + 2.0 * double(call.problem.heads * (call.problem.head_dim + call.problem.value_dim)) * rows;
+// Of the forward pass over one kind of keys, as if every query saw all of them: `len` is prefix_len or kv_len.
+double flops(const Call& call, int64_t Sequence::*len) {
+  double pairs = 0;
+  for (const Sequence& s : call.sequences) pairs += double(s.q_len) * double(s.*len);
+  return 1 + 2.0 * double(call.problem.heads * (call.problem.head_dim + call.problem.value_dim)) * pairs;
 }
 
-double own_flops(const Call& call) {
-  double rows = 0;
-  for (const Sequence& s : call.sequences) rows += double(s.q_len) * double(s.kv_len);
-  return 1 + 2.0 * double(call.problem.heads * (call.problem.head_dim + call.problem.value_dim)) * rows;
-}
+double all_flops(const Call& call) { return flops(call, &Sequence::prefix_len) + flops(call, &Sequence::kv_len); }
 
 void run_decode(const Call& call, const Kernels& kernel, const Tensor& like) {
   const Problem& p = call.problem;
@@ -119,9 +115,9 @@ void run_decode(const Call& call, const Kernels& kernel, const Tensor& like) {
       like, {splits, p.sequence_count, p.heads, call.max_q_len, p.value_dim + 2}, ScalarType::Float);
   const DecodePlan plan{tiles.order.data(), tiles.tile_first.data(), tile_count, splits,
                         (p.prefix_len + splits - 1) / splits, call.max_q_len, static_cast<float*>(partial.data_ptr())};
-  in_parallel(p.kv_heads * plan.tiles * splits, prefix_flops(call),
+  in_parallel(p.kv_heads * plan.tiles * splits, flops(call, &Sequence::prefix_len),
               [&](int64_t begin, int64_t end) { kernel.decode_prefix(p, plan, begin, end); });
-  in_parallel(p.kv_heads * p.sequence_count, own_flops(call),
+  in_parallel(p.kv_heads * p.sequence_count, flops(call, &Sequence::kv_len),
               [&](int64_t begin, int64_t end) { kernel.decode_own(p, plan, begin, end); });
 }
 
@@ -135,7 +131,7 @@ void forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& pr
   const Kernels& kernel = kernels();
   if (call.max_q_len * p.group() < kernel.lanes) return run_decode(call, kernel, q);
   const std::vector<int64_t> tile_first = count_tiles(call.sequences, p.group(), kernel.rows);
-  in_parallel(p.kv_heads * tile_first.back(), prefix_flops(call) + own_flops(call),
+  in_parallel(p.kv_heads * tile_first.back(), all_flops(call),
               [&](int64_t begin, int64_t end) { kernel.forward(p, tile_first.data(), begin, end); });
 }
 
@@ -184,7 +180,7 @@ std::tuple<Tensor, Tensor> backward(
   if (wants_prefix_k) g.dprefix_k = static_cast<float*>(sums_k.data_ptr());
   if (wants_prefix_v) g.dprefix_v = static_cast<float*>(sums_v.data_ptr());
   const int64_t parts = int64_t(plan.parts.size());
-  in_parallel(p.kv_heads * parts, 2.5 * (prefix_flops(call) + own_flops(call)),
+  in_parallel(p.kv_heads * parts, 2.5 * all_flops(call),
               [&](int64_t begin, int64_t end) { kernels().backward(p, g, plan.parts.data(), parts, begin, end); });
   auto bank = [&](const Tensor& all, bool wanted) {
     if (!wanted) return all;

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from prefix_kernels import ops, select, validate
-from prefix_kernels.problem import AttentionInputs
+from prefix_kernels.problem import AttentionInputs, AttentionProblem
 
 
 def prefix_attention(
@@ -104,9 +104,7 @@ def explain_backends(
     Returns:
         One line per backend: "chosen", "not chosen: …" or "refused: …". Nothing is computed.
     """
-    validate.check_call(backend, options.pop("return_lse", False))
-    build = _varlen_inputs if options.get("cu_seqlens_q") is not None else _dense_inputs
-    return select.explain(build(q, k, v, prefix_k, prefix_v, **options).problem(), backend)
+    return select.explain(_problem(q, k, v, prefix_k, prefix_v, backend, options), backend)
 
 
 def workspace_bytes(
@@ -120,9 +118,14 @@ def workspace_bytes(
     Raises:
         As prefix_attention. Nothing is computed.
     """
+    return select.workspace_bytes(_problem(q, k, v, prefix_k, prefix_v, backend, options), backend)
+
+
+def _problem(q, k, v, prefix_k, prefix_v, backend: str | None, options: dict[str, Any]) -> AttentionProblem:
+    """What a call with these arguments would be, checked as the call checks them."""
     validate.check_call(backend, options.pop("return_lse", False))
     build = _varlen_inputs if options.get("cu_seqlens_q") is not None else _dense_inputs
-    return select.workspace_bytes(build(q, k, v, prefix_k, prefix_v, **options).problem(), backend)
+    return build(q, k, v, prefix_k, prefix_v, **options).problem()
 
 
 def _dense_inputs(
