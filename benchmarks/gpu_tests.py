@@ -1,7 +1,12 @@
-"""The stage `tests` of run_gpu.py: pytest's outcomes as they come, and the CUDA memory checker over a few of the tests."""
+"""The stage `tests` of run_gpu.py: pytest's outcomes as they come, and the CUDA memory checker over a few of the tests.
+
+Most of the time goes into compiling kernels, so with pytest-xdist the tests run on all processor cores. Then this module is also
+a plug-in of every test process.
+"""
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import random
 import re
@@ -22,6 +27,7 @@ import measure
 SELECTION = ["-m", "gpu", "tests"]
 DRY_SELECTION = ["tests/prefix_kernels/test_problem.py"]
 SECONDS_A_TEST = 60
+MOST_PROCESSES = 15  # each with a CUDA context of its own
 MEMCHECK = "compute-sanitizer"
 MEMCHECK_SELECTION = ["-m", "gpu", "-k", "plain or mqa", "tests/prefix_kernels"]
 MEMCHECK_SECONDS = 40  # left at least, or it is not started
@@ -33,10 +39,11 @@ class Recorder:
     """pytest plug-in: a row for each test, on disk within a second; tests that have a row already are left out.
 
     The files take turns, each in a shuffled order (always the same one): a stage that is cut off has seen something of all.
+    parallel: the tests run in other processes, which choose their order, watch the time and restart themselves.
     """
 
-    def __init__(self, results: measure.Results, begin: Callable[[str], None]):
-        self.results, self.begin, self._written = results, begin, 0.0
+    def __init__(self, results: measure.Results, begin: Callable[[str], None], parallel: bool = False):
+        self.results, self.begin, self.parallel, self._written = results, begin, parallel, 0.0
 
     def pytest_collection_modifyitems(self, config: Any, items: list) -> None:
         done = [item for item in items if item.nodeid in self.results.rows]
@@ -56,7 +63,8 @@ class Recorder:
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
         self.begin(nodeid)
-        signal.alarm(SECONDS_A_TEST)  # no handler: the signal ends this process, wherever it hangs
+        if not self.parallel:
+            signal.alarm(SECONDS_A_TEST)  # no handler: the signal ends this process, wherever it hangs
 
     def pytest_runtest_logreport(self, report: Any) -> None:
         if report.when == "call" or not report.passed:
@@ -66,11 +74,8 @@ class Recorder:
 
     def pytest_runtest_logfinish(self, nodeid: str) -> None:
         signal.alarm(0)
-        if self.results.rows.get(nodeid, {}).get("outcome") == "failed" and torch.cuda.is_available():
-            try:
-                torch.cuda.synchronize()
-            except Exception:
-                os._exit(LOST_DEVICE)  # every later test would fail with it
+        if self.results.rows.get(nodeid, {}).get("outcome") == "failed" and not self.parallel:
+            end_if_device_is_lost()
 
     def pytest_sessionfinish(self) -> None:
         self._put(counts(self.results))
@@ -79,6 +84,21 @@ class Recorder:
         late = time.monotonic() - self._written > 1
         self.results.put(row, write=late or row.get("outcome") != "passed")
         self._written = time.monotonic() if late else self._written
+
+
+def end_if_device_is_lost() -> None:
+    """Every later test of this process would fail with it."""
+    if torch.cuda.is_available():
+        try:
+            torch.cuda.synchronize()
+        except Exception:
+            os._exit(LOST_DEVICE)
+
+
+def pytest_runtest_logreport(report: Any) -> None:
+    """In a test process of pytest-xdist, which starts another one for the tests that are left."""
+    if report.failed and "PYTEST_XDIST_WORKER" in os.environ:
+        end_if_device_is_lost()
 
 
 def outcome_row(nodeid: str, outcome: str, text: str) -> dict[str, Any]:
@@ -98,11 +118,16 @@ def counts(results: measure.Results) -> dict[str, Any]:
 
 
 def run_tests(results: measure.Results, begin: Callable[[str], None], dry_run: bool) -> int:
-    """Runs what has no row yet, in this process; pytest's exit status."""
+    """Runs what has no row yet; pytest's exit status."""
     import pytest
 
-    selection = DRY_SELECTION if dry_run else SELECTION
-    return int(pytest.main(["-q", "-p", "no:cacheprovider", *selection], plugins=[Recorder(results, begin)]))
+    arguments = ["-q", "-p", "no:cacheprovider", *(DRY_SELECTION if dry_run else SELECTION)]
+    processes = min((os.cpu_count() or 1) - 1, MOST_PROCESSES)
+    parallel = processes > 1 and not dry_run and all(importlib.util.find_spec(name) for name in ("xdist", "pytest_timeout"))
+    if parallel:
+        os.environ["OMP_NUM_THREADS"] = "1"
+        arguments += ["-p", __name__, "-n", str(processes), f"--timeout={SECONDS_A_TEST}", "--timeout-method=thread"]
+    return int(pytest.main(arguments, plugins=[Recorder(results, begin, parallel)]))
 
 
 def memory_check(seconds: float) -> dict[str, Any]:

@@ -13,6 +13,7 @@ where it stopped. --dry-run: tiny shapes, which also run without a GPU; that tri
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import signal
@@ -131,6 +132,7 @@ def work(args: argparse.Namespace) -> int:
     if args.stage == "tests":
         run_tests(results, lambda nodeid: announce("@", nodeid), args.dry_run)
         return 0
+    gc.freeze()  # else every graph capture goes through all of torch's objects
     for job in jobs(args.stage, args.dry_run):
         if job.done(results):
             continue

@@ -3,8 +3,9 @@
 #
 #   benchmarks/run_gpu.sh [--dry-run] RESULTS_DIR [tests|op|decode|e2e]      without a stage: all four
 #
-# Builds the kernels in place for the GPU that is found, then runs the stage for 5 (tests, op) or 4 minutes (decode, e2e) at
-# most, the build included. RESULTS_DIR/STAGE.json is written as it goes; started again, a stage goes on where it stopped.
+# Builds the CUDA C++ kernels, where there are some, in place for the GPU that is found, then runs the stage for 5 (tests, op) or
+# 4 minutes (decode, e2e) at most, the build included. RESULTS_DIR/STAGE.json is written as it goes; started again, a stage goes
+# on where it stopped.
 # PYTHON  interpreter with torch; default: .venv's, else python3
 # COMMIT  the commit to record where this folder is a copy without git
 # --dry-run  tiny shapes on any machine, without a build
@@ -35,19 +36,18 @@ limit() { case $1 in tests | op) echo 300 ;; *) echo 240 ;; esac; }
 
 # For this GPU alone. What cannot be built is left out: backends without compiled code still run.
 build() {
-    local capability architecture mode=cpu
+    local capability architecture
     capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -n 1 | tr -d ' .')
     architecture=$capability
     if [[ "$capability" == 90 ]]; then architecture=90a; fi
-    if compgen -G "csrc/cuda/*.cu" >/dev/null; then mode=cuda; fi
-    say "building: PREFIX_KERNELS_BUILD=$mode, architecture ${architecture:-unknown}"
-    PREFIX_KERNELS_BUILD=$mode CMAKE_ARGS="${architecture:+-DPREFIX_KERNELS_CUDA_ARCHITECTURES=$architecture}" \
+    say "building for architecture ${architecture:-unknown}"
+    PREFIX_KERNELS_BUILD=cuda CMAKE_ARGS="${architecture:+-DPREFIX_KERNELS_CUDA_ARCHITECTURES=$architecture}" \
         timeout "$BUILD_SECONDS" "$PYTHON" setup.py -q build_ext --inplace >"$RESULTS/build.log" 2>&1 ||
         say "the build failed, its output is in $RESULTS/build.log; going on without: $(tail -n 1 "$RESULTS/build.log")"
 }
 
 begin=$SECONDS
-if [[ -z "$DRY_RUN" ]]; then build; fi
+if [[ -z "$DRY_RUN" ]] && compgen -G "csrc/cuda/*.cu" >/dev/null; then build; fi
 status=0
 for stage in "${STAGES[@]}"; do
     seconds=$(($(limit "$stage") - (SECONDS - begin)))

@@ -225,6 +225,29 @@ def test_outcomes_of_tests_are_kept_as_they_come(tmp_path, monkeypatch):
     assert len(begun) == 8 and begun[-1] == "test_crash"  # alone in the second run
 
 
+PARALLEL = """
+import sys
+import gpu_tests, measure
+gpu_tests.SELECTION = ["--rootdir", sys.argv[1], sys.argv[1] + "/test_some.py"]
+gpu_tests.os.cpu_count = lambda: 3
+results = measure.Results(sys.argv[1] + "/tests.json", {})
+gpu_tests.run_tests(results, lambda name: None, dry_run=False)
+"""
+
+
+def test_tests_in_parallel_outlive_a_crash(tmp_path, monkeypatch):
+    for name in ("xdist", "pytest_timeout"):
+        pytest.importorskip(name)
+    (tmp_path / "test_some.py").write_text(OUTCOMES)
+    path = os.pathsep.join([str(ROOT / "benchmarks"), str(ROOT), str(ROOT / "python")])
+    monkeypatch.setenv("PYTHONPATH", path)
+    done = subprocess.run([sys.executable, "-c", PARALLEL, str(tmp_path)], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = {row["key"].split("::")[-1]: row for row in json.loads((tmp_path / "tests.json").read_text())["rows"]}
+    assert rows["counts"] == {"key": "counts", "passed": 1, "failed": 5, "skipped": 1}
+    assert "crashed" in str(rows["test_crash"]["lines"]) and "no tidying" in str(rows["test_untidy"]["lines"])
+
+
 def test_memory_checker_says_why_it_did_not_run(monkeypatch):
     monkeypatch.setattr(gpu_tests.torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(gpu_tests.shutil, "which", lambda name: None)

@@ -1,0 +1,170 @@
+"""Times the Triton kernels with many tile sizes on this GPU: python benchmarks/tune_tiles.py RESULTS_DIR [--seconds 120]
+
+Candidates are compiled by all processor cores first; then one process times them in turn over the shapes below, each only if
+its numbers agree with those of the tile table. RESULTS_DIR/tiles.json gets a row for each kernel and shape: device seconds of
+every candidate, best first. A row of tile_sizes.py that is measured says so with such a file in benchmarks/results.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import gc
+import itertools
+import os
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+
+import measure
+from prefix_kernels import api
+from prefix_kernels.backends.triton import backward_kernels, forward_kernel, tile_sizes
+from prefix_kernels.problem import AttentionInputs
+
+# name: batch, heads, kv heads, length, head_dim, prefix length
+SHAPES = {
+    "Llama-8B B8 S512 P512": (8, 32, 8, 512, 128, 512),
+    "GPT-2 medium B32 S128 P200": (32, 16, 16, 128, 64, 200),
+    "Llama-8B B4 S2048 P2048": (4, 32, 8, 2048, 128, 2048),
+    "GPT-2 medium B16 S512 P200": (16, 16, 16, 512, 64, 200),
+    "SmolLM2 B64 S96 P16": (64, 9, 3, 96, 64, 16),
+    "head_dim 256 B8 S1024 P512": (8, 8, 4, 1024, 256, 512),
+}
+WANTED = {
+    "dq": (True, False, False, False, False), "dkeys": (False, True, True, False, False),
+    "dprefix": (False, False, False, True, True),
+}  # fmt: skip
+KERNELS = (*WANTED, "forward")
+LIMIT = 2e-2  # ‖difference‖ / ‖table's result‖ of two right candidates in bfloat16
+
+Candidate = tuple[str, int, int, int, int, int]  # kernel, head_dim, BLOCK_M, BLOCK_N, warps, stages
+
+
+def candidates() -> list[Candidate]:
+    """The table's own, then 64 rows of a product for four warps, which is what wgmma takes, with all else varied."""
+    found = [
+        (kernel, dim, tile.BLOCK_M, tile.BLOCK_N, tile.num_warps, tile.num_stages)
+        for (kernel, architecture, bits, dim), tile in tile_sizes.TABLE.items()
+        if kernel in KERNELS and bits == 16 and architecture == tile_sizes.architecture_of(torch.device("cuda"))
+    ]
+    for dim, stages, (rows, warps), columns in itertools.product(
+        (128, 64, 256), (2, 3, 1), ((64, 4), (128, 8), (128, 4)), (64, 32, 128)
+    ):
+        if rows == 128 and warps == 4 and dim > 64:
+            continue  # accumulators of more than 128 registers a thread
+        if columns * dim <= 128 * 128 and stages * columns * dim <= 3 * 64 * 128:
+            found += [(kernel, dim, rows, columns, warps, stages) for kernel in ("forward", "dq")]
+            found += [(kernel, dim, columns, rows, warps, stages) for kernel in ("dkeys", "dprefix")]
+    return list(dict.fromkeys(found))
+
+
+def inputs_of(shape: tuple[int, ...]) -> AttentionInputs:
+    batch, heads, kv_heads, length, dim, prefix_len = shape
+    generator = torch.Generator("cuda").manual_seed(0)
+
+    def random(*sizes: int) -> torch.Tensor:
+        return torch.randn(sizes, generator=generator, device="cuda", dtype=torch.bfloat16)
+
+    q, k, v = (random(batch, length, n, dim).transpose(1, 2) for n in (heads, kv_heads, kv_heads))
+    return api._dense_inputs(q, k, v, random(kv_heads, prefix_len, dim), random(kv_heads, prefix_len, dim))
+
+
+def use(candidate: Candidate) -> None:
+    """Makes it the tile of its kernel on this GPU."""
+    kernel, dim, *tile = candidate
+    tile_sizes.TABLE[kernel, tile_sizes.architecture_of(torch.device("cuda")), 16, dim] = tile_sizes.Tile(*tile, "a candidate")
+
+
+def run(kernel: str, inputs: AttentionInputs, saved: tuple | None) -> tuple:
+    if kernel == "forward":
+        return forward_kernel.forward(inputs)
+    out, lse, grad_out = saved
+    grads = backward_kernels.backward(inputs, out, lse, grad_out, None, WANTED[kernel])
+    return tuple(grad for grad in grads if grad is not None)
+
+
+def once(kernel: str, inputs: AttentionInputs, saved: tuple, index: int) -> None:
+    run(kernel, inputs, saved)
+
+
+_inputs: dict = {}  # of a compiling process
+
+
+def compile_one(candidate: Candidate) -> str | None:
+    """Runs it once, which leaves its code in Triton's cache; why not, if it does not run."""
+    kernel, dim = candidate[:2]
+    try:
+        if dim not in _inputs:
+            inputs = inputs_of((2, 4, 2, 64, dim, 32))
+            _inputs[dim] = inputs, (*forward_kernel.forward(inputs), inputs.q)
+        use(candidate)
+        run(kernel, *_inputs[dim])
+        torch.cuda.synchronize()
+    except Exception as error:
+        return measure.first_line(error)
+    return None
+
+
+def difference(results: tuple, expected: tuple) -> float:
+    pairs = zip(results, expected, strict=True)
+    return max(((a.float() - b.float()).norm() / b.float().norm()).item() for a, b in pairs)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("results", type=Path)
+    parser.add_argument("--seconds", type=float, default=120.0)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    args = parser.parse_args(argv)
+    begin = time.monotonic()
+    wanted = candidates()
+    with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
+        said = dict(zip(wanted, pool.map(compile_one, wanted), strict=True))
+    print(f"compiled {len(wanted)} candidates, {sum(v is not None for v in said.values())} failed: "
+          f"{time.monotonic() - begin:.0f} s")
+    results = measure.Results(args.results / "tiles.json", measure.environment("cuda"))
+    measure.GPU_SECONDS = 0.01
+    gc.freeze()  # else every graph capture goes through all of torch's objects
+    for (name, shape), kernel in itertools.product(SHAPES.items(), KERNELS):
+        if time.monotonic() - begin > args.seconds:
+            print("time is over")
+            break
+        inputs = inputs_of(shape)
+        architecture = tile_sizes.architecture_of(torch.device("cuda"))
+        key = kernel, architecture, 16, shape[4]
+        table = tile_sizes.TABLE[key]
+        saved = (*forward_kernel.forward(inputs), torch.randn_like(inputs.q))
+        expected = run(kernel, inputs, saved)
+        timed = []
+        own = (kernel, shape[4], table.BLOCK_M, table.BLOCK_N, table.num_warps, table.num_stages)
+        for candidate in dict.fromkeys([own, *wanted]):
+            if candidate[:2] != own[:2] or said.get(candidate) is not None:
+                continue
+            use(candidate)
+            try:
+                wrong = difference(run(kernel, inputs, saved), expected)
+                seconds = measure.device_timing(functools.partial(once, kernel, inputs, saved), 1)["median"]
+            except Exception as error:
+                print(candidate, measure.first_line(error))
+                continue
+            timed.append((seconds if wrong < LIMIT else float("inf"), list(candidate[2:]), wrong))
+        tile_sizes.TABLE[key] = table
+        first = next(seconds for seconds, tile, _ in timed if tile == list(own[2:]))
+        timed.sort(key=lambda each: each[0])
+        results.put({
+            "key": f"{kernel} {name}", "complete": True, "table": list(own[2:]), "table_seconds": first,
+            "tiles": [{"tile": tile, "seconds": seconds} for seconds, tile, _ in timed if seconds < float("inf")],
+            "wrong": [tile for seconds, tile, _ in timed if seconds == float("inf")],
+        })  # fmt: skip
+        best = ", ".join(f"{tile[0]}x{tile[1]} w{tile[2]} s{tile[3]} {seconds * 1e6:.1f}" for seconds, tile, _ in timed[:4])
+        print(f"{kernel} {name}: table {first * 1e6:.1f} us; {best}")
+    print(f"{time.monotonic() - begin:.0f} s")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
