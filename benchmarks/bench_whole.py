@@ -31,7 +31,7 @@ from attention_row import finish
 from cases import E2E_LENGTHS, Model, Run
 from demo import DATA, INIT_TEXT
 from prefix_tuning import Prefix, attach_prefix
-from prefix_tuning.data import IGNORED, PromptCompletionCollator, tokenize_rows
+from prefix_tuning.data import IGNORED, PromptCompletionCollator, tokenize_rows, without_idle_mask
 from prefix_tuning.e2e import load_e2e, to_examples
 from prefix_tuning.offline_model import OFFLINE_MODEL, load_model_and_tokenizer
 from prefix_tuning.train import PrefixedModel
@@ -55,6 +55,9 @@ Batch = Mapping[str, Tensor]
 class Ours:
     """The model with the prefix attached, as PrefixTrainer trains it."""
 
+    generation: Mapping[str, Any] = {}  # further arguments of generate
+    collate = staticmethod(without_idle_mask)  # as PrefixTrainer does before a batch goes to the device
+
     def __init__(self, model: nn.Module, prefix: Prefix, backend: str | None):
         self.model, self.prefix = share_weights(model), copy.deepcopy(prefix)
         attach_prefix(self.model, self.prefix, backend=backend)
@@ -65,8 +68,17 @@ class Ours:
         return self.trained(**batch)["loss"]
 
 
+class OursStatic(Ours):
+    """Over a static cache, whose decoding steps transformers compiles and replays as CUDA graphs. PEFT cannot use one."""
+
+    generation = {"cache_implementation": "static"}
+
+
 class Peft:
     """The same through the package peft, with the same keys and values in its adapter."""
+
+    generation: Mapping[str, Any] = {}
+    collate = staticmethod(lambda batch: batch)
 
     def __init__(self, model: nn.Module, prefix: Prefix):
         import peft
@@ -115,7 +127,7 @@ def generate(way: Ours | Peft, prompts: Tensor, new_tokens: int) -> Tensor:
     with torch.no_grad():
         tokens = way.model.generate(
             input_ids=prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=new_tokens, min_new_tokens=new_tokens,
-            do_sample=False, pad_token_id=0,
+            do_sample=False, pad_token_id=0, **way.generation,
         )  # fmt: skip
     return tokens[:, prompts.shape[1] :].cpu()
 
@@ -125,11 +137,13 @@ def last_logits(way: Ours | Peft, prompts: Tensor) -> Tensor:
         return way.model(input_ids=prompts, attention_mask=torch.ones_like(prompts)).logits[:, -1].float()
 
 
-def makers(model: nn.Module, prefix: Prefix) -> dict[str, Callable[[], Ours | Peft]]:
+def makers(run: Run, model: nn.Module, prefix: Prefix) -> dict[str, Callable[[], Ours | Peft]]:
     """What is compared, ours first. On a GPU time is short: ours and PEFT's alone."""
     found: dict[str, Callable[[], Ours | Peft]] = {"selected": lambda: Ours(model, prefix, None)}
     if model.device.type == "cpu" and prefix_kernels.available_backends()[0] != "sdpa":
         found["sdpa"] = lambda: Ours(model, prefix, "sdpa")
+    if model.device.type == "cuda" and run.static:
+        found["static"] = lambda: OursStatic(model, prefix, None)
     return found | {"peft": lambda: Peft(model, prefix)}
 
 
@@ -145,19 +159,21 @@ def measure_run(
         "tokens": tokens if run.what == "generate" else tokens / len(inputs),
     }  # fmt: skip
     calls: dict[str, Callable[[int], Any]] = {}
-    expected = Checked(run, Ours(model, prefix, "reference"), inputs, tokens=False)
+    reference = Ours(model, prefix, "reference")
+    expected = Checked(run, reference, on_device(reference, inputs, model.device), tokens=False)
     first: Checked | None = None
-    for name, make in makers(model, prefix).items():
+    for name, make in makers(run, model, prefix).items():
         row["ways"][name] = found = {"ours": name != "peft"}
         if name == "peft" and importlib.util.find_spec("peft") is None:
             found["not_available"] = "peft is not installed"
             continue
         try:
             way = make()
-            checked, found["peak_bytes"] = measure.with_peak(lambda way=way: Checked(run, way, inputs))
+            given = on_device(way, inputs, model.device)
+            checked, found["peak_bytes"] = measure.with_peak(lambda way=way, given=given: Checked(run, way, given))
             first = first or checked
             wrong = checked.differs(expected, first, model.dtype, found)
-            call = _call(run, way, inputs)
+            call = _call(run, way, given)
         except Exception as error:
             wrong = measure.first_line(error)
         if wrong is None:
@@ -168,6 +184,13 @@ def measure_run(
     comparison = measure.Comparison(calls, len(inputs) if training else 1, warm_up=training, settles=False)
     comparison.run(seconds, rounds)
     return finish(row, comparison.timings())
+
+
+def on_device(way: Ours | Peft, inputs: Sequence[Batch] | Tensor, device: torch.device) -> list[Batch] | Tensor:
+    """The inputs as a way is given them."""
+    if isinstance(inputs, Tensor):
+        return inputs.to(device)
+    return [{name: tensor.to(device) for name, tensor in way.collate(batch).items()} for batch in inputs]
 
 
 class Checked:
@@ -220,12 +243,12 @@ def random_model(shape: Model, device: str, dtype: torch.dtype) -> nn.Module:
     return model.eval()
 
 
-def random_inputs(run: Run, device: str) -> list[Batch] | Tensor:
+def random_inputs(run: Run) -> list[Batch] | Tensor:
     """Random tokens: batches with the lengths of E2E's rows, padded on the right, or prompts of one length."""
     generator = torch.Generator().manual_seed(0)
     vocabulary = run.model.vocabulary
     if run.what == "generate":
-        return torch.randint(vocabulary, (run.batch, run.prompt_len), generator=generator).to(device)
+        return torch.randint(vocabulary, (run.batch, run.prompt_len), generator=generator)
     batches = []
     for index in range(BATCHES):
         lengths = torch.tensor([E2E_LENGTHS[(index * run.batch + i) % len(E2E_LENGTHS)] for i in range(run.batch)])[:, None]
@@ -233,7 +256,7 @@ def random_inputs(run: Run, device: str) -> list[Batch] | Tensor:
         ids = torch.randint(vocabulary, (run.batch, int(lengths.max())), generator=generator)
         target = (column < lengths) & (column >= lengths * (1 - TARGET_SHARE))
         batch = {"input_ids": ids, "attention_mask": (column < lengths).long(), "labels": ids.where(target, IGNORED)}
-        batches.append({name: tensor.to(device) for name, tensor in batch.items()})
+        batches.append(batch)
     return batches
 
 

@@ -1,7 +1,7 @@
 """The stage `tests` of run_gpu.py: pytest's outcomes as they come, and the CUDA memory checker over a few of the tests.
 
-Most of the time goes into compiling kernels, so with pytest-xdist the tests run on all processor cores. Then this module is also
-a plug-in of every test process.
+Most of the time goes into compiling kernels, so with pytest-xdist the tests run on all processor cores. This module is then a
+plug-in of every test process too.
 """
 
 from __future__ import annotations

@@ -320,16 +320,16 @@ def prepare_flashinfer(case: Case, device: str) -> Attend:
 def prepare_hopper(case: Case, device: str) -> Attend:
     from prefix_kernels.backends.triton import hopper
 
-    return lambda inputs: hopper.forward(_attention_inputs(inputs))[0]
+    return lambda inputs: hopper.forward(attention_inputs(inputs))[0]
 
 
 def _hopper_refuses(inputs: InputSet) -> str | None:
     from prefix_kernels.backends.triton import hopper
 
-    return hopper.why_not(_attention_inputs(inputs))
+    return hopper.why_not(attention_inputs(inputs))
 
 
-def _attention_inputs(inputs: InputSet) -> AttentionInputs:
+def attention_inputs(inputs: InputSet) -> AttentionInputs:
     """What a kernel receives of the public call."""
     make = api._dense_inputs if inputs.case.seqlens is None else api._varlen_inputs
     return make(*inputs.leaves, **inputs.once("packing", lambda: packing(inputs.case, inputs.device)))

@@ -21,19 +21,14 @@ from pathlib import Path
 import torch
 
 import measure
-from prefix_kernels import api
-from prefix_kernels.backends.triton import backward_kernels, forward_kernel, tile_sizes
+from cases import Case, gpu_op_cases
+from prefix_kernels.backends.triton import backward_kernels, forward_kernel, hopper, tile_sizes
 from prefix_kernels.problem import AttentionInputs
+from rivals import attention_inputs, make_inputs
 
-# name: batch, heads, kv heads, length, head_dim, prefix length
-SHAPES = {
-    "Llama-8B B8 S512 P512": (8, 32, 8, 512, 128, 512),
-    "GPT-2 medium B32 S128 P200": (32, 16, 16, 128, 64, 200),
-    "Llama-8B B4 S2048 P2048": (4, 32, 8, 2048, 128, 2048),
-    "GPT-2 medium B16 S512 P200": (16, 16, 16, 512, 64, 200),
-    "SmolLM2 B64 S96 P16": (64, 9, 3, 96, 64, 16),
-    "head_dim 256 B8 S1024 P512": (8, 8, 4, 1024, 256, 512),
-}
+WHICH = (0, 1, 2, 5, 6, 7, 11, 4)  # of the forward cases
+_CASES = [case for case in gpu_op_cases() if not case.backward]
+SHAPES = {_CASES[index].key.removeprefix("forward "): _CASES[index] for index in WHICH}
 WANTED = {
     "dq": (True, False, False, False, False), "dkeys": (False, True, True, False, False),
     "dprefix": (False, False, False, True, True),
@@ -62,15 +57,8 @@ def candidates() -> list[Candidate]:
     return list(dict.fromkeys(found))
 
 
-def inputs_of(shape: tuple[int, ...]) -> AttentionInputs:
-    batch, heads, kv_heads, length, dim, prefix_len = shape
-    generator = torch.Generator("cuda").manual_seed(0)
-
-    def random(*sizes: int) -> torch.Tensor:
-        return torch.randn(sizes, generator=generator, device="cuda", dtype=torch.bfloat16)
-
-    q, k, v = (random(batch, length, n, dim).transpose(1, 2) for n in (heads, kv_heads, kv_heads))
-    return api._dense_inputs(q, k, v, random(kv_heads, prefix_len, dim), random(kv_heads, prefix_len, dim))
+def inputs_of(case: Case) -> AttentionInputs:
+    return attention_inputs(make_inputs(case, "cuda", torch.Generator("cuda").manual_seed(0)))
 
 
 def use(candidate: Candidate) -> None:
@@ -80,6 +68,8 @@ def use(candidate: Candidate) -> None:
 
 
 def run(kernel: str, inputs: AttentionInputs, saved: tuple | None) -> tuple:
+    if kernel == "hopper":
+        return hopper.forward(inputs)
     if kernel == "forward":
         return forward_kernel.forward(inputs)
     out, lse, grad_out = saved
@@ -99,9 +89,10 @@ def compile_one(candidate: Candidate) -> str | None:
     kernel, dim = candidate[:2]
     try:
         if dim not in _inputs:
-            inputs = inputs_of((2, 4, 2, 64, dim, 32))
+            inputs = inputs_of(Case("small", 2, 4, 2, dim, 64, 64, 32))
             _inputs[dim] = inputs, (*forward_kernel.forward(inputs), inputs.q)
-        use(candidate)
+        if kernel != "hopper":
+            use(candidate)
         run(kernel, *_inputs[dim])
         torch.cuda.synchronize()
     except Exception as error:
@@ -122,6 +113,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     begin = time.monotonic()
     wanted = candidates()
+    wanted += [("hopper", dim, 0, 0, 0, 0) for dim in (64, 128)]
     with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
         said = dict(zip(wanted, pool.map(compile_one, wanted), strict=True))
     print(f"compiled {len(wanted)} candidates, {sum(v is not None for v in said.values())} failed: "
@@ -135,12 +127,12 @@ def main(argv: list[str] | None = None) -> int:
             break
         inputs = inputs_of(shape)
         architecture = tile_sizes.architecture_of(torch.device("cuda"))
-        key = kernel, architecture, 16, shape[4]
+        key = kernel, architecture, 16, shape.head_dim
         table = tile_sizes.TABLE[key]
         saved = (*forward_kernel.forward(inputs), torch.randn_like(inputs.q))
         expected = run(kernel, inputs, saved)
         timed = []
-        own = (kernel, shape[4], table.BLOCK_M, table.BLOCK_N, table.num_warps, table.num_stages)
+        own = (kernel, shape.head_dim, table.BLOCK_M, table.BLOCK_N, table.num_warps, table.num_stages)
         for candidate in dict.fromkeys([own, *wanted]):
             if candidate[:2] != own[:2] or said.get(candidate) is not None:
                 continue
@@ -153,15 +145,19 @@ def main(argv: list[str] | None = None) -> int:
                 continue
             timed.append((seconds if wrong < LIMIT else float("inf"), list(candidate[2:]), wrong))
         tile_sizes.TABLE[key] = table
+        other = None
+        if kernel == "forward" and hopper.why_not(inputs) is None:
+            other = measure.device_timing(functools.partial(once, "hopper", inputs, saved), 1)["median"]
         first = next(seconds for seconds, tile, _ in timed if tile == list(own[2:]))
         timed.sort(key=lambda each: each[0])
         results.put({
             "key": f"{kernel} {name}", "complete": True, "table": list(own[2:]), "table_seconds": first,
+            "hopper_seconds": other,
             "tiles": [{"tile": tile, "seconds": seconds} for seconds, tile, _ in timed if seconds < float("inf")],
             "wrong": [tile for seconds, tile, _ in timed if seconds == float("inf")],
         })  # fmt: skip
         best = ", ".join(f"{tile[0]}x{tile[1]} w{tile[2]} s{tile[3]} {seconds * 1e6:.1f}" for seconds, tile, _ in timed[:4])
-        print(f"{kernel} {name}: table {first * 1e6:.1f} us; {best}")
+        print(f"{kernel} {name}: table {first * 1e6:.1f} us; {best}" + (f"; hopper {other * 1e6:.1f}" if other else ""))
     print(f"{time.monotonic() - begin:.0f} s")
     return 0
 

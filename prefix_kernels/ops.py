@@ -1,4 +1,7 @@
-"""The torch.library operators: schema, shapes for tracing, autograd. Autograd is recorded here, once, for every backend."""
+"""The torch.library operators: schema, shapes for tracing, autograd. Autograd is recorded here, once, for every backend.
+
+Eager calls on ordinary tensors pass the operators by: they cost some 250 µs a recorded call, more than many a kernel.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from typing import get_type_hints
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from prefix_kernels.problem import AttentionInputs, empty_token_major
 from prefix_kernels.select import choose_backend, load_backend
@@ -68,16 +72,15 @@ def _(*args):
 def attention_backward(grad_out, grad_lse, out, lse, wanted, *args):
     """Gradients of q, k, v, prefix_k, prefix_v; one that is not wanted comes back as an empty tensor and is not computed."""
     inputs = AttentionInputs(*args[:_INPUT_COUNT])
-    backend = _backend_for(inputs, args[_INPUT_COUNT])
+    grads = _gradients(inputs, args[_INPUT_COUNT], out, lse, grad_out, grad_lse, wanted)
+    return tuple(inputs.q.new_empty(0) if grad is None else grad for grad in grads)
+
+
+def _gradients(inputs: AttentionInputs, backend: str | None, out, lse, grad_out, grad_lse, wanted) -> list[Tensor | None]:
     with _without_autocast(inputs.q.device):
-        grads = backend.backward(inputs, out, lse, grad_out, grad_lse, tuple(wanted))
-    results = []
-    for index, (grad, needed) in enumerate(zip(grads, wanted, strict=True)):
-        if not needed:
-            results.append(inputs.q.new_empty(0))
-        else:
-            results.append(_token_major(grad) if index < 3 else grad.contiguous())
-    return tuple(results)
+        grads = _backend_for(inputs, backend).backward(inputs, out, lse, grad_out, grad_lse, tuple(wanted))
+    own = [_token_major(grad) if needed else None for grad, needed in zip(grads[:3], wanted[:3], strict=True)]
+    return own + [grad.contiguous() if needed else None for grad, needed in zip(grads[3:], wanted[3:], strict=True)]
 
 
 @attention_backward.register_fake
@@ -101,14 +104,19 @@ def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(*(inputs[index] for index in tensors), *output)
 
 
-def _backward(ctx, grad_out, grad_lse):
+def _saved(ctx) -> tuple[AttentionInputs, str | None, bool, Tensor, Tensor, list[bool]]:
+    """What _setup_context kept: inputs, backend, return_lse, out, lse; and which gradients are wanted."""
     *tensors, out, lse = ctx.saved_tensors
     arguments = list(ctx.arguments)
     for index, tensor in zip(ctx.tensor_indices, tensors, strict=True):
         arguments[index] = tensor
     *arguments, backend, return_lse = arguments
-    wanted = list(ctx.needs_input_grad[:_DIFFERENTIABLE])
-    grads = attention_backward(grad_out, grad_lse if return_lse else None, out, lse, wanted, *arguments, backend)
+    return AttentionInputs(*arguments), backend, return_lse, out, lse, list(ctx.needs_input_grad[:_DIFFERENTIABLE])
+
+
+def _backward(ctx, grad_out, grad_lse):
+    inputs, backend, return_lse, out, lse, wanted = _saved(ctx)
+    grads = attention_backward(grad_out, grad_lse if return_lse else None, out, lse, wanted, *inputs, backend)
     grads = [grad if needed else None for grad, needed in zip(grads, wanted, strict=True)]
     return (*grads, *[None] * (_INPUT_COUNT - _DIFFERENTIABLE + 2))
 
@@ -116,18 +124,36 @@ def _backward(ctx, grad_out, grad_lse):
 attention.register_autograd(_backward, setup_context=_setup_context)
 
 
-def run(inputs: AttentionInputs, backend: str | None, return_lse: bool) -> tuple[Tensor, Tensor]:
-    """(out, lse) through the operator; directly where there is nothing to record or to trace.
+class _Recorded(torch.autograd.Function):
+    """The operator's autograd without the operator."""
 
-    Passing through the operator takes some 15 µs, which is a good part of a small decoding step.
-    """
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() or not _plain(inputs):
+    @staticmethod
+    def forward(ctx, *args):
+        output = _forward(AttentionInputs(*args[:_INPUT_COUNT]), args[_INPUT_COUNT])
+        _setup_context(ctx, args, output)
+        ctx.set_materialize_grads(False)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_out, grad_lse):
+        inputs, backend, return_lse, out, lse, wanted = _saved(ctx)
+        grad_out = torch.zeros_like(out) if grad_out is None else grad_out
+        grads = _gradients(inputs, backend, out, lse, grad_out, grad_lse if return_lse else None, wanted)
+        return (*grads, *[None] * (_INPUT_COUNT - _DIFFERENTIABLE + 2))
+
+
+def run(inputs: AttentionInputs, backend: str | None, return_lse: bool) -> tuple[Tensor, Tensor]:
+    """(out, lse); through the operator where something traces, counts or transforms what is called."""
+    if torch.compiler.is_compiling() or not _plain(inputs):
         return attention(*inputs, backend, return_lse)
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs.tensors):
+        return _Recorded.apply(*inputs, backend, return_lse)
     return _forward(inputs, backend)
 
 
 def _plain(inputs: AttentionInputs) -> bool:
-    """Ordinary tensors with values: no subclass, no tracing or batching wrapper, not on the meta device."""
-    if inputs.q.is_meta or torch._C._functorch.peek_interpreter_stack() is not None:
+    """Ordinary tensors with values: no subclass, no tracing or batching wrapper, no dispatch mode, not on the meta device."""
+    if inputs.q.is_meta or torch._C._functorch.peek_interpreter_stack() is not None or torch._C._len_torch_dispatch_stack():
         return False
     return all(type(tensor) in (Tensor, torch.nn.Parameter) for tensor in inputs.tensors)

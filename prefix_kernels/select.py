@@ -11,7 +11,7 @@ import torch
 
 from prefix_kernels.problem import AttentionProblem
 
-BACKENDS = ("cpu", "sdpa", "triton", "reference")  # in order of preference
+BACKENDS = ("cpu", "triton", "sdpa", "reference")  # in order of preference
 # Why a backend comes before those after it.
 REASONS = {
     "cpu": "measured: 1.5 to 7.4 times as fast as sdpa at the 96 points of benchmarks/results/cpu, so there is no threshold",

@@ -168,6 +168,21 @@ class PromptCompletionCollator:
         return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
 
 
+def without_idle_mask(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A batch for a causal model, without its attention mask if that hides nothing but padding on the right.
+
+    Causal attention keeps such padding from every token by itself, no label stands there, and without a mask every layer can
+    run its fastest kernel. A batch on a device stays as it is: looking into its mask would stop the host.
+    """
+    mask = batch.get("attention_mask")
+    if "position_ids" in batch or not isinstance(mask, Tensor) or mask.dim() != 2 or mask.device.type != "cpu":
+        return batch
+    real = mask.bool()
+    if not bool(real[:, 0].all()) or bool((real[:, 1:] & ~real[:, :-1]).any()):
+        return batch
+    return {name: value for name, value in batch.items() if name != "attention_mask"}
+
+
 def _tokenize_messages(
     messages: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[int], list[int]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -15,7 +16,7 @@ from transformers import DataCollator, PreTrainedModel, PreTrainedTokenizerBase,
 
 from prefix_tuning.attach import Attachment, attach_prefix
 from prefix_tuning.checkpointing import LayerCheckpointing
-from prefix_tuning.data import IGNORED, PromptCompletionCollator, tokenize_rows
+from prefix_tuning.data import IGNORED, PromptCompletionCollator, tokenize_rows, without_idle_mask
 from prefix_tuning.loss import sum_loss, target_loss
 from prefix_tuning.prefix import Prefix
 
@@ -153,7 +154,7 @@ class PrefixTrainer(Trainer):
             super().__init__(
                 PrefixedModel(model, prefix),
                 args,
-                data_collator=data_collator,
+                data_collator=functools.partial(_collate, data_collator, _max_length(model, prefix, None)),
                 train_dataset=_tokenized("train_dataset", train_dataset, processing_class, self.max_length),
                 eval_dataset=_tokenized("eval_dataset", eval_dataset, processing_class, self.max_length),
                 processing_class=processing_class,
@@ -219,6 +220,13 @@ class PrefixTrainer(Trainer):
     def _load_best_model(self) -> None:
         logger.info(f"Loading the best prefix from {self.state.best_model_checkpoint} (score: {self.state.best_metric}).")
         self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+
+def _collate(data_collator: DataCollator, positions: int, examples: list) -> dict[str, Any]:
+    """positions: that the model has; without a mask padding takes some too."""
+    batch = data_collator(examples)
+    fits = "input_ids" in batch and batch["input_ids"].shape[1] <= positions
+    return without_idle_mask(batch) if fits else batch
 
 
 def _check_args(args: TrainingArguments, others: Mapping[str, Any]) -> None:

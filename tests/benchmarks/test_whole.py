@@ -22,7 +22,7 @@ def set_up(what, family="llama"):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(5)  # tokens differ then, and a prefix that is missing shows
-    return run, model, random_prefix(model), random_inputs(run, "cpu")
+    return run, model, random_prefix(model), random_inputs(run)
 
 
 @pytest.mark.parametrize("family", SHAPES)
@@ -104,7 +104,7 @@ def test_peft_generates_with_its_prefix():
 
 def test_random_batches_have_e2es_lengths():
     run, *_ = set_up("train")
-    batches = random_inputs(run, "cpu")
+    batches = random_inputs(run)
     assert [batch["attention_mask"].sum(1).tolist() for batch in batches[:2]] == [[60, 42, 71], [62, 53, 55]]
     for batch in batches:
         targets = batch["labels"] != -100

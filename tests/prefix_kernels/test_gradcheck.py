@@ -64,5 +64,5 @@ def test_gradcheck_of_one_output(backend, output):
 def test_gradients_of_gradients_are_refused(backend):
     function, tensors = call(Case("causal", **SMALL), backend)
     first = torch.autograd.grad(function(*tensors)[0].square().sum(), tensors, create_graph=True)
-    with pytest.raises(RuntimeError, match="attention_backward.*no autograd formula"):
+    with pytest.raises(RuntimeError, match="differentiate twice"):
         first[0].sum().backward()

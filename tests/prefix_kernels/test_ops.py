@@ -64,6 +64,11 @@ def operator_calls(monkeypatch):
 
 
 @pytest.fixture
+def through_the_operator(monkeypatch):
+    monkeypatch.setattr(ops, "_plain", lambda inputs: False)
+
+
+@pytest.fixture
 def backend_calls(monkeypatch):
     """[(backend, "forward" or "backward", wanted or None), …] in order, where there are two backends."""
     calls = []
@@ -100,7 +105,7 @@ def opcheck(name, arguments, differentiable, **tolerance):
     ],
     ids=str,
 )
-def test_opcheck(operator_calls, case, dtype):
+def test_opcheck(operator_calls, through_the_operator, case, dtype):
     """Schema, fake implementation, autograd and dispatch of both operators, on the arguments that a public call gives them."""
     inputs = make_inputs(case, *DTYPES[dtype])
     if case.key_lens or case.prefix_lens:  # what may be NaN is not equal to itself
@@ -113,7 +118,7 @@ def test_opcheck(operator_calls, case, dtype):
 
 
 @pytest.mark.parametrize("wanted", [(True, False, False, True, True), (False, False, True, False, True)])
-def test_opcheck_of_some_gradients(operator_calls, wanted):
+def test_opcheck_of_some_gradients(operator_calls, through_the_operator, wanted):
     inputs = make_inputs(BANK)
     inputs.tensors = tuple(t.detach().nan_to_num().requires_grad_(w) for t, w in zip(inputs.tensors, wanted, strict=True))
     inputs.call().sum().backward()
@@ -417,20 +422,39 @@ def test_explain_backends_rejects_wrong_calls_as_the_call_does():
 
 @pytest.mark.parametrize("case", [Case("plain"), BANK, PACKED], ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_without_gradients_the_operator_is_passed_by(operator_calls, backend, case):
-    """It costs as much as a small decoding step. Whatever records, traces or wraps still goes through it."""
+def test_eager_calls_pass_the_operator_by(operator_calls, monkeypatch, backend, case):
+    """It costs more than a small step. Whatever traces, counts or wraps still goes through it."""
     inputs = make_inputs(case)
-    through = [tensor.detach() for tensor in inputs.call(return_lse=True, backend=backend)]
-    assert operator_calls["attention"]
+    past = run(inputs, backend=backend)
+    assert not any(operator_calls.values())
+    with monkeypatch.context() as patched:
+        patched.setattr(ops, "_plain", lambda inputs: False)
+        through = run(inputs, backend=backend)
+    assert all(operator_calls.values())
     operator_calls["attention"].clear()
     with torch.no_grad():
-        past = inputs.call(return_lse=True, backend=backend)
+        past += inputs.call(return_lse=True, backend=backend)
         assert not operator_calls["attention"]
-    for value, other in zip(past, through, strict=True):
-        assert torch.equal(value, other) and value.stride() == other.stride() and not value.requires_grad
+    for value, other in zip(past, [*through, *through[:2]], strict=True):
+        assert torch.equal(value, other) and value.stride() == other.stride()
+    assert not past[-1].requires_grad
+    with torch.utils.flop_counter.FlopCounterMode(display=False):
+        inputs.call(backend=backend)
+    assert operator_calls["attention"]
+    operator_calls["attention"].clear()
     meta = make_inputs(case, device="meta")
     with torch.no_grad():
         assert meta.call().is_meta and operator_calls["attention"]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_gradient_of_lse_alone(backend):
+    inputs = make_inputs(Case("plain"))
+    grads = [
+        torch.autograd.grad(inputs.call(return_lse=True, backend=name)[1].sum(), inputs.tensors) for name in (backend, "reference")
+    ]
+    for value, other in zip(*grads, strict=True):
+        torch.testing.assert_close(value, other, atol=1e-5, rtol=1e-4)
 
 
 def test_available_backends():

@@ -3,20 +3,29 @@
 What remains for a GPU: that the kernels do what the emulation says, and every case on the device itself (the last test).
 """
 
+import importlib.util
+import os
+import re
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 import prefix_kernels
 from prefix_kernels.backends import sdpa
+from prefix_kernels.backends.sdpa import passes, stock
 from prefix_kernels.select import BACKENDS
 from support.cases import CASES, Case
 from support.compare import DTYPES, compare
 from support.emulated_cuda import EmulatedCuda
 from support.inputs import make_inputs
 
+ROOT = Path(__file__).resolve().parents[2]
 FLASH, FLASH_BACKWARD = "_scaled_dot_product_flash_attention", "_scaled_dot_product_flash_attention_backward"
+CUDNN, CUDNN_BACKWARD = "_scaled_dot_product_cudnn_attention", "_scaled_dot_product_cudnn_attention_backward"
 EFFICIENT, EFFICIENT_BACKWARD = "_efficient_attention_forward", "_efficient_attention_backward"
 CUDA_DTYPES = [name for name in DTYPES if name != "float64"]
 
@@ -40,8 +49,22 @@ def calls(monkeypatch):
     monkeypatch.setattr(sdpa, "why_not", lambda problem: why_not(problem._replace(device="cuda")))
     monkeypatch.setattr(sdpa, "forward", within(forward))
     monkeypatch.setattr(sdpa, "backward", within(backward))
+    monkeypatch.setattr(sdpa, "_merge_kernel", lambda: None)
     on(monkeypatch)
     return mode.calls
+
+
+ENGINES = [("flash", "flash"), ("cudnn", "flash"), ("flash", "cudnn"), ("cudnn", "cudnn")]
+FOLDS = {"batch": {"EXPAND_BELOW": 0}, "expanded": {"EXPAND_UP_TO": 10**6}, "group": {"GROUP_UP_TO": 10**6}}
+
+
+def choose(monkeypatch, forward, backward, fold="batch"):
+    """Engines for as few queries as the cases have; how the queries of a pass over the prefix are folded."""
+    monkeypatch.setattr(stock, "FORWARD_ENGINE", forward)
+    monkeypatch.setattr(stock, "BACKWARD_ENGINE", backward)
+    monkeypatch.setattr(stock, "CUDNN_FEWEST_QUERIES", 1)
+    for name, value in FOLDS[fold].items():
+        monkeypatch.setattr(passes, name, value)
 
 
 @pytest.mark.parametrize("dtype", CUDA_DTYPES)
@@ -52,6 +75,42 @@ def test_case(calls, case, dtype):
     refused = case.softcap is not None or case.prefixes is not None or case.seqlens_q is not None
     nothing = case.batch == 0 or case.q_len == 0 or (case.kv_len == 0 and case.prefix_len == 0)
     assert bool(calls) == (not refused and not nothing and case.name != "no keys, no prefix")
+
+
+SERVED = [
+    case for case in CASES
+    if case.softcap is None and case.prefixes is None and case.seqlens_q is None and case.batch and case.q_len and case.kv_len
+]  # fmt: skip
+WITHOUT_MASK = [
+    case for case in SERVED
+    if case.padding is None and case.key_lens is None and case.bias is None and case.window is None
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("fold", FOLDS)
+@pytest.mark.parametrize("engines", ENGINES, ids="-".join)
+@pytest.mark.parametrize("case", WITHOUT_MASK, ids=str)
+def test_engines(monkeypatch, calls, case, engines, fold, dtype):
+    """Every combination of engines and of foldings gives every result."""
+    choose(monkeypatch, *engines, fold)
+    compare(case, *DTYPES[dtype], "sdpa")
+    backward = ["backward" in call.operator for call in calls]
+    for engine, which in zip(engines, (False, True), strict=True):
+        used = {call.operator for call, is_backward in zip(calls, backward, strict=True) if is_backward == which}
+        allowed = {FLASH_BACKWARD if which else FLASH}
+        if engine == "cudnn" and case.head_dim <= 128:
+            allowed.add(CUDNN_BACKWARD if which else CUDNN)
+        if case.head_dim == 256 and which:
+            allowed = {EFFICIENT_BACKWARD}  # one more channel, for the gradient of lse
+        assert used and used <= allowed
+
+
+@pytest.mark.parametrize("case", [case for case in SERVED if case not in WITHOUT_MASK], ids=str)
+def test_engines_beside_masks(monkeypatch, calls, case):
+    choose(monkeypatch, "cudnn", "cudnn", "expanded")
+    compare(case, *DTYPES["bfloat16"], "sdpa")
+    assert any(call.operator == EFFICIENT for call in calls) or case.name == "window wider than the keys"
 
 
 LONG = Case("long", q_len=40, kv_len=70, batch=3, prefix_len=33, heads=6, kv_heads=2)
@@ -69,6 +128,19 @@ def test_more_rows_than_one_block(calls, change, dtype):
     assert calls
 
 
+@pytest.mark.parametrize(
+    "change",
+    [{}, {"q_len": 33, "kv_len": 70}, {"q_len": 33, "kv_len": 70, "contiguous": True}, {"prefix_len": 0}, {"head_dim": 128}],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("fold", FOLDS)
+@pytest.mark.parametrize("engines", ENGINES, ids="-".join)
+def test_engines_over_more_rows_than_one_block(monkeypatch, calls, engines, fold, change):
+    choose(monkeypatch, *engines, fold)
+    compare(replace(LONG, **change), *DTYPES["bfloat16"], "sdpa")
+    assert calls
+
+
 def run(case, dtype, with_lse=False, **options):
     inputs = make_inputs(case, *DTYPES[dtype])
     inputs.options |= options
@@ -77,33 +149,117 @@ def run(case, dtype, with_lse=False, **options):
 
 
 def summary(call):
-    causal = call.is_causal if "flash" in call.operator else bool(call.custom_mask_type)
+    causal = bool(call.custom_mask_type) if "efficient" in call.operator else call.is_causal
     return call.operator, tuple(call.query.shape), tuple(call.key.shape), causal
 
 
+def results_without_lse(case, dtype, backend, device="cpu"):
+    """out and five gradients, where lse has none."""
+    inputs = make_inputs(case, dtype, device=device)
+    out = inputs.call(backend=backend)
+    grad_out = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out.dtype).to(device)
+    return out.detach(), *torch.autograd.grad(out, inputs.tensors, grad_out)
+
+
+def compare_without_lse(case, device):
+    """In bfloat16 against the reference backend."""
+    got = results_without_lse(case, torch.bfloat16, "sdpa", device)
+    for value, expected in zip(got, results_without_lse(case, torch.bfloat16, "reference", device), strict=True):
+        assert (value - expected).float().norm() <= 0.02 * expected.float().norm()
+    return got
+
+
+@pytest.mark.parametrize("fold", FOLDS)
+@pytest.mark.parametrize("engines", ENGINES, ids="-".join)
+def test_engines_without_a_gradient_of_lse(monkeypatch, calls, engines, fold):
+    choose(monkeypatch, *engines, fold)
+    compare_without_lse(LONG, "cpu")
+    assert {call.query.shape[-1] for call in calls} == {LONG.head_dim}
+
+
+CHUNK = Case("chunk", batch=2, heads=4, kv_heads=2, q_len=12, kv_len=20, head_dim=32, prefix_len=5)
+PREFIX_PASS = {
+    "batch": ((1, 4, 24, 32), (1, 2, 5, 32), False), "expanded": ((2, 4, 12, 32), (2, 2, 5, 32), False),
+    "group": ((1, 2, 48, 32), (1, 2, 5, 32), False),
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32 prefix"])
-def test_flash_attention_in_16_bit(calls, dtype):
-    """One pass over the prefix for all rows and the group's heads, one over the keys all queries see, one causal and square."""
-    run(Case("chunk", batch=2, heads=4, kv_heads=2, q_len=4, kv_len=20, head_dim=32, prefix_len=5), dtype)
-    passes = [
-        ((2, 4, 4, 32), (2, 2, 16, 32), False), ((2, 4, 4, 32), (2, 2, 4, 32), True), ((1, 2, 16, 32), (1, 2, 5, 32), False),
-    ]  # fmt: skip
+@pytest.mark.parametrize("fold", FOLDS)
+@pytest.mark.parametrize("engines", ENGINES, ids="-".join)
+def test_passes_in_16_bit(monkeypatch, calls, engines, fold, dtype):
+    """One pass over the keys all queries see, one causal and square, one over the prefix: expanded backward alone."""
+    choose(monkeypatch, *engines, fold)
+    run(CHUNK, dtype)
+    own = [((2, 4, 12, 32), (2, 2, 8, 32), False), ((2, 4, 12, 32), (2, 2, 12, 32), True)]
+    forward, backward = ({"cudnn": CUDNN, "flash": FLASH}[name] for name in engines)
     assert [summary(call) for call in calls] == [
-        *((FLASH, *one) for one in passes),
-        *((FLASH_BACKWARD, *one) for one in passes),
+        *((forward, *one) for one in [*own, PREFIX_PASS["batch" if fold == "expanded" else fold]]),
+        *((backward + "_backward", *one) for one in [*own, PREFIX_PASS[fold]]),
     ]
     assert all(call.scale == 32**-0.5 for call in calls)
 
 
+def test_decoding_folds_the_group(calls):
+    run(replace(CHUNK, q_len=1), "bfloat16")
+    assert [summary(call) for call in calls[1::2]] == [
+        (FLASH, (1, 2, 4, 32), (1, 2, 5, 32), False), (FLASH_BACKWARD, (1, 2, 4, 32), (1, 2, 5, 32), False),
+    ]  # fmt: skip
+
+
+def test_choice_of_engine(monkeypatch, calls):
+    """What cuDNN does not take, or not in one order, goes to flash attention."""
+    expected = {
+        (): (CUDNN, CUDNN_BACKWARD), (("q_len", 63),): (FLASH, FLASH_BACKWARD),
+        (("head_dim", 136),): (FLASH, FLASH_BACKWARD),
+    }  # fmt: skip
+    monkeypatch.setattr(stock, "BACKWARD_ENGINE", "cudnn")
+    for change, operators in expected.items():
+        calls.clear()
+        run(Case("engine", **{"q_len": 64, "kv_len": 80, "prefix_len": 20} | dict(change)), "bfloat16")
+        assert calls[0].operator == operators[0] and calls[-3].operator == operators[1]
+    on(monkeypatch, (8, 9))
+    calls.clear()
+    run(Case("engine", q_len=64, kv_len=64), "bfloat16")
+    assert {call.operator for call in calls} == {FLASH, FLASH_BACKWARD}
+
+
+@pytest.mark.parametrize("warn_only", [False, True])
+def test_deterministic_algorithms_exclude_cudnn_backward(monkeypatch, calls, warn_only):
+    choose(monkeypatch, "cudnn", "cudnn")
+    torch.use_deterministic_algorithms(True, warn_only=warn_only)
+    try:
+        run(CHUNK, "bfloat16")
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert {call.operator for call in calls} == {CUDNN, FLASH_BACKWARD}
+
+
+@pytest.mark.parametrize("engines", ENGINES, ids="-".join)
+@pytest.mark.parametrize("fold", ["batch", "expanded"])
+def test_token_major_queries_are_not_copied(monkeypatch, calls, engines, fold):
+    """The passes over prefix and sequence read the same q, and out and its gradient, where they lie."""
+    choose(monkeypatch, *engines, fold)
+    inputs = make_inputs(Case("aligned", q_len=16, kv_len=16), *DTYPES["bfloat16"])
+    q, k, v = (tensor.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for tensor in inputs.tensors[:3])
+    inputs.tensors = (q, k, v, *(tensor.detach().contiguous().requires_grad_() for tensor in inputs.tensors[3:]))
+    out = inputs.call(backend="sdpa")
+    grad_out = torch.randn_like(out)
+    out.backward(grad_out)
+    assert len(calls) == 4
+    assert {call.query.data_ptr() for call in calls} == {q.data_ptr()}
+    assert {(call.out.data_ptr(), call.grad_out.data_ptr()) for call in calls[2:]} == {(out.data_ptr(), grad_out.data_ptr())}
+
+
 def test_memory_efficient_attention_in_float32(calls):
     """The same passes with the heads of a group repeated for the sequence, not for the prefix."""
-    run(Case("chunk", batch=2, heads=4, kv_heads=2, q_len=4, kv_len=20, head_dim=32, prefix_len=5), "float32")
-    passes = [
+    run(replace(CHUNK, q_len=4), "float32")
+    expected = [
         ((2, 4, 4, 32), (2, 16, 4, 32), False), ((2, 4, 4, 32), (2, 4, 4, 32), True), ((1, 16, 2, 32), (1, 5, 2, 32), False),
     ]  # fmt: skip
     assert [summary(call) for call in calls] == [
-        *((EFFICIENT, *one) for one in passes),
-        *((EFFICIENT_BACKWARD, *one) for one in passes),
+        *((EFFICIENT, *one) for one in expected),
+        *((EFFICIENT_BACKWARD, *one) for one in expected),
     ]
     assert all(call.bias is None for call in calls)
 
@@ -136,6 +292,15 @@ def test_flash_attention_needs_compute_capability_8(monkeypatch, calls, capabili
     assert {call.operator for call in calls} == expected
 
 
+@pytest.mark.parametrize("chosen", [False, True])
+def test_flash_backward_adds_up_in_one_order_unless_told_otherwise(monkeypatch, calls, chosen):
+    """The switch for it fills no memory: nobody asked for that."""
+    monkeypatch.setattr(stock, "FLASH_DETERMINISTIC", chosen)
+    run(Case("plain"), "bfloat16")
+    backward = [call for call in calls if call.operator == FLASH_BACKWARD]
+    assert [(call.deterministic, call.fills) for call in backward] == [(chosen, False)] * 2
+
+
 def test_deterministic_switch_is_put_back(calls):
     for before, warn_only in ((False, False), (True, True), (True, False)):
         torch.use_deterministic_algorithms(before, warn_only=warn_only)
@@ -143,6 +308,7 @@ def test_deterministic_switch_is_put_back(calls):
             run(Case("plain"), "bfloat16")
             assert torch.are_deterministic_algorithms_enabled() == before
             assert torch.is_deterministic_algorithms_warn_only_enabled() == warn_only
+            assert torch.utils.deterministic.fill_uninitialized_memory
         finally:
             torch.use_deterministic_algorithms(False)
 
@@ -177,10 +343,12 @@ def test_refusals(calls):
 @pytest.mark.parametrize("dtype", CUDA_DTYPES)
 @pytest.mark.parametrize("with_lse", [False, True])
 @pytest.mark.parametrize("options", [{}, {"padding": "left"}, {"q_len": 1, "kv_len": 20}], ids=str)
-def test_torch_accepts_the_calls(calls, options, with_lse, dtype):
+def test_torch_accepts_the_calls(monkeypatch, calls, options, with_lse, dtype):
     """Every recorded call goes through the real operator's schema and shape function, and gives what the emulation gave."""
-    run(Case("fake", **options), dtype, with_lse)
-    assert len(calls) == 4
+    for engine in ("flash", "cudnn"):
+        choose(monkeypatch, engine, engine)
+        run(Case("fake", **options), dtype, with_lse)
+    assert len(calls) == 8
     for call in calls:
         operator = getattr(torch.ops.aten, call.operator)
         with pytest.raises(NotImplementedError, match=f"Could not run 'aten::{call.operator}' with arguments from the 'CPU'"):
@@ -188,6 +356,8 @@ def test_torch_accepts_the_calls(calls, options, with_lse, dtype):
         if call.operator == EFFICIENT_BACKWARD:
             continue  # torch's own shape function lacks the argument `out` (2.13)
         args = [value.to("meta") if isinstance(value, torch.Tensor) else value for value in call.args]
+        if call.operator == CUDNN_BACKWARD:
+            args[6:8] = args[8:10] = args[:2]  # torch's own shape function wants tensors for what may be absent (2.13)
         results = operator(*args, **call.kwargs)
         count = 3 if call.operator.endswith("backward") else 2
         for got, expected in zip(results[:count], call.result[:count], strict=True):
@@ -221,3 +391,124 @@ def test_the_same_bits_on_the_gpu(options, dtype):
         runs.append((out, lse, *torch.autograd.grad(out.float().square().sum() + lse.sum(), inputs.tensors)))
     for value, other in zip(*runs, strict=True):
         assert torch.equal(value, other)
+
+
+GPU_SHAPES = (
+    Case("wide", batch=4, heads=8, kv_heads=2, q_len=256, kv_len=256, head_dim=128, prefix_len=200),
+    Case("narrow", batch=8, heads=4, kv_heads=4, q_len=128, kv_len=128, head_dim=64, prefix_len=50),
+    Case("chunk", batch=2, heads=8, kv_heads=2, q_len=64, kv_len=300, head_dim=64, prefix_len=100),
+    Case("head-major", batch=3, heads=4, kv_heads=2, q_len=100, kv_len=100, head_dim=64, prefix_len=33, contiguous=True),
+)  # fmt: skip
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", [case for case in (*WITHOUT_MASK, LONG) if case.name in GPU_SAMPLE or case is LONG], ids=str)
+@pytest.mark.parametrize("fold", ["batch", "expanded"])
+@pytest.mark.parametrize("engines", ENGINES, ids="-".join)
+def test_engines_on_the_gpu(monkeypatch, engines, fold, case):
+    choose(monkeypatch, *engines, fold)
+    compare(case, *DTYPES["bfloat16"], "sdpa", device="cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", GPU_SHAPES, ids=str)
+@pytest.mark.parametrize("fold", FOLDS)
+@pytest.mark.parametrize("engines", ENGINES, ids="-".join)
+def test_engines_without_a_gradient_of_lse_on_the_gpu(monkeypatch, engines, fold, case):
+    """Twice: cuDNN finds its plans by shapes and strides, so the second call meets the first one's. Flash: the same bits."""
+    choose(monkeypatch, *engines, fold)
+    first, second = compare_without_lse(case, "cuda"), compare_without_lse(case, "cuda")
+    if engines[1] == "flash":
+        for value, other in zip(first, second, strict=True):
+            assert torch.equal(value, other)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", GPU_SHAPES, ids=str)
+@pytest.mark.parametrize("engines", ENGINES, ids="-".join)
+def test_a_graph_captures_forward_and_backward_on_the_gpu(monkeypatch, engines, case):
+    choose(monkeypatch, *engines, "expanded")
+    inputs = make_inputs(case, torch.bfloat16, device="cuda")
+
+    def step():
+        out = inputs.call(backend="sdpa")
+        return out.detach(), *torch.autograd.grad(out.float().square().sum(), inputs.tensors)
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+        expected = step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    graph.replay()
+    for value, other in zip(captured, expected, strict=True):
+        assert (value - other).float().norm() <= 0.01 * other.float().norm()
+
+
+INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"  # read when @triton.jit is: the kernel has a process of its own
+MERGE_SHAPES = [(2, 3, 5, 8), (1, 4, 200, 64), (3, 2, 1, 80), (2, 1, 37, 256)]
+
+
+def kernel_test(function):
+    """Runs in the interpreter, and on a GPU."""
+    return function if INTERPRETING else pytest.mark.gpu(function)
+
+
+@kernel_test
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", MERGE_SHAPES, ids=str)
+@pytest.mark.parametrize("layout", ["token-major", "folded", "padded"])
+def test_merge_kernel(layout, shape, dtype):
+    """In place where out is token-major, else anew; what a part does not see is not looked at."""
+    from prefix_kernels.backends.sdpa.merge import merge
+
+    device = "cpu" if INTERPRETING else "cuda"
+    batch, heads, q_len, dim = shape
+
+    def random(*size):
+        return torch.randn(size).to(dtype).to(device)
+
+    out, lse = random(batch, q_len, heads, dim).transpose(1, 2), torch.randn(batch, heads, q_len, device=device) * 3
+    part = random(heads, batch, q_len, dim).transpose(0, 1)
+    part_lse = (torch.randn(heads, batch, q_len, device=device) * 3).transpose(0, 1)
+    if layout == "folded":
+        out, part = part, out
+    elif layout == "padded":
+        out, lse = (
+            random(batch, heads, q_len, dim + 8)[..., :dim],
+            torch.randn(batch, heads, q_len + 7, device=device)[..., :q_len],
+        )
+    lse[0, 0, 0], part_lse[-1, -1, -1] = -torch.inf, -torch.inf
+    if shape[:3] != (1, 4, 200):
+        lse[-1, -1, -1] = -torch.inf
+    out[lse == -torch.inf], part[part_lse == -torch.inf] = torch.nan, torch.nan
+    values = torch.stack([out, part]).double().nan_to_num()
+    weights = torch.stack([lse, part_lse]).double().softmax(0).nan_to_num()
+    expected, expected_lse = (values * weights[..., None]).sum(0), torch.logaddexp(lse.double(), part_lse.double())
+    merged, merged_lse = merge(out, lse, part, part_lse)
+    assert merged.transpose(1, 2).is_contiguous() and merged_lse.is_contiguous()
+    assert (merged.data_ptr() == out.data_ptr()) == out.transpose(1, 2).is_contiguous()
+    torch.testing.assert_close(merged, expected.to(dtype), atol=1e-5, rtol={torch.float32: 1e-5}.get(dtype, 2**-7))
+    torch.testing.assert_close(merged_lse, expected_lse.float())
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton, which is not installed")
+def test_merge_kernel_in_the_interpreter():
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = (
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "--tb=short",
+        __file__,
+        "-k",
+        "test_merge_kernel[",
+    )
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0 and re.search(r"\b36 passed", run.stdout), f"{run.stdout}\n{run.stderr}"

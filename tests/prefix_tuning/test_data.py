@@ -15,6 +15,7 @@ from prefix_tuning.data import (
     read_rows,
     tokenize_example,
     tokenize_rows,
+    without_idle_mask,
 )
 from support.tokenizer import CHAT_TEMPLATE, tiny_tokenizer
 
@@ -320,3 +321,15 @@ def test_collator_default_and_errors():
     assert PromptCompletionCollator(tiny_tokenizer())([example([5, 6])])["input_ids"].shape == (1, 8)
     with pytest.raises(ValueError, match="pad_to_multiple_of: expected at least 1, got 0"):
         PromptCompletionCollator(tiny_tokenizer(), 0)
+
+
+@pytest.mark.parametrize("mask, idle", [
+    ([[1, 1, 1], [1, 1, 0]], True), ([[1, 1, 1], [1, 1, 1]], True), ([[1, 1, 1], [0, 1, 1]], False),
+    ([[1, 1, 1], [1, 0, 1]], False), ([[1, 1, 1], [0, 0, 0]], False),
+])  # fmt: skip
+def test_a_mask_that_hides_only_padding_on_the_right_is_left_out(mask, idle):
+    batch = {"input_ids": torch.ones(2, 3), "attention_mask": torch.tensor(mask)}
+    seen = without_idle_mask(batch)
+    assert seen.keys() == {"input_ids"} if idle else seen is batch
+    with_positions = batch | {"position_ids": torch.zeros(2, 3)}
+    assert without_idle_mask(with_positions) is with_positions and "attention_mask" in batch

@@ -1,7 +1,7 @@
 """The CUDA branch of a backend on a machine without CUDA.
 
 Inside `EmulatedCuda` every tensor says that it lies on cuda, factories that are asked for cuda memory give CPU memory, and
-the four CUDA-only attention operators are computed here by what they document and check (flash_api.cpp, attention.cu,
+the six CUDA-only attention operators are computed here by what they document and check (flash_api.cpp, MHA.cpp, attention.cu,
 attention_backward.cu and the headers of the memory-efficient kernel in torch). Reading a value back is an error, as
 are arguments that the kernels reject, or read wrongly without a word.
 """
@@ -125,13 +125,52 @@ def flash(call):
 
 def flash_backward(call):
     q, k, v, shift = _check_flash(call)
-    assert torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()
+    call.deterministic = (
+        torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()
+    )
+    call.fills = call.deterministic and torch.utils.deterministic.fill_uninitialized_memory
     assert call.cum_seq_q is None and call.cum_seq_k is None and (call.max_q, call.max_k) == (q.shape[2], k.shape[2])
     assert call.grad_out.shape == call.out.shape == q.shape and call.grad_out.dtype == call.out.dtype == q.dtype
     lse = call.logsumexp
     assert lse.shape == q.shape[:3] and lse.dtype == torch.float32 and lse.is_contiguous()
     assert isinstance(call.philox_seed, Tensor) and isinstance(call.philox_offset, Tensor)
     dq, dk, dv = _backward(call.grad_out, q, k, v, call.out, lse, None, shift, call.scale)
+    groups = (call.key.shape[1], -1)
+    return dq, *(grad.unflatten(1, groups).float().sum(2).to(grad.dtype) for grad in (dk, dv))
+
+
+def _check_cudnn(call):
+    """(q, k, v, shift), k and v with a head for each of q. cuDNN aligns its causal mask at the top left."""
+    q, k, v = call.query, call.key, call.value
+    _check_common(q, k, v, call.dropout_p)
+    assert q.dtype in (torch.float16, torch.bfloat16), "cuDNN: 16 bit only"
+    assert q.shape[3] == k.shape[3] and all(tensor.shape[3] % 8 == 0 and tensor.shape[3] <= 128 for tensor in (q, v))
+    assert k.shape[:3] == v.shape[:3] and q.shape[1] % k.shape[1] == 0 and k.shape[2] > 1
+    assert not call.is_causal or q.shape[2] == k.shape[2], "one alignment's causal mask is not the other's"
+    assert call.attn_bias is None
+    return q, _grouped(q, k), _grouped(q, v), 0 if call.is_causal else None
+
+
+def cudnn(call):
+    q, k, v, shift = _check_cudnn(call)
+    assert call.compute_log_sumexp and not call.return_debug_mask
+    out, lse = _forward(q, k, v, None, shift, call.scale)
+    out, seed = torch.empty_like(q).copy_(out), torch.empty((), dtype=torch.int64)
+    return out, lse[..., None], None, None, q.shape[2], k.shape[2], seed, seed, None
+
+
+def cudnn_backward(call):
+    q, k, v, shift = _check_cudnn(call)
+    assert not torch.are_deterministic_algorithms_enabled(), "cuDNN adds up dq in any order"
+    assert call.cum_seq_q is None and call.cum_seq_k is None and (call.max_q, call.max_k) == (q.shape[2], k.shape[2])
+    assert isinstance(call.philox_seed, Tensor) and isinstance(call.philox_offset, Tensor)
+    lse, used = call.logsumexp, [axis for axis, size in enumerate(q.shape) if size > 1]
+    assert lse.shape == (*q.shape[:3], 1) and lse.dtype == torch.float32 and lse.is_contiguous()
+    layout = [torch.empty_like(q).stride(axis) for axis in used]  # of the plan, which is found by q, k and v alone
+    for tensor in (call.grad_out, call.out):
+        assert tensor.shape == q.shape and tensor.dtype == q.dtype and [tensor.stride(axis) for axis in used] == layout
+    assert call.key.stride(0) and call.value.stride(0), "no batch of one that is repeated"
+    dq, dk, dv = _backward(call.grad_out, q, k, v, call.out, lse[..., 0], None, shift, call.scale)
     groups = (call.key.shape[1], -1)
     return dq, *(grad.unflatten(1, groups).float().sum(2).to(grad.dtype) for grad in (dk, dv))
 
@@ -177,6 +216,8 @@ def efficient_backward(call):
 
 
 OPERATORS = {
+    aten._scaled_dot_product_cudnn_attention: cudnn,
+    aten._scaled_dot_product_cudnn_attention_backward: cudnn_backward,
     aten._scaled_dot_product_flash_attention: flash,
     aten._scaled_dot_product_flash_attention_backward: flash_backward,
     aten._efficient_attention_forward: efficient,

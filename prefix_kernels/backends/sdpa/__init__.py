@@ -3,16 +3,20 @@
     lse = log(exp(lse₁) + exp(lse₂))        out = out₁ + (out₂ − out₁) · sigmoid(lse₂ − lse₁)
 
 Backward: each pass runs the stock backward kernel with the global out and lse, so its weights are the global ones; the
-dq of the passes add up, and dprefix arrives summed over the batch because the batch was folded into query rows.
+dq of the passes add up, and dprefix arrives summed over the batch where the batch was folded into query rows.
 16-bit inputs on the CPU: the backward pass runs in float32, since that kernel adds up dk and dv in the inputs' dtype.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib.util
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from prefix_kernels.backends.sdpa.passes import Pass, plan
+from prefix_kernels.backends.sdpa.passes import Pass, expands_prefix, plan
 from prefix_kernels.backends.sdpa.stock import attend, attend_backward
 from prefix_kernels.problem import AttentionInputs, AttentionProblem, empty_token_major
 
@@ -51,6 +55,8 @@ def workspace_bytes(problem: AttentionProblem) -> tuple[int, int]:
     copies = size * (keys if problem.has_key_lens else 0) + (size * prefix if problem.prefix_dtype != problem.dtype else 0)
     forward = (size + 2 * wide) * queries + 6 * lse + masks + copies + scratch
     backward = 5 * wide * queries + 4 * wide * (keys + prefix) + 6 * lse + masks + copies + scratch
+    if problem.device == "cuda" and expands_prefix(problem.heads, problem.q_len, problem.prefix_len):
+        backward += size * problem.batch * prefix * (1 + problem.heads // problem.kv_heads)  # a row's dprefix, by head
     return forward, backward
 
 
@@ -74,11 +80,14 @@ def backward(
         names = ("q", "k", "v", "prefix_k", "prefix_v")
         dense = dense._replace(**{name: getattr(dense, name).float() for name in names})
         out, grad_out = out.float(), grad_out.float()
-    dense, passes = plan(dense)
-    nothing_visible = lse == -torch.inf
-    lse = lse.masked_fill(nothing_visible, torch.inf)  # exp(scores − inf) = 0: no weight, no gradient
-    if grad_lse is not None:
-        grad_lse = grad_lse.masked_fill(nothing_visible, 0)
+    elif dense.q.device.type != "cpu":  # as out lies; folding one that lies otherwise would copy it once more
+        grad_out = grad_out.transpose(1, 2).contiguous().transpose(1, 2)
+    if not _all_see_something(dense):
+        nothing_visible = lse == -torch.inf
+        lse = lse.masked_fill(nothing_visible, torch.inf)  # exp(scores − inf) = 0: no weight, no gradient
+        if grad_lse is not None:
+            grad_lse = grad_lse.masked_fill(nothing_visible, 0)
+    dense, passes = plan(dense, backward=True)
     grads = _sum_passes(dense, passes, out, lse, grad_out, grad_lse, wanted)
     if varlen:
         grads[:3] = [None if grad is None else grad[0].transpose(0, 1) for grad in grads[:3]]
@@ -94,18 +103,33 @@ def _as_batch(inputs: AttentionInputs) -> AttentionInputs:
     return inputs._replace(**{name: getattr(inputs, name).transpose(0, 1)[None] for name in ("q", "k", "v")})
 
 
-def _columns_of(inputs: AttentionInputs, one: Pass) -> tuple[Tensor, Tensor]:
-    """The keys and values that a pass reads, as views."""
+def _all_see_something(inputs: AttentionInputs) -> bool:
+    """Whether the options alone promise every query a column."""
+    if inputs.bias is not None:
+        return False
+    slides = inputs.window is not None and inputs.first_key_position is not None
+    if inputs.prefix_k.shape[2] and inputs.prefix_ids is None and not slides:
+        return True
+    hides = (inputs.key_mask, inputs.key_lens, inputs.window, inputs.cu_seqlens_q)
+    q_len, kv_len = inputs.q.shape[-2], inputs.k.shape[-2]
+    return all(option is None for option in hides) and kv_len >= (q_len if inputs.causal else 1)
+
+
+def _columns_of(inputs: AttentionInputs, one: Pass, q: Tensor) -> tuple[Tensor, Tensor]:
+    """The keys and values that a pass over q reads, as views."""
     if one.prefix is None:
         return inputs.k[:, :, one.columns], inputs.v[:, :, one.columns]
-    return inputs.prefix_k[one.prefix, None, :, one.columns], inputs.prefix_v[one.prefix, None, :, one.columns]
+    prefix = inputs.prefix_k[one.prefix, None, :, one.columns], inputs.prefix_v[one.prefix, None, :, one.columns]
+    return tuple(tensor.expand(q.shape[0], -1, -1, -1) for tensor in prefix)
 
 
 def _merge_passes(inputs: AttentionInputs, passes: list[Pass]) -> tuple[Tensor, Tensor]:
     heads, q_len = inputs.q.shape[1:3]
     out = lse = None
+    merge = _merge if inputs.q.device.type == "cpu" else _merge_kernel() or _merge
     for one in passes if inputs.q.numel() else ():
-        part, part_lse = attend(one.queries.take(inputs.q), *_columns_of(inputs, one), one.mask, one.causal, inputs.scale)
+        q = one.queries.take(inputs.q)
+        part, part_lse = attend(q, *_columns_of(inputs, one, q), one.mask, one.causal, inputs.scale)
         part, part_lse = (one.queries.unfold(tensor, heads, q_len) for tensor in (part, part_lse))
         if one.hidden is not None:
             part_lse = part_lse.masked_fill(one.hidden, -torch.inf)
@@ -115,7 +139,7 @@ def _merge_passes(inputs: AttentionInputs, passes: list[Pass]) -> tuple[Tensor, 
             continue
         if out is None:
             out, lse = _nothing(inputs)
-        merged = _merge(one.queries.select(out), one.queries.select(lse), part, part_lse)
+        merged = merge(one.queries.select(out), one.queries.select(lse), part, part_lse)
         if one.queries.everything:
             out, lse = merged
         else:
@@ -139,33 +163,84 @@ def _merge(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> tuple[Te
     return merged, torch.logaddexp(lse, part_lse)
 
 
+@functools.cache
+def _merge_kernel() -> Callable | None:
+    """_merge as one kernel on CUDA, where Triton is installed."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    from prefix_kernels.backends.sdpa.merge import merge
+
+    return merge
+
+
 def _sum_passes(inputs, passes, out, lse, grad_out, grad_lse, wanted) -> list[Tensor | None]:
-    """The five gradients, each the sum of what the passes give, in float32 or float64."""
+    """The five gradients, each the sum of what the passes give."""
     want_q, want_keys, want_prefix = wanted[0], any(wanted[1:3]), any(wanted[3:5])
     tensors = (inputs.q, inputs.k, inputs.v, inputs.prefix_k, inputs.prefix_v)
-    dtype = torch.promote_types(inputs.q.dtype, torch.float32)
-    grads = [
-        empty_token_major(tensor, tuple(tensor.shape), dtype).zero_() if needed else None
-        for tensor, needed in zip(tensors, wanted, strict=True)
-    ]
+    sums = [_Sum(tensor) if needed else None for tensor, needed in zip(tensors, wanted, strict=True)]
     heads, q_len = inputs.q.shape[1:3]
     for one in passes if inputs.q.numel() else ():
         if not (want_q or (want_keys if one.prefix is None else want_prefix)):
             continue
         take = one.queries.take
+        q = take(inputs.q)
         dq, dk, dv = attend_backward(
-            take(grad_out), None if grad_lse is None else take(grad_lse), take(inputs.q), *_columns_of(inputs, one),
+            take(grad_out), None if grad_lse is None else take(grad_lse), q, *_columns_of(inputs, one, q),
             take(out), take(lse), one.mask, one.causal, inputs.scale,
         )  # fmt: skip
-        _add(grads[0], (one.queries.rows, slice(None), one.queries.positions), one.queries.unfold(dq, heads, q_len))
-        first = 1 if one.prefix is None else 3
-        rows = None if one.prefix is None else slice(one.prefix, one.prefix + 1)
-        _add(grads[first], (rows, slice(None), one.columns), dk)
-        _add(grads[first + 1], (rows, slice(None), one.columns), dv)
-    return grads
+        queries = (one.queries.rows, slice(None), one.queries.positions)
+        first, rows = 1, None
+        if one.prefix is not None:
+            first, rows = 3, slice(one.prefix, one.prefix + 1)
+            if dk.shape[0] > 1:  # expanded over the batch
+                dk, dv = (grad.sum(0, keepdim=True, dtype=torch.float32) for grad in (dk, dv))
+        keys = (rows, slice(None), one.columns)
+        values = (one.queries.unfold(dq, heads, q_len), dk, dv)
+        for total, index, value in zip((sums[0], *sums[first : first + 2]), (queries, keys, keys), values, strict=True):
+            if total is not None:
+                total.add(index, value)
+    return [None if total is None else total.result() for total in sums]
 
 
-def _add(total: Tensor | None, index: tuple, value: Tensor) -> None:
-    """total[index] += value, where a total is wanted; no index repeats."""
-    if total is not None:
-        total[tuple(slice(None) if part is None else part for part in index)] += value
+class _Sum:
+    """A gradient as the sum of parts. One or two parts are taken as they are, more are added up in float32 or float64."""
+
+    def __init__(self, tensor: Tensor):
+        self.tensor = tensor
+        self.parts: list[tuple[tuple, Tensor]] = []
+        self.total: Tensor | None = None
+
+    def add(self, index: tuple, value: Tensor) -> None:
+        """gradient[index] += value, None for a whole axis; no index repeats."""
+        self.parts.append((index, value))
+        if self.total is not None or len(self.parts) > 2:
+            self._add_up()
+
+    def result(self) -> Tensor:
+        """The gradient."""
+        whole = all(value.shape == self.tensor.shape for _, value in self.parts)
+        if self.total is None and self.parts and whole:
+            value = self.parts[0][1]
+            return value if len(self.parts) == 1 else value.add_(self.parts[1][1])
+        if self.total is None and self._side_by_side():
+            total = empty_token_major(self.tensor, tuple(self.tensor.shape), self.parts[0][1].dtype)
+            for (_, _, columns), value in self.parts:
+                total[:, :, columns] = value
+            return total
+        self._add_up()
+        return self.total
+
+    def _side_by_side(self) -> bool:
+        """Whether two parts are all columns before one column and all from it on."""
+        if len(self.parts) != 2 or any(rows is not None or not isinstance(s, slice) for (rows, _, s), _ in self.parts):
+            return False
+        (_, _, left), (_, _, right) = (index for index, _ in self.parts)
+        return (left.start, left.stop, right.stop) == (0, right.start, self.tensor.shape[2])
+
+    def _add_up(self) -> None:
+        if self.total is None:
+            dtype = torch.promote_types(self.tensor.dtype, torch.float32)
+            self.total = empty_token_major(self.tensor, tuple(self.tensor.shape), dtype).zero_()
+        for index, value in self.parts:
+            self.total[tuple(slice(None) if part is None else part for part in index)] += value
+        self.parts.clear()

@@ -4,6 +4,10 @@ The prefix is read by folding the batch, and the heads that share a kv head, int
 [1, kv_heads, group · batch · q_len, head_dim] against [1, kv_heads, prefix_len, head_dim]: it is never expanded, and its
 gradient is summed where the kernel sums over rows, in float32. Only a mask over the prefix (a bias, or a window that slides
 over it) forbids the folding; then each row is a pass of its own.
+
+Where a CUDA kernel takes fewer kv heads than heads, the batch alone is folded, [1, heads, batch · q_len, head_dim]: of
+token-major memory that is a view. Its backward kernels give a block of keys of one head to one program, so a short prefix
+leaves most of the chip idle; it is expanded instead (a view too), and the rows' gradients are summed in float32.
 """
 
 from __future__ import annotations
@@ -14,12 +18,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from prefix_kernels.backends.sdpa.stock import takes_fewer_kv_heads
 from prefix_kernels.problem import AttentionInputs
+
+GROUP_UP_TO = 8  # queries a row; assumed: when decoding, rows of one kv head in one block save more than copying q costs
+EXPAND_BELOW = 132  # programs of a backward pass over the folded prefix; assumed: one for each processor of an H100
+EXPAND_KEYS = 128  # of one head that a program of the backward kernels owns
+EXPAND_UP_TO = 4  # prefix keys a query; assumed: beyond it the rows' gradients outweigh q, out and their gradients
 
 
 @dataclass(frozen=True)
 class Selection:
-    """Some queries of [batch, heads, q_len, …]: batch rows, or query positions, or all. `fold`: kv_heads, to fold them."""
+    """Some queries of [batch, heads, q_len, …]: batch rows, or query positions, or all. `fold`: heads to fold them to."""
 
     rows: Tensor | slice | None = None
     positions: Tensor | slice | None = None
@@ -66,15 +76,15 @@ class Pass:
     hidden: Tensor | None = None  # bool, broadcasts to the queries [batch, heads, q_len]: sees no column of this pass
 
 
-def plan(inputs: AttentionInputs) -> tuple[AttentionInputs, list[Pass]]:
-    """The passes of a call, and the inputs that they refer to.
+def plan(inputs: AttentionInputs, backward: bool = False) -> tuple[AttentionInputs, list[Pass]]:
+    """The passes of a call, forward or backward, and the inputs that they refer to.
 
     Varlen becomes one batch row of tokens; keys past key_lens become 0, so that NaN there cannot reach a product.
     """
     if inputs.varlen:
         return inputs, [*_packed_prefix_passes(inputs), *_packed_passes(inputs)]
     inputs, passes = _sequence_passes(inputs)
-    return inputs, [*passes, *_prefix_passes(inputs)]
+    return inputs, [*passes, *_prefix_passes(inputs, backward)]
 
 
 def _row_groups(ids: Tensor | None, inputs: AttentionInputs) -> Iterator[tuple[int, Tensor | None, int]]:
@@ -91,13 +101,26 @@ def _row_groups(ids: Tensor | None, inputs: AttentionInputs) -> Iterator[tuple[i
             yield prefix, None if rows.shape[0] == ids.shape[0] else rows, lens[prefix]
 
 
-def _prefix_passes(inputs: AttentionInputs) -> Iterator[Pass]:
+def expands_prefix(heads: int, q_len: int, prefix_len: int) -> bool:
+    """Whether the backward pass over a prefix without a mask expands it over the batch, where the kernel lets it choose."""
+    return heads * -(-prefix_len // EXPAND_KEYS) < EXPAND_BELOW and prefix_len <= EXPAND_UP_TO * q_len
+
+
+def _folded_heads(inputs: AttentionInputs, length: int, backward: bool) -> int | None:
+    """Heads that the queries of a pass over the prefix are folded to; None: the prefix is expanded over the batch."""
+    heads, q_len = inputs.q.shape[1:3]
+    if q_len <= GROUP_UP_TO or not takes_fewer_kv_heads(inputs.q, inputs.v):
+        return inputs.k.shape[1]
+    return None if backward and expands_prefix(heads, q_len, length) else heads
+
+
+def _prefix_passes(inputs: AttentionInputs, backward: bool) -> Iterator[Pass]:
     batch, _, q_len, _ = inputs.q.shape
     slides = inputs.window is not None and inputs.first_key_position is not None
     for prefix, rows, length in _row_groups(inputs.prefix_ids, inputs):
         columns = slice(0, length)
         if inputs.bias is None and not slides:
-            yield Pass(Selection(rows, fold=inputs.k.shape[1]), prefix, columns)
+            yield Pass(Selection(rows, fold=_folded_heads(inputs, length, backward)), prefix, columns)
             continue
         for row in range(batch) if rows is None else rows.tolist():
             mask = inputs.q.new_zeros((1, 1, 1, length))

@@ -4,8 +4,9 @@ attend gives softmax(scale · q · kᵀ + mask) · v and its log-sum-exp over th
 out and lse of a larger softmax: its weights exp(scores − lse) are then the global ones, so the results of several parts add
 up to the exact gradient of the whole.
 
-The CPU kernel and flash attention take fewer kv heads than heads as they are; the memory-efficient kernel (CUDA, masks and
-float32) needs them repeated.
+On CUDA a mask, float32 and heads above 256 go to the memory-efficient kernel, the rest to cuDNN's or to flash attention:
+engine_of says which. The CPU kernel, flash attention and cuDNN take fewer kv heads than heads as they are; the
+memory-efficient kernel needs them repeated.
 """
 
 from __future__ import annotations
@@ -16,11 +17,38 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from prefix_kernels.problem import empty_token_major
+
 aten = torch.ops.aten
 
+# What runs a pass that both take, "cudnn" or "flash".
+FORWARD_ENGINE = "cudnn"  # assumed: it is written for Hopper; flash attention as torch has it is written for Ampere
+BACKWARD_ENGINE = "flash"  # assumed: the same bits in every run are worth more; cuDNN adds up dq in any order
+FLASH_DETERMINISTIC = True  # assumed, likewise: flash attention's backward pass adds up dq in one order
+CUDNN_FEWEST_QUERIES = 64  # assumed: less is decoding, where cuDNN would plan anew for every length of the cache
+
+_CUDNN_LARGEST_DIM = 128
+_FLASH_LARGEST_DIM = 256
+_CUDNN_LARGEST_TENSOR = 2**31  # elements, exclusive
 _CUDA_ALIGNMENT = 16  # bytes, of every row of q, k and v
 _LSE_ALIGNMENT = 32  # the memory-efficient kernel's rows of lse
 _BIAS_ALIGNMENT = 16  # elements; the memory-efficient kernel's rows of the mask
+
+
+def engine_of(q: Tensor, k: Tensor, mask: Tensor | None, backward: bool) -> str:
+    """The kernel of one part: "cpu", "cudnn", "flash" or "efficient". q and k as they go in, heads of one size."""
+    if q.device.type == "cpu":
+        return "cpu"
+    if mask is not None or not _takes_flash(q):
+        return "efficient"
+    if (BACKWARD_ENGINE if backward else FORWARD_ENGINE) != "cudnn" or not _takes_cudnn(q, k):
+        return "flash"
+    return "flash" if backward and torch.are_deterministic_algorithms_enabled() else "cudnn"
+
+
+def takes_fewer_kv_heads(q: Tensor, v: Tensor) -> bool:
+    """Whether a part without a mask goes to a CUDA kernel that reads fewer kv heads than heads."""
+    return q.device.type != "cpu" and _takes_flash(q) and v.shape[-1] <= _FLASH_LARGEST_DIM
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
@@ -37,9 +65,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, s
     mask, (q, k, v) = _beside_mask(mask, q, k, v)
     q, scale = _positive_scale(q, scale)
     q, k, v = _same_dim(q, k, v)
-    if q.device.type == "cpu":
+    engine = engine_of(q, k, mask, backward=False)
+    if engine == "cpu":
         out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)
-    elif _takes_flash(q, mask):
+    elif engine == "cudnn":
+        out, lse = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, causal, False, scale=scale)[:2]
+        lse = lse.view(q.shape[:3])  # [batch, heads, q_len, 1]
+    elif engine == "flash":
         out, lse = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, False, scale=scale)[:2]
     else:
         q, k, v = (tensor.transpose(1, 2) for tensor in (q, *_repeat_heads(q.shape[1], k, v)))
@@ -69,12 +101,21 @@ def attend_backward(
         grad_out[..., -1] = -grad_lse
     q, k, v = _same_dim(q, k, v)
     grad_out, out = (_rows(tensor, q.shape[-1]) for tensor in (grad_out, out))
-    if q.device.type == "cpu":
+    engine = engine_of(q, k, mask, backward=True)
+    if engine == "cpu":
         dq, dk, dv = aten._scaled_dot_product_flash_attention_for_cpu_backward(
             grad_out, q, k, v, out, lse.contiguous(), 0.0, causal, attn_mask=mask, scale=scale
         )
-    elif _takes_flash(q, mask):
-        no_dropout_state = torch.zeros(2, dtype=torch.uint64, device=q.device)
+    elif engine == "cudnn":
+        k, v = (tensor if tensor.stride(0) else tensor.contiguous() for tensor in (k, v))  # no prefix expanded over the batch
+        grad_out, out = (_laid_out_like(q, tensor) for tensor in (grad_out, out))
+        no_dropout_state = torch.empty((), dtype=torch.int64, device=q.device)
+        dq, dk, dv = aten._scaled_dot_product_cudnn_attention_backward(
+            grad_out, q, k, v, out, lse.contiguous()[..., None], no_dropout_state, no_dropout_state, None, None, None,
+            q.shape[2], k.shape[2], 0.0, causal, scale=scale,
+        )  # fmt: skip
+    elif engine == "flash":
+        no_dropout_state = torch.empty(2, dtype=torch.uint64, device=q.device)
         with _deterministic():
             dq, dk, dv = aten._scaled_dot_product_flash_attention_backward(
                 grad_out, q, k, v, out, lse.contiguous(), None, None, q.shape[2], k.shape[2], 0.0, causal,
@@ -118,10 +159,27 @@ def _positive_scale(q: Tensor, scale: float) -> tuple[Tensor, float]:
     return (q, scale) if scale > 0 else (q * scale, 1.0)
 
 
-def _takes_flash(q: Tensor, mask: Tensor | None) -> bool:
-    if mask is not None or q.dtype.itemsize != 2 or q.shape[-1] > 256:
+def _takes_flash(q: Tensor) -> bool:
+    if q.dtype.itemsize != 2 or q.shape[-1] > _FLASH_LARGEST_DIM:
         return False
     return torch.cuda.get_device_capability(q.device) >= (8, 0)
+
+
+def _takes_cudnn(q: Tensor, k: Tensor) -> bool:
+    """Beside what flash attention takes. cuDNN refuses a single key; its causal mask starts top left, which is square here."""
+    if q.shape[-1] > _CUDNN_LARGEST_DIM or q.shape[2] < CUDNN_FEWEST_QUERIES or k.shape[2] == 1:
+        return False
+    if max(q.numel(), k.numel()) >= _CUDNN_LARGEST_TENSOR or max(q.shape[:2]) > 65535:
+        return False
+    return torch.cuda.get_device_capability(q.device) >= (9, 0)
+
+
+def _laid_out_like(q: Tensor, tensor: Tensor) -> Tensor:
+    """`tensor` in q's memory order: torch finds cuDNN's plans by the strides of q, k and v alone, made for an out like q."""
+    layout = torch.empty_like(q)
+    if all(a == b for a, b, size in zip(tensor.stride(), layout.stride(), q.shape, strict=True) if size > 1):
+        return tensor
+    return layout.copy_(tensor)
 
 
 def _same_dim(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -133,13 +191,22 @@ def _same_dim(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _rows(tensor: Tensor, dim: int) -> Tensor:
-    """`tensor` with rows of `dim` numbers that a kernel can read: last stride 1, on CUDA in steps of 16 bytes."""
-    if tensor.shape[-1] != dim:
-        return pad(tensor, (0, dim - tensor.shape[-1]))
-    steps = () if tensor.device.type == "cpu" else (tensor.storage_offset(), *tensor.stride()[:-1])
-    if tensor.stride(-1) == 1 and all(step * tensor.element_size() % _CUDA_ALIGNMENT == 0 for step in steps):
+    """`tensor` with rows of `dim` numbers that a kernel can read: last stride 1, on CUDA in steps of 16 bytes.
+
+    A copy on CUDA is token-major, which the kernels there read without another copy.
+    """
+    if tensor.device.type == "cpu":
+        if tensor.shape[-1] != dim:
+            return pad(tensor, (0, dim - tensor.shape[-1]))
+        return tensor if tensor.stride(-1) == 1 else tensor.clone(memory_format=torch.contiguous_format)
+    steps = (tensor.storage_offset(), *tensor.stride()[:-1])
+    fits = tensor.stride(-1) == 1 and all(step * tensor.element_size() % _CUDA_ALIGNMENT == 0 for step in steps)
+    if fits and tensor.shape[-1] == dim:
         return tensor
-    return tensor.clone(memory_format=torch.contiguous_format)
+    rows = empty_token_major(tensor, (*tensor.shape[:-1], dim))
+    rows[..., : tensor.shape[-1]] = tensor
+    rows[..., tensor.shape[-1] :] = 0
+    return rows
 
 
 def _repeat_heads(heads: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -159,10 +226,20 @@ def _efficient_bias(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor | None:
 
 @contextmanager
 def _deterministic():
-    """Flash attention's backward pass orders its additions only under this global switch, and not where it only warns."""
+    """Flash attention's backward pass orders its additions only under this global switch, and not where it only warns.
+
+    The switch also has all new memory filled; that is left out unless the caller has it so already.
+    """
+    if not FLASH_DETERMINISTIC:
+        yield
+        return
+    settings = torch.utils.deterministic
     before, warn_only = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = settings.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
+    settings.fill_uninitialized_memory = before and fill
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before, warn_only=warn_only)
+        settings.fill_uninitialized_memory = fill
