@@ -7,7 +7,7 @@ it reads no value back from a device. A row passes if
     - nothing spills: no stack and no local memory, with any option (float32, which has no tensor cores to feed: up to 8 words);
     - shared memory fits the chips that the row serves;
     - 16-bit products use wgmma on sm_90 and tcgen05 on sm_100, unless the row's reason opens with "mma.sync";
-    - hopper_kernel also has what hopper_code.py looks for.
+    - the kernels for Hopper also have what hopper_code.py looks for.
 
 Triton emits those for products of at least 64 rows in programs of 4 or 8 warps; other tiles fall back to mma.sync.
 
@@ -47,22 +47,28 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from prefix_kernels import api
-from prefix_kernels.backends.triton import backward_kernels, forward_kernel, hopper, tile_sizes
+from prefix_kernels.backends.triton import backward_kernels, decode_kernel, forward_kernel, hopper, tile_sizes
 from prefix_kernels.problem import AttentionInputs
 
 SOURCES = Path(tile_sizes.__file__).parent
 SHARED = ("rows.py", "online_softmax.py", "launch.py")  # what every kernel is made of
 FILES = {
-    "forward": "forward_kernel.py", "dq": "dq_kernel.py", "dkeys": "dkeys_kernels.py", "dprefix": "dkeys_kernels.py",
-    "delta": "backward_kernels.py", "hopper": "hopper.py",
+    "forward": ("forward_kernel.py",), "dq": ("dq_kernel.py",), "dkeys": ("dkeys_kernels.py",),
+    "dprefix": ("dkeys_kernels.py",), "delta": ("backward_kernels.py",), "hopper": ("hopper.py",),
+    "decode": ("forward_kernel.py", "decode_kernel.py"), "hopper_dq": ("hopper.py", "hopper_dkeys.py", "hopper_dq.py"),
+    "hopper_dkeys": ("hopper.py", "hopper_dkeys.py"), "hopper_dprefix": ("hopper.py", "hopper_dkeys.py"),
 }  # fmt: skip
+FORWARD = {"forward": forward_kernel, "hopper": hopper, "decode": decode_kernel}
 WANTED = {
     "dq": (True, False, False, False, False), "dkeys": (False, True, True, False, False),
     "dprefix": (False, False, False, True, True), "delta": (False,) * 5,
 }  # fmt: skip
+WANTED |= {f"hopper_{kernel}": WANTED[kernel] for kernel in ("dq", "dkeys", "dprefix")}
+FUNCTIONS = {"hopper_dprefix": "hopper_dkeys_kernel"}  # the others': the row's name and _kernel
 # KiB of a program. The rows of sm_80 serve every chip without rows of its own: 8.6, 8.9 and 12.x have 99.
 SHARED_MEMORY = {80: 99, 90: 227, 100: 227}
 STACK = {16: 0, 32: 32}  # bytes a thread
+MOST_STACK = {"hopper": hopper_code.STACK} | dict.fromkeys(hopper_code.BACKWARD, hopper_code.BACKWARD_STACK)
 TENSOR_CORES = {80: r"mma\.sync", 90: r"wgmma\.mma_async", 100: r"tcgen05\.mma"}
 MOST_CHANGED, SAMPLE = 4, 3  # with --proven
 BATCH, HEADS, KV_HEADS, LENGTH, PREFIX_LEN, PREFIXES = 8, 8, 2, 512, 128, 3
@@ -81,8 +87,9 @@ def prefix(dim: int, dtype: torch.dtype, bank: bool) -> tuple[Tensor, Tensor]:
     return empty(*shape, dtype=dtype), empty(*shape, dtype=dtype)
 
 
-def dense(dim: int, dtype: torch.dtype, bank: bool = False, **options) -> AttentionInputs:
-    q, k, v = (empty(BATCH, LENGTH, heads, dim, dtype=dtype).transpose(1, 2) for heads in (HEADS, KV_HEADS, KV_HEADS))
+def dense(dim: int, dtype: torch.dtype, bank: bool = False, q_len: int = LENGTH, **options) -> AttentionInputs:
+    q = empty(BATCH, q_len, HEADS, dim, dtype=dtype).transpose(1, 2)
+    k, v = (empty(BATCH, LENGTH, KV_HEADS, dim, dtype=dtype).transpose(1, 2) for _ in range(2))
     return api._dense_inputs(q, k, v, *prefix(dim, dtype, bank), **options)
 
 
@@ -112,6 +119,17 @@ HOPPER_VARIANTS = {
     "bank, not causal": lambda dim, dtype: dense(dim, dtype, bank=True, causal=False, prefix_ids=index(BATCH).long()),
     "packed": packed,
 }
+# BATCH · q_len · HEADS / KV_HEADS queries of a shared prefix fill a block of 64; without one, a row's own block of 16 or 32.
+DECODE_VARIANTS = {
+    "plain": lambda dim, dtype: dense(dim, dtype, q_len=2),
+    "padded head": lambda dim, dtype: dense(dim * 3 // 4, dtype, q_len=2),
+    "windowed": lambda dim, dtype: dense(
+        dim, dtype, q_len=8, window=64, first_key_position=0, softcap=30.0, key_lens=index(BATCH)
+    ),
+    "masked": lambda dim, dtype: dense(dim, dtype, q_len=8, key_mask=empty(BATCH, LENGTH, dtype=torch.bool)),
+    "bank": lambda dim, dtype: windowed(dim, dtype, q_len=8),
+}
+VARIANTS_OF = {"decode": DECODE_VARIANTS} | dict.fromkeys(("hopper", *hopper_code.BACKWARD), HOPPER_VARIANTS)  # else VARIANTS
 
 
 class NoDevice:
@@ -135,21 +153,25 @@ def compile_kernel(kernel: str, architecture: int, inputs: AttentionInputs):
     compiled, run = [], JITFunction.run
 
     def compile_instead(function, *arguments, grid, warmup, **options):
-        if function.__name__ == f"{kernel}_kernel":
+        if function.__name__ == FUNCTIONS.get(kernel, f"{kernel}_kernel"):
             compiled.append(run(function, *arguments, grid=grid, warmup=True, **options))
 
     driver.set_active(NoDevice(architecture))
     of_device, tile_sizes.architecture_of = tile_sizes.architecture_of, lambda device: architecture
+    regimes, why_not = tile_sizes.HOPPER_BACKWARD_REGIMES, hopper.why_not
+    chosen = (tile_sizes.Regime(inputs.q.shape[-1], 1, 1, ""),) if kernel in hopper_code.BACKWARD else ()
+    tile_sizes.HOPPER_BACKWARD_REGIMES, hopper.why_not = {kernel.removeprefix("hopper_"): chosen}, hopper.why_not_on_hopper
     JITFunction.run = compile_instead
     try:
-        if kernel in ("forward", "hopper"):
-            (forward_kernel if kernel == "forward" else hopper).forward(inputs)
+        if kernel in FORWARD:
+            FORWARD[kernel].forward(inputs)
         else:
             out = empty(*inputs.q.shape, dtype=inputs.q.dtype)
             lse = empty(*((HEADS, BATCH * LENGTH) if inputs.varlen else inputs.q.shape[:3]), dtype=torch.float32)
             backward_kernels.backward(inputs, out, lse, out, lse, WANTED[kernel])
     finally:
         JITFunction.run, tile_sizes.architecture_of = run, of_device
+        tile_sizes.HOPPER_BACKWARD_REGIMES, hopper.why_not = regimes, why_not
     (one,) = compiled
     return one
 
@@ -177,7 +199,7 @@ def name_of(key: tuple[str, int, int, int]) -> str:
 
 
 def variants_of(key: tuple[str, int, int, int]) -> tuple[str, ...]:
-    return ("plain", "packed") if key[0] == "delta" else tuple(HOPPER_VARIANTS if key[0] == "hopper" else VARIANTS)
+    return ("plain", "packed") if key[0] == "delta" else tuple(VARIANTS_OF.get(key[0], VARIANTS))
 
 
 def judge(key: tuple[str, int, int, int], variants: tuple[str, ...]) -> tuple[tuple[str, int, int, int], dict]:
@@ -186,19 +208,20 @@ def judge(key: tuple[str, int, int, int], variants: tuple[str, ...]) -> tuple[tu
     kernel, architecture, bits, dim = key
     tile, wrong, measured = tile_sizes.TABLE[key], [], {}
     for variant in variants:
-        make = (HOPPER_VARIANTS if kernel == "hopper" else VARIANTS)[variant]
-        inputs = make(dim, torch.bfloat16 if bits == 16 else torch.float32)
+        inputs = VARIANTS_OF.get(kernel, VARIANTS)[variant](dim, torch.bfloat16 if bits == 16 else torch.float32)
         compiled = compile_kernel(kernel, architecture, inputs)
         numbers = measured[variant] = measure(compiled, architecture)
-        if numbers["stack"] > (hopper_code.STACK if kernel == "hopper" else STACK[bits]):
+        if numbers["stack"] > MOST_STACK.get(kernel, STACK[bits]):
             wrong.append(f"{variant}: {numbers['stack']} bytes of stack")
         if numbers["shared"] > SHARED_MEMORY[architecture] * 1024:
             wrong.append(f"{variant}: {numbers['shared'] / 1024:.0f} KiB of shared memory")
-        fallback = tile.reason.startswith("mma.sync") or bits == 32 or kernel == "delta"
+        fallback = tile.reason.startswith("mma.sync") or bits == 32 or kernel == "delta" or variant == "bank"
         if not fallback and not numbers["tensor_core_products"]:
             wrong.append(f"{variant}: no {TENSOR_CORES[architecture]}")
         if kernel == "hopper":
             wrong += [f"{variant}: {what}" for what in hopper_code.missing_in(compiled)]
+        elif kernel in hopper_code.BACKWARD:
+            wrong += [f"{variant}: {what}" for what in hopper_code.missing_in_backward(compiled, kernel, tile)]
     return key, {"fingerprint": fingerprint(key), "triton": triton.__version__, "measured": measured, "wrong": wrong}
 
 
@@ -206,7 +229,7 @@ def fingerprint(key: tuple[str, int, int, int]) -> str:
     """Changes with the row's numbers and with the code of its kernel, not with comments, docstrings or line breaks."""
     tile = tile_sizes.TABLE[key]
     words = [repr((key, tile.BLOCK_M, tile.BLOCK_N, tile.num_warps, tile.num_stages))]
-    for file in (*SHARED, FILES[key[0]]):
+    for file in (*SHARED, *FILES[key[0]]):
         for token in tokenize.generate_tokens(io.StringIO((SOURCES / file).read_text()).readline):
             docstring = token.string.startswith('"""')
             if token.type in (tokenize.NAME, tokenize.OP, tokenize.NUMBER, tokenize.STRING) and not docstring:

@@ -1,4 +1,4 @@
-"""What the machine code of hopper_kernel must have: registers handed out anew, TMA, barriers, products beside the softmax."""
+"""What the machine code of the kernels for Hopper must have: registers handed out anew, TMA, barriers, products in flight."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 import triton
 
 from prefix_kernels.backends.triton.hopper import CONSUMER_REGISTERS, PRODUCER_REGISTERS, REGISTERS
+from prefix_kernels.backends.triton.tile_sizes import Tile
 
 THREADS = 384  # two consumer warpgroups, and one of whose warps the producer is the only one to work
 ELEMENTS = 64  # of a thread: 64 × 128 scores over a warpgroup
@@ -18,22 +19,19 @@ STACK = 8  # bytes: the assembler may save the thread's number once, before the 
 SCORES, SUMS = "WARPGROUP.DEPBAR.LE gsb0, 0x1", "WARPGROUP.DEPBAR.LE gsb0, 0x0"  # the waits for them
 OTHER_WAITS = 4  # for each of two warpgroups: the first scores, the last sums
 INSTRUCTIONS = {"HGMMA": 1, "UTMALDG": 6, "UTMASTG": 2, "SYNCS": 20, "USETMAXREG": 2}  # and how many at least
+# Backward: bytes of stack, for what does not depend on the block, and the thread's number, which may be read in each; blocks'
+# softmaxes and waits of two warpgroups; the first and last instruction of a loop after its wait for a tile.
+BACKWARD_STACK = 48
+BACKWARD = {
+    "hopper_dq": (8, 28, "WARPGROUP.DEPBAR.LE gsb0, 0x2"), "hopper_dkeys": (2, 6, "HGMMA"), "hopper_dprefix": (2, 6, "HGMMA"),
+}  # fmt: skip
+BACKWARD_INSTRUCTIONS = {"HGMMA": 1, "UTMALDG": 6, "SYNCS": 14, "USETMAXREG": 2}
 
 
 def missing_in(compiled) -> list[str]:
     """What is wrong with a compiled hopper_kernel; empty if nothing."""
-    ptx, sass = compiled.asm["ptx"], disassembled(compiled.asm["cubin"])
-    wrong = []
-    given = {int(number) for number in re.findall(r"setmaxnreg\.(?:inc|dec)\.sync\.aligned\.u32\s+(\d+)", ptx)}
-    if not {CONSUMER_REGISTERS, PRODUCER_REGISTERS} <= given:
-        wrong.append(f"setmaxnreg gives {sorted(given)}")
-    threads = re.search(r"\.reqntid (\d+)", ptx)
-    if threads is None or int(threads.group(1)) != THREADS or f".maxnreg {REGISTERS}" not in ptx:
-        wrong.append(f"not {THREADS} threads of {REGISTERS} registers")
-    for name, least in INSTRUCTIONS.items():
-        found = len(re.findall(rf"\b{name}\b", sass))
-        if found < least:
-            wrong.append(f"{found} {name}")
+    sass = disassembled(compiled.asm["cubin"])
+    wrong = warps_and_instructions(compiled.asm["ptx"], sass, INSTRUCTIONS)
     softmaxes = exponentials(sass)
     if len(softmaxes) < SOFTMAXES:
         wrong.append(f"{len(softmaxes)} waits for scores that leave sums on their way")
@@ -44,6 +42,43 @@ def missing_in(compiled) -> list[str]:
     for consumer in sass.split("UTMASTG")[:2]:
         if re.search(r"\b(STL|LDL)", consumer[consumer.find(SCORES) : consumer.rfind(SCORES)]):
             wrong.append("local memory in the loops")
+    return wrong
+
+
+def missing_in_backward(compiled, kernel: str, tile: Tile) -> list[str]:
+    """The same of a kernel of the backward pass, of which a thread has half a row of each block's weights."""
+    softmaxes, waits, loop = BACKWARD[kernel]
+    sass = disassembled(compiled.asm["cubin"])
+    wrong = warps_and_instructions(compiled.asm["ptx"], sass, BACKWARD_INSTRUCTIONS)
+    least = softmaxes * (tile.BLOCK_N if kernel == "hopper_dq" else tile.BLOCK_M) // 2
+    beside = 0
+    for left, between in re.findall(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x(\d)(.*?)(?=WARPGROUP\.DEPBAR|\Z)", sass, re.DOTALL):
+        beside += between.count("MUFU.EX2") if int(left) else 0
+    if beside < least:
+        wrong.append(f"{beside} exponentials beside products, of {least}")
+    if len(re.findall(r"WARPGROUP\.DEPBAR", sass)) > waits:
+        wrong.append("wgmma is serialised: more waits than the source has")
+    places = [match.start() for match in re.finditer(re.escape(loop), sass)]
+    for consumer in (places[: len(places) // 2], places[len(places) // 2 :]):
+        code = sass[sass.rfind("PHASECHK", 0, consumer[0]) : consumer[-1]] if consumer else ""
+        if "STL" in code or code.count("LDL") > 1:
+            wrong.append("local memory in the loops")
+    return wrong
+
+
+def warps_and_instructions(ptx: str, sass: str, least_of: dict[str, int]) -> list[str]:
+    """What is wrong with registers and threads, and instructions that are missing."""
+    wrong = []
+    given = {int(number) for number in re.findall(r"setmaxnreg\.(?:inc|dec)\.sync\.aligned\.u32\s+(\d+)", ptx)}
+    if not {CONSUMER_REGISTERS, PRODUCER_REGISTERS} <= given:
+        wrong.append(f"setmaxnreg gives {sorted(given)}")
+    threads = re.search(r"\.reqntid (\d+)", ptx)
+    if threads is None or int(threads.group(1)) != THREADS or f".maxnreg {REGISTERS}" not in ptx:
+        wrong.append(f"not {THREADS} threads of {REGISTERS} registers")
+    for name, least in least_of.items():
+        found = len(re.findall(rf"\b{name}\b", sass))
+        if found < least:
+            wrong.append(f"{found} {name}")
     return wrong
 
 

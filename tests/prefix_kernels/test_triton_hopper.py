@@ -13,7 +13,8 @@ from prefix_kernels import api
 from prefix_kernels.backends import triton as triton_backend
 from support.cases import Case
 from support.compare import DTYPES, expectation
-from support.inputs import Inputs, make_inputs
+from support.hopper_cases import CASES, CASES_BY_NAME, ROWS, call_of
+from support.inputs import make_inputs
 from support.tolerance import assert_close
 
 if importlib.util.find_spec("triton") is None:
@@ -26,53 +27,12 @@ from support.gluon_emulator import EmulatedKernel
 ROOT = Path(__file__).resolve().parents[2]
 SIXTEEN_BIT = ("bfloat16", "float16", "float32 prefix")
 
-ROWS = {"batch": 1, "heads": 2, "kv_heads": 1, "head_dim": 64}
-CASES_BY_NAME = {case.name: case for case in (
-    Case("whole blocks", **ROWS, q_len=256, kv_len=256, prefix_len=128),
-    Case("odd lengths", **ROWS | {"batch": 2, "kv_heads": 2}, q_len=200, kv_len=200, prefix_len=150),
-    Case("head_dim 128", **ROWS | {"heads": 4, "kv_heads": 2, "head_dim": 128}, q_len=150, kv_len=150, prefix_len=300),
-    Case("contiguous", **ROWS, q_len=65, kv_len=65, prefix_len=1, contiguous=True),
-    Case("short", **ROWS | {"batch": 2}, q_len=5, kv_len=5, prefix_len=3),
-    Case("no prefix", **ROWS, q_len=130, kv_len=130, prefix_len=0),
-    Case("long prefix", **ROWS, q_len=20, kv_len=20, prefix_len=700),
-    Case("chunk", **ROWS, q_len=70, kv_len=300, prefix_len=20),
-    Case("one new token", **ROWS | {"heads": 4}, q_len=1, kv_len=140, prefix_len=20),
-    Case("not causal", **ROWS, q_len=140, kv_len=260, prefix_len=130, causal=False),
-    Case("not causal, fewer keys", **ROWS, q_len=140, kv_len=20, prefix_len=0, causal=False),
-    Case("no keys", **ROWS, q_len=70, kv_len=0, prefix_len=140, causal=False),
-    Case("nothing to see", **ROWS, q_len=70, kv_len=0, prefix_len=0, causal=False),
-    Case("no rows", **ROWS | {"batch": 0}, q_len=70, kv_len=70, prefix_len=20),
-    Case("bank", **ROWS | {"batch": 4}, q_len=66, kv_len=66, prefix_len=150, prefixes=3, prefix_ids=(2, -1, 0, 2)),
-    Case("scale", **ROWS, q_len=66, kv_len=66, prefix_len=20, scale=0.5),
-    Case("pack", **ROWS, seqlens_q=(140, 1, 0, 128, 25), prefix_len=130),
-    Case("pack, no prefix", **ROWS, seqlens_q=(129, 40), prefix_len=0),
-    Case("pack, longer keys", **ROWS, seqlens_q=(20, 1, 70), seqlens_k=(150, 33, 70), prefix_len=20),
-    Case("pack, not causal", **ROWS, seqlens_q=(40, 130, 7), seqlens_k=(180, 50, 0), prefix_len=20, causal=False),
-    Case("pack, bank", **ROWS | {"head_dim": 128}, seqlens_q=(20, 50, 7), prefix_len=70, prefixes=2, prefix_ids=(1, -1, 0)),
-)}  # fmt: skip
-CASES = tuple(CASES_BY_NAME.values())
-
 
 @pytest.fixture(autouse=True)
 def uninitialized_memory_is_nan():
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
-
-
-def aligned(tensor):
-    """The values in a larger buffer of NaN, as in support.inputs, with strides of 16 bytes."""
-    swap = tensor.dim() == 4 and tensor.stride(1) < tensor.stride(2)
-    values = tensor.detach().transpose(1, 2) if swap else tensor.detach()
-    buffer = values.new_full([*(size + 2 for size in values.shape[:-1]), values.shape[-1] + 16], torch.nan)
-    view = buffer[(slice(1, -1),) * (values.dim() - 1) + (slice(8, -8),)].copy_(values)
-    return view.transpose(1, 2) if swap else view
-
-
-def call_of(inputs: Inputs):
-    """What the kernel receives of a public call."""
-    make = api._varlen_inputs if "cu_seqlens_q" in inputs.options else api._dense_inputs
-    return make(*map(aligned, inputs.tensors), **inputs.options)
 
 
 def check(case, dtype, device="cpu"):
@@ -224,14 +184,15 @@ def test_it_serves_no_cpu():
 
 
 def test_only_a_measured_regime_chooses_it(monkeypatch):
-    inputs, served = inputs_of(), []
+    inputs, served = inputs_of(q_len=9, kv_len=9), []
     monkeypatch.setattr(forward_kernel, "forward", lambda inputs: "portable")
     monkeypatch.setattr(hopper, "forward", lambda inputs: "hopper")
     monkeypatch.setattr(hopper, "why_not", lambda inputs: served.append(inputs) or (None if len(served) == 1 else "no"))
-    assert tile_sizes.HOPPER_REGIMES == () and triton_backend.forward(inputs) == "portable" and not served
+    monkeypatch.setattr(tile_sizes, "HOPPER_REGIMES", ())
+    assert triton_backend.forward(inputs) == "portable" and not served
     for regime, kernel in (
-        (Regime(128, 1, 1, ""), "portable"), (Regime(64, 9, 1, ""), "portable"), (Regime(64, 1, 3, ""), "portable"),
-        (Regime(64, 8, 2, ""), "hopper"), (Regime(64, 8, 2, ""), "portable"),
+        (Regime(128, 1, 1, ""), "portable"), (Regime(64, 10, 1, ""), "portable"), (Regime(64, 1, 3, ""), "portable"),
+        (Regime(64, 9, 2, ""), "hopper"), (Regime(64, 9, 2, ""), "portable"),
     ):  # fmt: skip
         monkeypatch.setattr(tile_sizes, "HOPPER_REGIMES", (regime,))
         assert triton_backend.forward(inputs) == kernel

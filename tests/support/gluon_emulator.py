@@ -139,6 +139,9 @@ class Shared:
     def permute(self, order) -> Shared:
         return Shared(self.array.transpose(order), self.dtype)
 
+    def load(self, layout) -> Value:
+        return value(np.array(self.array))
+
     def store(self, data: Value) -> None:
         partition = threading.current_thread()
         assert not partition.products, "a tile is written while a product may read it"
@@ -266,8 +269,17 @@ def allocate_shared_memory(dtype: torch.dtype, shape, layout) -> Shared:
     return Shared(barriers, dtype)
 
 
+def load(pointer: Pointer, mask: Value | None = None, other: float | None = None) -> Value:
+    if mask is None:
+        return value(pointer.memory[int(pointer.offset)].numpy())
+    result = np.full(mask.shape, other, np.float32)
+    result[np.asarray(mask)] = pointer.memory[torch.from_numpy(np.asarray(pointer.offset)[np.asarray(mask)])].numpy()
+    return value(result)
+
+
 def store(pointer: Pointer, data: Value, mask: Value) -> None:
     elements = torch.from_numpy(np.asarray(pointer.offset)[np.asarray(mask)])
+    assert not elements.numel() or 0 <= elements.min() <= elements.max() < len(pointer.memory), "outside the tensor's memory"
     pointer.memory[elements] = torch.from_numpy(np.asarray(data)[np.asarray(mask)]).to(pointer.memory.dtype)
 
 
@@ -282,7 +294,8 @@ def no_layout(*arguments) -> None:
 GL = {
     "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "int32": torch.int32, "int64": torch.int64,
     "constexpr": lambda constant: constant, "static_range": range, "NVMMADistributedLayout": no_layout,
-    "DotOperandLayout": no_layout, "SliceLayout": no_layout, "allocate_shared_memory": allocate_shared_memory,
+    "DotOperandLayout": no_layout, "SliceLayout": no_layout, "BlockedLayout": no_layout, "SwizzledSharedLayout": no_layout,
+    "allocate_shared_memory": allocate_shared_memory,
     "arange": lambda start, stop, layout: value(np.arange(start, stop)),
     "full": lambda shape, fill, dtype, layout: value(np.full(shape, fill, np.float32)),
     "zeros": lambda shape, dtype, layout: value(np.zeros(shape, np.float32)),
@@ -293,8 +306,7 @@ GL = {
     "sum": lambda tensor, axis: value(np.sum(np.asarray(tensor), axis)),
     "maximum": on_values(np.maximum), "minimum": on_values(np.minimum), "exp2": on_values(np.exp2), "log2": on_values(np.log2),
     "cdiv": lambda a, b: value(-(-np.asarray(a) // b)),
-    "load": lambda pointer: value(pointer.memory[int(pointer.offset)].numpy()),
-    "store": store,
+    "load": load, "store": store,
 }  # fmt: skip
 
 
@@ -304,7 +316,10 @@ class EmulatedKernel:
     def __init__(self, module: ModuleType, name: str, change: tuple[str, str] | None = None, seed: int = 0):
         self.generator, self.programs = random.Random(seed), 0
         gl = SimpleNamespace(**GL, program_id=lambda axis: value(self.program), warp_specialize=self.warp_specialize)
-        self.namespace = {n: v.value if isinstance(v, language.constexpr) else v for n, v in vars(module).items()}
+        functions = [v for v in vars(module).values() if isinstance(v, GluonJITFunction)]
+        self.namespace = {"range": lambda *ends: map(value, range(*map(int, ends)))}
+        for names in (*(function.fn.__globals__ for function in functions), vars(module)):
+            self.namespace |= {n: v.value if isinstance(v, language.constexpr) else v for n, v in names.items()}
         self.namespace |= {
             "gl": gl, "tma_load": tma_load, "tma_store": tma_store, "tma": SimpleNamespace(store_wait=store_wait),
             "fence_async_shared": fence_async_shared, "warpgroup_mma": warpgroup_mma, "warpgroup_mma_wait": warpgroup_mma_wait,
@@ -313,7 +328,6 @@ class EmulatedKernel:
                 expect=lambda barrier, size: barrier.change(1, size),
             ),
         }  # fmt: skip
-        functions = [v for v in vars(module).values() if isinstance(v, GluonJITFunction)]
         sources = [textwrap.dedent(inspect.getsource(function.fn)) for function in functions]
         assert change is None or sum(source.count(change[0]) for source in sources) == 1, f"not once in the source: {change[0]}"
         for source in sources:
@@ -325,11 +339,13 @@ class EmulatedKernel:
         return functools.partial(self.run, grid)
 
     def run(self, grid, *arguments, **options) -> None:
-        parameters = inspect.signature(self.kernel).parameters
-        arguments = [self.argument(each) for each in arguments]
-        options = {name: option for name, option in options.items() if name in parameters}
+        signature = inspect.signature(self.kernel)
+        given = signature.bind(*arguments, **{name: each for name, each in options.items() if name in signature.parameters})
+        for name, each in given.arguments.items():
+            if signature.parameters[name].annotation is inspect.Parameter.empty:  # no constexpr
+                given.arguments[name] = self.argument(each)
         for self.program in range(grid[0]):
-            self.kernel(*arguments, **options)
+            self.kernel(*given.args)
         self.programs += grid[0]
 
     def argument(self, given):

@@ -16,6 +16,7 @@ from torch import Tensor
 from prefix_kernels.problem import AttentionInputs, AttentionProblem
 
 MAX_DIM = 256
+MAX_DECODE_QUERIES = 8  # a row, of the kernel for decoding; assumed: one new token, or a few that were guessed ahead
 
 
 def why_not(problem: AttentionProblem) -> str | None:
@@ -40,16 +41,18 @@ def why_not(problem: AttentionProblem) -> str | None:
 
 def workspace_bytes(problem: AttentionProblem) -> tuple[int, int]:
     """Most bytes that the forward and the backward pass take besides what goes in and comes out."""
+    from prefix_kernels.backends.triton import decode_kernel
     from prefix_kernels.backends.triton.backward_kernels import MAX_SPLITS
 
     rounded = problem.prefix_values() * problem.dtype.itemsize if problem.prefix_dtype != problem.dtype else 0
     delta = 4 * problem.q_tokens * problem.heads
     children = 24 * (problem.batch + 1) if problem.has_parent else 0
-    return rounded, rounded + delta + children + 4 * MAX_SPLITS * problem.prefix_values()
+    parts = decode_kernel.part_bytes(problem) if _decodes(problem.varlen, problem.q_len) else 0
+    return rounded + parts, rounded + delta + children + 4 * MAX_SPLITS * problem.prefix_values()
 
 
 def forward(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
-    """(out, lse) of one call: by the kernel for Hopper where a measurement says so, else by the one for every GPU."""
+    """(out, lse) of one call: by the kernel for Hopper where a measurement says so, else by one of those for every GPU."""
     from prefix_kernels.backends.triton import forward_kernel, tile_sizes
 
     if any(regime.covers(inputs.problem()) for regime in tile_sizes.HOPPER_REGIMES):
@@ -57,6 +60,10 @@ def forward(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
 
         if hopper.why_not(inputs) is None:
             return hopper.forward(inputs)
+    if _decodes(inputs.varlen, inputs.q.shape[-2]):
+        from prefix_kernels.backends.triton import decode_kernel
+
+        return decode_kernel.forward(inputs)
     return forward_kernel.forward(inputs)
 
 
@@ -67,6 +74,11 @@ def backward(
     from prefix_kernels.backends.triton import backward_kernels
 
     return backward_kernels.backward(inputs, out, lse, grad_out, grad_lse, wanted)
+
+
+def _decodes(varlen: bool, q_len: int) -> bool:
+    """Whether the kernel for decoding serves a call."""
+    return not varlen and q_len <= MAX_DECODE_QUERIES
 
 
 def _interpreting() -> bool:

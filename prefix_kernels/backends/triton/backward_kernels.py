@@ -8,19 +8,23 @@ share of the query blocks, and a last kernel adds the shares in order. Their num
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from prefix_kernels.backends.triton import tile_sizes
 from prefix_kernels.backends.triton.dkeys_kernels import dkeys_kernel, dprefix_kernel
 from prefix_kernels.backends.triton.dq_kernel import dq_kernel
-from prefix_kernels.backends.triton.launch import LENGTHS, Call
+from prefix_kernels.backends.triton.launch import LENGTHS, Call, key_of, run
 from prefix_kernels.backends.triton.online_softmax import load_tile, start_of
 from prefix_kernels.backends.triton.rows import Tokens, block_of, queries_of, scalars, tokens
 from prefix_kernels.problem import AttentionInputs, empty_token_major
 
 PROGRAMS = 264  # of the prefix kernel: two for each multiprocessor of a large GPU
+HOPPER_PROGRAMS = 132  # of the one for Hopper: one has all registers of a multiprocessor
 MAX_SPLITS = 32
 SUM_BLOCK = 1024
 
@@ -55,21 +59,30 @@ def delta_kernel(
     tl.store(start_of(delta, row, head, q_start) + query, result, mask=exists)
 
 
-@triton.jit(do_not_specialize=["splits", "numel"])
-def sum_splits_kernel(parts, total, splits, numel, BLOCK: tl.constexpr):
-    """total [numel] = Σ parts [splits, numel], in order."""
-    index = tl.cast(tl.program_id(0), tl.int64) * BLOCK + tl.arange(0, BLOCK)
+@triton.jit
+def sum_block(parts, total, splits, numel, BLOCK: tl.constexpr):
+    index = tl.cast(tl.program_id(0) // 2, tl.int64) * BLOCK + tl.arange(0, BLOCK)
     result = tl.zeros([BLOCK], tl.float32)
     for split in tl.range(0, splits):
         result += tl.load(parts + tl.cast(split, tl.int64) * numel + index, mask=index < numel, other=0.0)
     tl.store(total + index, result.to(total.dtype.element_ty), mask=index < numel)
 
 
+@triton.jit(do_not_specialize=["splits", "k_numel", "v_numel"])
+def sum_splits_kernel(k_parts, v_parts, k_total, v_total, splits, k_numel, v_numel, BLOCK: tl.constexpr):
+    """total [numel] = Σ parts [splits, numel], in order: keys in even programs, values in odd ones; None is not wanted."""
+    if tl.program_id(0) % 2 == 0:
+        if k_parts is not None:
+            sum_block(k_parts, k_total, splits, k_numel, BLOCK)
+    elif v_parts is not None:
+        sum_block(v_parts, v_total, splits, v_numel, BLOCK)
+
+
 def backward(
     inputs: AttentionInputs, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None, wanted: tuple[bool, ...]
 ) -> tuple[Tensor | None, ...]:
     """Gradients of q, k, v, prefix_k, prefix_v, None where not wanted."""
-    call, varlen = Call(inputs), inputs.varlen
+    call, varlen, hopper = Call(inputs), inputs.varlen, hopper_kernels(inputs)
     q, k, v, prefix_k, prefix_v = call.tensors
     grads = [
         empty_token_major(tensor, tuple(tensor.shape)) if needed else None
@@ -79,18 +92,36 @@ def backward(
     query_side = {
         "grad_out": tokens(grad_out, varlen), "lse": scalars(lse, varlen), "delta": _delta(call, out, lse, grad_out, grad_lse),
     }  # fmt: skip
-    if dq is not None:
+    if dq is not None and "dq" in hopper:
+        hopper["dq"](call, q, k, v, prefix_k, prefix_v, dq, **query_side)
+    elif dq is not None:
         tile = call.tile("dq")
         programs = triton.cdiv(call.problem.q_len, tile.BLOCK_M) * call.problem.heads * call.problem.batch
         call.launch(dq_kernel, tile, programs, q=q, k=k, v=v, prefix_k=prefix_k, prefix_v=prefix_v, dq=dq, **query_side)
-    if dk is not None or dv is not None:
+    if (dk is not None or dv is not None) and "dkeys" in hopper:
+        hopper["dkeys"](call, q, k, v, dk, dv, **query_side)
+    elif dk is not None or dv is not None:
         tile = call.tile("dkeys")
         programs = triton.cdiv(call.problem.kv_len, tile.BLOCK_N) * call.problem.kv_heads * call.problem.batch
         children, first_child = _children(inputs)
         call.launch(
             dkeys_kernel, tile, programs, q=q, k=k, v=v, dk=dk, dv=dv, children=children, first_child=first_child, **query_side
         )
-    return *grads, *_prefix_gradients(call, inputs, wanted[3:], query_side)
+    return *grads, *_prefix_gradients(call, inputs, wanted[3:], query_side, hopper.get("dprefix"))
+
+
+def hopper_kernels(inputs: AttentionInputs) -> dict[str, Callable]:
+    """The launches for Hopper by the kernels that they replace: those that a measurement says are faster."""
+    problem, regimes = inputs.problem(), tile_sizes.HOPPER_BACKWARD_REGIMES
+    names = [name for name in regimes if any(regime.covers(problem) for regime in regimes[name])]
+    if not names or not inputs.q.numel():
+        return {}
+    from prefix_kernels.backends.triton import hopper, hopper_dkeys, hopper_dq
+
+    if hopper.why_not(inputs) is not None:
+        return {}
+    launches = {"dq": hopper_dq.dq, "dkeys": hopper_dkeys.dkeys, "dprefix": hopper_dkeys.dprefix}
+    return {name: launches[name] for name in names}
 
 
 def _delta(call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None) -> Tokens:
@@ -114,13 +145,14 @@ def _children(inputs: AttentionInputs) -> tuple[Tensor | None, Tensor | None]:
 
 
 def _prefix_gradients(
-    call: Call, inputs: AttentionInputs, wanted: tuple[bool, ...], query_side: dict[str, Tokens]
+    call: Call, inputs: AttentionInputs, wanted: tuple[bool, ...], query_side: dict[str, Tokens], hopper: Callable | None
 ) -> list[Tensor | None]:
-    """Gradients of prefix_k and prefix_v, in the prefix's dtype."""
-    problem, tile = call.problem, call.tile("dprefix")
+    """Gradients of prefix_k and prefix_v, in the prefix's dtype; hopper: the launch that takes dprefix_kernel's place."""
+    problem, tile = call.problem, call.tile("hopper_dprefix" if hopper else "dprefix")
     q, _, _, prefix_k, prefix_v = call.tensors
     owners = triton.cdiv(problem.prefix_len, tile.BLOCK_N) * problem.kv_heads * problem.prefixes
-    splits = splits_of(owners, triton.cdiv(problem.q_len, tile.BLOCK_M) * problem.batch)
+    query_blocks = triton.cdiv(problem.q_len, tile.BLOCK_M) * problem.batch
+    splits = splits_of(owners, query_blocks, HOPPER_PROGRAMS if hopper else PROGRAMS)
     grads = [
         prefix.new_empty(prefix.shape) if needed else None
         for prefix, needed in zip((inputs.prefix_k, inputs.prefix_v), wanted, strict=True)
@@ -132,20 +164,24 @@ def _prefix_gradients(
             for grad in grads
         ]
     dprefix_k, dprefix_v = (None if part is None else tokens(part) for part in parts)
-    if dprefix_k is not None or dprefix_v is not None:
+    if (dprefix_k is not None or dprefix_v is not None) and hopper:
+        hopper(call, owners * splits, splits, q, prefix_k, prefix_v, dprefix_k, dprefix_v, **query_side)
+    elif dprefix_k is not None or dprefix_v is not None:
         call.launch(
             dprefix_kernel, tile, owners * splits, q=q, prefix_k=prefix_k, prefix_v=prefix_v, dprefix_k=dprefix_k,
             dprefix_v=dprefix_v, splits=splits, **query_side,
         )  # fmt: skip
-    for grad, part in zip(grads, parts, strict=True):
-        if splits > 1 and grad is not None:
-            with call.on_device():
-                sum_splits_kernel[(triton.cdiv(grad.numel(), SUM_BLOCK),)](
-                    part, grad, splits, grad.numel(), SUM_BLOCK, enable_fp_fusion=True
-                )
+    if splits > 1:
+        numels = [0 if grad is None else grad.numel() for grad in grads]
+        values = {
+            "k_parts": parts[0], "v_parts": parts[1], "k_total": grads[0], "v_total": grads[1], "splits": splits,
+            "k_numel": numels[0], "v_numel": numels[1], "BLOCK": SUM_BLOCK,
+        }  # fmt: skip
+        key = tuple(map(key_of, (*parts, *grads))), max(numels) >> 31
+        run(sum_splits_kernel, 2 * triton.cdiv(max(numels), SUM_BLOCK), call.device, key, values)
     return grads
 
 
-def splits_of(owners: int, query_blocks: int) -> int:
+def splits_of(owners: int, query_blocks: int, programs: int = PROGRAMS) -> int:
     """Into how many shares the query blocks of the batch are split, so that there is work for a whole GPU."""
-    return max(1, min(MAX_SPLITS, query_blocks, PROGRAMS // max(owners, 1)))
+    return max(1, min(MAX_SPLITS, query_blocks, programs // max(owners, 1)))

@@ -27,7 +27,6 @@ It has never run on a GPU. Six descriptors cost tens of microseconds a call in P
 from __future__ import annotations
 
 import functools
-from contextlib import nullcontext
 
 import torch
 import triton
@@ -44,6 +43,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from prefix_kernels.backends.triton import tile_sizes
+from prefix_kernels.backends.triton.launch import key_of, run
 from prefix_kernels.backends.triton.rows import rows_of
 from prefix_kernels.problem import AttentionInputs, empty_token_major
 
@@ -387,6 +387,11 @@ def descriptor(tensor: Tensor, rows: int, packed: bool) -> TensorDescriptor:
     return TensorDescriptor(tensor, shape, strides, [1, 1, 1, rows, shape[-1]], layout)
 
 
+def readable_descriptor(tensor: Tensor, rows: int, packed: bool) -> TensorDescriptor:
+    """The same of any tensor: of a copy, if TMA cannot read it."""
+    return descriptor(tensor if _readable(tensor) else tensor.clone(memory_format=torch.contiguous_format), rows, packed)
+
+
 def forward(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
     """(out, lse) of a call that `why_not` has nothing against; out token-major in q's dtype, lse float32."""
     q, packed, problem = inputs.q, inputs.varlen, inputs.problem()
@@ -402,12 +407,18 @@ def forward(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
     keys = [descriptor(*((t, tile.BLOCK_N, p) if t.numel() else (q, tile.BLOCK_N, packed))) for t, p in keys]
     rows = descriptor(q, tile.BLOCK_M // 2, packed), descriptor(out, tile.BLOCK_M // 2, packed)
     index = rows_of(inputs)
-    with torch.cuda.device(q.device) if q.is_cuda else nullcontext():
-        hopper_kernel[(programs,)](
-            rows[0], *keys, rows[1], lse, index.cu_seqlens_q, index.cu_seqlens_k, index.prefix_ids,
-            problem.heads, problem.kv_heads, problem.q_len, problem.kv_len, problem.q_tokens, problem.k_tokens,
-            problem.prefixes, problem.prefix_len, 0 if packed else lse.stride(0), lse.stride(-2), inputs.scale,
-            CAUSAL=problem.causal, BLOCK_N=tile.BLOCK_N, STAGES=tile.num_stages, CONSUMER=CONSUMER_REGISTERS,
-            PRODUCER=PRODUCER_REGISTERS, num_warps=tile.num_warps, maxnreg=REGISTERS, enable_fp_fusion=True,
-        )  # fmt: skip
+    values = {
+        "q": rows[0], "k": keys[0], "v": keys[1], "prefix_k": keys[2], "prefix_v": keys[3], "out": rows[1], "lse": lse,
+        "cu_seqlens_q": index.cu_seqlens_q, "cu_seqlens_k": index.cu_seqlens_k, "prefix_ids": index.prefix_ids,
+        "heads": problem.heads, "kv_heads": problem.kv_heads, "q_len": problem.q_len, "kv_len": problem.kv_len,
+        "q_tokens": problem.q_tokens, "k_tokens": problem.k_tokens, "prefixes": problem.prefixes,
+        "prefix_len": problem.prefix_len, "lse_row": 0 if packed else lse.stride(0), "lse_head": lse.stride(-2),
+        "scale": inputs.scale, "CAUSAL": problem.causal, "BLOCK_N": tile.BLOCK_N, "STAGES": tile.num_stages,
+        "CONSUMER": CONSUMER_REGISTERS, "PRODUCER": PRODUCER_REGISTERS,
+    }  # fmt: skip
+    key = (
+        tile, q.dtype, problem.head_dim, packed, problem.causal, *map(key_of, index), lse.stride(0), lse.stride(-2),
+        max(problem.q_tokens, problem.k_tokens) >> 31,
+    )  # fmt: skip
+    run(hopper_kernel, programs, q.device, key, values, num_warps=tile.num_warps, maxnreg=REGISTERS)
     return out, lse

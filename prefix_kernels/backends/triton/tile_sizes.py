@@ -34,33 +34,44 @@ RING = "assumed; the keys and values that shared memory holds beside the queries
 NO_STAGE = "assumed; a second stage spills"
 NO_WGMMA = "mma.sync: with 64 keys, which wgmma needs, every shape tried spills; assumed"
 NO_TCGEN05 = "mma.sync: with 64 keys, which tcgen05 needs, every shape tried spills; assumed"
+TIMED = "measured: the fastest of 14 to 27 shapes on an H200 (benchmarks/results/nvidia-h200/tiles.json)"
+STREAM = "assumed; stages enough to stream the keys, for two programs on a multiprocessor"
 SCALAR = "assumed; IEEE products have no tensor cores; up to 8 words spilled are let pass"
 
 # (kernel, bits): {architecture: {head dimension: (BLOCK_M, BLOCK_N, num_warps, num_stages, reason)}}
 _ROWS = {
     ("forward", 16): {
         80: {64: (128, 64, 8, 3, LARGEST), 128: (64, 64, 8, 2, MASK_SPILLS), 256: (64, 32, 8, 2, SMALL_SHARED)},
-        90: {64: (128, 128, 8, 2, LARGEST), 128: (128, 64, 8, 3, LARGEST), 256: (64, 32, 8, 2, PACK_SPILLS)},
+        90: {64: (64, 64, 4, 3, LARGEST), 128: (64, 64, 4, 3, TIMED), 256: (64, 32, 8, 2, PACK_SPILLS)},
         100: {64: (128, 64, 8, 3, LARGEST), 128: (128, 64, 8, 3, LARGEST), 256: (64, 64, 8, 2, LARGEST)},
     },
+    ("decode", 16): {
+        80: {64: (64, 64, 4, 3, STREAM), 128: (64, 32, 4, 4, STREAM), 256: (64, 32, 8, 2, SMALL_SHARED)},
+        90: {64: (64, 64, 4, 4, STREAM), 128: (64, 64, 4, 3, STREAM), 256: (64, 32, 8, 3, STREAM)},
+        100: {64: (64, 64, 8, 4, STREAM), 128: (64, 64, 4, 3, STREAM), 256: (64, 32, 8, 3, STREAM)},
+    },
     ("hopper", 16): {90: {64: (128, 128, 4, 3, RING), 128: (128, 128, 4, 2, RING)}},  # warps of a consumer, stages of a ring
+    ("hopper_dq", 16): {90: {64: (128, 64, 4, 4, RING), 128: (128, 64, 4, 4, RING)}},
+    ("hopper_dkeys", 16): {90: {64: (64, 128, 4, 4, RING), 128: (64, 128, 4, 3, RING)}},
+    ("hopper_dprefix", 16): {90: {64: (64, 128, 4, 4, RING), 128: (64, 128, 4, 3, RING)}},
     ("dq", 16): {
         80: {64: (64, 64, 8, 2, MASK_SPILLS), 128: (64, 64, 8, 2, LARGEST), 256: (64, 32, 8, 1, SMALL_SHARED)},
-        90: {64: (128, 64, 8, 2, LARGEST), 128: (64, 64, 8, 2, MASK_SPILLS), 256: (128, 32, 8, 1, NO_STAGE)},
+        90: {64: (64, 32, 4, 3, TIMED), 128: (64, 64, 4, 2, TIMED), 256: (128, 32, 8, 1, NO_STAGE)},
         100: {64: (128, 64, 8, 2, LARGEST), 128: (128, 64, 8, 2, LARGEST), 256: (64, 32, 8, 1, NO_STAGE)},
     },
     ("dkeys", 16): {
         80: {64: (32, 128, 8, 2, MASK_SPILLS), 128: (32, 64, 8, 2, PACK_SPILLS), 256: (32, 32, 8, 2, MASK_SPILLS)},
-        90: {64: (32, 128, 8, 2, PACK_SPILLS), 128: (32, 64, 8, 2, PACK_SPILLS), 256: (32, 32, 8, 2, NO_WGMMA)},
+        90: {64: (64, 64, 4, 2, LARGEST), 128: (32, 64, 4, 2, TIMED), 256: (32, 32, 8, 2, NO_WGMMA)},
         100: {64: (32, 128, 8, 2, MASK_SPILLS), 128: (32, 128, 8, 1, NO_STAGE), 256: (32, 32, 8, 2, NO_TCGEN05)},
     },
     ("dprefix", 16): {
         80: {64: (32, 128, 8, 2, MASK_SPILLS), 128: (64, 64, 8, 2, LARGEST), 256: (32, 32, 8, 2, MASK_SPILLS)},
-        90: {64: (32, 128, 8, 2, PACK_SPILLS), 128: (32, 64, 8, 2, PACK_SPILLS), 256: (32, 32, 8, 2, NO_WGMMA)},
+        90: {64: (64, 64, 4, 2, LARGEST), 128: (32, 64, 4, 2, TIMED), 256: (32, 32, 8, 2, NO_WGMMA)},
         100: {64: (32, 128, 8, 2, MASK_SPILLS), 128: (32, 128, 8, 1, NO_STAGE), 256: (32, 32, 8, 2, NO_TCGEN05)},
     },
 }  # fmt: skip
 _FLOAT32 = {
+    "decode": {64: (32, 32, 8, 2, SCALAR), 128: (32, 16, 8, 2, SCALAR), 256: (16, 16, 8, 2, SCALAR)},
     "forward": {64: (32, 32, 4, 1, SCALAR), 128: (32, 16, 8, 1, SCALAR), 256: (16, 16, 4, 1, SCALAR)},
     "dq": {64: (64, 32, 8, 1, SCALAR), 128: (32, 16, 8, 1, SCALAR), 256: (16, 16, 8, 1, SCALAR)},
     "dkeys": {64: (32, 16, 4, 1, SCALAR), 128: (16, 16, 4, 1, SCALAR), 256: (16, 16, 8, 1, SCALAR)},
@@ -85,6 +96,7 @@ class Regime(NamedTuple):
 
 
 HOPPER_REGIMES: tuple[Regime, ...] = ()  # nothing has been measured yet, so hopper.py serves no call by itself
+HOPPER_BACKWARD_REGIMES: dict[str, tuple[Regime, ...]] = {"dq": (), "dkeys": (), "dprefix": ()}  # the same, each by itself
 INTERPRETER = Tile(64, 64, 4, 1, "whole test cases in a block: the interpreter's time goes with the number of blocks")
 
 
