@@ -139,11 +139,10 @@ def last_logits(way: Ours | Peft, prompts: Tensor) -> Tensor:
 
 def makers(run: Run, model: nn.Module, prefix: Prefix) -> dict[str, Callable[[], Ours | Peft]]:
     """What is compared, ours first. On a GPU time is short: ours and PEFT's alone."""
-    found: dict[str, Callable[[], Ours | Peft]] = {"selected": lambda: Ours(model, prefix, None)}
+    ours = OursStatic if run.static else Ours
+    found: dict[str, Callable[[], Ours | Peft]] = {"selected": lambda: ours(model, prefix, None)}
     if model.device.type == "cpu" and prefix_kernels.available_backends()[0] != "sdpa":
         found["sdpa"] = lambda: Ours(model, prefix, "sdpa")
-    if model.device.type == "cuda" and run.static:
-        found["static"] = lambda: OursStatic(model, prefix, None)
     return found | {"peft": lambda: Peft(model, prefix)}
 
 

@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 CACHE_FACTOR = 2  # input sets together over the last-level cache
 MAX_SETS = 32
 SAMPLE_SECONDS = 2e-3  # a CPU sample repeats a short call until it lasts this long
-GPU_SECONDS = 0.15  # of replays
+GPU_SECONDS = 0.05  # of replays
 CODE = (
     "prefix_kernels/**/*.py", "python/**/*.py", "csrc/**/*.*", "CMakeLists.txt", "benchmarks/cases.py", "benchmarks/measure.py",
     "benchmarks/rivals.py", "benchmarks/attention_row.py", "benchmarks/bench_*.py", "benchmarks/gpu_jobs.py",

@@ -111,7 +111,7 @@ def test_each_can_be_chosen_by_itself(monkeypatch, one):
 
 def test_only_a_measured_regime_chooses_it():
     inputs = call_of(make_inputs(CASES_BY_NAME["whole blocks"], torch.bfloat16))
-    assert tile_sizes.HOPPER_BACKWARD_REGIMES == {"dq": (), "dkeys": (), "dprefix": ()}
+    assert not any(regime.covers(inputs.problem()) for found in tile_sizes.HOPPER_BACKWARD_REGIMES.values() for regime in found)
     assert backward_kernels.hopper_kernels(inputs) == {}
 
 

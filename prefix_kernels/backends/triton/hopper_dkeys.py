@@ -21,9 +21,6 @@ stored. Nor does a query that sees none of its row's keys (lse = −inf): only c
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-
-import torch
 import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -40,7 +37,7 @@ from prefix_kernels.backends.triton.hopper import (
     readable_descriptor,
     tokens_of,
 )  # fmt: skip
-from prefix_kernels.backends.triton.launch import Call
+from prefix_kernels.backends.triton.launch import Call, key_of, run
 from prefix_kernels.backends.triton.rows import Tokens
 from prefix_kernels.backends.triton.tile_sizes import Tile
 
@@ -286,17 +283,21 @@ def _launch(
 ) -> None:  # fmt: skip
     if programs == 0:
         return
-    problem, packed, rows = call.problem, call.problem.varlen, call.rows
+    problem, packed = call.problem, call.problem.varlen
     (strides,) = {grad[1:] for grad in grads if grad is not None}  # of both
     dk, dv = (None if grad is None else grad.pointer for grad in grads)
-    queries = [readable_descriptor(each.pointer, tile.BLOCK_M, packed) for each in (q, grad_out)]
-    keys = [readable_descriptor(each.pointer, tile.BLOCK_N // 2, packed and not prefix) for each in columns]
-    arguments = (
-        *queries, *keys, lse.pointer, delta.pointer, dk, dv, rows.cu_seqlens_q, None if prefix else rows.cu_seqlens_k,
-        rows.prefix_ids if prefix else None, splits, problem.batch, problem.heads, problem.kv_heads, problem.q_len,
-        problem.kv_len, problem.q_tokens, problem.k_tokens, problem.prefixes, problem.prefix_len, lse.batch, lse.head,
-        *strides, call.lengths["scale"], prefix, problem.causal and not prefix, tile.num_stages, CONSUMER_REGISTERS,
-        PRODUCER_REGISTERS,
-    )  # fmt: skip
-    with torch.cuda.device(call.device) if call.device.type == "cuda" else nullcontext():
-        hopper_dkeys_kernel[(programs,)](*arguments, num_warps=tile.num_warps, maxnreg=REGISTERS, enable_fp_fusion=True)
+    index = call.rows.cu_seqlens_q, None if prefix else call.rows.cu_seqlens_k, call.rows.prefix_ids if prefix else None
+    q_tiles, grad_tiles = (readable_descriptor(each.pointer, tile.BLOCK_M, packed) for each in (q, grad_out))
+    keys, values = (readable_descriptor(each.pointer, tile.BLOCK_N // 2, packed and not prefix) for each in columns)
+    arguments = {
+        "q": q_tiles, "grad_out": grad_tiles, "keys": keys, "values": values, "lse": lse.pointer, "delta": delta.pointer,
+        "dk": dk, "dv": dv, "cu_seqlens_q": index[0], "cu_seqlens_k": index[1], "prefix_ids": index[2], "splits": splits,
+        "batch": problem.batch, "heads": problem.heads, "kv_heads": problem.kv_heads, "q_len": problem.q_len,
+        "kv_len": problem.kv_len, "q_tokens": problem.q_tokens, "k_tokens": problem.k_tokens, "prefixes": problem.prefixes,
+        "prefix_len": problem.prefix_len, "lse_row": lse.batch, "lse_head": lse.head, "grad_row": strides[0],
+        "grad_head": strides[1], "grad_token": strides[2], "scale": call.lengths["scale"], "PREFIX": prefix,
+        "CAUSAL": problem.causal and not prefix, "STAGES": tile.num_stages, "CONSUMER": CONSUMER_REGISTERS,
+        "PRODUCER": PRODUCER_REGISTERS,
+    }  # fmt: skip
+    key = tile, prefix, problem.dtype, call.key, tuple(map(key_of, (lse, delta, *grads)))
+    run(hopper_dkeys_kernel, programs, call.device, key, arguments, num_warps=tile.num_warps, maxnreg=REGISTERS)

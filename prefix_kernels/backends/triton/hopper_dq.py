@@ -17,9 +17,6 @@ The waits for the next tiles stand where they do for the reason given in hopper.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-
-import torch
 import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -40,7 +37,7 @@ from prefix_kernels.backends.triton.hopper import (
     wait_for_keys,
 )  # fmt: skip
 from prefix_kernels.backends.triton.hopper_dkeys import load_scalars, store_sums
-from prefix_kernels.backends.triton.launch import Call
+from prefix_kernels.backends.triton.launch import Call, key_of, run
 from prefix_kernels.backends.triton.rows import Tokens
 
 LENGTHS = (
@@ -249,16 +246,20 @@ def dq(
     """As dq_kernel of dq_kernel.py."""
     tile, problem, rows, packed = call.tile("hopper_dq"), call.problem, call.rows, call.problem.varlen
     programs = triton.cdiv(problem.q_len, tile.BLOCK_M) * problem.heads * problem.batch
-    queries = [readable_descriptor(each.pointer, tile.BLOCK_M // 2, packed) for each in (q, grad_out)]
+    q_tiles, grad_tiles = (readable_descriptor(each.pointer, tile.BLOCK_M // 2, packed) for each in (q, grad_out))
     # Nothing is read of an empty tensor, but a descriptor cannot be empty: q stands in.
     columns = ((k, packed), (v, packed), (prefix_k, False), (prefix_v, False))
     columns = [(each.pointer, of_row) if each.pointer.numel() else (q.pointer, packed) for each, of_row in columns]
     keys = [readable_descriptor(tensor, tile.BLOCK_N, of_row) for tensor, of_row in columns]
-    arguments = (
-        *queries, *keys, lse.pointer, delta.pointer, dq.pointer, rows.cu_seqlens_q, rows.cu_seqlens_k, rows.prefix_ids,
-        problem.heads, problem.kv_heads, problem.q_len, problem.kv_len, problem.q_tokens, problem.k_tokens,
-        problem.prefixes, problem.prefix_len, lse.batch, lse.head, *dq[1:], call.lengths["scale"], problem.causal,
-        tile.BLOCK_N, tile.num_stages, CONSUMER_REGISTERS, PRODUCER_REGISTERS,
-    )  # fmt: skip
-    with torch.cuda.device(call.device) if call.device.type == "cuda" else nullcontext():
-        hopper_dq_kernel[(programs,)](*arguments, num_warps=tile.num_warps, maxnreg=REGISTERS, enable_fp_fusion=True)
+    arguments = {
+        "q": q_tiles, "grad_out": grad_tiles, "k": keys[0], "v": keys[1], "prefix_k": keys[2], "prefix_v": keys[3],
+        "lse": lse.pointer, "delta": delta.pointer, "dq": dq.pointer, "cu_seqlens_q": rows.cu_seqlens_q,
+        "cu_seqlens_k": rows.cu_seqlens_k, "prefix_ids": rows.prefix_ids, "heads": problem.heads,
+        "kv_heads": problem.kv_heads, "q_len": problem.q_len, "kv_len": problem.kv_len, "q_tokens": problem.q_tokens,
+        "k_tokens": problem.k_tokens, "prefixes": problem.prefixes, "prefix_len": problem.prefix_len, "lse_row": lse.batch,
+        "lse_head": lse.head, "grad_row": dq.batch, "grad_head": dq.head, "grad_token": dq.token,
+        "scale": call.lengths["scale"], "CAUSAL": problem.causal, "BLOCK_N": tile.BLOCK_N, "STAGES": tile.num_stages,
+        "CONSUMER": CONSUMER_REGISTERS, "PRODUCER": PRODUCER_REGISTERS,
+    }  # fmt: skip
+    key = tile, problem.dtype, call.key, tuple(map(key_of, (lse, delta, dq)))
+    run(hopper_dq_kernel, programs, call.device, key, arguments, num_warps=tile.num_warps, maxnreg=REGISTERS)

@@ -82,7 +82,7 @@ ARCHITECTURES = (80, 90, 100)
 
 
 class Regime(NamedTuple):
-    """Calls of which hopper.py was measured to be faster than forward_kernel.py, and the results file that says so."""
+    """Calls of which a kernel for Hopper was measured to be faster than that for every GPU, and the file that says so."""
 
     head_dim: int
     least_q_len: int
@@ -95,8 +95,10 @@ class Regime(NamedTuple):
         return large and problem.head_dim == problem.value_dim == self.head_dim
 
 
-HOPPER_REGIMES: tuple[Regime, ...] = ()  # nothing has been measured yet, so hopper.py serves no call by itself
-HOPPER_BACKWARD_REGIMES: dict[str, tuple[Regime, ...]] = {"dq": (), "dkeys": (), "dprefix": ()}  # the same, each by itself
+# Elsewhere the kernel for every GPU is at least as fast; each kernel was timed against its other by itself.
+_LARGE = Regime(128, 128, 128, "nvidia-h200/tiles.json")
+HOPPER_REGIMES: tuple[Regime, ...] = (_LARGE,)
+HOPPER_BACKWARD_REGIMES: dict[str, tuple[Regime, ...]] = {"dq": (), "dkeys": (_LARGE,), "dprefix": (_LARGE,)}
 INTERPRETER = Tile(64, 64, 4, 1, "whole test cases in a block: the interpreter's time goes with the number of blocks")
 
 
