@@ -1,6 +1,6 @@
 """Committed results into documents: python benchmarks/report.py [--check].
 
-    README.md              between its markers: <!-- results: demo --> … <!-- end -->, and the same with cpu
+    README.md              between its markers: <!-- results: demo --> … <!-- end -->, and the same with cpu and gpu
     docs/benchmarks.md     whole
     benchmarks/results/cpu/{forward,forward_backward,decode}.png
 
@@ -23,7 +23,7 @@ import tables
 ROOT = Path(__file__).resolve().parents[1]
 README, BENCHMARKS = ROOT / "README.md", ROOT / "docs" / "benchmarks.md"
 RESULTS = ROOT / "benchmarks" / "results"
-OPERATOR, WHOLE = "prefix_attention", "whole"
+OPERATOR, WHOLE, GPU = "prefix_attention", "whole", "nvidia-h200"
 GPU_STAGES = {
     "tests": ("Tests", tables.gpu_tests), "op": ("Attention in training shapes", tables.gpu_operator),
     "decode": ("Decoding", tables.gpu_operator), "e2e": ("Whole models", tables.whole_models),
@@ -81,9 +81,18 @@ def cpu_table() -> str | None:
     return f"{tables.readme_cpu(operator[0], whole[0] if whole else None)} {link}"
 
 
+def gpu_table() -> str | None:
+    """Of the GPU that README speaks of."""
+    operator, decode, whole = (tables.load(RESULTS / GPU / f"{stage}.json") for stage in ("op", "decode", "e2e"))
+    if operator is None:
+        return None
+    link = "All points and losses: [docs/benchmarks.md](docs/benchmarks.md)."
+    return f"{tables.readme_gpu(operator, decode, whole)} {link}"
+
+
 def render(readme: str) -> str:
     """The README with the text between its markers made anew."""
-    blocks = {"demo": demo_table(tables.load(RESULTS / "demo" / "metrics.json")), "cpu": cpu_table()}
+    blocks = {"demo": demo_table(tables.load(RESULTS / "demo" / "metrics.json")), "cpu": cpu_table(), "gpu": gpu_table()}
     for name, content in blocks.items():
         block = f"<!-- results: {name} -->\n" + (f"{content}\n" if content else "") + "<!-- end -->"
         pattern = rf"<!-- results: {name} -->\n(?:(?!<!-- results).)*?<!-- end -->"

@@ -169,8 +169,11 @@ def whole_models(results: dict[str, Any]) -> str:
 def gpu_operator(results: dict[str, Any]) -> str:
     """All points of an operator stage with what they reach of the device's measured ceilings."""
     top = next((row for row in results["rows"] if row["key"] == "ceilings" and "failed" not in row), None)
-    rows = [row for row in results["rows"] if "case" in row]
+    begun = [row for row in results["rows"] if "case" in row]
+    rows = [row for row in begun if row.get("complete")]
     parts = [environment_line(results["environment"])]
+    if len(rows) < len(begun):
+        parts.append(f"Not finished when time was over: {', '.join(row['key'] for row in begun if row not in rows)}.")
     if top is not None:
         flops, copy = top["matmul_flops_per_second"] / 1e12, top["copy_bytes_per_second"] / 1e12
         parts.append(f"Measured ceilings: {flops:.0f} TFLOP/s (matrix product), {copy:.2f} TB/s (copy, read and written).")
@@ -235,4 +238,28 @@ def readme_cpu(operator: dict[str, Any], whole: dict[str, Any] | None) -> str:
             threads = whole["environment"]["threads"]
             lines.append((f"whole model: {row['key']}, {row['dtype']}, {threads} threads", f"{ratio:.2f}x", "", ""))
     head = ("speed on a CPU, geometric means", "over PEFT's way", "over the best rival", "worst point")
+    return f"{table(head, lines)}\n\n{environment_line(operator['environment'])}"
+
+
+def readme_gpu(operator: dict[str, Any], decode: dict[str, Any] | None, whole: dict[str, Any] | None) -> str:
+    """The README's table of GPU speed: geometric means and the worst point of each kind."""
+    kinds: list[tuple[str, dict[str, Any] | None, Callable[[Case], bool]]] = [
+        ("forward", operator, lambda case: not case.backward),
+        ("forward and gradients", operator, lambda case: case.backward),
+        ("decoding, prefix of 512 and more", decode, lambda case: case.prefix_len >= 512),
+        ("decoding, prefix of 0 and 16", decode, lambda case: case.prefix_len < 512),
+    ]
+    lines = []
+    for title, results, belongs in kinds:
+        found = [row for row in (results or {"rows": []})["rows"] if row.get("complete") and row.get("ratio")]
+        rows = [row for row in found if belongs(case_of(row))]
+        if rows:
+            worst = min(rows, key=lambda row: row["ratio"])
+            place = f"{worst['ratio']:.2f}x ({worst['key']}, over {worst['best_rival']})"
+            mean = geometric_mean(row["ratio"] for row in rows)
+            lines.append((f"{title}, {len(rows)} points", _mean_over(rows, "peft"), f"{mean:.2f}x", place))
+    for row in whole["rows"] if whole else []:
+        if (ratio := over(row, "peft")) is not None:
+            lines.append((f"whole model: {row['key']}", f"{ratio:.2f}x", "", ""))
+    head = ("speed on a GPU, geometric means", "over PEFT's way", "over the best rival", "worst point")
     return f"{table(head, lines)}\n\n{environment_line(operator['environment'])}"

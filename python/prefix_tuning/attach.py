@@ -51,6 +51,8 @@ class Attachment:
         for module, layer in zip(self._modules, self._layers, strict=True):
             module.layer_prefix = layer
         self._hook = model.base_model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
+        self._dtype = model.dtype
+        self._rounded: list[Tensor] = []  # keys, then values, in the model's dtype; empty: the layers hold the prefix itself
         self._refresh()
 
     def detach(self) -> None:
@@ -82,6 +84,25 @@ class Attachment:
         for layer, (key, value) in zip(self._layers, self.prefix.layers("decoder"), strict=True):
             layer.key, layer.value = key, value
 
+    def _rounds(self) -> bool:
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return False
+        key = next(self.prefix.parameters())
+        return key.is_cuda and key.dtype == torch.float32 and self._dtype.itemsize == 2
+
+    def _round(self) -> None:
+        """Without gradients on a GPU: rounds a float32 prefix for all layers at once; else each call of the op would."""
+        if self._rounds():
+            keys, values = zip(*self.prefix.layers("decoder"), strict=True)
+            if not self._rounded:
+                self._rounded = [torch.empty_like(tensor, dtype=self._dtype) for tensor in (*keys, *values)]
+            torch._foreach_copy_(self._rounded, [*keys, *values])
+            for layer, key, value in zip(self._layers, self._rounded, self._rounded[len(keys) :], strict=False):
+                layer.key, layer.value = key, value
+        elif self._rounded:
+            self._rounded = []
+            self._refresh()
+
     def _before_forward(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """Shift the positions behind the prefix; evaluate a reparametrisation, once."""
         kwargs = {**dict(zip(self._argument_names, args, strict=False)), **kwargs}
@@ -90,6 +111,8 @@ class Attachment:
         self._check_checkpointing(module)
         if self.prefix.reparametrization is not None:
             self._refresh()
+        else:
+            self._round()
         positions = kwargs.get("position_ids")
         if positions is None:
             positions = _sequence_positions(kwargs)

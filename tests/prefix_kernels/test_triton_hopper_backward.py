@@ -202,6 +202,8 @@ def test_what_is_wrong_with_the_machine_code(monkeypatch, old, new, said):
 
 TRIAL = """
 import torch
+
+import prefix_kernels
 from prefix_kernels.backends.triton import tile_sizes
 from prefix_kernels.backends.triton.tile_sizes import Regime
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from prefix_kernels.backends.triton import tile_sizes
 from prefix_kernels.backends.triton.dkeys_kernels import dkeys_kernel, dprefix_kernel
 from prefix_kernels.backends.triton.dq_kernel import dq_kernel
-from prefix_kernels.backends.triton.launch import LENGTHS, Call, key_of, run
+from prefix_kernels.backends.triton.launch import LENGTHS, Call, cdiv, key_of, run
 from prefix_kernels.backends.triton.online_softmax import load_tile, start_of
 from prefix_kernels.backends.triton.rows import Tokens, block_of, queries_of, scalars, tokens
 from prefix_kernels.problem import AttentionInputs, empty_token_major
@@ -96,13 +96,13 @@ def backward(
         hopper["dq"](call, q, k, v, prefix_k, prefix_v, dq, **query_side)
     elif dq is not None:
         tile = call.tile("dq")
-        programs = triton.cdiv(call.problem.q_len, tile.BLOCK_M) * call.problem.heads * call.problem.batch
+        programs = cdiv(call.problem.q_len, tile.BLOCK_M) * call.problem.heads * call.problem.batch
         call.launch(dq_kernel, tile, programs, q=q, k=k, v=v, prefix_k=prefix_k, prefix_v=prefix_v, dq=dq, **query_side)
     if (dk is not None or dv is not None) and "dkeys" in hopper:
         hopper["dkeys"](call, q, k, v, dk, dv, **query_side)
     elif dk is not None or dv is not None:
         tile = call.tile("dkeys")
-        programs = triton.cdiv(call.problem.kv_len, tile.BLOCK_N) * call.problem.kv_heads * call.problem.batch
+        programs = cdiv(call.problem.kv_len, tile.BLOCK_N) * call.problem.kv_heads * call.problem.batch
         children, first_child = _children(inputs)
         call.launch(
             dkeys_kernel, tile, programs, q=q, k=k, v=v, dk=dk, dv=dv, children=children, first_child=first_child, **query_side
@@ -127,7 +127,7 @@ def hopper_kernels(inputs: AttentionInputs) -> dict[str, Callable]:
 def _delta(call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None) -> Tokens:
     varlen, tile = call.problem.varlen, call.tile("delta")
     delta = scalars(torch.empty_like(lse, memory_format=torch.contiguous_format), varlen)
-    programs = triton.cdiv(call.problem.q_len, tile.BLOCK_M) * call.problem.heads * call.problem.batch
+    programs = cdiv(call.problem.q_len, tile.BLOCK_M) * call.problem.heads * call.problem.batch
     call.launch(
         delta_kernel, tile, programs, out=tokens(out, varlen), grad_out=tokens(grad_out, varlen), lse=scalars(lse, varlen),
         grad_lse=None if grad_lse is None else scalars(grad_lse, varlen), delta=delta,
@@ -150,8 +150,8 @@ def _prefix_gradients(
     """Gradients of prefix_k and prefix_v, in the prefix's dtype; hopper: the launch that takes dprefix_kernel's place."""
     problem, tile = call.problem, call.tile("hopper_dprefix" if hopper else "dprefix")
     q, _, _, prefix_k, prefix_v = call.tensors
-    owners = triton.cdiv(problem.prefix_len, tile.BLOCK_N) * problem.kv_heads * problem.prefixes
-    query_blocks = triton.cdiv(problem.q_len, tile.BLOCK_M) * problem.batch
+    owners = cdiv(problem.prefix_len, tile.BLOCK_N) * problem.kv_heads * problem.prefixes
+    query_blocks = cdiv(problem.q_len, tile.BLOCK_M) * problem.batch
     splits = splits_of(owners, query_blocks, HOPPER_PROGRAMS if hopper else PROGRAMS)
     grads = [
         prefix.new_empty(prefix.shape) if needed else None
@@ -178,7 +178,7 @@ def _prefix_gradients(
             "k_numel": numels[0], "v_numel": numels[1], "BLOCK": SUM_BLOCK,
         }  # fmt: skip
         key = tuple(map(key_of, (*parts, *grads))), max(numels) >> 31
-        run(sum_splits_kernel, 2 * triton.cdiv(max(numels), SUM_BLOCK), call.device, key, values)
+        run(sum_splits_kernel, 2 * cdiv(max(numels), SUM_BLOCK), call.device, key, values)
     return grads
 
 

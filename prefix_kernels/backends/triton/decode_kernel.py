@@ -19,7 +19,7 @@ from torch import Tensor
 
 from prefix_kernels.backends.triton import tile_sizes
 from prefix_kernels.backends.triton.forward_kernel import attend
-from prefix_kernels.backends.triton.launch import LENGTHS, Call, run
+from prefix_kernels.backends.triton.launch import LENGTHS, Call, cdiv, next_power_of_2, run
 from prefix_kernels.backends.triton.online_softmax import lse_of, start_of
 from prefix_kernels.backends.triton.rows import (
     clamp,
@@ -258,9 +258,9 @@ def plan_of(problem: AttentionProblem, tile: Tile) -> Plan:
     if problem.has_prefix_ids or problem.batch == 1 or problem.prefix_len <= SHORT_PREFIX:
         columns += problem.prefix_len
     else:
-        shared_programs = triton.cdiv(row_queries * problem.batch, block_shared) * problem.kv_heads
+        shared_programs = cdiv(row_queries * problem.batch, block_shared) * problem.kv_heads
         shared_splits = _splits(problem, problem.prefix_len, LEAST_SHARED_COLUMNS, shared_programs)
-    row_programs = triton.cdiv(row_queries, block_row) * problem.kv_heads * problem.batch
+    row_programs = cdiv(row_queries, block_row) * problem.kv_heads * problem.batch
     one_kernel = shared_splits == 0 and columns <= SHORT_ROW
     splits = 1 if one_kernel else _splits(problem, columns, LEAST_COLUMNS, row_programs)
     tile = Tile(block_shared, tile.BLOCK_N, tile.num_warps, tile.num_stages, tile.reason)
@@ -269,13 +269,13 @@ def plan_of(problem: AttentionProblem, tile: Tile) -> Plan:
 
 def _block(queries: int, tile: Tile) -> int:
     """The smallest block that holds so many queries: a product needs 16, and no more than the tile's fit."""
-    return max(16, min(triton.next_power_of_2(queries), tile.BLOCK_M))
+    return max(16, min(next_power_of_2(queries), tile.BLOCK_M))
 
 
 def _splits(problem: AttentionProblem, columns: int, least: int, programs: int) -> int:
     """Into how many splits `programs` programs go that read so many columns."""
-    wanted = triton.cdiv(PROGRAMS * _multiprocessors(problem.device), max(programs, 1))
-    return max(1, min(MAX_SPLITS, wanted, triton.cdiv(columns, least)))
+    wanted = cdiv(PROGRAMS * _multiprocessors(problem.device), max(programs, 1))
+    return max(1, min(MAX_SPLITS, wanted, cdiv(columns, least)))
 
 
 @functools.cache
@@ -313,5 +313,5 @@ def forward(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
             "kv_heads": problem.kv_heads, "q_len": problem.q_len, "VALUE_DIM": problem.value_dim,
             "BLOCK_VALUE_DIM": call.constants["BLOCK_VALUE_DIM"], "BLOCK": block, "BLOCK_SPLITS": block_splits,
         }  # fmt: skip
-        run(merge_kernel, triton.cdiv(queries, block), call.device, (call.key, out.dtype, block, block_splits), values)
+        run(merge_kernel, cdiv(queries, block), call.device, (call.key, out.dtype, block, block_splits), values)
     return out, lse

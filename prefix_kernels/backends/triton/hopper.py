@@ -29,7 +29,6 @@ from __future__ import annotations
 import functools
 
 import torch
-import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -43,7 +42,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from prefix_kernels.backends.triton import tile_sizes
-from prefix_kernels.backends.triton.launch import key_of, run
+from prefix_kernels.backends.triton.launch import cdiv, key_of, run
 from prefix_kernels.backends.triton.rows import rows_of
 from prefix_kernels.problem import AttentionInputs, empty_token_major
 
@@ -398,7 +397,7 @@ def forward(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
     out = empty_token_major(q, tuple(q.shape))
     lse = q.new_empty((problem.heads, problem.q_tokens) if packed else q.shape[:3], dtype=torch.float32)
     tile = tile_sizes.find("hopper", q.device, q.dtype, problem.head_dim)
-    programs = triton.cdiv(problem.q_len, tile.BLOCK_M) * problem.heads * problem.batch
+    programs = cdiv(problem.q_len, tile.BLOCK_M) * problem.heads * problem.batch
     if q.numel() == 0 or programs == 0:
         return out, lse
     prefix = (tensor.to(q.dtype, memory_format=torch.contiguous_format) for tensor in (inputs.prefix_k, inputs.prefix_v))

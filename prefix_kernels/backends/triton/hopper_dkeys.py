@@ -21,7 +21,6 @@ stored. Nor does a query that sees none of its row's keys (lse = −inf): only c
 
 from __future__ import annotations
 
-import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
@@ -37,7 +36,7 @@ from prefix_kernels.backends.triton.hopper import (
     readable_descriptor,
     tokens_of,
 )  # fmt: skip
-from prefix_kernels.backends.triton.launch import Call, key_of, run
+from prefix_kernels.backends.triton.launch import Call, cdiv, key_of, run
 from prefix_kernels.backends.triton.rows import Tokens
 from prefix_kernels.backends.triton.tile_sizes import Tile
 
@@ -264,7 +263,7 @@ def hopper_dkeys_kernel(
 def dkeys(call: Call, q: Tokens, k: Tokens, v: Tokens, dk: Tokens | None, dv: Tokens | None, **query_side: Tokens) -> None:
     """As dkeys_kernel of dkeys_kernels.py."""
     tile, problem = call.tile("hopper_dkeys"), call.problem
-    programs = triton.cdiv(problem.kv_len, tile.BLOCK_N) * problem.kv_heads * problem.batch
+    programs = cdiv(problem.kv_len, tile.BLOCK_N) * problem.kv_heads * problem.batch
     _launch(call, tile, programs, 1, q, (k, v), (dk, dv), prefix=False, **query_side)
 
 

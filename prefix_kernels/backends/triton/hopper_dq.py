@@ -17,7 +17,6 @@ The waits for the next tiles stand where they do for the reason given in hopper.
 
 from __future__ import annotations
 
-import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
@@ -37,7 +36,7 @@ from prefix_kernels.backends.triton.hopper import (
     wait_for_keys,
 )  # fmt: skip
 from prefix_kernels.backends.triton.hopper_dkeys import load_scalars, store_sums
-from prefix_kernels.backends.triton.launch import Call, key_of, run
+from prefix_kernels.backends.triton.launch import Call, cdiv, key_of, run
 from prefix_kernels.backends.triton.rows import Tokens
 
 LENGTHS = (
@@ -245,7 +244,7 @@ def dq(
 ) -> None:  # fmt: skip
     """As dq_kernel of dq_kernel.py."""
     tile, problem, rows, packed = call.tile("hopper_dq"), call.problem, call.rows, call.problem.varlen
-    programs = triton.cdiv(problem.q_len, tile.BLOCK_M) * problem.heads * problem.batch
+    programs = cdiv(problem.q_len, tile.BLOCK_M) * problem.heads * problem.batch
     q_tiles, grad_tiles = (readable_descriptor(each.pointer, tile.BLOCK_M // 2, packed) for each in (q, grad_out))
     # Nothing is read of an empty tensor, but a descriptor cannot be empty: q stands in.
     columns = ((k, packed), (v, packed), (prefix_k, False), (prefix_v, False))
