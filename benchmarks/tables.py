@@ -170,7 +170,7 @@ def gpu_operator(results: dict[str, Any]) -> str:
     """All points of an operator stage with what they reach of the device's measured ceilings."""
     top = next((row for row in results["rows"] if row["key"] == "ceilings" and "failed" not in row), None)
     begun = [row for row in results["rows"] if "case" in row]
-    rows = [row for row in begun if row.get("complete")]
+    rows = [row for row in begun if row.get("complete") or "failed" in row]
     parts = [environment_line(results["environment"])]
     if len(rows) < len(begun):
         parts.append(f"Not finished when time was over: {', '.join(row['key'] for row in begun if row not in rows)}.")

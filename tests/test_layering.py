@@ -21,7 +21,7 @@ READS_ENVIRONMENT = {"prefix_kernels.select", "prefix_tuning.offline_model"}
 # The first pattern that fits a module gives all it may import besides the standard library, also inside functions.
 ALLOWED = {
     "prefix_kernels.backends.triton": {"torch", "triton", "prefix_kernels.problem"},
-    "prefix_kernels.backends.sdpa.merge": {"torch", "triton"},
+    "prefix_kernels.backends.sdpa.merge": {"torch", "triton", "prefix_kernels.problem"},
     "prefix_kernels.backends": {"torch", "prefix_kernels.problem"},
     "prefix_kernels.problem": {"torch"},
     "prefix_kernels.select": {"torch", "prefix_kernels.problem", "prefix_kernels.backends"},
