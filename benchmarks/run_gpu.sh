@@ -46,10 +46,15 @@ build() {
         say "the build failed, its output is in $RESULTS/build.log; going on without: $(tail -n 1 "$RESULTS/build.log")"
 }
 
+# All kernels of the operator on all cores, before one process measures them in turn.
+warm_up() { timeout 60 "$PYTHON" benchmarks/warm_up.py 2>>"$RESULTS/workers.log" || say "not all kernels were compiled beforehand"; }
+
 begin=$SECONDS
 if [[ -z "$DRY_RUN" ]] && compgen -G "csrc/cuda/*.cu" >/dev/null; then build; fi
 status=0
+warm=""
 for stage in "${STAGES[@]}"; do
+    if [[ -z "$DRY_RUN$warm" && ("$stage" == op || "$stage" == decode) ]]; then warm=1; warm_up; fi
     seconds=$(($(limit "$stage") - (SECONDS - begin)))
     timeout --kill-after=5 $((seconds + 10)) "$PYTHON" benchmarks/run_gpu.py "$RESULTS" "$stage" --seconds "$seconds" $DRY_RUN ||
         status=1

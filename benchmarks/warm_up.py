@@ -31,12 +31,18 @@ def compile_kernels(case: Case) -> str | None:
     return None
 
 
-def main() -> int:
+def kinds_of(cases: list[Case]) -> dict[tuple, Case]:
+    """A case for each set of kernels: a backward pass runs the forward pass's too, and lengths compile nothing."""
     kinds: dict[tuple, Case] = {}
-    for case in gpu_op_cases() + gpu_decode_cases():
+    for case in cases:
         if case.backward or case.decode:
             size = (case.batch > 1, min(case.prefix_len, 65), case.kv_len > 256) if case.decode else (case.q_len > 128,)
             kinds.setdefault((case.heads, case.head_dim, case.dtype, case.decode, case.seqlens is None, *size), case)
+    return kinds
+
+
+def main() -> int:
+    kinds = kinds_of(gpu_op_cases() + gpu_decode_cases())
     with ProcessPoolExecutor(min(os.cpu_count() or 1, MOST_PROCESSES), mp_context=get_context("spawn")) as pool:
         failed = [reason for reason in pool.map(compile_kernels, kinds.values()) if reason is not None]
     print(f"warm_up: {len(kinds)} kinds of calls, {len(failed)} failed", *failed[:3])

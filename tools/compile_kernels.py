@@ -4,7 +4,8 @@ Every row of the tile table, each kernel with the options that cost registers, a
 runs on tensors without memory, and every launch becomes a compilation. That the host code runs on such tensors also shows that
 it reads no value back from a device. A row passes if
 
-    - nothing spills: no stack and no local memory, with any option (float32, which has no tensor cores to feed: up to 8 words);
+    - nothing spills: no stack and no local memory, with any option (float32, which has no tensor cores to feed: up to 8 words;
+      a row that was measured to be the fastest: up to 40 words, since a time says more than a spill);
     - shared memory fits the chips that the row serves;
     - 16-bit products use wgmma on sm_90 and tcgen05 on sm_100, unless the row's reason opens with "mma.sync";
     - the kernels for Hopper also have what hopper_code.py looks for.
@@ -67,7 +68,7 @@ WANTED |= {f"hopper_{kernel}": WANTED[kernel] for kernel in ("dq", "dkeys", "dpr
 FUNCTIONS = {"hopper_dprefix": "hopper_dkeys_kernel"}  # the others': the row's name and _kernel
 # KiB of a program. The rows of sm_80 serve every chip without rows of its own: 8.6, 8.9 and 12.x have 99.
 SHARED_MEMORY = {80: 99, 90: 227, 100: 227}
-STACK = {16: 0, 32: 32}  # bytes a thread
+STACK, MEASURED_STACK = {16: 0, 32: 32}, 160  # bytes a thread
 MOST_STACK = {"hopper": hopper_code.STACK} | dict.fromkeys(hopper_code.BACKWARD, hopper_code.BACKWARD_STACK)
 TENSOR_CORES = {80: r"mma\.sync", 90: r"wgmma\.mma_async", 100: r"tcgen05\.mma"}
 MOST_CHANGED, SAMPLE = 4, 3  # with --proven
@@ -211,7 +212,8 @@ def judge(key: tuple[str, int, int, int], variants: tuple[str, ...]) -> tuple[tu
         inputs = VARIANTS_OF.get(kernel, VARIANTS)[variant](dim, torch.bfloat16 if bits == 16 else torch.float32)
         compiled = compile_kernel(kernel, architecture, inputs)
         numbers = measured[variant] = measure(compiled, architecture)
-        if numbers["stack"] > MOST_STACK.get(kernel, STACK[bits]):
+        allowed = MEASURED_STACK if "measured" in tile.reason else MOST_STACK.get(kernel, STACK[bits])
+        if numbers["stack"] > allowed:
             wrong.append(f"{variant}: {numbers['stack']} bytes of stack")
         if numbers["shared"] > SHARED_MEMORY[architecture] * 1024:
             wrong.append(f"{variant}: {numbers['shared'] / 1024:.0f} KiB of shared memory")

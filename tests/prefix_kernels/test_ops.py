@@ -455,6 +455,14 @@ def test_a_gradient_of_lse_alone(backend):
         torch.testing.assert_close(value, other, atol=1e-5, rtol=1e-4)
 
 
+def test_wide_heads_prefer_stock_kernels_on_a_gpu():
+    problem = prefix_kernels.api._dense_inputs(*make_inputs(Case("plain", head_dim=128)).tensors).problem()
+    wide = problem._replace(head_dim=256)
+    assert select.preferred(problem) == select.preferred(wide) == select.preferred(problem._replace(device="cuda"))
+    assert select.preferred(wide._replace(device="cuda"))[0] == "sdpa"
+    assert set(select.preferred(wide._replace(device="cuda"))) == set(select.BACKENDS)
+
+
 def test_available_backends():
     """Those of BACKENDS that run here; the order is that of preference."""
     available, inputs = prefix_kernels.available_backends(), make_inputs(Case("plain"))

@@ -8,6 +8,7 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 from prefix_tuning import Prefix, attach_prefix
+from prefix_tuning.attach import Attachment
 from support.models import FAMILIES, random_prefix, tiny_model
 
 PREFIX_LEN = 5
@@ -379,3 +380,25 @@ def test_other_families_are_refused():
     config = BertConfig(vocab_size=99, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
     with pytest.raises(NotImplementedError, match="bert"):
         attach_prefix(BertModel(config), random_prefix(tiny_model("gpt2"), PREFIX_LEN))
+
+
+def test_a_float32_prefix_is_rounded_for_all_layers_at_once(monkeypatch):
+    """On a GPU, where each call would round it; here the decision is forced. What changes in the prefix is seen at once."""
+    model = tiny_model("llama").bfloat16()
+    prefix = random_prefix(tiny_model("llama"), PREFIX_LEN)
+    rounded = copy.deepcopy(prefix).bfloat16()
+    monkeypatch.setattr(Attachment, "_rounds", lambda self: not torch.is_grad_enabled() and prefix is self.prefix)
+
+    def logits(given):
+        with attach_prefix(copy.deepcopy(model), given) as attachment, torch.no_grad():
+            first = attachment.model(input_ids=ids()).logits
+            next(given.parameters()).mul_(2)
+            return first, attachment.model(input_ids=ids()).logits
+
+    for value, other in zip(logits(prefix), logits(rounded), strict=True):
+        assert torch.equal(value, other)
+    with attach_prefix(model, prefix):
+        with torch.no_grad():
+            model(input_ids=ids())
+        model(input_ids=ids()).logits.float().sum().backward()
+    assert all(parameter.grad is not None and parameter.grad.dtype == torch.float32 for parameter in prefix.parameters())

@@ -86,7 +86,6 @@ class Call:
             "BLOCK_DIM": max(16, next_power_of_2(problem.head_dim)),
             "BLOCK_VALUE_DIM": max(16, next_power_of_2(problem.value_dim)),
         }  # fmt: skip
-
         self.key = (
             *self.constants.values(), *map(key_of, self.rows), window is None, slide is None, type(inputs.softcap),
             max(problem.q_tokens, problem.k_tokens) >> 31,

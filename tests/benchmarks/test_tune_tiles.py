@@ -1,0 +1,41 @@
+"""What is compiled and timed on a GPU beforehand: that nothing is left out, without a GPU."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+import tune_tiles
+import warm_up
+from cases import gpu_decode_cases, gpu_op_cases
+from prefix_kernels.backends.triton import tile_sizes
+
+
+def test_candidates_hold_the_table_and_use_what_wgmma_takes(monkeypatch):
+    monkeypatch.setattr(tile_sizes, "architecture_of", lambda device: 90)
+    found = tune_tiles.candidates()
+    assert len(set(found)) == len(found)
+    for kernel in tune_tiles.KERNELS:
+        for dim in (64, 128, 256):
+            tile = tile_sizes.TABLE[kernel, 90, 16, dim]
+            assert (kernel, dim, tile.BLOCK_M, tile.BLOCK_N, tile.num_warps, tile.num_stages) in found
+    table = tile_sizes.TABLE["forward", 90, 16, 64]
+    monkeypatch.setattr(tile_sizes, "TABLE", dict(tile_sizes.TABLE))
+    tune_tiles.use(("forward", 64, 16, 32, 2, 1))
+    used = tile_sizes.TABLE["forward", 90, 16, 64]
+    assert used != table and (used.BLOCK_M, used.BLOCK_N, used.num_warps, used.num_stages) == (16, 32, 2, 1)
+
+
+def test_difference():
+    one, other = torch.ones(4), torch.ones(4)
+    other[0] = 3.0
+    assert tune_tiles.difference((one,), (one,)) == 0 and tune_tiles.difference((one, other), (one, one)) == 1
+
+
+def test_every_kind_of_call_is_compiled_beforehand():
+    cases = gpu_op_cases() + gpu_decode_cases()
+    kinds = warm_up.kinds_of(cases).values()
+    assert len(kinds) < 40
+    for case in cases:
+        alike = [k for k in kinds if (k.head_dim, k.dtype, k.decode, k.seqlens is None) == (
+            case.head_dim, case.dtype, case.decode, case.seqlens is None)]  # fmt: skip
+        assert alike, case.key

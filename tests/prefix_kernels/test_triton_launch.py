@@ -1,0 +1,80 @@
+"""Launches find a compiled kernel again by a key: it must tell apart whatever Triton compiles separately."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+from prefix_kernels.backends.triton import launch
+from prefix_kernels.backends.triton.rows import tokens
+
+CPU = torch.device("cpu")
+
+
+class Compiled:
+    def __init__(self):
+        self.launches = []
+
+    def __getitem__(self, grid):
+        return lambda *arguments: self.launches.append((grid, arguments))
+
+
+class Kernel:
+    """As a @triton.jit function: kernel[grid](...) compiles, launches and gives the compiled kernel."""
+
+    arg_names = ("x", "length", "BLOCK")
+
+    def __init__(self):
+        self.compiled, self.calls = [], []
+
+    def __getitem__(self, grid):
+        def call(**values):
+            self.calls.append((grid, values))
+            self.compiled.append(Compiled())
+            return self.compiled[-1]
+
+        return call
+
+
+def test_a_known_key_launches_what_was_compiled_with_arguments_in_order():
+    kernel, other = Kernel(), Kernel()
+    launch.run(kernel, 3, CPU, "key", {"length": 5, "x": "a", "BLOCK": 16}, num_warps=4)
+    assert kernel.calls == [((3,), {"length": 5, "x": "a", "BLOCK": 16, "num_warps": 4, "enable_fp_fusion": True})]
+    launch.run(kernel, 7, CPU, "key", {"BLOCK": 16, "length": 6, "x": "b"}, num_warps=4)
+    assert len(kernel.calls) == 1 and kernel.compiled[0].launches == [((7, 1, 1), ("b", 6, 16))]
+    launch.run(kernel, 7, CPU, "another key", {"BLOCK": 16, "length": 6, "x": "b"})
+    launch.run(kernel, 7, torch.device("meta"), "key", {"BLOCK": 16, "length": 6, "x": "b"})
+    launch.run(other, 7, CPU, "key", {"BLOCK": 16, "length": 6, "x": "b"})
+    assert len(kernel.calls) == 3 and len(other.calls) == 1
+
+
+def test_a_kernel_without_result_is_asked_again():
+    kernel = Kernel()
+    kernel.__class__ = type("Interpreted", (Kernel,), {"__getitem__": lambda self, grid: lambda **v: self.calls.append(v)})
+    for _ in range(2):
+        launch.run(kernel, 1, CPU, "key", {"x": 1})
+    assert len(kernel.calls) == 2
+
+
+def test_the_number_of_keys_is_bounded(monkeypatch):
+    monkeypatch.setattr(launch, "_compiled", {})
+    monkeypatch.setattr(launch, "MOST_COMPILED", 5)
+    kernel = Kernel()
+    for key in range(20):
+        launch.run(kernel, 1, CPU, key, {"x": 1})
+        assert len(launch._compiled) <= 5
+
+
+def test_keys_tell_apart_what_triton_specialises():
+    base = torch.zeros(1, 2, 64, 16)
+    same = [tokens(base), tokens(torch.zeros(1, 2, 64, 16))]
+    shifted = torch.zeros(2 * 64 * 16 + 1)[1:].view(1, 2, 64, 16)
+    others = [tokens(shifted), tokens(base.bfloat16()), tokens(base.transpose(1, 2)), tokens(torch.zeros(1, 2, 32, 16)), None]
+    assert launch.key_of(same[0]) == launch.key_of(same[1])
+    assert len({launch.key_of(each) for each in [same[0], *others]}) == 1 + len(others)
+    vector = torch.zeros(9)
+    assert launch.key_of(vector) != launch.key_of(vector[1:]) and launch.key_of(vector) != launch.key_of(vector.long())
+
+
+def test_host_arithmetic():
+    assert [launch.cdiv(a, 4) for a in (0, 1, 4, 5)] == [0, 1, 1, 2]
+    assert [launch.next_power_of_2(n) for n in (1, 2, 3, 16, 17, 80)] == [1, 2, 4, 16, 32, 128]
