@@ -100,3 +100,27 @@ def test_another_length_compiles_nothing_again():
         prefix_kernels.prefix_attention(*tensors, backend="triton")
         counts.append(compiled())
     assert len(set(counts)) == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("q_len", [1, 16])
+def test_more_than_2_to_the_31_elements(q_len):
+    """k and v of 4.4 GB each, and their gradients: the last row is what it is alone."""
+    batch, kv_heads, kv_len, head_dim = 33, 8, 2**16, 128
+    generator = torch.Generator("cuda").manual_seed(0)
+
+    def random(*shape):
+        return torch.randn(shape, generator=generator, device="cuda", dtype=torch.bfloat16)
+
+    q, k, v = random(batch, kv_heads, q_len, head_dim), *(random(batch, kv_heads, kv_len, head_dim) for _ in range(2))
+    prefix_k, prefix_v = random(kv_heads, 32, head_dim), random(kv_heads, 32, head_dim)
+    assert k.numel() > 2**31
+    results = []
+    for rows in (slice(0, batch), slice(batch - 1, batch)):
+        leaves = [tensor[rows].detach().requires_grad_() for tensor in (q, k, v)]
+        out = prefix_kernels.prefix_attention(*leaves, prefix_k, prefix_v, backend="triton")
+        grads = torch.autograd.grad(out[-1].float().sum(), leaves)
+        results.append([out[-1].detach().clone(), *(grad[-1].clone() for grad in grads)])
+        del leaves, out, grads
+    for value, other in zip(*results, strict=True):
+        torch.testing.assert_close(value, other, atol=2e-2, rtol=2e-2)

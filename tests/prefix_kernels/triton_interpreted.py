@@ -2,9 +2,13 @@
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 
 import prefix_kernels
 from prefix_kernels.backends.triton import backward_kernels, launch, tile_sizes
+from prefix_kernels.backends.triton.online_softmax import start_of, tile_pointers
+from prefix_kernels.backends.triton.rows import Tokens
 from prefix_kernels.backends.triton.tile_sizes import Tile
 from support.cases import CASES, CASES_OF_SEVERAL_BLOCKS, Case
 from support.compare import DTYPES, compare
@@ -148,3 +152,23 @@ def test_refusals(case, dtype, reason):
     assert prefix_kernels.explain_backends(*inputs.tensors, **inputs.options)["triton"] == f"refused: {reason}"
     with pytest.raises(NotImplementedError, match=reason):
         inputs.call(backend="triton")
+
+
+@triton.jit
+def write_addresses(tensor, addresses, row, head, token, BLOCK: tl.constexpr, BLOCK_DIM: tl.constexpr):
+    pointers = tile_pointers(start_of(tensor, row, head, token), tensor.token, token, BLOCK, BLOCK_DIM)
+    place = tl.arange(0, BLOCK)[:, None] * BLOCK_DIM + tl.arange(0, BLOCK_DIM)[None, :]
+    tl.store(addresses + place, pointers.to(tl.int64))
+
+
+@pytest.mark.parametrize("strides, row, head, token", [
+    ((2**31, 2**20, 128), 3, 5, 7), ((2**28, 2**31 + 8, 128), 9, 2, 7), ((2**28, 2**30, 2**23), 3, 5, 1000),
+    ((2**27, 2**24, 128), 40, 3, 100_000),
+])  # fmt: skip
+def test_addresses_past_2_to_the_31_elements(strides, row, head, token):
+    """Pointer arithmetic alone: nothing is read there."""
+    base, addresses = torch.zeros(1, dtype=torch.bfloat16), torch.zeros(16, 16, dtype=torch.int64)
+    write_addresses[(1,)](Tokens(base, *strides), addresses, row, head, token, 16, 16)
+    index = torch.arange(16)
+    elements = row * strides[0] + head * strides[1] + (2 * token + index[:, None]) * strides[2] + index
+    assert elements.max() > 2**31 and torch.equal(addresses, base.data_ptr() + 2 * elements)
