@@ -56,7 +56,7 @@ def load_model_and_tokenizer(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal language model in eval mode and its tokenizer.
 
-    name_or_path  hub id or local folder; None: the offline default
+    name_or_path  hub id or local folder; None or SmolLM2-135M-Instruct, which is no hub id: the offline default
     dtype         of the loaded weights, a floating torch.dtype (else TypeError)
     device        where the model goes; None: where `from_pretrained` leaves it
 
@@ -65,7 +65,7 @@ def load_model_and_tokenizer(
     """
     if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise TypeError(f"dtype: got {dtype!r}, expected a floating torch.dtype such as torch.float32")
-    offline = name_or_path is None
+    offline = name_or_path is None or (str(name_or_path) == OFFLINE_MODEL and not Path(name_or_path).exists())
     source = offline_model_path() if offline else name_or_path
     tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=offline)
     if tokenizer.pad_token is None:

@@ -56,6 +56,15 @@ def test_answers_a_question(loaded):
     assert tokenizer.decode(answer) == "The capital of France is Paris.<|im_end|>"
 
 
+def test_its_own_name_is_no_hub_id(loaded, monkeypatch, tmp_path):
+    model, _ = load_model_and_tokenizer("SmolLM2-135M-Instruct")
+    assert torch.equal(model.model.norm.weight, loaded[0].model.norm.weight)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "SmolLM2-135M-Instruct").mkdir()  # a folder of that name is meant before the default is
+    with pytest.raises((OSError, ValueError)):
+        load_model_and_tokenizer("SmolLM2-135M-Instruct")
+
+
 def test_later_loads_read_the_cache_alone(loaded, monkeypatch):
     monkeypatch.setattr(offline_model, "shipped_gguf", lambda: pytest.fail("the GGUF file was looked for again"))
     model, _ = load_model_and_tokenizer(dtype=torch.bfloat16)

@@ -33,7 +33,7 @@ from prefix_kernels.backends.triton.rows import (
 from prefix_kernels.backends.triton.tile_sizes import Tile
 from prefix_kernels.problem import AttentionInputs, AttentionProblem, empty_token_major
 
-# All assumed, none timed.
+# All assumed: decoding was timed with these alone (benchmarks/results/nvidia-h200).
 SHORT_PREFIX = 64  # columns: one block, which costs a row's own program less than another split costs the merge
 SHORT_ROW = 256  # columns that a row's program reads alone sooner than others help and a second kernel merges
 LEAST_COLUMNS = 64  # of a row that are worth a program: one block
