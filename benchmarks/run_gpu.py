@@ -132,7 +132,6 @@ def work(args: argparse.Namespace) -> int:
     if args.stage == "tests":
         run_tests(results, lambda nodeid: announce("@", nodeid), args.dry_run)
         return 0
-    gc.freeze()  # else every graph capture goes through all of torch's objects
     for job in jobs(args.stage, args.dry_run):
         if job.done(results):
             continue
@@ -183,4 +182,5 @@ def shorten(log: Path) -> None:
 
 
 if __name__ == "__main__":
+    gc.freeze()  # else every graph capture goes through all of torch's objects
     sys.exit(main())

@@ -126,7 +126,6 @@ def main(argv: list[str] | None = None) -> int:
           f"{time.monotonic() - begin:.0f} s")
     results = measure.Results(args.results / "tiles.json", measure.environment("cuda"))
     measure.GPU_SECONDS = 0.01
-    gc.freeze()  # else every graph capture goes through all of torch's objects
     for (name, shape), kernel in itertools.product(SHAPES.items(), KERNELS):
         if time.monotonic() - begin > args.seconds:
             print("time is over")
@@ -172,4 +171,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    gc.freeze()  # else every graph capture goes through all of torch's objects
     sys.exit(main())
