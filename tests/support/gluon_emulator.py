@@ -310,13 +310,27 @@ GL = {
 }  # fmt: skip
 
 
+def functions_of(module: ModuleType) -> list[GluonJITFunction]:
+    """The functions that a module names, and those of other modules that these call."""
+    found = {name: v for name, v in vars(module).items() if isinstance(v, GluonJITFunction)}
+    left = list(found.values())
+    while left:
+        function = left.pop().fn
+        for name in function.__code__.co_names:
+            called = function.__globals__.get(name)
+            if isinstance(called, GluonJITFunction) and name not in found:
+                found[name] = called
+                left.append(called)
+    return list(found.values())
+
+
 class EmulatedKernel:
     """kernel[grid](…) of a module on CPU tensors. change: (old, new) in the source, to see that the emulator notices."""
 
     def __init__(self, module: ModuleType, name: str, change: tuple[str, str] | None = None, seed: int = 0):
         self.generator, self.programs = random.Random(seed), 0
         gl = SimpleNamespace(**GL, program_id=lambda axis: value(self.program), warp_specialize=self.warp_specialize)
-        functions = [v for v in vars(module).values() if isinstance(v, GluonJITFunction)]
+        functions = functions_of(module)
         self.namespace = {"range": lambda *ends: map(value, range(*map(int, ends)))}
         for names in (*(function.fn.__globals__ for function in functions), vars(module)):
             self.namespace |= {n: v.value if isinstance(v, language.constexpr) else v for n, v in names.items()}

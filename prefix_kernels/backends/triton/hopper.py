@@ -107,6 +107,20 @@ def load_block(tensor, place, head, token, ring, j, STAGES: gl.constexpr):
 
 
 @gluon.jit
+def load_blocks(
+    k, v, prefix_k, prefix_v, k_ring, v_ring, k_place, prefix_place, kv_head, prefix_blocks, blocks, BLOCK_N: gl.constexpr,
+    STAGES: gl.constexpr,
+):  # fmt: skip
+    """All blocks of keys and values: the prefix's, then the row's own."""
+    for j in range(0, prefix_blocks):
+        load_block(prefix_k, prefix_place, kv_head, j * BLOCK_N, k_ring, j, STAGES)
+        load_block(prefix_v, prefix_place, kv_head, j * BLOCK_N, v_ring, j, STAGES)
+    for j in range(prefix_blocks, blocks):
+        load_block(k, k_place, kv_head, (j - prefix_blocks) * BLOCK_N, k_ring, j, STAGES)
+        load_block(v, k_place, kv_head, (j - prefix_blocks) * BLOCK_N, v_ring, j, STAGES)
+
+
+@gluon.jit
 def produce(
     q, k, v, prefix_k, prefix_v, q_tiles, q_full, k_ring, v_ring, q_place, k_place, prefix_place, head, kv_head, first_query,
     prefix_blocks, blocks, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
@@ -117,12 +131,9 @@ def produce(
         for warpgroup in gl.static_range(2):
             token = first_query + warpgroup * WARPGROUP_M
             load_tile(q, q_place, head, token, q_full.index(warpgroup), q_tiles.index(warpgroup))
-        for j in range(0, prefix_blocks):
-            load_block(prefix_k, prefix_place, kv_head, j * BLOCK_N, k_ring, j, STAGES)
-            load_block(prefix_v, prefix_place, kv_head, j * BLOCK_N, v_ring, j, STAGES)
-        for j in range(prefix_blocks, blocks):
-            load_block(k, k_place, kv_head, (j - prefix_blocks) * BLOCK_N, k_ring, j, STAGES)
-            load_block(v, k_place, kv_head, (j - prefix_blocks) * BLOCK_N, v_ring, j, STAGES)
+        load_blocks(
+            k, v, prefix_k, prefix_v, k_ring, v_ring, k_place, prefix_place, kv_head, prefix_blocks, blocks, BLOCK_N, STAGES
+        )
 
 
 @gluon.jit

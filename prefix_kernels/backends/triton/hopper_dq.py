@@ -28,7 +28,7 @@ from prefix_kernels.backends.triton.hopper import (
     PRODUCER_REGISTERS,
     REGISTERS,
     issue_scores,
-    load_block,
+    load_blocks,
     load_tile,
     prefix_of,
     readable_descriptor,
@@ -57,12 +57,9 @@ def produce(
             token = first_query + warpgroup * WARPGROUP_M
             load_tile(q, q_place, head, token, q_full.index(warpgroup), q_tiles.index(warpgroup))
             load_tile(grad_out, q_place, head, token, q_full.index(warpgroup), grad_tiles.index(warpgroup))
-        for j in range(0, prefix_blocks):
-            load_block(prefix_k, prefix_place, kv_head, j * BLOCK_N, k_ring, j, STAGES)
-            load_block(prefix_v, prefix_place, kv_head, j * BLOCK_N, v_ring, j, STAGES)
-        for j in range(prefix_blocks, blocks):
-            load_block(k, k_place, kv_head, (j - prefix_blocks) * BLOCK_N, k_ring, j, STAGES)
-            load_block(v, k_place, kv_head, (j - prefix_blocks) * BLOCK_N, v_ring, j, STAGES)
+        load_blocks(
+            k, v, prefix_k, prefix_v, k_ring, v_ring, k_place, prefix_place, kv_head, prefix_blocks, blocks, BLOCK_N, STAGES
+        )
 
 
 @gluon.jit
