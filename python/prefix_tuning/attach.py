@@ -95,7 +95,8 @@ class Attachment:
         if self._rounds():
             keys, values = zip(*self.prefix.layers("decoder"), strict=True)
             if not self._rounded:
-                self._rounded = [torch.empty_like(tensor, dtype=self._dtype) for tensor in (*keys, *values)]
+                with torch.inference_mode(False):  # else they could not be written again outside of that mode
+                    self._rounded = [torch.empty_like(tensor, dtype=self._dtype) for tensor in (*keys, *values)]
             torch._foreach_copy_(self._rounded, [*keys, *values])
             for layer, key, value in zip(self._layers, self._rounded, self._rounded[len(keys) :], strict=False):
                 layer.key, layer.value = key, value

@@ -390,10 +390,12 @@ def test_a_float32_prefix_is_rounded_for_all_layers_at_once(monkeypatch):
     monkeypatch.setattr(Attachment, "_rounds", lambda self: not torch.is_grad_enabled() and prefix is self.prefix)
 
     def logits(given):
-        with attach_prefix(copy.deepcopy(model), given) as attachment, torch.no_grad():
-            first = attachment.model(input_ids=ids()).logits
-            next(given.parameters()).mul_(2)
-            return first, attachment.model(input_ids=ids()).logits
+        with attach_prefix(copy.deepcopy(model), given) as attachment:
+            with torch.inference_mode():
+                first = attachment.model(input_ids=ids()).logits.clone()
+            with torch.no_grad():
+                next(given.parameters()).mul_(2)
+                return first, attachment.model(input_ids=ids()).logits
 
     for value, other in zip(logits(prefix), logits(rounded), strict=True):
         assert torch.equal(value, other)
