@@ -36,6 +36,14 @@ def fixed_seeds():
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def uninitialized_memory_is_nan():
+    """What a kernel leaves unwritten, or reads before it was written, shows."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 def pytest_collection_modifyitems(items):
     if torch.cuda.is_available():
         return

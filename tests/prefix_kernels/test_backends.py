@@ -8,12 +8,7 @@ from support.cases import CASES, Case
 from support.compare import BACKENDS, DTYPES, compare, serves
 from support.inputs import make_inputs
 
-
-@pytest.fixture(autouse=True)
-def uninitialized_memory_is_nan():
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("uninitialized_memory_is_nan")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -4,7 +4,6 @@ import importlib.util
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +12,7 @@ from prefix_kernels import api
 from prefix_kernels.backends import triton as triton_backend
 from support.cases import Case
 from support.compare import DTYPES, expectation
-from support.hopper_cases import CASES, CASES_BY_NAME, ROWS, call_of
+from support.hopper_cases import CASES, CASES_BY_NAME, ROWS, call_of, machine_code
 from support.inputs import make_inputs
 from support.tolerance import assert_close
 
@@ -28,11 +27,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SIXTEEN_BIT = ("bfloat16", "float16", "float32 prefix")
 
 
-@pytest.fixture(autouse=True)
-def uninitialized_memory_is_nan():
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("uninitialized_memory_is_nan")
 
 
 def check(case, dtype, device="cpu"):
@@ -134,11 +129,7 @@ WRONG_CODE = [
 
 @pytest.mark.parametrize(("old", "new", "said"), WRONG_CODE)
 def test_what_is_wrong_with_the_machine_code(monkeypatch, old, new, said):
-    spec = importlib.util.spec_from_file_location("hopper_code", ROOT / "tools" / "hopper_code.py")
-    hopper_code = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(hopper_code)
-    monkeypatch.setattr(hopper_code, "disassembled", lambda cubin: SASS.replace(old, new) if old else SASS)
-    compiled = SimpleNamespace(asm={"ptx": PTX.replace(old, new) if old else PTX, "cubin": b""})
+    hopper_code, compiled = machine_code(monkeypatch, *(text.replace(old, new) if old else text for text in (PTX, SASS)))
     assert hopper_code.missing_in(compiled) == said
 
 

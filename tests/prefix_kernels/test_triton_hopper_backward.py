@@ -4,14 +4,13 @@ import importlib.util
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 from support.cases import Case
 from support.compare import DTYPES, NAMES, expectation, gradients
-from support.hopper_cases import CASES, CASES_BY_NAME, ROWS, aligned, call_of
+from support.hopper_cases import CASES, CASES_BY_NAME, ROWS, aligned, call_of, machine_code
 from support.inputs import Inputs, make_inputs
 from support.tolerance import assert_close
 
@@ -29,11 +28,7 @@ KERNELS = {"dq": (hopper_dq, "hopper_dq_kernel"), "dkeys": (hopper_dkeys, "hoppe
 EVERYTHING = dict.fromkeys(("dq", "dkeys", "dprefix"), tuple(Regime(dim, 1, 1, "") for dim in hopper.HEAD_DIMS))
 
 
-@pytest.fixture(autouse=True)
-def uninitialized_memory_is_nan():
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("uninitialized_memory_is_nan")
 
 
 def delta_of(call, out, lse, grad_out, grad_lse):
@@ -191,11 +186,7 @@ WRONG_CODE = [
 
 @pytest.mark.parametrize(("old", "new", "said"), WRONG_CODE)
 def test_what_is_wrong_with_the_machine_code(monkeypatch, old, new, said):
-    spec = importlib.util.spec_from_file_location("hopper_code", ROOT / "tools" / "hopper_code.py")
-    hopper_code = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(hopper_code)
-    monkeypatch.setattr(hopper_code, "disassembled", lambda cubin: SASS.replace(old, new) if old else SASS)
-    compiled = SimpleNamespace(asm={"ptx": PTX.replace(old, new) if old else PTX, "cubin": b""})
+    hopper_code, compiled = machine_code(monkeypatch, *(text.replace(old, new) if old else text for text in (PTX, SASS)))
     tile = tile_sizes.TABLE["hopper_dkeys", 90, 16, 128]
     assert hopper_code.missing_in_backward(compiled, "hopper_dkeys", tile) == said
 

@@ -12,12 +12,7 @@ from support.cases import Case
 from support.decoding import DECODE_CASES, check
 from support.inputs import make_inputs
 
-
-@pytest.fixture(autouse=True)
-def uninitialized_memory_is_nan():
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("uninitialized_memory_is_nan")
 
 
 @pytest.fixture(params=["as chosen", "many splits"])

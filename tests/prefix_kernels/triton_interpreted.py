@@ -18,11 +18,7 @@ SERVED = [case for case in CASES if case.bias is None]
 SIXTEEN_BIT = ("bfloat16", "float16", "float32 prefix")
 
 
-@pytest.fixture(autouse=True)
-def uninitialized_memory_is_nan():
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("uninitialized_memory_is_nan")
 
 
 @pytest.fixture

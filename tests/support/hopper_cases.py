@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
+from pathlib import Path
+from types import SimpleNamespace
+
 import torch
 
 from prefix_kernels import api
@@ -9,6 +13,7 @@ from prefix_kernels.problem import AttentionInputs
 from support.cases import Case
 from support.inputs import Inputs
 
+ROOT = Path(__file__).resolve().parents[2]
 ROWS = {"batch": 1, "heads": 2, "kv_heads": 1, "head_dim": 64}
 CASES_BY_NAME = {case.name: case for case in (
     Case("whole blocks", **ROWS, q_len=256, kv_len=256, prefix_len=128),
@@ -49,3 +54,12 @@ def call_of(inputs: Inputs) -> AttentionInputs:
     """What the kernels receive of a public call."""
     make = api._varlen_inputs if "cu_seqlens_q" in inputs.options else api._dense_inputs
     return make(*map(aligned, inputs.tensors), **inputs.options)
+
+
+def machine_code(monkeypatch, ptx: str, sass: str):
+    """tools/hopper_code.py, which reads `sass` in place of what is disassembled, and a compiled kernel with this code."""
+    spec = importlib.util.spec_from_file_location("hopper_code", ROOT / "tools" / "hopper_code.py")
+    hopper_code = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(hopper_code)
+    monkeypatch.setattr(hopper_code, "disassembled", lambda cubin: sass)
+    return hopper_code, SimpleNamespace(asm={"ptx": ptx, "cubin": b""})

@@ -72,10 +72,10 @@ def merge(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> tuple[Ten
     lse, part_lse = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (lse, part_lse))
     merged = out if out.transpose(1, 2).is_contiguous() else empty_token_major(out, tuple(out.shape))
     merged_lse = torch.empty(lse.shape, dtype=lse.dtype, device=lse.device)
-    rows, block_dim = batch * heads * q_len, triton.next_power_of_2(value_dim)
+    rows, block_dim = batch * heads * q_len, 1 << (value_dim - 1).bit_length()  # Triton's own helpers are slow on the host
     block_rows = max(1, BLOCK_VALUES // block_dim)
     with torch.cuda.device_of(out):  # Triton launches on the current device; a CPU tensor (in the interpreter) has none
-        merge_kernel[(triton.cdiv(rows, block_rows),)](
+        merge_kernel[(-(-rows // block_rows),)](
             out, lse, part, part_lse, merged, merged_lse, rows, heads, q_len, *out.stride()[:3], *part.stride()[:3],
             *lse.stride()[:2], *part_lse.stride()[:2], VALUE_DIM=value_dim, BLOCK_DIM=block_dim, BLOCK_ROWS=block_rows,
             num_warps=NUM_WARPS, enable_fp_fusion=True,

@@ -21,9 +21,9 @@ from prefix_kernels.problem import empty_token_major
 
 aten = torch.ops.aten
 
-# What runs a pass that both take, "cudnn" or "flash".
+# What runs a pass that both take, "cudnn" or "flash"; measured in benchmarks/results/nvidia-h200/engines.json.
 FORWARD_ENGINE = "cudnn"  # measured on an H200: 1.1 (head_dim 64) to 1.8 times as fast as torch's flash attention
-BACKWARD_ENGINE = "flash"  # cuDNN adds up dq in any order; measured, both passes would be 1.5 to 2.3 times as fast with it
+BACKWARD_ENGINE = "flash"  # cuDNN adds up dq in any order; at head_dim 128 it makes both passes 1.5 to 2.3 times as fast
 FLASH_DETERMINISTIC = True  # flash attention's backward pass adds up dq in one order; measured, any order saves up to 30 %
 CUDNN_FEWEST_QUERIES = 64  # assumed: less is decoding, where cuDNN would plan anew for every length of the cache
 
