@@ -8,31 +8,17 @@ from __future__ import annotations
 
 import copy
 import inspect
-import warnings
 from types import TracebackType
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface
-from transformers.masking_utils import AttentionMaskInterface
 
-from prefix_kernels import prefix_attention
+from prefix_tuning.attention import ATTENTION_NAME, LayerPrefix
 from prefix_tuning.families import attention_modules, family_of
-from prefix_tuning.masks import MaskStructure, dense_structure, mask_structure
+from prefix_tuning.positions import check_learned_positions, sequence_positions
 from prefix_tuning.prefix import Prefix
 
-ATTENTION_NAME = "prefix_tuning"
 PREFIX_WINDOWS = ("pinned", "peft")
-
-
-class LayerPrefix:
-    """What one attention module holds: its layer's key and value, refreshed each forward pass while reparametrised."""
-
-    def __init__(self, backend: str | None, slides: bool):
-        self.backend = backend
-        self.slides = slides
-        self.key: Tensor | None = None  # [kv_heads, prefix_len, head_dim]
-        self.value: Tensor | None = None
 
 
 class Attachment:
@@ -116,10 +102,10 @@ class Attachment:
             self._round()
         positions = kwargs.get("position_ids")
         if positions is None:
-            positions = _sequence_positions(kwargs)
+            positions = sequence_positions(kwargs)
         kwargs["position_ids"] = positions + self.prefix.position_offset
         if self._learned_positions:
-            self._check_learned_positions(module, positions)
+            check_learned_positions(positions, self.prefix.position_offset, module.config.max_position_embeddings)
         return (), kwargs
 
     def _check_checkpointing(self, module: nn.Module) -> None:
@@ -128,16 +114,6 @@ class Attachment:
             raise ValueError(
                 "gradient_checkpointing: expected use_reentrant=False; the reentrant kind gives a prefix under a frozen model "
                 "no gradient"
-            )
-
-    def _check_learned_positions(self, module: nn.Module, positions: Tensor) -> None:
-        if positions.device.type != "cpu" or torch.compiler.is_compiling() or positions.numel() == 0:
-            return
-        last, table = int(positions.max()) + self.prefix.position_offset, module.config.max_position_embeddings
-        if last >= table:
-            raise ValueError(
-                f"position_ids: a sequence of {last - self.prefix.position_offset + 1} positions behind a prefix that takes "
-                f"{self.prefix.position_offset} needs more than the model's {table} position embeddings"
             )
 
 
@@ -171,67 +147,3 @@ def attach_prefix(
     prefix.check_fits(model)
     prefix.to(next(model.parameters()).device)
     return Attachment(model, prefix, backend, prefix_window)
-
-
-def _sequence_positions(arguments: dict) -> Tensor:
-    """Positions of the new tokens in their sequence, without the prefix: [batch or 1, q_len].
-
-    With a 2-D attention mask, padding takes no position: cumsum(mask) − 1 over cache and input, not below 0. Without one,
-    counting starts at the cache's length.
-    """
-    tokens = arguments.get("input_ids")
-    if tokens is None:
-        tokens = arguments.get("inputs_embeds")
-    if tokens is None:
-        raise ValueError("input_ids: expected input_ids or inputs_embeds, got neither")
-    q_len, mask = tokens.shape[1], arguments.get("attention_mask")
-    if isinstance(mask, Tensor) and mask.dim() == 2:
-        return (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -q_len:].to(tokens.device)
-    cache = arguments.get("cache", arguments.get("past_key_values"))
-    seen = 0 if cache is None else cache.get_seq_length()
-    return (torch.arange(q_len, device=tokens.device) + seen)[None]
-
-
-def prefix_attention_forward(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: MaskStructure | Tensor | None,
-    scaling: float | None = None, dropout: float = 0.0, softcap: float | None = None, **kwargs,
-) -> tuple[Tensor, None]:  # fmt: skip
-    """transformers' attention interface: prefix_attention with the module's own prefix.
-
-    Args:
-        query: [batch, heads, q_len, head_dim]; key, value: [batch, kv_heads, kv_len, head_dim], cache included.
-        attention_mask: from mask_structure, or a 4-D mask of the caller's.
-
-    Returns:
-        (out [batch, q_len, heads, head_dim], None).
-    """
-    layer: LayerPrefix = module.layer_prefix
-    if dropout:
-        _warn_no_dropout()
-    mask = attention_mask
-    if mask is None:
-        mask = MaskStructure(causal=kwargs.get("is_causal") is not False and module.is_causal)
-    elif isinstance(mask, Tensor):
-        mask = dense_structure(mask)
-    first_key_position = None
-    if layer.slides and mask.window is not None:
-        if isinstance(mask.key_offset, Tensor):
-            raise NotImplementedError("prefix_window: 'peft' is not served with a static sliding-window cache")
-        first_key_position = mask.key_offset
-    prefix_key, prefix_value = layer.key, layer.value
-    if prefix_key.dtype not in (query.dtype, torch.float32) or query.dtype == torch.float64:
-        prefix_key, prefix_value = prefix_key.to(query.dtype), prefix_value.to(query.dtype)
-    out = prefix_attention(
-        query, key, value, prefix_key, prefix_value, causal=mask.causal, scale=scaling, key_mask=mask.key_mask,
-        key_lens=mask.key_lens, window=mask.window, softcap=softcap, bias=mask.bias_over(prefix_key.shape[1]),
-        first_key_position=first_key_position, backend=layer.backend,
-    )  # fmt: skip
-    return out.transpose(1, 2), None
-
-
-def _warn_no_dropout() -> None:
-    warnings.warn("attention dropout is not applied where a prefix is attached", UserWarning, stacklevel=3)
-
-
-AttentionInterface.register(ATTENTION_NAME, prefix_attention_forward)
-AttentionMaskInterface.register(ATTENTION_NAME, mask_structure)

@@ -223,7 +223,7 @@ def test_window_pinned_against_peft():
 def test_gradient_checkpointing_recomputes_and_changes_nothing(setup, monkeypatch):
     model, prefix = setup
     input_ids, calls = ids(), []
-    import prefix_tuning.attach as attach
+    import prefix_tuning.attention as attach
 
     original = attach.prefix_attention
     monkeypatch.setattr(attach, "prefix_attention", lambda *a, **k: calls.append(1) or original(*a, **k))

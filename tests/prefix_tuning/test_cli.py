@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 
-import prefix_tuning.attach
+import prefix_tuning.attention
 from prefix_kernels import available_backends
 from prefix_tuning import Prefix, attach_prefix, cli
 from prefix_tuning.e2e import load_e2e
@@ -199,9 +199,9 @@ def test_evaluation_options_arrive(run, folder, monkeypatch):
 
 
 def test_generate_uses_the_backend(run, monkeypatch):
-    seen, original = set(), prefix_tuning.attach.prefix_attention
+    seen, original = set(), prefix_tuning.attention.prefix_attention
     monkeypatch.setattr(
-        prefix_tuning.attach, "prefix_attention", lambda *a, **k: seen.add(k["backend"]) or original(*a, **k)
+        prefix_tuning.attention, "prefix_attention", lambda *a, **k: seen.add(k["backend"]) or original(*a, **k)
     )
     arguments = ("generate", "--model", "model", "--prefix", "prefix", "--prompt", "p", "--max-new-tokens", 1)
     assert run(*arguments)[0] == run(*arguments, "--backend", "reference")[0] == 0

@@ -497,15 +497,15 @@ def test_rows_are_cut_to_the_positions_that_the_prefix_leaves(tmp_path):
 
 
 def test_backend_and_window_reach_the_attention(tmp_path, monkeypatch):
-    import prefix_tuning.attach
+    import prefix_tuning.attention
 
-    called, original = [], prefix_tuning.attach.prefix_attention
+    called, original = [], prefix_tuning.attention.prefix_attention
 
     def spy(*args, **kwargs):
         called.append((kwargs["backend"], kwargs["first_key_position"]))
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(prefix_tuning.attach, "prefix_attention", spy)
+    monkeypatch.setattr(prefix_tuning.attention, "prefix_attention", spy)
     trained(tmp_path, tiny_model("mistral"), max_steps=1)
     assert set(called) == {(None, None)}
     called.clear()

@@ -1,0 +1,70 @@
+"""The function that a patched attention module calls: prefix_attention with what the module's layer holds of a prefix."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface
+
+from prefix_kernels import prefix_attention
+from prefix_tuning.masks import MaskStructure, dense_structure, mask_structure
+
+ATTENTION_NAME = "prefix_tuning"
+
+
+class LayerPrefix:
+    """What one attention module holds: its layer's key and value, refreshed each forward pass while reparametrised."""
+
+    def __init__(self, backend: str | None, slides: bool):
+        self.backend = backend
+        self.slides = slides
+        self.key: Tensor | None = None  # [kv_heads, prefix_len, head_dim]
+        self.value: Tensor | None = None
+
+
+def prefix_attention_forward(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: MaskStructure | Tensor | None,
+    scaling: float | None = None, dropout: float = 0.0, softcap: float | None = None, **kwargs,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """transformers' attention interface: prefix_attention with the module's own prefix.
+
+    Args:
+        query: [batch, heads, q_len, head_dim]; key, value: [batch, kv_heads, kv_len, head_dim], cache included.
+        attention_mask: from mask_structure, or a 4-D mask of the caller's.
+
+    Returns:
+        (out [batch, q_len, heads, head_dim], None).
+    """
+    layer: LayerPrefix = module.layer_prefix
+    if dropout:
+        _warn_no_dropout()
+    mask = attention_mask
+    if mask is None:
+        mask = MaskStructure(causal=kwargs.get("is_causal") is not False and module.is_causal)
+    elif isinstance(mask, Tensor):
+        mask = dense_structure(mask)
+    first_key_position = None
+    if layer.slides and mask.window is not None:
+        if isinstance(mask.key_offset, Tensor):
+            raise NotImplementedError("prefix_window: 'peft' is not served with a static sliding-window cache")
+        first_key_position = mask.key_offset
+    prefix_key, prefix_value = layer.key, layer.value
+    if prefix_key.dtype not in (query.dtype, torch.float32) or query.dtype == torch.float64:
+        prefix_key, prefix_value = prefix_key.to(query.dtype), prefix_value.to(query.dtype)
+    out = prefix_attention(
+        query, key, value, prefix_key, prefix_value, causal=mask.causal, scale=scaling, key_mask=mask.key_mask,
+        key_lens=mask.key_lens, window=mask.window, softcap=softcap, bias=mask.bias_over(prefix_key.shape[1]),
+        first_key_position=first_key_position, backend=layer.backend,
+    )  # fmt: skip
+    return out.transpose(1, 2), None
+
+
+def _warn_no_dropout() -> None:
+    warnings.warn("attention dropout is not applied where a prefix is attached", UserWarning, stacklevel=3)
+
+
+AttentionInterface.register(ATTENTION_NAME, prefix_attention_forward)
+AttentionMaskInterface.register(ATTENTION_NAME, mask_structure)
