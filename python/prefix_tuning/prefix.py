@@ -2,61 +2,21 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import json
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
-from pathlib import Path
+from dataclasses import asdict
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from prefix_tuning.prefix_files import read_prefix, write_prefix
 from prefix_tuning.reparametrization import MLPReparametrization
+from prefix_tuning.shapes import PARTS, Layers, ModelShape, check_dtype, check_int, check_layers, model_shape
+from prefix_tuning.text_cache import cached_layers
 
-PARTS = ("decoder", "encoder", "cross")
 RANDOM_STD = 0.02
-FORMAT, FORMAT_VERSION = "prefix-tuning", 1
-CONFIG_FILE, TENSORS_FILE, MLP_FILE = "prefix_config.json", "prefix.safetensors", "reparametrization.safetensors"
-
-Layers = list[tuple[Tensor, Tensor]]
-
-
-@dataclass(frozen=True)
-class ModelShape:
-    """What a prefix must share with the model it is for."""
-
-    layers: int
-    kv_heads: int
-    head_dim: int
-    value_dim: int
-
-    def __str__(self) -> str:
-        value = "" if self.value_dim == self.head_dim else f", value_dim {self.value_dim}"
-        return f"{self.layers} layers, {self.kv_heads} kv_heads, head_dim {self.head_dim}{value}"
-
-
-def model_shape(config) -> ModelShape:
-    """The shape of a transformers model, from its config (a composite one: from its text part).
-
-    Raises ValueError for a config without the number of layers, heads or the hidden size.
-    """
-    config = config.get_text_config()
-    layers, heads, hidden_size = (
-        getattr(config, name, None) for name in ("num_hidden_layers", "num_attention_heads", "hidden_size")
-    )
-    if not (layers and heads and hidden_size):
-        raise ValueError(
-            f"config: {type(config).__name__} has num_hidden_layers {layers}, num_attention_heads {heads}, hidden_size "
-            f"{hidden_size}; expected positive numbers"
-        )
-    head_dim = getattr(config, "head_dim", None) or hidden_size // heads
-    return ModelShape(layers, getattr(config, "num_key_value_heads", None) or heads, head_dim, head_dim)
 
 
 class Prefix(nn.Module):
@@ -91,7 +51,7 @@ class Prefix(nn.Module):
                 lengths.add(source.prefix_len)
                 mlps[name] = source
             else:
-                self.parts[name], length = _check_layers(name, source)
+                self.parts[name], length = check_layers(name, source)
                 lengths.add(length)
                 self.keys[name], self.values[name] = (
                     nn.ParameterList(nn.Parameter(pair[i].detach().contiguous()) for pair in source) for i in (0, 1)
@@ -101,7 +61,7 @@ class Prefix(nn.Module):
             raise ValueError(f"parts: got prefix_len {sorted(lengths)}, expected the same for all")
         self.prefix_len: int = lengths.pop()
         self.position_offset = self.prefix_len if position_offset is None else position_offset
-        _check_int("position_offset", self.position_offset, at_least=0)
+        check_int("position_offset", self.position_offset, at_least=0)
         self.base_model = base_model
 
     @classmethod
@@ -133,9 +93,9 @@ class Prefix(nn.Module):
 
         Raises ValueError (TypeError for a wrong type) naming the argument.
         """
-        _check_int("prefix_len", prefix_len, at_least=1)
-        _check_int("hidden_size", hidden_size, at_least=1)
-        _check_dtype(dtype)
+        check_int("prefix_len", prefix_len, at_least=1)
+        check_int("hidden_size", hidden_size, at_least=1)
+        check_dtype(dtype)
         if init not in ("text", "random"):
             raise ValueError(f"init: got {init!r}, expected 'text' or 'random'")
         if reparametrization not in (None, "mlp"):
@@ -149,7 +109,7 @@ class Prefix(nn.Module):
             ids = tokenizer(text, add_special_tokens=False)["input_ids"]
             if not ids:
                 raise ValueError(f"text: {text!r} has no tokens, expected one or more")
-            source = _run_model(model, (ids * -(-prefix_len // len(ids)))[:prefix_len])
+            source = cached_layers(model, (ids * -(-prefix_len // len(ids)))[:prefix_len])
         elif reparametrization is None:
             with _seeded(seed):
                 source = _random_layers(shape, prefix_len)
@@ -196,7 +156,7 @@ class Prefix(nn.Module):
             input_ids = tokenizer(text)["input_ids"]
         elif messages is not None:
             input_ids = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)["input_ids"]
-        layers = _run_model(model, input_ids)
+        layers = cached_layers(model, input_ids)
         return cls({"decoder": layers}, base_model=_name_of(model)).requires_grad_(False)
 
     def layers(self, part: str = "decoder") -> Layers:
@@ -222,40 +182,15 @@ class Prefix(nn.Module):
         them, to reparametrization.safetensors, so that training can go on; without, such a file of an earlier save is
         removed. Each file is replaced whole, the json last, and none before all are written.
         """
-        directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
         with torch.no_grad():
-            tensors = {
-                f"{part}.{index}.{name}": tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-                for part in self.parts
-                for index, pair in enumerate(self.layers(part))
-                for name, tensor in zip(("key", "value"), pair, strict=True)
-            }
-        config = {
-            "format": FORMAT,
-            "format_version": FORMAT_VERSION,
-            "library_version": _library_version(),
+            layers = {part: self.layers(part) for part in self.parts}
+        description = {
             "base_model": self.base_model,
             "prefix_len": self.prefix_len,
             "position_offset": self.position_offset,
             "parts": {name: asdict(shape) for name, shape in self.parts.items()},
         }
-        keep_mlp = keep_reparametrization and self.reparametrization is not None
-        with tempfile.TemporaryDirectory(dir=directory, prefix=".saving-") as temporary:
-            written = Path(temporary)
-            save_file(tensors, written / TENSORS_FILE, metadata={"format": "pt"})
-            if keep_mlp:
-                state = {name: tensor.cpu() for name, tensor in self.reparametrization.state_dict().items()}
-                save_file(state, written / MLP_FILE, metadata={"format": "pt"})
-            (written / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-            for file in written.iterdir():  # safetensors gives its files to their owner alone
-                shutil.copymode(written / CONFIG_FILE, file)
-            if keep_mlp:
-                os.replace(written / MLP_FILE, directory / MLP_FILE)
-            else:
-                (directory / MLP_FILE).unlink(missing_ok=True)
-            os.replace(written / TENSORS_FILE, directory / TENSORS_FILE)
-            os.replace(written / CONFIG_FILE, directory / CONFIG_FILE)
+        write_prefix(directory, layers, description, self.reparametrization if keep_reparametrization else None)
 
     @classmethod
     def load(
@@ -273,29 +208,9 @@ class Prefix(nn.Module):
         each names the file and what was expected in it.
         """
         if dtype is not None:
-            _check_dtype(dtype)
-        directory = Path(directory_or_hub_id)
-        if not directory.is_dir():
-            directory = _download(str(directory_or_hub_id))
-        config = _read_config(directory / CONFIG_FILE)
-        prefix_len = config["prefix_len"]
-        shapes = {name: ModelShape(**shape) for name, shape in config["parts"].items()}
-        tensors = _read_tensors(
-            directory / TENSORS_FILE,
-            lambda _: {
-                f"{part}.{index}.{name}": [shape.kv_heads, prefix_len, dim]
-                for part, shape in shapes.items()
-                for index in range(shape.layers)
-                for name, dim in (("key", shape.head_dim), ("value", shape.value_dim))
-            },
-        )
-        parts = {
-            part: [(tensors[f"{part}.{i}.key"], tensors[f"{part}.{i}.value"]) for i in range(shape.layers)]
-            for part, shape in shapes.items()
-        }
-        if (directory / MLP_FILE).exists():
-            parts |= _read_mlps(directory / MLP_FILE, prefix_len, shapes)
-        prefix = cls(parts, position_offset=config["position_offset"], base_model=config["base_model"])
+            check_dtype(dtype)
+        parts, description = read_prefix(directory_or_hub_id)
+        prefix = cls(parts, position_offset=description["position_offset"], base_model=description["base_model"])
         return prefix.to(device=device, dtype=dtype)
 
     def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None, **kwargs) -> None:
@@ -314,33 +229,6 @@ class Prefix(nn.Module):
     def extra_repr(self) -> str:
         parts = "; ".join(f"{name}: {shape}" for name, shape in self.parts.items())
         return f"prefix_len={self.prefix_len}, position_offset={self.position_offset}, {parts}"
-
-
-def _check_int(name: str, value, at_least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name}: got {value!r}, expected an int")
-    if value < at_least:
-        raise ValueError(f"{name}: got {value}, expected at least {at_least}")
-
-
-def _check_dtype(dtype) -> None:
-    if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise TypeError(f"dtype: got {dtype!r}, expected a floating torch.dtype such as torch.float32")
-
-
-def _check_layers(part: str, layers: Sequence[tuple[Tensor, Tensor]]) -> tuple[ModelShape, int]:
-    """The shape and prefix_len that all pairs agree on."""
-    if not layers:
-        raise ValueError(f"parts: {part} has no layers, expected at least one")
-    found = {(tuple(key.shape), tuple(value.shape), key.dtype, value.dtype) for key, value in layers}
-    key, value, key_dtype, value_dtype = next(iter(found))
-    agree = len(found) == 1 and len(key) == len(value) == 3 and key[:2] == value[:2] and min(key + value) > 0
-    if not agree or key_dtype != value_dtype or not key_dtype.is_floating_point:
-        raise ValueError(
-            f"parts: {part} has keys and values {sorted(map(str, found))}, expected in all layers the same non-empty "
-            "[kv_heads, prefix_len, head_dim] and [kv_heads, prefix_len, value_dim] of one floating dtype"
-        )
-    return ModelShape(len(layers), key[0], key[2], value[2]), key[1]
 
 
 @contextmanager
@@ -364,128 +252,3 @@ def _random_layers(shape: ModelShape, prefix_len: int) -> Layers:
 
 def _name_of(model: nn.Module) -> str:
     return getattr(model.config, "name_or_path", None) or ""
-
-
-def _run_model(model: nn.Module, input_ids: Tensor | Sequence[int]) -> Layers:
-    """The keys and values that the model caches for the tokens, in eval mode; its modules' modes are put back."""
-    ids = torch.as_tensor(input_ids)
-    ids = ids[0] if ids.dim() == 2 and len(ids) == 1 else ids
-    if ids.dim() != 1 or not len(ids) or ids.is_floating_point() or ids.dtype == torch.bool:
-        raise ValueError(f"input_ids: got {ids.dtype} of shape {list(ids.shape)}, expected one or more ints [tokens]")
-    known = model.get_input_embeddings().weight.shape[0]
-    if ids.min() < 0 or ids.max() >= known:
-        raise ValueError(f"input_ids: got {ids.min()} … {ids.max()}, expected 0 … {known - 1}: is it another tokenizer's?")
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if positions is not None and len(ids) > positions:
-        raise ValueError(f"input_ids: got {len(ids)} tokens, but the model has only {positions} positions")
-    if any(hasattr(module, "layer_prefix") for module in model.modules()):
-        raise ValueError("model: it has a prefix attached, which the text would see; detach that first")
-
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad():
-            cache = _cache_of(model, ids[None].to(next(model.parameters()).device))
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-    layers = [(layer.keys[0], layer.values[0]) for layer in cache.layers]
-    expected, found = model_shape(model.config), _check_layers("decoder", layers)
-    if found != (expected, len(ids)):
-        raise ValueError(f"model: caches {found[1]} tokens, {found[0]}, but its config says {len(ids)} tokens, {expected}")
-    return layers
-
-
-def _cache_of(model: nn.Module, ids: Tensor):
-    """The model's cache after ids [1, tokens], with all tokens also where its attention has a sliding window."""
-    backbone = getattr(model, "base_model", model)
-    outputs = backbone(input_ids=ids, use_cache=True, return_dict=True)
-    name = "cache" if "cache" in outputs else "past_key_values"  # renamed in transformers 5.24
-    cache = outputs[name]
-    if any(layer.keys.shape[-2] < ids.shape[1] for layer in cache.layers):
-        cache = backbone(input_ids=ids, use_cache=True, return_dict=True, **{name: type(cache)()})[name]
-    return cache
-
-
-def _library_version() -> str:
-    try:
-        return importlib.metadata.version("prefix-kernels")
-    except importlib.metadata.PackageNotFoundError:
-        return "unknown"
-
-
-def _download(repo_id: str) -> Path:
-    """The folder where the files of a hub repository are, downloaded or from the cache."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        return Path(snapshot_download(repo_id, allow_patterns=[CONFIG_FILE, TENSORS_FILE, MLP_FILE]))
-    except (HFValidationError, OSError) as error:
-        raise FileNotFoundError(f"{repo_id}: neither a folder nor a hub repository in reach ({error})") from error
-
-
-def _read_config(file: Path) -> dict:
-    if not file.is_file():
-        raise FileNotFoundError(f"{file}: no such file, expected the description of a prefix that Prefix.save writes")
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file}: expected JSON ({error})") from error
-    found = (config.get("format"), config.get("format_version")) if isinstance(config, dict) else type(config).__name__
-    if found != (FORMAT, FORMAT_VERSION):
-        raise ValueError(f"{file}: got format {found}, expected {(FORMAT, FORMAT_VERSION)} (format, format_version)")
-    try:
-        _check_int("prefix_len", config["prefix_len"], at_least=1)
-        _check_int("position_offset", config["position_offset"], at_least=0)
-        if not isinstance(config["base_model"], str):
-            raise TypeError(f"base_model: got {config['base_model']!r}, expected a string")
-        if not isinstance(config["parts"], dict) or not set(config["parts"]) <= set(PARTS) or not config["parts"]:
-            raise TypeError(f"parts: got {config['parts']!r}, expected one or more of {', '.join(PARTS)}")
-        for part, shape in config["parts"].items():
-            if not isinstance(shape, dict) or set(shape) != {field.name for field in fields(ModelShape)}:
-                raise TypeError(f"{part}: got {shape!r}, expected {', '.join(field.name for field in fields(ModelShape))}")
-            for name, value in shape.items():
-                _check_int(f"{part}.{name}", value, at_least=1)
-    except KeyError as error:
-        raise ValueError(f"{file}: expected the key {error}, got only {', '.join(config)}") from error
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{file}: {error}") from error
-    return config
-
-
-def _read_tensors(file: Path, shapes_of) -> dict[str, Tensor]:
-    """The tensors of a safetensors file: exactly those of `shapes_of(tensors)`, name → shape, in one floating dtype."""
-    if not file.is_file():
-        raise FileNotFoundError(f"{file}: no such file, expected the tensors that Prefix.save writes")
-    try:
-        tensors = load_file(file)
-    except SafetensorError as error:
-        raise ValueError(f"{file}: damaged, or not a safetensors file ({error})") from error
-    expected, found = shapes_of(tensors), {name: list(tensor.shape) for name, tensor in tensors.items()}
-    wrong = [name for name in sorted(expected | found) if expected.get(name) != found.get(name)]
-    if wrong:
-        raise ValueError(
-            f"{file}: {wrong[0]} is {found.get(wrong[0], 'missing')}, but by {CONFIG_FILE} expected "
-            f"{expected.get(wrong[0], 'no such tensor')} ({len(wrong)} such differences)"
-        )
-    dtypes = {tensor.dtype for tensor in tensors.values()}
-    if len(dtypes) != 1 or not dtypes.copy().pop().is_floating_point:
-        raise ValueError(f"{file}: got {', '.join(sorted(map(str, dtypes))) or 'no tensor'}, expected one floating dtype")
-    return tensors
-
-
-def _read_mlps(file: Path, prefix_len: int, shapes: Mapping[str, ModelShape]) -> dict[str, MLPReparametrization]:
-    """The MLP of each part that the file holds; its own two widths are read off its weights."""
-    mlps = nn.ModuleDict()
-
-    def shapes_of(tensors: dict[str, Tensor]) -> dict[str, list[int]]:
-        for part, shape in shapes.items():
-            weight = tensors.get(f"{part}.hidden.weight")
-            if weight is not None and weight.dim() == 2:
-                hidden_size, embedding_dim = weight.shape
-                mlps[part] = MLPReparametrization(prefix_len, embedding_dim, hidden_size, **asdict(shape), device="meta")
-        return {name: list(tensor.shape) for name, tensor in mlps.state_dict().items()}
-
-    mlps.load_state_dict(_read_tensors(file, shapes_of), assign=True)
-    return dict(mlps.items())

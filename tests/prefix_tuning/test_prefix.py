@@ -14,10 +14,10 @@ import torch
 import transformers
 from transformers import DynamicCache
 
-import prefix_tuning.prefix as prefix_module
-from prefix_tuning import Prefix, attach_prefix
-from prefix_tuning.prefix import CONFIG_FILE, MLP_FILE, TENSORS_FILE, ModelShape, model_shape
+from prefix_tuning import Prefix, attach_prefix, prefix_files
+from prefix_tuning.prefix_files import CONFIG_FILE, MLP_FILE, TENSORS_FILE
 from prefix_tuning.reparametrization import MLPReparametrization
+from prefix_tuning.shapes import ModelShape, model_shape
 from support.models import FAMILIES, random_prefix, tiny_model
 from support.tokenizer import CHAT_TEMPLATE, tiny_tokenizer
 
@@ -462,7 +462,7 @@ def test_a_save_that_fails_leaves_a_whole_prefix(name, call, whose, tmp_path, mo
     old, new = mlp_prefix(seed=1), mlp_prefix(seed=2)
     old.save(tmp_path, keep_reparametrization=True)
     before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
-    owner, calls = {"save_file": prefix_module, "write_text": Path, "replace": os}[name], []
+    owner, calls = {"save_file": prefix_files, "write_text": Path, "replace": os}[name], []
     original = getattr(owner, name)
 
     def failing(*args, **kwargs):

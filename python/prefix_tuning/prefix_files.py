@@ -1,0 +1,179 @@
+"""The files of a prefix: tensors, their description, and the MLP where training goes on. Read with every doubt."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from prefix_tuning.reparametrization import MLPReparametrization
+from prefix_tuning.shapes import PARTS, Layers, ModelShape, check_int
+
+FORMAT, FORMAT_VERSION = "prefix-tuning", 1
+CONFIG_FILE, TENSORS_FILE, MLP_FILE = "prefix_config.json", "prefix.safetensors", "reparametrization.safetensors"
+
+
+def write_prefix(
+    directory: str | os.PathLike,
+    layers: Mapping[str, Layers],
+    description: Mapping[str, Any],
+    mlps: nn.ModuleDict | None,
+) -> None:
+    """Writes prefix.safetensors, prefix_config.json and, with `mlps`, reparametrization.safetensors to a folder, which is
+    created where it is missing.
+
+    layers       each part's (key, value) pairs
+    description  base_model, prefix_len, position_offset and parts (each part's ModelShape as a dict)
+    mlps         each part's MLPReparametrization; None removes such a file of an earlier save
+
+    Each file is replaced whole, the json last, and none before all are written.
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    tensors = {
+        f"{part}.{index}.{name}": tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for part, pairs in layers.items()
+        for index, pair in enumerate(pairs)
+        for name, tensor in zip(("key", "value"), pair, strict=True)
+    }
+    config = {"format": FORMAT, "format_version": FORMAT_VERSION, "library_version": _library_version(), **description}
+    with tempfile.TemporaryDirectory(dir=directory, prefix=".saving-") as temporary:
+        written = Path(temporary)
+        save_file(tensors, written / TENSORS_FILE, metadata={"format": "pt"})
+        if mlps is not None:
+            state = {name: tensor.cpu() for name, tensor in mlps.state_dict().items()}
+            save_file(state, written / MLP_FILE, metadata={"format": "pt"})
+        (written / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        for file in written.iterdir():  # safetensors gives its files to their owner alone
+            shutil.copymode(written / CONFIG_FILE, file)
+        if mlps is not None:
+            os.replace(written / MLP_FILE, directory / MLP_FILE)
+        else:
+            (directory / MLP_FILE).unlink(missing_ok=True)
+        os.replace(written / TENSORS_FILE, directory / TENSORS_FILE)
+        os.replace(written / CONFIG_FILE, directory / CONFIG_FILE)
+
+
+def read_prefix(directory_or_hub_id: str | os.PathLike) -> tuple[dict[str, Layers | MLPReparametrization], dict[str, Any]]:
+    """What `write_prefix` wrote to a folder, or what of it is in a hub repository: (each part's pairs or MLP, description).
+
+    A missing file is a FileNotFoundError, a damaged or foreign one, or one that contradicts the json, a ValueError: each
+    names the file and what was expected in it.
+    """
+    directory = Path(directory_or_hub_id)
+    if not directory.is_dir():
+        directory = _download(str(directory_or_hub_id))
+    config = _read_config(directory / CONFIG_FILE)
+    prefix_len = config["prefix_len"]
+    shapes = {name: ModelShape(**shape) for name, shape in config["parts"].items()}
+    tensors = _read_tensors(
+        directory / TENSORS_FILE,
+        lambda _: {
+            f"{part}.{index}.{name}": [shape.kv_heads, prefix_len, dim]
+            for part, shape in shapes.items()
+            for index in range(shape.layers)
+            for name, dim in (("key", shape.head_dim), ("value", shape.value_dim))
+        },
+    )
+    parts = {
+        part: [(tensors[f"{part}.{i}.key"], tensors[f"{part}.{i}.value"]) for i in range(shape.layers)]
+        for part, shape in shapes.items()
+    }
+    if (directory / MLP_FILE).exists():
+        parts |= _read_mlps(directory / MLP_FILE, prefix_len, shapes)
+    return parts, config
+
+
+def _library_version() -> str:
+    try:
+        return importlib.metadata.version("prefix-kernels")
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def _download(repo_id: str) -> Path:
+    """The folder where the files of a hub repository are, downloaded or from the cache."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        return Path(snapshot_download(repo_id, allow_patterns=[CONFIG_FILE, TENSORS_FILE, MLP_FILE]))
+    except (HFValidationError, OSError) as error:
+        raise FileNotFoundError(f"{repo_id}: neither a folder nor a hub repository in reach ({error})") from error
+
+
+def _read_config(file: Path) -> dict:
+    if not file.is_file():
+        raise FileNotFoundError(f"{file}: no such file, expected the description of a prefix that Prefix.save writes")
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file}: expected JSON ({error})") from error
+    found = (config.get("format"), config.get("format_version")) if isinstance(config, dict) else type(config).__name__
+    if found != (FORMAT, FORMAT_VERSION):
+        raise ValueError(f"{file}: got format {found}, expected {(FORMAT, FORMAT_VERSION)} (format, format_version)")
+    try:
+        check_int("prefix_len", config["prefix_len"], at_least=1)
+        check_int("position_offset", config["position_offset"], at_least=0)
+        if not isinstance(config["base_model"], str):
+            raise TypeError(f"base_model: got {config['base_model']!r}, expected a string")
+        if not isinstance(config["parts"], dict) or not set(config["parts"]) <= set(PARTS) or not config["parts"]:
+            raise TypeError(f"parts: got {config['parts']!r}, expected one or more of {', '.join(PARTS)}")
+        for part, shape in config["parts"].items():
+            if not isinstance(shape, dict) or set(shape) != {field.name for field in fields(ModelShape)}:
+                raise TypeError(f"{part}: got {shape!r}, expected {', '.join(field.name for field in fields(ModelShape))}")
+            for name, value in shape.items():
+                check_int(f"{part}.{name}", value, at_least=1)
+    except KeyError as error:
+        raise ValueError(f"{file}: expected the key {error}, got only {', '.join(config)}") from error
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{file}: {error}") from error
+    return config
+
+
+def _read_tensors(file: Path, shapes_of) -> dict[str, Tensor]:
+    """The tensors of a safetensors file: exactly those of `shapes_of(tensors)`, name → shape, in one floating dtype."""
+    if not file.is_file():
+        raise FileNotFoundError(f"{file}: no such file, expected the tensors that Prefix.save writes")
+    try:
+        tensors = load_file(file)
+    except SafetensorError as error:
+        raise ValueError(f"{file}: damaged, or not a safetensors file ({error})") from error
+    expected, found = shapes_of(tensors), {name: list(tensor.shape) for name, tensor in tensors.items()}
+    wrong = [name for name in sorted(expected | found) if expected.get(name) != found.get(name)]
+    if wrong:
+        raise ValueError(
+            f"{file}: {wrong[0]} is {found.get(wrong[0], 'missing')}, but by {CONFIG_FILE} expected "
+            f"{expected.get(wrong[0], 'no such tensor')} ({len(wrong)} such differences)"
+        )
+    dtypes = {tensor.dtype for tensor in tensors.values()}
+    if len(dtypes) != 1 or not dtypes.copy().pop().is_floating_point:
+        raise ValueError(f"{file}: got {', '.join(sorted(map(str, dtypes))) or 'no tensor'}, expected one floating dtype")
+    return tensors
+
+
+def _read_mlps(file: Path, prefix_len: int, shapes: Mapping[str, ModelShape]) -> dict[str, MLPReparametrization]:
+    """The MLP of each part that the file holds; its own two widths are read off its weights."""
+    mlps = nn.ModuleDict()
+
+    def shapes_of(tensors: dict[str, Tensor]) -> dict[str, list[int]]:
+        for part, shape in shapes.items():
+            weight = tensors.get(f"{part}.hidden.weight")
+            if weight is not None and weight.dim() == 2:
+                hidden_size, embedding_dim = weight.shape
+                mlps[part] = MLPReparametrization(prefix_len, embedding_dim, hidden_size, **asdict(shape), device="meta")
+        return {name: list(tensor.shape) for name, tensor in mlps.state_dict().items()}
+
+    mlps.load_state_dict(_read_tensors(file, shapes_of), assign=True)
+    return dict(mlps.items())

@@ -1,0 +1,72 @@
+"""What a prefix must share with the model it is for: layers, heads and their sizes; and the checks of what it is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+PARTS = ("decoder", "encoder", "cross")
+
+Layers = list[tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What a prefix must share with the model it is for."""
+
+    layers: int
+    kv_heads: int
+    head_dim: int
+    value_dim: int
+
+    def __str__(self) -> str:
+        value = "" if self.value_dim == self.head_dim else f", value_dim {self.value_dim}"
+        return f"{self.layers} layers, {self.kv_heads} kv_heads, head_dim {self.head_dim}{value}"
+
+
+def model_shape(config) -> ModelShape:
+    """The shape of a transformers model, from its config (a composite one: from its text part).
+
+    Raises ValueError for a config without the number of layers, heads or the hidden size.
+    """
+    config = config.get_text_config()
+    layers, heads, hidden_size = (
+        getattr(config, name, None) for name in ("num_hidden_layers", "num_attention_heads", "hidden_size")
+    )
+    if not (layers and heads and hidden_size):
+        raise ValueError(
+            f"config: {type(config).__name__} has num_hidden_layers {layers}, num_attention_heads {heads}, hidden_size "
+            f"{hidden_size}; expected positive numbers"
+        )
+    head_dim = getattr(config, "head_dim", None) or hidden_size // heads
+    return ModelShape(layers, getattr(config, "num_key_value_heads", None) or heads, head_dim, head_dim)
+
+
+def check_int(name: str, value, at_least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name}: got {value!r}, expected an int")
+    if value < at_least:
+        raise ValueError(f"{name}: got {value}, expected at least {at_least}")
+
+
+def check_dtype(dtype) -> None:
+    if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(f"dtype: got {dtype!r}, expected a floating torch.dtype such as torch.float32")
+
+
+def check_layers(part: str, layers: Sequence[tuple[Tensor, Tensor]]) -> tuple[ModelShape, int]:
+    """The shape and prefix_len that all pairs agree on."""
+    if not layers:
+        raise ValueError(f"parts: {part} has no layers, expected at least one")
+    found = {(tuple(key.shape), tuple(value.shape), key.dtype, value.dtype) for key, value in layers}
+    key, value, key_dtype, value_dtype = next(iter(found))
+    agree = len(found) == 1 and len(key) == len(value) == 3 and key[:2] == value[:2] and min(key + value) > 0
+    if not agree or key_dtype != value_dtype or not key_dtype.is_floating_point:
+        raise ValueError(
+            f"parts: {part} has keys and values {sorted(map(str, found))}, expected in all layers the same non-empty "
+            "[kv_heads, prefix_len, head_dim] and [kv_heads, prefix_len, value_dim] of one floating dtype"
+        )
+    return ModelShape(len(layers), key[0], key[2], value[2]), key[1]

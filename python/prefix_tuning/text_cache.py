@@ -1,0 +1,51 @@
+"""The keys and values which a model caches for a text: what a prefix can start from, or be."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from prefix_tuning.shapes import Layers, check_layers, model_shape
+
+
+def cached_layers(model: nn.Module, input_ids: Tensor | Sequence[int]) -> Layers:
+    """The keys and values that the model caches for the tokens, in eval mode; its modules' modes are put back."""
+    ids = torch.as_tensor(input_ids)
+    ids = ids[0] if ids.dim() == 2 and len(ids) == 1 else ids
+    if ids.dim() != 1 or not len(ids) or ids.is_floating_point() or ids.dtype == torch.bool:
+        raise ValueError(f"input_ids: got {ids.dtype} of shape {list(ids.shape)}, expected one or more ints [tokens]")
+    known = model.get_input_embeddings().weight.shape[0]
+    if ids.min() < 0 or ids.max() >= known:
+        raise ValueError(f"input_ids: got {ids.min()} … {ids.max()}, expected 0 … {known - 1}: is it another tokenizer's?")
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and len(ids) > positions:
+        raise ValueError(f"input_ids: got {len(ids)} tokens, but the model has only {positions} positions")
+    if any(hasattr(module, "layer_prefix") for module in model.modules()):
+        raise ValueError("model: it has a prefix attached, which the text would see; detach that first")
+
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            cache = _cache_of(model, ids[None].to(next(model.parameters()).device))
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    layers = [(layer.keys[0], layer.values[0]) for layer in cache.layers]
+    expected, found = model_shape(model.config), check_layers("decoder", layers)
+    if found != (expected, len(ids)):
+        raise ValueError(f"model: caches {found[1]} tokens, {found[0]}, but its config says {len(ids)} tokens, {expected}")
+    return layers
+
+
+def _cache_of(model: nn.Module, ids: Tensor):
+    """The model's cache after ids [1, tokens], with all tokens also where its attention has a sliding window."""
+    backbone = getattr(model, "base_model", model)
+    outputs = backbone(input_ids=ids, use_cache=True, return_dict=True)
+    name = "cache" if "cache" in outputs else "past_key_values"  # renamed in transformers 5.24
+    cache = outputs[name]
+    if any(layer.keys.shape[-2] < ids.shape[1] for layer in cache.layers):
+        cache = backbone(input_ids=ids, use_cache=True, return_dict=True, **{name: type(cache)()})[name]
+    return cache
