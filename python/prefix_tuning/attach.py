@@ -33,7 +33,7 @@ class Attachment:
         self._config = model.config
         self._argument_names = list(inspect.signature(type(model.base_model).forward).parameters)[1:]
         self._replace_config(copy.deepcopy(model.config))
-        model.set_attn_implementation(ATTENTION_NAME)
+        model.config._attn_implementation = ATTENTION_NAME
         for module, layer in zip(self._modules, self._layers, strict=True):
             module.layer_prefix = layer
         self._hook = model.base_model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
@@ -96,16 +96,22 @@ class Attachment:
         if kwargs.get("output_attentions") or module.config.output_attentions:
             raise NotImplementedError("output_attentions: attention weights are never built; detach the prefix to see them")
         self._check_checkpointing(module)
+        if module.config._attn_implementation != ATTENTION_NAME:
+            raise ValueError(
+                f"attn_implementation: set to {module.config._attn_implementation!r} while a prefix is attached, which it "
+                "would not see; detach the prefix first"
+            )
         if self.prefix.reparametrization is not None:
             self._refresh()
         else:
             self._round()
-        positions = kwargs.get("position_ids")
-        if positions is None:
-            positions = sequence_positions(kwargs)
-        kwargs["position_ids"] = positions + self.prefix.position_offset
-        if self._learned_positions:
-            check_learned_positions(positions, self.prefix.position_offset, module.config.max_position_embeddings)
+        if "position_ids" in self._argument_names:
+            positions = kwargs.get("position_ids")
+            if positions is None:
+                positions = sequence_positions(kwargs)
+            kwargs["position_ids"] = positions + self.prefix.position_offset
+            if self._learned_positions:
+                check_learned_positions(positions, self.prefix.position_offset, module.config.max_position_embeddings)
         return (), kwargs
 
     def _check_checkpointing(self, module: nn.Module) -> None:

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from prefix_kernels import available_backends, explain_backends
+from prefix_tuning.families import model_shape
 from prefix_tuning.offline_model import OFFLINE_MODEL, cache_folder, shipped_gguf
-from prefix_tuning.shapes import model_shape
 
 PACKAGES = ("prefix-kernels", "torch", "transformers", "accelerate", "triton", "sacrebleu", "matplotlib", "gguf")
 

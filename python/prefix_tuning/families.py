@@ -2,31 +2,64 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import nn
+
+from prefix_tuning.shapes import ModelShape, standard_shape
 
 
 @dataclass(frozen=True)
 class Family:
     """One model family.
 
-    attention: class name of its self-attention modules, one a layer, which call transformers' attention interface.
+    attention: class name of its self-attention modules, which call transformers' attention interface.
+    shape: from its config the ModelShape of its prefix: what its attention modules' keys and values are.
     learned_positions: position embeddings are a table of max_position_embeddings rows, so prefix and text must fit in it.
     """
 
     attention: str
+    shape: Callable[..., ModelShape] = standard_shape
     learned_positions: bool = False
 
 
+# by config.model_type
 FAMILIES = {
+    "cohere2": Family("Cohere2Attention"),
+    "gemma": Family("GemmaAttention"),
+    "gemma2": Family("Gemma2Attention"),
+    "gemma3_text": Family("Gemma3Attention"),
+    "glm4": Family("Glm4Attention"),
     "gpt2": Family("GPT2Attention", learned_positions=True),
+    "gpt_bigcode": Family("GPTBigCodeAttention", learned_positions=True),
+    "gpt_neox": Family("GPTNeoXAttention"),
+    "gptj": Family("GPTJAttention"),
+    "granite": Family("GraniteAttention"),
     "llama": Family("LlamaAttention"),
     "mistral": Family("MistralAttention"),
+    "mixtral": Family("MixtralAttention"),
+    "olmo2": Family("Olmo2Attention"),
+    "opt": Family("OPTAttention", learned_positions=True),
+    "phi": Family("PhiAttention"),
+    "phi3": Family("Phi3Attention"),
     "qwen2": Family("Qwen2Attention"),
+    "qwen2_moe": Family("Qwen2MoeAttention"),
     "qwen3": Family("Qwen3Attention"),
+    "qwen3_moe": Family("Qwen3MoeAttention"),
     "smollm3": Family("SmolLM3Attention"),
+    "stablelm": Family("StableLmAttention"),
 }
+
+
+def model_shape(config) -> ModelShape:
+    """The shape of a prefix for a model with this config (a composite one: of its text part).
+
+    Raises ValueError for a config without the number of layers, heads or the hidden size.
+    """
+    config = config.get_text_config()
+    family = FAMILIES.get(config.model_type)
+    return (family.shape if family else standard_shape)(config)
 
 
 def family_of(model: nn.Module) -> Family:
@@ -44,8 +77,11 @@ def attention_modules(model: nn.Module) -> list[nn.Module]:
     name = family_of(model).attention
     modules = [m for m in model.modules() if type(m).__name__ == name and not getattr(m, "is_cross_attention", False)]
     layers = [module.layer_idx for module in modules]
-    if not modules or layers != list(range(len(modules))):
-        raise NotImplementedError(f"model: expected one {name} a layer, found layers {layers} in {type(model).__name__}")
+    expected = model_shape(model.config).layers
+    if len(layers) != expected or layers != sorted(set(layers)):
+        raise NotImplementedError(
+            f"model: expected {expected} layers with a {name}, found layers {layers} in {type(model).__name__}"
+        )
     if getattr(model.config, "add_cross_attention", False):
         raise NotImplementedError(f"model: cross-attention is not served; got {type(model).__name__} with add_cross_attention")
     return modules

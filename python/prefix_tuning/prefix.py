@@ -11,9 +11,10 @@ from dataclasses import asdict
 import torch
 from torch import Tensor, nn
 
+from prefix_tuning.families import model_shape
 from prefix_tuning.prefix_files import read_prefix, write_prefix
 from prefix_tuning.reparametrization import MLPReparametrization
-from prefix_tuning.shapes import PARTS, Layers, ModelShape, check_dtype, check_int, check_layers, model_shape
+from prefix_tuning.shapes import PARTS, Layers, ModelShape, check_dtype, check_int, check_layers
 from prefix_tuning.text_cache import cached_layers
 
 RANDOM_STD = 0.02

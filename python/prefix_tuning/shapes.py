@@ -27,12 +27,11 @@ class ModelShape:
         return f"{self.layers} layers, {self.kv_heads} kv_heads, head_dim {self.head_dim}{value}"
 
 
-def model_shape(config) -> ModelShape:
-    """The shape of a transformers model, from its config (a composite one: from its text part).
+def standard_shape(config) -> ModelShape:
+    """The shape for a transformers config whose layers are all alike and cache num_key_value_heads heads of head_dim.
 
     Raises ValueError for a config without the number of layers, heads or the hidden size.
     """
-    config = config.get_text_config()
     layers, heads, hidden_size = (
         getattr(config, name, None) for name in ("num_hidden_layers", "num_attention_heads", "hidden_size")
     )

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from prefix_tuning.shapes import Layers, check_layers, model_shape
+from prefix_tuning.families import model_shape
+from prefix_tuning.shapes import Layers, check_layers
 
 
 def cached_layers(model: nn.Module, input_ids: Tensor | Sequence[int]) -> Layers:

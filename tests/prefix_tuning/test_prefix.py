@@ -15,9 +15,10 @@ import transformers
 from transformers import DynamicCache
 
 from prefix_tuning import Prefix, attach_prefix, prefix_files
+from prefix_tuning.families import model_shape
 from prefix_tuning.prefix_files import CONFIG_FILE, MLP_FILE, TENSORS_FILE
 from prefix_tuning.reparametrization import MLPReparametrization
-from prefix_tuning.shapes import ModelShape, model_shape
+from prefix_tuning.shapes import ModelShape
 from support.models import FAMILIES, random_prefix, tiny_model
 from support.tokenizer import CHAT_TEMPLATE, tiny_tokenizer
 
