@@ -31,6 +31,26 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
 
 
 @contextmanager
+def replacing_files(directory: str | os.PathLike, *names: str) -> Iterator[Path]:
+    """A temporary folder to write files of these names to, which belong together in `directory`; it is created.
+
+    Where the block ends without an error they take their places in the order of `names`, each whole and none before all are
+    written. What stands under a name that was not written is removed.
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=directory, prefix=".saving-") as temporary:
+        yield Path(temporary)
+        for name in names:
+            written = Path(temporary) / name
+            if written.exists():
+                written.chmod(0o666 & ~_umask())  # safetensors gives a file to its owner alone
+                os.replace(written, directory / name)
+            else:
+                (directory / name).unlink(missing_ok=True)
+
+
+@contextmanager
 def open_text(path: str | os.PathLike) -> Iterator[TextIO]:
     """A UTF-8 text file to read, unzipped where its name ends in .gz, with its line ends as they are.
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -17,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from prefix_tuning.files import replacing_files
 from prefix_tuning.reparametrization import MLPReparametrization
 from prefix_tuning.shapes import PARTS, Layers, ModelShape, check_int
 
@@ -39,8 +38,6 @@ def write_prefix(
 
     Each file is replaced whole, the json last, and none before all are written.
     """
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
     tensors = {
         f"{part}.{index}.{name}": tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
         for part, pairs in layers.items()
@@ -48,21 +45,12 @@ def write_prefix(
         for name, tensor in zip(("key", "value"), pair, strict=True)
     }
     config = {"format": FORMAT, "format_version": FORMAT_VERSION, "library_version": _library_version(), **description}
-    with tempfile.TemporaryDirectory(dir=directory, prefix=".saving-") as temporary:
-        written = Path(temporary)
-        save_file(tensors, written / TENSORS_FILE, metadata={"format": "pt"})
+    with replacing_files(directory, MLP_FILE, TENSORS_FILE, CONFIG_FILE) as folder:
+        save_file(tensors, folder / TENSORS_FILE, metadata={"format": "pt"})
         if mlps is not None:
             state = {name: tensor.cpu() for name, tensor in mlps.state_dict().items()}
-            save_file(state, written / MLP_FILE, metadata={"format": "pt"})
-        (written / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        for file in written.iterdir():  # safetensors gives its files to their owner alone
-            shutil.copymode(written / CONFIG_FILE, file)
-        if mlps is not None:
-            os.replace(written / MLP_FILE, directory / MLP_FILE)
-        else:
-            (directory / MLP_FILE).unlink(missing_ok=True)
-        os.replace(written / TENSORS_FILE, directory / TENSORS_FILE)
-        os.replace(written / CONFIG_FILE, directory / CONFIG_FILE)
+            save_file(state, folder / MLP_FILE, metadata={"format": "pt"})
+        (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def read_prefix(directory_or_hub_id: str | os.PathLike) -> tuple[dict[str, Layers | MLPReparametrization], dict[str, Any]]:
@@ -73,7 +61,7 @@ def read_prefix(directory_or_hub_id: str | os.PathLike) -> tuple[dict[str, Layer
     """
     directory = Path(directory_or_hub_id)
     if not directory.is_dir():
-        directory = _download(str(directory_or_hub_id))
+        directory = download(str(directory_or_hub_id), [CONFIG_FILE, TENSORS_FILE, MLP_FILE])
     config = _read_config(directory / CONFIG_FILE)
     prefix_len = config["prefix_len"]
     shapes = {name: ModelShape(**shape) for name, shape in config["parts"].items()}
@@ -102,13 +90,13 @@ def _library_version() -> str:
         return "unknown"
 
 
-def _download(repo_id: str) -> Path:
-    """The folder where the files of a hub repository are, downloaded or from the cache."""
+def download(repo_id: str, names: list[str]) -> Path:
+    """The folder where a hub repository's files of these names are, downloaded or from the cache."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
     try:
-        return Path(snapshot_download(repo_id, allow_patterns=[CONFIG_FILE, TENSORS_FILE, MLP_FILE]))
+        return Path(snapshot_download(repo_id, allow_patterns=names))
     except (HFValidationError, OSError) as error:
         raise FileNotFoundError(f"{repo_id}: neither a folder nor a hub repository in reach ({error})") from error
 

@@ -1,0 +1,215 @@
+"""PEFT's prefix adapters in and out: its files and its one flat tensor, without the package peft.
+
+The tensor is `prompt_embeddings` [prefix_len, layers · 2 · kv_heads · head_dim]: in each row the key, then the value, of the
+first layer, then of the second, and so on. Positions start at prefix_len.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from prefix_tuning.files import replacing_files
+from prefix_tuning.prefix_files import download
+from prefix_tuning.shapes import Layers, ModelShape, check_int
+
+CONFIG_FILE, TENSORS_FILE, PICKLED_FILE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+EMBEDDINGS = "prompt_embeddings"
+PEFT_TYPES = ("PREFIX_TUNING", "CARTRIDGE")
+SEQ_2_SEQ = "SEQ_2_SEQ_LM"
+TASK_TYPES = ("CAUSAL_LM", "FEATURE_EXTRACTION", "QUESTION_ANS", SEQ_2_SEQ, "SEQ_CLS", "TOKEN_CLS")
+
+
+@dataclass(frozen=True)
+class AdapterLayout:
+    """How the keys and values of the layers lie in a flat tensor."""
+
+    prefix_len: int
+    shape: ModelShape
+    seq2seq: bool
+
+    def split(self, embeddings: Tensor) -> Layers:
+        """Of each layer the key and the value [kv_heads, prefix_len, head_dim], views of one unbind of the flat tensor."""
+        shape = self.shape
+        stacked = embeddings.view(self.prefix_len, shape.layers * 2, shape.kv_heads, shape.head_dim)
+        keys_and_values = stacked.permute(1, 2, 0, 3).unbind(0)
+        stored = list(zip(keys_and_values[0::2], keys_and_values[1::2], strict=True))
+        return [stored[index] for index in self.stored_layers()]
+
+    def stored_layers(self) -> list[int]:
+        """Which stored layer each layer reads. PEFT doubles the tensor for sequence-to-sequence models and splits it by
+        fours, so that decoder layer i reads layer 2i modulo the layers: with an even number, half of them are never read."""
+        layers = self.shape.layers
+        return [2 * index % layers if self.seq2seq else index for index in range(layers)]
+
+    @property
+    def flat_shape(self) -> list[int]:
+        return [self.prefix_len, self.shape.layers * 2 * self.shape.kv_heads * self.shape.head_dim]
+
+
+def adapter_layout(config: Mapping[str, Any]) -> AdapterLayout:
+    """The layout that a PEFT config describes.
+
+    Raises NotImplementedError for another kind of adapter, ValueError or TypeError for a config that describes none.
+    """
+    if config.get("peft_type") not in PEFT_TYPES:
+        raise NotImplementedError(
+            f"peft_type: expected an adapter of type {' or '.join(PEFT_TYPES)}, got {_name(config.get('peft_type'))}"
+        )
+    sizes = {name: config.get(name) for name in ("num_virtual_tokens", "num_layers", "num_attention_heads", "token_dim")}
+    for name, value in sizes.items():
+        check_int(name, value, at_least=1)
+    prefix_len, layers, kv_heads, token_dim = sizes.values()
+    if token_dim % kv_heads:
+        raise ValueError(f"token_dim: got {token_dim}, expected a multiple of num_attention_heads, {kv_heads}")
+    seq2seq = config.get("task_type") == SEQ_2_SEQ
+    submodules = config.get("num_transformer_submodules")
+    if submodules not in (None, 2 if seq2seq else 1):
+        raise NotImplementedError(
+            f"num_transformer_submodules: expected {2 if seq2seq else 1} for task_type {_name(config.get('task_type'))}, got "
+            f"{submodules}"
+        )
+    head_dim = token_dim // kv_heads
+    return AdapterLayout(prefix_len, ModelShape(layers, kv_heads, head_dim, head_dim), seq2seq)
+
+
+def prompt_embeddings(encoder: nn.Module, config) -> Tensor:
+    """The flat tensor of one adapter of a PeftModel, [prefix_len, layers · 2 · kv_heads · head_dim], evaluated once.
+
+    encoder, config: its entries of the model's prompt_encoder and peft_config. PEFT keeps the projection's result, not the
+    projection, in an adapter that is for inference.
+    """
+    if getattr(config, "prefix_projection", False) and not config.inference_mode:
+        return encoder.transform(encoder.embedding.weight)
+    return encoder.embedding.weight
+
+
+def read_adapter(source: str | os.PathLike | nn.Module) -> tuple[Layers, str]:
+    """The layers of an adapter, (key, value) [kv_heads, prefix_len, head_dim] each, and the name of its base model.
+
+    source: a folder or hub repository that PEFT's save_pretrained wrote, or a PeftModel, of which the active adapter is read.
+
+    Raises FileNotFoundError, ValueError naming the file, NotImplementedError for an adapter that is more than a prefix.
+    """
+    if isinstance(source, nn.Module):
+        return _active_adapter(source)
+    directory = Path(source)
+    if not directory.is_dir():
+        directory = download(str(source), [CONFIG_FILE, TENSORS_FILE, PICKLED_FILE])
+    file = directory / CONFIG_FILE
+    if not file.is_file():
+        raise FileNotFoundError(f"{file}: no such file, expected the description of an adapter that PEFT saves")
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+        layout = adapter_layout(config)
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"{file}: expected the JSON of a PEFT adapter ({error})") from error
+    except NotImplementedError as error:
+        raise NotImplementedError(f"{file}: {error}") from None
+    return _own_layers(_read_embeddings(directory, layout), layout), config.get("base_model_name_or_path") or ""
+
+
+def write_adapter(directory: str | os.PathLike, layers: Layers, base_model: str, task_type: str) -> None:
+    """Writes adapter_model.safetensors (float32) and adapter_config.json, as PEFT's save_pretrained names and fills them.
+
+    layers: (key, value) [kv_heads, prefix_len, head_dim] of each. Both files are written before either takes its place.
+
+    Raises ValueError for an unknown task_type, NotImplementedError for keys and values that PEFT has no way to read.
+    """
+    if task_type not in TASK_TYPES:
+        raise ValueError(f"task_type: got {task_type!r}, expected one of {', '.join(TASK_TYPES)}")
+    kv_heads, prefix_len, head_dim = layers[0][0].shape
+    value_dim = layers[0][1].shape[-1]
+    if value_dim != head_dim:
+        raise NotImplementedError(
+            f"prefix: PEFT has one size for keys and values, got head_dim {head_dim} and value_dim {value_dim}"
+        )
+    layout = AdapterLayout(prefix_len, ModelShape(len(layers), kv_heads, head_dim, head_dim), task_type == SEQ_2_SEQ)
+    config = {
+        "base_model_name_or_path": base_model or None,
+        "encoder_hidden_size": kv_heads * head_dim,
+        "inference_mode": True,
+        "num_attention_heads": kv_heads,
+        "num_layers": len(layers),
+        "num_transformer_submodules": 2 if layout.seq2seq else 1,
+        "num_virtual_tokens": prefix_len,
+        "peft_type": "PREFIX_TUNING",
+        "prefix_projection": False,
+        "task_type": task_type,
+        "token_dim": kv_heads * head_dim,
+    }
+    embeddings = _flat(layers, layout)
+    with replacing_files(directory, PICKLED_FILE, TENSORS_FILE, CONFIG_FILE) as folder:
+        save_file({EMBEDDINGS: embeddings}, folder / TENSORS_FILE, metadata={"format": "pt"})
+        (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
+
+
+def _flat(layers: Layers, layout: AdapterLayout) -> Tensor:
+    """What AdapterLayout.split takes apart; stored layers that no layer reads are zero."""
+    stored = torch.zeros(len(layers), 2, *layers[0][0].shape)
+    filled: dict[int, int] = {}
+    for index, place in enumerate(layout.stored_layers()):
+        pair = torch.stack([tensor.detach().cpu().float() for tensor in layers[index]])
+        if place in filled and not torch.equal(stored[place], pair):
+            raise NotImplementedError(
+                f"task_type: in PEFT's {SEQ_2_SEQ} layers {filled[place]} and {index} of {len(layers)} read the same stored "
+                "layer (an even number of layers leaves half of the stored ones unread), but here they differ"
+            )
+        stored[place] = pair
+        filled[place] = index
+    return stored.flatten(0, 1).permute(2, 0, 1, 3).reshape(layout.flat_shape)
+
+
+def _active_adapter(model: nn.Module) -> tuple[Layers, str]:
+    configs, name = getattr(model, "peft_config", None), getattr(model, "active_adapter", None)
+    if not isinstance(configs, Mapping) or name not in configs:
+        raise TypeError(f"source: expected a folder or a PeftModel with an active adapter, got {type(model).__name__}")
+    config = configs[name]
+    layout = adapter_layout(config.to_dict())
+    if config.modules_to_save:
+        _refuse_heads(f"adapter {name!r}", config.modules_to_save)
+    with torch.no_grad():
+        embeddings = prompt_embeddings(model.prompt_encoder[name], config)
+    return _own_layers(embeddings, layout), config.base_model_name_or_path or getattr(model.config, "name_or_path", "") or ""
+
+
+def _own_layers(embeddings: Tensor, layout: AdapterLayout) -> Layers:
+    """The layers in memory of their own: none is a view of another, nor of the adapter."""
+    pairs = layout.split(embeddings)
+    return [tuple(tensor.clone(memory_format=torch.contiguous_format) for tensor in pair) for pair in pairs]
+
+
+def _read_embeddings(directory: Path, layout: AdapterLayout) -> Tensor:
+    file = directory / TENSORS_FILE
+    if not file.is_file() and (directory / PICKLED_FILE).is_file():
+        file = directory / PICKLED_FILE
+    if not file.is_file():
+        raise FileNotFoundError(f"{file}: no such file, expected the tensors that PEFT saves")
+    try:
+        tensors = load_file(file) if file.suffix == ".safetensors" else torch.load(file, map_location="cpu", weights_only=True)
+        embeddings = tensors.pop(EMBEDDINGS, None)
+    except (SafetensorError, RuntimeError, AttributeError, EOFError, OSError) as error:
+        raise ValueError(f"{file}: damaged, or not the tensors of a PEFT adapter ({error})") from error
+    if tensors:
+        _refuse_heads(file, tensors)
+    found = "missing" if embeddings is None else f"{embeddings.dtype} {list(embeddings.shape)}"
+    if embeddings is None or list(embeddings.shape) != layout.flat_shape or not embeddings.is_floating_point():
+        raise ValueError(f"{file}: {EMBEDDINGS} is {found}, but by {CONFIG_FILE} expected floats {layout.flat_shape}")
+    return embeddings
+
+
+def _refuse_heads(where, names) -> None:
+    raise NotImplementedError(f"{where}: a prefix holds no weights of a head beside it, got {', '.join(sorted(names))}")
+
+
+def _name(value) -> str:
+    return str(getattr(value, "value", value))
