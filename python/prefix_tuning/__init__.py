@@ -1,7 +1,8 @@
 """Prefix-tuning (Li & Liang 2021) of frozen transformers models, with one prefix that the whole batch shares."""
 
 from prefix_tuning.attach import Attachment, attach_prefix
+from prefix_tuning.bank import PrefixBank
 from prefix_tuning.prefix import Prefix
 from prefix_tuning.train import PrefixTrainer
 
-__all__ = ["Attachment", "Prefix", "PrefixTrainer", "attach_prefix"]
+__all__ = ["Attachment", "Prefix", "PrefixBank", "PrefixTrainer", "attach_prefix"]

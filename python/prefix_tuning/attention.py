@@ -21,8 +21,9 @@ class LayerPrefix:
     def __init__(self, backend: str | None, slides: bool):
         self.backend = backend
         self.slides = slides
-        self.key: Tensor | None = None  # [kv_heads, prefix_len, head_dim]
+        self.key: Tensor | None = None  # [kv_heads, prefix_len, head_dim], of a bank [prefixes, …]
         self.value: Tensor | None = None
+        self.lens: Tensor | None = None  # of a bank: int32 [prefixes]
 
 
 def prefix_attention_forward(
@@ -34,6 +35,7 @@ def prefix_attention_forward(
     Args:
         query: [batch, heads, q_len, head_dim]; key, value: [batch, kv_heads, kv_len, head_dim], cache included.
         attention_mask: from mask_structure, or a 4-D mask of the caller's.
+        kwargs: with a bank attached, prefix_ids int32 [batch].
 
     Returns:
         (out [batch, q_len, heads, head_dim], None).
@@ -56,8 +58,9 @@ def prefix_attention_forward(
         prefix_key, prefix_value = prefix_key.to(query.dtype), prefix_value.to(query.dtype)
     out = prefix_attention(
         query, key, value, prefix_key, prefix_value, causal=mask.causal, scale=scaling, key_mask=mask.key_mask,
-        key_lens=mask.key_lens, window=mask.window, softcap=softcap, bias=mask.bias_over(prefix_key.shape[1]),
-        first_key_position=first_key_position, backend=layer.backend,
+        key_lens=mask.key_lens, window=mask.window, softcap=softcap, bias=mask.bias_over(prefix_key.shape[-2]),
+        prefix_ids=kwargs.get("prefix_ids"), prefix_lens=layer.lens, first_key_position=first_key_position,
+        backend=layer.backend,
     )  # fmt: skip
     return out.transpose(1, 2), None
 

@@ -6,17 +6,23 @@ import torch
 from torch import Tensor
 
 
+def new_tokens(arguments: dict) -> Tensor:
+    """input_ids [batch, q_len] or inputs_embeds [batch, q_len, hidden_size] of a call; ValueError where it has neither."""
+    tokens = arguments.get("input_ids")
+    if tokens is None:
+        tokens = arguments.get("inputs_embeds")
+    if tokens is None:
+        raise ValueError("input_ids: expected input_ids or inputs_embeds, got neither")
+    return tokens
+
+
 def sequence_positions(arguments: dict) -> Tensor:
     """Positions of the new tokens in their sequence, without the prefix: [batch or 1, q_len].
 
     With a 2-D attention mask, padding takes no position: cumsum(mask) − 1 over cache and input, not below 0. Without one,
     counting starts at the cache's length.
     """
-    tokens = arguments.get("input_ids")
-    if tokens is None:
-        tokens = arguments.get("inputs_embeds")
-    if tokens is None:
-        raise ValueError("input_ids: expected input_ids or inputs_embeds, got neither")
+    tokens = new_tokens(arguments)
     q_len, mask = tokens.shape[1], arguments.get("attention_mask")
     if isinstance(mask, Tensor) and mask.dim() == 2:
         return (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -q_len:].to(tokens.device)
@@ -25,13 +31,13 @@ def sequence_positions(arguments: dict) -> Tensor:
     return (torch.arange(q_len, device=tokens.device) + seen)[None]
 
 
-def check_learned_positions(positions: Tensor, offset: int, table: int) -> None:
-    """ValueError where positions [batch or 1, q_len] + offset pass the end of a model's table of position embeddings."""
+def check_learned_positions(positions: Tensor, table: int) -> None:
+    """ValueError where positions [batch or 1, q_len], behind the prefix, pass the end of a model's position embeddings."""
     if positions.device.type != "cpu" or torch.compiler.is_compiling() or positions.numel() == 0:
         return
     last = int(positions.max())
-    if last + offset >= table:
+    if last >= table:
         raise ValueError(
-            f"position_ids: a sequence of {last + 1} positions behind a prefix that takes {offset} needs more than the model's "
-            f"{table} position embeddings"
+            f"position_ids: prefix and sequence together take {last + 1} positions, more than the model's {table} position "
+            "embeddings"
         )

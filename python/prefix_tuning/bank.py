@@ -1,0 +1,188 @@
+"""Several prefixes for one model, chosen row by row: a batch may mix them, and rows without any."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from prefix_tuning.families import model_shape
+from prefix_tuning.prefix import Prefix
+from prefix_tuning.shapes import Layers, check_int
+
+NO_PREFIX = -1
+
+
+class PrefixBank:
+    """Named prefixes of one shape, of any lengths, to serve with attach_prefix(model, bank).
+
+    prefixes        name -> Prefix, at least one; each with a decoder part alone
+    default         the name whose prefix the rows of a call without prefix_ids get; None: such a call is refused
+    capacity        how many prefixes there is room for; None: as many as are given
+    max_prefix_len  how many positions each may have; None: those of the longest that is given
+
+    A bank serves and does not train: it holds copies, without gradients, of the keys and values that each prefix had when it
+    was added. attach_prefix brings them to the model's device and dtype, once.
+
+    Of each layer there is one tensor of keys and one of values, [capacity, kv_heads, max_prefix_len, dim]. add() and
+    remove() write in place while a prefix fits: captured graphs and compiled code stay valid, and see the change. A
+    prefix too many doubles the capacity and a longer one raises max_prefix_len, by new tensors: ids stay what they are,
+    compiled code is compiled anew, and graphs captured by hand must be captured anew.
+
+    Raises ValueError or TypeError naming the argument.
+    """
+
+    def __init__(
+        self,
+        prefixes: Mapping[str, Prefix],
+        default: str | None = None,
+        *,
+        capacity: int | None = None,
+        max_prefix_len: int | None = None,
+    ):
+        if not isinstance(prefixes, Mapping) or not prefixes:
+            raise ValueError(f"prefixes: expected one Prefix or more by name, got {prefixes!r}")
+        for name, value in (("capacity", capacity), ("max_prefix_len", max_prefix_len)):
+            if value is not None:
+                check_int(name, value, at_least=1)
+        for name, prefix in prefixes.items():
+            _check_prefix(name, prefix)
+        first = next(iter(prefixes.values()))
+        self.shape = first.parts["decoder"]
+        self.generation = 0  # counts reallocations: whoever holds the tensors below takes them again when it changes
+        self.keys, self.values = (  # of each layer [capacity, kv_heads, max_prefix_len, dim]
+            [torch.empty(0, self.shape.kv_heads, 0, dim) for _ in range(self.shape.layers)]
+            for dim in (self.shape.head_dim, self.shape.value_dim)
+        )
+        self.prefix_lens = torch.empty(0, dtype=torch.int32)  # [capacity]
+        self._offsets = torch.zeros(1, dtype=torch.int64)  # [capacity + 1]; the last is that of no prefix
+        self._slots: dict[str, int] = {}
+        longest = max(prefix.prefix_len for prefix in prefixes.values())
+        key = first.layers()[0][0]
+        self._allocate(max(capacity or 0, len(prefixes)), max(max_prefix_len or 0, longest), key.device, key.dtype)
+        for name, prefix in prefixes.items():
+            self.add(name, prefix)
+        self.default = default
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._slots)
+
+    @property
+    def default(self) -> str | None:
+        return self._default
+
+    @default.setter
+    def default(self, name: str | None) -> None:
+        if name is not None:
+            self._check_known("default", name)
+        self._default = name
+
+    @property
+    def capacity(self) -> int:
+        return self.keys[0].shape[0]
+
+    @property
+    def max_prefix_len(self) -> int:
+        return self.keys[0].shape[2]
+
+    def add(self, name: str, prefix: Prefix) -> None:
+        """Takes a copy of `prefix` as `name`; nothing changes for the other names. ValueError for a name that is taken."""
+        _check_prefix(name, prefix)
+        if name in self._slots:
+            raise ValueError(f"name: {name!r} is in the bank already; remove it first")
+        if prefix.parts["decoder"] != self.shape:
+            raise ValueError(f"prefix: {name!r} has {prefix.parts['decoder']}, expected {self.shape} as the others")
+        if len(self._slots) == self.capacity or prefix.prefix_len > self.max_prefix_len:
+            capacity = 2 * self.capacity if len(self._slots) == self.capacity else self.capacity
+            length = max(self.max_prefix_len, prefix.prefix_len)
+            self._allocate(capacity, length, self.keys[0].device, self.keys[0].dtype)
+        slot = next(slot for slot in range(self.capacity) if slot not in self._slots.values())
+        with torch.no_grad():
+            for layer, (key, value) in enumerate(prefix.layers()):
+                self.keys[layer][slot, :, : prefix.prefix_len].copy_(key)
+                self.values[layer][slot, :, : prefix.prefix_len].copy_(value)
+        self.prefix_lens[slot] = prefix.prefix_len
+        self._offsets[slot] = prefix.position_offset
+        self._slots[name] = slot
+
+    def remove(self, name: str) -> None:
+        """Forgets `name`; its id may be given to the next that is added. ValueError for one unknown or the default."""
+        self._check_known("name", name)
+        if name == self.default:
+            raise ValueError(f"name: {name!r} is the default; set default to another name or None first")
+        slot = self._slots.pop(name)
+        self.prefix_lens[slot] = 0
+        self._offsets[slot] = 0
+
+    def ids(self, names: Sequence[str | None], device: torch.device | str | None = None) -> Tensor:
+        """The id of each name, −1 for None (no prefix): int32 [len(names)], on the bank's device if none is given.
+
+        A name keeps its id until it is removed. ValueError for a name that is not in the bank.
+        """
+        if isinstance(names, str) or not isinstance(names, Sequence):
+            raise TypeError(f"prefix_ids: expected a list with a name or None for each row, or an int tensor, got {names!r}")
+        for name in names:
+            if name is not None:
+                self._check_known("prefix_ids", name)
+        slots = [NO_PREFIX if name is None else self._slots[name] for name in names]
+        return torch.tensor(slots, dtype=torch.int32, device=self.keys[0].device if device is None else device)
+
+    def names_of(self, ids: Tensor) -> list[str | None]:
+        """The names that the ids stand for; None where it is none's."""
+        names = {slot: name for name, slot in self._slots.items()}
+        return [names.get(slot) for slot in ids.tolist()]
+
+    def unknown_ids(self, ids: Tensor) -> list[int]:
+        """Those that are neither a name's nor −1."""
+        return sorted(set(ids.tolist()) - {NO_PREFIX, *self._slots.values()})
+
+    def layers(self) -> Layers:
+        """Of each layer (keys, values) of all prefixes, [capacity, kv_heads, max_prefix_len, dim]."""
+        return list(zip(self.keys, self.values, strict=True))
+
+    def position_offsets(self, ids: Tensor) -> Tensor:
+        """Where the positions of each row start, int64 [rows, 1]: its prefix's position_offset, 0 without a prefix."""
+        return self._offsets[ids][:, None]
+
+    def check_fits(self, model: nn.Module) -> None:
+        """ValueError where the prefixes were made for another shape than the model's."""
+        expected = model_shape(model.config)
+        if self.shape != expected:
+            raise ValueError(f"prefix: the bank's are made for {self.shape}, expected {expected} for {type(model).__name__}")
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Brings the storage there, by new tensors where it is elsewhere."""
+        if (self.keys[0].device, self.keys[0].dtype) != (device, dtype):
+            self._allocate(self.capacity, self.max_prefix_len, device, dtype)
+
+    def _allocate(self, capacity: int, length: int, device: torch.device, dtype: torch.dtype) -> None:
+        """New storage with what the old one holds, layer after layer."""
+
+        def moved(old: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+            new = torch.zeros(shape, device=device, dtype=dtype)
+            new[tuple(slice(size) for size in old.shape)] = old.to(device)
+            return new
+
+        with torch.inference_mode(False), torch.no_grad():  # tensors of inference mode could not be written outside of it
+            for tensors in (self.keys, self.values):
+                for layer, old in enumerate(tensors):
+                    tensors[layer] = moved(old, (capacity, old.shape[1], length, old.shape[3]), dtype)
+            self.prefix_lens = moved(self.prefix_lens, (capacity,), torch.int32)
+            self._offsets = moved(self._offsets, (capacity + 1,), torch.int64)
+        self.generation += 1
+
+    def _check_known(self, argument: str, name: str) -> None:
+        if name not in self._slots:
+            known = ", ".join(map(repr, self._slots)) or "none"
+            raise ValueError(f"{argument}: no prefix is named {name!r} here, only {known}")
+
+
+def _check_prefix(name: str, prefix: Prefix) -> None:
+    if not isinstance(name, str):
+        raise TypeError(f"name: expected a string, got {name!r}")
+    if not isinstance(prefix, Prefix):
+        raise TypeError(f"prefix: expected a Prefix as {name!r}, got {type(prefix).__name__}")
+    if list(prefix.parts) != ["decoder"]:
+        raise NotImplementedError(f"prefix: a bank serves decoders; {name!r} has the parts {', '.join(prefix.parts)}")

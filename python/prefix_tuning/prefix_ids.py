@@ -1,0 +1,128 @@
+"""The argument prefix_ids of a model with a bank attached: forward and generate of that model take and show it."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prefix_tuning.bank import PrefixBank
+
+EXPECTED = "a list with a name or None (no prefix) for each row, or an int tensor [rows] of the bank's ids"
+
+
+class _BankDefault:
+    """What prefix_ids is where a call leaves it out: the bank's default, which None would not say."""
+
+    def __repr__(self) -> str:
+        return "<the bank's default>"
+
+
+BANK_DEFAULT = _BankDefault()
+
+
+class PrefixIdsArgument:
+    """Makes a model's forward and generate take prefix_ids, until remove().
+
+    generate refuses an argument that forward's signature does not show, and repeats only tensors for beams: the signature
+    gets it, and names become ids before generate starts. An assistant model is given the ids of its own bank, if it has
+    one: of the same names, else of its default.
+    """
+
+    def __init__(self, model: nn.Module, bank: PrefixBank):
+        self._model = model
+        self._own = {name: value for name, value in vars(model).items() if name in ("forward", "generate")}
+        model.forward = _showing(model.forward)
+        if hasattr(model, "generate"):
+            model.generate = _with_ids(model, bank)
+            model._get_candidate_generator = _with_own_ids(model, bank)
+        model.prefix_bank = bank
+
+    def remove(self) -> None:
+        for name in ("forward", "generate", "_get_candidate_generator", "prefix_bank"):
+            vars(self._model).pop(name, None)
+        for name, value in self._own.items():
+            setattr(self._model, name, value)
+
+
+def check_hands_on(model: nn.Module) -> None:
+    """NotImplementedError for a model whose forward hands no further arguments to its layers, which a bank needs."""
+    for module in {model, model.base_model}:
+        kinds = {parameter.kind for parameter in inspect.signature(module.forward).parameters.values()}
+        if inspect.Parameter.VAR_KEYWORD not in kinds:
+            raise NotImplementedError(
+                f"model: a bank is not served, as forward of {type(module).__name__} hands no further arguments to its layers"
+            )
+
+
+def row_ids(bank: PrefixBank, given: Any, rows: int, device: torch.device) -> Tensor:
+    """What a call's prefix_ids say of its rows: int32 [rows] on `device`.
+
+    Values of a tensor are checked where that stops no device: on the CPU, outside of torch.compile.
+    """
+    if given is BANK_DEFAULT:
+        if bank.default is None:
+            raise ValueError(f"prefix_ids: got none, and the bank has no default; expected {EXPECTED}")
+        given = [bank.default] * rows
+    elif given is None:
+        given = [None] * rows
+    if not isinstance(given, Tensor):
+        given = bank.ids(given, device)
+    elif given.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"prefix_ids: expected {EXPECTED}; got a tensor of {given.dtype}")
+    elif given.device.type == "cpu" and not torch.compiler.is_compiling():
+        unknown = bank.unknown_ids(given)
+        if unknown:
+            raise ValueError(f"prefix_ids: expected ids of {', '.join(map(repr, bank.names))} or -1, got {unknown}")
+    if given.shape != (rows,):
+        raise ValueError(f"prefix_ids: expected one for each of {rows} rows, got shape {list(given.shape)}")
+    return given.to(device, torch.int32)
+
+
+def _showing(forward: Callable) -> Callable:
+    @functools.wraps(forward)
+    def with_prefix_ids(*args, **kwargs):
+        return forward(*args, **kwargs)
+
+    signature = inspect.signature(forward)
+    added = inspect.Parameter("prefix_ids", inspect.Parameter.KEYWORD_ONLY, default=BANK_DEFAULT)
+    *others, further = signature.parameters.values()
+    with_prefix_ids.__signature__ = signature.replace(parameters=[*others, added, further])
+    return with_prefix_ids
+
+
+def _with_ids(model: nn.Module, bank: PrefixBank) -> Callable:
+    generate = model.generate
+
+    @functools.wraps(generate)
+    def with_ids(*args, **kwargs):
+        given = kwargs.get("prefix_ids")
+        config = kwargs.get("generation_config") or model.generation_config
+        if kwargs.get("guidance_scale", config.guidance_scale) not in (None, 1):
+            raise NotImplementedError("guidance_scale: its unconditional rows have no prefix_ids; attach a Prefix instead")
+        if given is not None and not isinstance(given, Tensor):
+            kwargs["prefix_ids"] = bank.ids(given)
+        return generate(*args, **kwargs)
+
+    return with_ids
+
+
+def _with_own_ids(model: nn.Module, bank: PrefixBank) -> Callable:
+    """The assistant of assisted decoding gets its own ids: those in model_kwargs are this model's."""
+    candidates = model._get_candidate_generator
+
+    @functools.wraps(candidates)
+    def with_own_ids(*args, model_kwargs: dict[str, Any], assistant_model: nn.Module | None = None, **options):
+        if assistant_model is not None and "prefix_ids" in model_kwargs:
+            model_kwargs = dict(model_kwargs)
+            given, other = model_kwargs.pop("prefix_ids"), getattr(assistant_model, "prefix_bank", None)
+            if other is not None and given is not None:
+                names = [name if name in other.names else other.default for name in bank.names_of(given)]
+                model_kwargs["prefix_ids"] = other.ids(names)
+        return candidates(*args, model_kwargs=model_kwargs, assistant_model=assistant_model, **options)
+
+    return with_own_ids

@@ -1,0 +1,351 @@
+"""Rows with different prefixes, or none, in one batch equal each row alone with its own prefix."""
+
+import inspect
+
+import pytest
+import torch
+from transformers import StaticCache
+
+from prefix_tuning import Prefix, PrefixBank, attach_prefix
+from support.models import FAMILIES, random_prefix, tiny_model
+
+TOLERANCE = {"atol": 2e-5, "rtol": 1e-4}
+NAMES = ["long", None, "short"]
+OPTIONS = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+
+
+def prefix_of(model, prefix_len, seed, position_offset=None):
+    """Random keys and values, another for each seed."""
+    shape = random_prefix(model, 1).parts["decoder"]
+    generator = torch.Generator().manual_seed(seed)
+    sizes = [(shape.kv_heads, prefix_len, dim) for dim in (shape.head_dim, shape.value_dim)]
+    layers = [tuple(torch.randn(size, generator=generator) for size in sizes) for _ in range(shape.layers)]
+    return Prefix({"decoder": layers}, position_offset=position_offset)
+
+
+def prefixes_of(model):
+    return {"short": prefix_of(model, 3, 1), "long": prefix_of(model, 6, 2), "unshifted": prefix_of(model, 4, 3, 0)}
+
+
+def alone(model, prefixes, names, call):
+    """What call(row) gives for each row with nothing but its own prefix attached."""
+    results = []
+    for row, name in enumerate(names):
+        if name is None:
+            results.append(call(row))
+        else:
+            with attach_prefix(model, prefixes[name]):
+                results.append(call(row))
+    return torch.cat(results)
+
+
+def inputs_of(rows=3, length=7):
+    generator = torch.Generator().manual_seed(1)
+    mask = torch.ones(rows, length, dtype=torch.long)
+    mask[0, :3] = 0
+    return torch.randint(3, 100, (rows, length), generator=generator), mask
+
+
+@pytest.fixture(params=FAMILIES)
+def setup(request):
+    model = tiny_model(request.param)
+    return model, prefixes_of(model)
+
+
+@pytest.mark.parametrize("padded", (False, True), ids=("full", "padded"))
+@pytest.mark.parametrize("names", (NAMES, ["unshifted", "short", "long"]), ids=str)
+def test_logits_equal_each_row_alone(setup, names, padded):
+    model, prefixes = setup
+    ids, mask = inputs_of()
+    if not padded:
+        mask = torch.ones_like(mask)
+    expected = alone(model, prefixes, names, lambda i: model(input_ids=ids[i : i + 1], attention_mask=mask[i : i + 1]).logits)
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    with attach_prefix(model, PrefixBank(prefixes, capacity=5)) as attachment:
+        bank = attachment.prefix
+        for given in (names, bank.ids(names), bank.ids(names).long(), tuple(names)):
+            got = model(input_ids=ids, attention_mask=mask, prefix_ids=given).logits
+            torch.testing.assert_close(got[mask.bool()], expected[mask.bool()], **TOLERANCE)
+        again = model(input_ids=ids, attention_mask=mask, position_ids=positions, prefix_ids=names).logits
+        assert torch.equal(again, got)
+        other = model(input_ids=ids, attention_mask=mask, prefix_ids=names[::-1]).logits
+    assert (other - got)[mask.bool()].abs().max() > 1e-2
+
+
+@pytest.mark.parametrize(
+    "options",
+    (
+        {},
+        {"num_beams": 3},
+        {"num_beams": 2, "num_return_sequences": 2},
+        {"use_cache": False},
+        {"cache_implementation": "static"},
+        {"prefill_chunk_size": 3},
+    ),
+    ids=str,
+)
+def test_generated_tokens_equal_each_row_alone(setup, options):
+    model, prefixes = setup
+    ids, mask = inputs_of()
+    options = OPTIONS | options
+
+    def generate(rows, **kwargs):
+        return model.generate(input_ids=ids[rows], attention_mask=mask[rows], **options, **kwargs)
+
+    expected = alone(model, prefixes, NAMES, lambda i: generate(slice(i, i + 1)))
+    with attach_prefix(model, PrefixBank(prefixes)):
+        assert torch.equal(generate(slice(None), prefix_ids=NAMES), expected)
+        assert not torch.equal(generate(slice(None), prefix_ids=NAMES[::-1]), expected)
+
+
+def test_sampled_tokens_equal_a_batch_with_one_prefix(setup):
+    """torch draws row by row: row i of a mixed batch draws what row i of a batch with its prefix alone draws."""
+    model, prefixes = setup
+    ids, mask = inputs_of()
+    options = OPTIONS | {"do_sample": True, "top_k": 0}
+
+    def sample(**kwargs):
+        torch.manual_seed(3)
+        return model.generate(input_ids=ids, attention_mask=mask, **options, **kwargs)
+
+    expected = alone(model, prefixes, NAMES, lambda i: sample()[i : i + 1])
+    with attach_prefix(model, PrefixBank(prefixes)):
+        assert torch.equal(sample(prefix_ids=NAMES), expected)
+
+
+@pytest.mark.parametrize("window", ("pinned", "peft"))
+def test_sliding_window(window):
+    model = tiny_model("mistral")
+    prefixes = prefixes_of(model)
+    ids, _ = inputs_of(length=14)
+    assert model.config.sliding_window < 14
+
+    def logits(row):
+        with attach_prefix(model, prefixes[NAMES[row]], prefix_window=window):
+            return model(input_ids=ids[row : row + 1]).logits
+
+    with attach_prefix(model, PrefixBank(prefixes), prefix_window=window):
+        got = model(input_ids=ids, prefix_ids=NAMES).logits
+    for row in (0, 2):
+        torch.testing.assert_close(got[row : row + 1], logits(row), **TOLERANCE)
+
+
+def test_loss_and_gradients_of_the_model_reach_through_a_bank():
+    model = tiny_model("llama")
+    prefixes = prefixes_of(model)
+    ids, mask = inputs_of()
+    labels = ids.masked_fill(mask == 0, -100)
+    weight = model.get_input_embeddings().weight
+
+    def loss_of(rows, **kwargs):
+        return model(input_ids=ids[rows], attention_mask=mask[rows], labels=labels[rows], **kwargs).loss
+
+    counts = (labels[:, 1:] != -100).sum(1)
+    losses = alone(model, prefixes, NAMES, lambda i: loss_of(slice(i, i + 1))[None])
+    expected = (losses * counts).sum() / counts.sum()
+    (expected_grad,) = torch.autograd.grad(expected, weight)
+    with attach_prefix(model, PrefixBank(prefixes)) as attachment:
+        loss = loss_of(slice(None), prefix_ids=NAMES)
+        (grad,) = torch.autograd.grad(loss, weight)
+        assert not any(tensor.requires_grad for pair in attachment.prefix.layers() for tensor in pair)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(grad, expected_grad, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", ("llama", "gpt2"))
+def test_compiled_forward_and_decoding(family):
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    model = tiny_model(family)
+    model.loss_type = "ForCausalLM"  # where transformers finds none it logs that, which breaks a graph
+    prefixes = prefixes_of(model)
+    bank = PrefixBank(prefixes, capacity=4)
+    ids, mask = inputs_of()
+    counter = CompileCounterWithBackend("aot_eager")
+    torch._dynamo.reset()
+    with attach_prefix(model, bank), torch.no_grad():
+        expected = model(input_ids=ids, attention_mask=mask, labels=ids, use_cache=False, prefix_ids=NAMES)
+        compiled = torch.compile(model.forward, backend="aot_eager", fullgraph=True)
+        got = compiled(input_ids=ids, attention_mask=mask, labels=ids, use_cache=False, prefix_ids=NAMES)
+        torch.testing.assert_close(got.logits, expected.logits, **TOLERANCE)
+        torch.testing.assert_close(got.loss, expected.loss, **TOLERANCE)
+
+        step = torch.compile(model.forward, backend=counter, fullgraph=True)
+        rows = [["long", None, "short"], ["short", "unshifted", None], ["added", "added", "long"], ["longer", "added", None]]
+        frames = []
+        for names in rows:
+            if names[0] not in (None, *bank.names):
+                bank.add(names[0], prefix_of(model, 5 if names[0] == "added" else 9, 9))
+            options = OPTIONS | {"max_new_tokens": 4}
+            expected = model.generate(input_ids=ids, attention_mask=mask, prefix_ids=names, **options)
+            given, seen = bank.ids(names), mask
+            cache = StaticCache(config=model.config, max_cache_len=16)
+            cache_name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+            logits = model(input_ids=ids, attention_mask=mask, prefix_ids=given, **{cache_name: cache}).logits
+            tokens = [ids, logits[:, -1:].argmax(-1)]
+            for _ in range(3):
+                seen = torch.cat([seen, seen.new_ones(3, 1)], 1)
+                call = {"attention_mask": seen, "prefix_ids": given, cache_name: cache}
+                tokens.append(step(input_ids=tokens[-1], **call).logits[:, -1:].argmax(-1))
+            frames.append(counter.frame_count)
+            assert torch.equal(torch.cat(tokens, 1), expected)
+    assert 0 < frames[0] == frames[2] < frames[3], f"only a prefix beyond the capacity compiles anew, got {frames}"
+
+
+def test_default_and_none():
+    model = tiny_model("llama")
+    prefixes = prefixes_of(model)
+    ids, _ = inputs_of()
+    plain = model(input_ids=ids).logits
+    expected = alone(model, prefixes, ["short"] * 3, lambda i: model(input_ids=ids[i : i + 1]).logits)
+    bank = PrefixBank(prefixes, default="short")
+    with attach_prefix(model, bank):
+        torch.testing.assert_close(model(input_ids=ids).logits, expected, **TOLERANCE)
+        torch.testing.assert_close(model(input_ids=ids, prefix_ids=None).logits, plain, **TOLERANCE)
+        torch.testing.assert_close(model(input_ids=ids, prefix_ids=[None] * 3).logits, plain, **TOLERANCE)
+        tokens = model.generate(input_ids=ids, **OPTIONS)
+        bank.default = None
+        for call in (lambda: model(input_ids=ids), lambda: model.generate(input_ids=ids, **OPTIONS)):
+            with pytest.raises(ValueError, match="prefix_ids: got none, and the bank has no default; expected .*a list with"):
+                call()
+        assert torch.equal(model.generate(input_ids=ids, prefix_ids=["short"] * 3, **OPTIONS), tokens)
+        without = model.generate(input_ids=ids, prefix_ids=None, **OPTIONS)
+    assert torch.equal(without, model.generate(input_ids=ids, **OPTIONS))
+
+
+def test_inputs_embeds_and_positional_input():
+    model = tiny_model("llama")
+    ids, mask = inputs_of()
+    embeds = model.get_input_embeddings()(ids)
+    with attach_prefix(model, PrefixBank(prefixes_of(model))):
+        expected = model(input_ids=ids, attention_mask=mask, prefix_ids=NAMES).logits
+        tokens = model.generate(input_ids=ids, attention_mask=mask, prefix_ids=NAMES, num_beams=2, **OPTIONS)
+        got = model.generate(inputs_embeds=embeds, attention_mask=mask, prefix_ids=NAMES, num_beams=2, **OPTIONS)
+        assert torch.equal(model(inputs_embeds=embeds, attention_mask=mask, prefix_ids=NAMES).logits, expected)
+        assert torch.equal(model(ids, mask, prefix_ids=NAMES).logits, expected)
+        assert torch.equal(got, tokens[:, ids.shape[1] :])
+        base = model.base_model(input_ids=ids, attention_mask=mask, prefix_ids=NAMES).last_hidden_state
+        assert torch.equal(model.lm_head(base), expected)
+
+
+def test_the_argument_shows_and_detach_removes_it_exactly():
+    model = tiny_model("llama")
+    before, signature = dict(vars(model)), inspect.signature(model.forward)
+    with attach_prefix(model, PrefixBank(prefixes_of(model))):
+        shown = inspect.signature(model.forward).parameters
+        assert list(shown)[-2:] == ["prefix_ids", list(signature.parameters)[-1]]
+        assert [name for name in shown if name != "prefix_ids"] == list(signature.parameters)
+    assert vars(model) == before and inspect.signature(model.forward) == signature
+    with pytest.raises(ValueError, match="prefix_ids"):
+        model.generate(input_ids=inputs_of()[0], prefix_ids=torch.zeros(3, dtype=torch.int32), **OPTIONS)
+
+    own = model.forward = lambda *args, **kwargs: type(model).forward(model, *args, **kwargs)  # as accelerate does
+    with attach_prefix(model, PrefixBank(prefixes_of(model))):
+        assert model.forward is not own
+        model(input_ids=inputs_of()[0], prefix_ids=NAMES)
+    assert vars(model)["forward"] is own
+
+
+def test_add_and_remove_touch_no_other_name():
+    model = tiny_model("llama")
+    prefixes = prefixes_of(model)
+    ids, _ = inputs_of(1)
+    bank = PrefixBank({"a": prefixes["short"]}, capacity=3, max_prefix_len=6)
+    assert (bank.capacity, bank.max_prefix_len, bank.names) == (3, 6, ("a",))
+    with attach_prefix(model, bank), torch.no_grad():
+
+        def logits(name):
+            return model(input_ids=ids, prefix_ids=[name]).logits
+
+        held = [*bank.keys, *bank.values, bank.prefix_lens]
+        first = logits("a")
+        bank.add("b", prefixes["long"])
+        second, b = logits("b"), bank.ids(["b"])
+        assert torch.equal(logits("a"), first) and not torch.allclose(second, first, atol=1e-2)
+        bank.remove("a")
+        assert bank.names == ("b",) and torch.equal(bank.ids(["b"]), b) and torch.equal(logits("b"), second)
+        with pytest.raises(ValueError, match="no prefix is named 'a' here, only 'b'"):
+            logits("a")
+        with pytest.raises(ValueError, match=r"prefix_ids: expected ids of 'b' or -1, got \[0, 7\]"):
+            model(input_ids=ids.expand(3, -1), prefix_ids=torch.tensor([0, 7, -1]))
+        bank.add("c", prefixes["unshifted"])
+        bank.add("d", prefixes["short"])
+        now = [*bank.keys, *bank.values, bank.prefix_lens]
+        assert all(tensor is before for tensor, before in zip(now, held, strict=True))
+        assert torch.equal(logits("b"), second) and torch.equal(logits("d"), first)
+        assert bank.names_of(torch.tensor([-1, *bank.ids(["c", "d"]).tolist()])) == [None, "c", "d"]
+
+        ids_before = bank.ids(["b", "c", "d"])
+        bank.add("e", prefix_of(model, 11, 5))
+        assert (bank.capacity, bank.max_prefix_len) == (6, 11)
+        assert torch.equal(bank.ids(["b", "c", "d"]), ids_before)
+        torch.testing.assert_close(logits("b"), second, **TOLERANCE)
+        torch.testing.assert_close(logits("d"), first, **TOLERANCE)
+        expected = logits("e")
+    with attach_prefix(model, prefix_of(model, 11, 5)):
+        torch.testing.assert_close(model(input_ids=ids).logits, expected, **TOLERANCE)
+
+
+def test_a_bank_holds_copies_in_the_models_dtype():
+    model = tiny_model("llama").bfloat16()
+    prefixes = prefixes_of(model)
+    trained = Prefix.for_model(model, 4, reparametrization="mlp", hidden_size=16, seed=0)
+    bank = PrefixBank(prefixes | {"mlp": trained}, default="mlp")
+    with attach_prefix(model, bank), torch.no_grad():
+        assert {tensor.dtype for pair in bank.layers() for tensor in pair} == {torch.bfloat16}
+        got = model(input_ids=inputs_of()[0]).logits
+        for parameter in trained.parameters():
+            parameter.zero_()
+        assert torch.equal(model(input_ids=inputs_of()[0]).logits, got)
+
+
+def test_wrong_calls_raise():
+    model = tiny_model("llama")
+    prefixes = prefixes_of(model)
+    ids, _ = inputs_of()
+    for given, error, message in (
+        ({}, ValueError, "prefixes: expected one Prefix or more"),
+        ({"a": "b"}, TypeError, "prefix: expected a Prefix as 'a', got str"),
+        ({3: prefixes["short"]}, TypeError, "name: expected a string, got 3"),
+        ({"a": Prefix({"encoder": prefixes["short"].layers()})}, NotImplementedError, "'a' has the parts encoder"),
+        ({"a": prefixes["short"], "b": prefix_of(tiny_model("gpt2"), 3, 1)}, ValueError, "'b' has 3 layers, 4 kv_heads"),
+    ):
+        with pytest.raises(error, match=message):
+            PrefixBank(given)
+    with pytest.raises(ValueError, match="capacity: got 0"):
+        PrefixBank(prefixes, capacity=0)
+    with pytest.raises(ValueError, match="default: no prefix is named 'x' here, only 'short', 'long', 'unshifted'"):
+        PrefixBank(prefixes, "x")
+    bank = PrefixBank(prefixes, "short")
+    with pytest.raises(ValueError, match="name: 'long' is in the bank already"):
+        bank.add("long", prefixes["short"])
+    with pytest.raises(ValueError, match="name: 'short' is the default"):
+        bank.remove("short")
+    with pytest.raises(ValueError, match="the bank's are made for 3 layers, 2 kv_heads"):
+        attach_prefix(tiny_model("gpt2"), bank)
+    with attach_prefix(model, bank):
+        with pytest.raises(ValueError, match="already has a prefix"):
+            attach_prefix(model, bank)
+        with pytest.raises(ValueError, match="prefix_ids: expected one for each of 3 rows, got shape \\[2\\]"):
+            model(input_ids=ids, prefix_ids=["short", None])
+        for wrong in ("short", torch.zeros(3), torch.tensor([True, False, True]), 3):
+            with pytest.raises(TypeError, match="prefix_ids: expected a list with a name or None .* or an int"):
+                model(input_ids=ids, prefix_ids=wrong)
+        for call in (model, lambda **kwargs: model.generate(**kwargs, **OPTIONS)):
+            with pytest.raises(ValueError, match="prefix_ids: no prefix is named 'x'"):
+                call(input_ids=ids, prefix_ids=["x", None, None])
+        with pytest.raises(NotImplementedError, match="guidance_scale"):
+            model.generate(input_ids=ids, guidance_scale=1.5, **OPTIONS)
+    with attach_prefix(model, prefixes["short"]), pytest.raises(ValueError, match="prefix_ids: .*attach a PrefixBank"):
+        model(input_ids=ids, prefix_ids=NAMES)
+
+
+def test_learned_positions_count_each_rows_own_prefix():
+    model = tiny_model("gpt2")
+    table = model.config.max_position_embeddings
+    bank = PrefixBank({"short": prefix_of(model, 3, 1), "long": prefix_of(model, 20, 2)})
+    ids = torch.ones(2, table - 3, dtype=torch.long)
+    with attach_prefix(model, bank):
+        model(input_ids=ids, prefix_ids=["short", None])
+        with pytest.raises(ValueError, match=f"take {table + 17} positions, more than the model's {table} position"):
+            model(input_ids=ids, prefix_ids=["short", "long"])
