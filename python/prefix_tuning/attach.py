@@ -1,24 +1,30 @@
 """Attach a prefix to a frozen transformers model: its attention modules then call prefix_attention.
 
 Three things change, on this model alone, and detach undoes them exactly: the model gets its own copy of the config that names
-our attention; each self-attention module holds its layer's prefix; a hook on the base model shifts the positions.
+our attention; each attention module holds its layer's prefix; a hook on each stack of layers shifts the positions.
 """
 
 from __future__ import annotations
 
 import copy
 import inspect
+from collections.abc import Iterable, Sequence
+from functools import partial
 from types import TracebackType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedConfig
 
 from prefix_tuning.attention import ATTENTION_NAME, LayerPrefix
 from prefix_tuning.bank import PrefixBank
-from prefix_tuning.families import attention_modules, family_of
-from prefix_tuning.positions import check_learned_positions, new_tokens, sequence_positions
+from prefix_tuning.positions import check_learned_positions, new_tokens, sequence_positions, shift_embeddings
 from prefix_tuning.prefix import Prefix
 from prefix_tuning.prefix_ids import BANK_DEFAULT, PrefixIdsArgument, check_hands_on, row_ids
+from prefix_tuning.relative_bias import prefix_bias
+from prefix_tuning.stacks import Stack, part_shapes, stacks
 
 PREFIX_WINDOWS = ("pinned", "peft")
 
@@ -29,35 +35,49 @@ class Attachment:
     def __init__(self, model: nn.Module, prefix: Prefix | PrefixBank, backend: str | None, prefix_window: str):
         self.model = model
         self.prefix = prefix
-        self._learned_positions = family_of(model).learned_positions
-        self._modules = attention_modules(model)
-        self._layers = [LayerPrefix(backend, slides=prefix_window == "peft") for _ in self._modules]
-        self._config = model.config
-        self._argument_names = list(inspect.signature(type(model.base_model).forward).parameters)[1:]
-        self._replace_config(copy.deepcopy(model.config))
-        model.config._attn_implementation = ATTENTION_NAME
-        for module, layer in zip(self._modules, self._layers, strict=True):
-            module.layer_prefix = layer
-        self._hook = model.base_model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
-        self._dtype = model.dtype
-        self._rounded: list[Tensor] = []  # keys, then values, in the model's dtype; empty: the layers hold the prefix itself
         self._bank = prefix if isinstance(prefix, PrefixBank) else None
+        self._parts = ("decoder",) if self._bank is not None else tuple(prefix.parts)
+        every = stacks(model)
+        self._stacks = [stack for stack in every if any(part in self._parts for part in stack.attention)]
+        self._layers = {
+            part: [LayerPrefix(backend, slides=prefix_window == "peft") for _ in modules]
+            for stack in self._stacks
+            for part, modules in stack.attention.items()
+        }
+        self._configs = _replace_configs(model, [stack for stack in every if stack not in self._stacks])
+        for stack in self._stacks:
+            for part, modules in stack.attention.items():
+                for module, layer in zip(modules, self._layers[part], strict=True):
+                    module.layer_prefix = layer
+        self._hooks = [self._hook(stack) for stack in self._stacks]
+        self._hooks += [
+            shift_embeddings(stack.module.embed_positions, prefix.position_offset)
+            for stack in self._stacks
+            if stack.positions == "embeddings" and stack.self_attention in self._parts and prefix.position_offset
+        ]
+        self._dtype = model.dtype
+        self._rounded: dict[str, list[Tensor]] = {}  # by part keys, then values, in the model's dtype; none: as in the prefix
         self._generation = None  # of the bank's tensors that the layers hold
         self._argument = None if self._bank is None else PrefixIdsArgument(model, self._bank)
         if self._bank is None:
-            self._refresh()
+            self._refresh(self._parts)
+            self._empty_the_rest()
 
     def detach(self) -> None:
         """Put the model back as it was. Calling it again does nothing."""
-        if self._hook is None:
+        if not self._hooks:
             return
-        self._hook.remove()
-        self._hook = None
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
         if self._argument is not None:
             self._argument.remove()
-        for module in self._modules:
-            del module.layer_prefix
-        self._replace_config(self._config)
+        for stack in self._stacks:
+            for modules in stack.attention.values():
+                for module in modules:
+                    del module.layer_prefix
+        for module, config in self._configs:
+            module.config = config
 
     def __enter__(self) -> Attachment:
         return self
@@ -67,16 +87,25 @@ class Attachment:
     ) -> None:
         self.detach()
 
-    def _replace_config(self, config) -> None:
-        """Give every module that holds the model's config this one instead; another model may share the old one."""
-        old = self.model.config
-        for module in self.model.modules():
-            if getattr(module, "config", None) is old:
-                module.config = config
+    def _hook(self, stack: Stack) -> RemovableHandle:
+        names = list(inspect.signature(type(stack.module).forward).parameters)[1:]
+        return stack.module.register_forward_pre_hook(partial(self._before_forward, stack, names), with_kwargs=True)
 
-    def _refresh(self) -> None:
-        for layer, (key, value) in zip(self._layers, self.prefix.layers("decoder"), strict=True):
-            layer.key, layer.value = key, value
+    def _refresh(self, parts: Iterable[str]) -> None:
+        for part in parts:
+            for layer, (key, value) in zip(self._layers[part], self.prefix.layers(part), strict=True):
+                layer.key, layer.value = key, value
+
+    def _empty_the_rest(self) -> None:
+        """Attention modules beside a prefix's, without a part of their own, get no columns: they run as they did."""
+        shapes = part_shapes(self.model.config)
+        for part in self._layers.keys() - set(self._parts):
+            shape, parameter = shapes[part], next(self.model.parameters())
+            for layer in self._layers[part]:
+                layer.key, layer.value = (
+                    torch.empty(shape.kv_heads, 0, dim, dtype=parameter.dtype, device=parameter.device)
+                    for dim in (shape.head_dim, shape.value_dim)
+                )
 
     def _rounds(self) -> bool:
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
@@ -84,23 +113,26 @@ class Attachment:
         key = next(self.prefix.parameters())
         return key.is_cuda and key.dtype == torch.float32 and self._dtype.itemsize == 2
 
-    def _round(self) -> None:
+    def _round(self, parts: Iterable[str]) -> None:
         """Without gradients on a GPU: rounds a float32 prefix for all layers at once; else each call of the op would."""
         if self._rounds():
-            keys, values = zip(*self.prefix.layers("decoder"), strict=True)
-            if not self._rounded:
-                with torch.inference_mode(False):  # else they could not be written again outside of that mode
-                    self._rounded = [torch.empty_like(tensor, dtype=self._dtype) for tensor in (*keys, *values)]
-            torch._foreach_copy_(self._rounded, [*keys, *values])
-            for layer, key, value in zip(self._layers, self._rounded, self._rounded[len(keys) :], strict=False):
-                layer.key, layer.value = key, value
-        elif self._rounded:
-            self._rounded = []
-            self._refresh()
+            for part in parts:
+                keys, values = zip(*self.prefix.layers(part), strict=True)
+                if part not in self._rounded:
+                    with torch.inference_mode(False):  # else they could not be written again outside of that mode
+                        self._rounded[part] = [torch.empty_like(tensor, dtype=self._dtype) for tensor in (*keys, *values)]
+                rounded = self._rounded[part]
+                torch._foreach_copy_(rounded, [*keys, *values])
+                for layer, key, value in zip(self._layers[part], rounded, rounded[len(keys) :], strict=False):
+                    layer.key, layer.value = key, value
+        else:
+            self._refresh(part for part in parts if self._rounded.pop(part, None))
 
-    def _before_forward(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    def _before_forward(
+        self, stack: Stack, names: list[str], module: nn.Module, args: tuple, kwargs: dict
+    ) -> tuple[tuple, dict]:
         """Shift the positions behind the prefix; evaluate a reparametrisation, once."""
-        kwargs = {**dict(zip(self._argument_names, args, strict=False)), **kwargs}
+        kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
         if kwargs.get("output_attentions") or module.config.output_attentions:
             raise NotImplementedError("output_attentions: attention weights are never built; detach the prefix to see them")
         self._check_checkpointing(module)
@@ -109,33 +141,39 @@ class Attachment:
                 f"attn_implementation: set to {module.config._attn_implementation!r} while a prefix is attached, which it "
                 "would not see; detach the prefix first"
             )
-        offset = self._take_prefix(kwargs) if self._bank is None else self._take_rows(kwargs)
-        if "position_ids" in self._argument_names:
+        offset = self._take_prefix(stack, kwargs) if self._bank is None else self._take_rows(stack, kwargs)
+        if stack.positions == "ids" and "position_ids" in names:
             positions = kwargs.get("position_ids")
             if positions is None:
-                positions = sequence_positions(kwargs)
+                positions = sequence_positions(kwargs) + stack.first_position
             kwargs["position_ids"] = positions + offset
-            if self._learned_positions:
+            if stack.learned_positions:
                 check_learned_positions(kwargs["position_ids"], module.config.max_position_embeddings)
+        elif stack.positions == "relative":
+            layers = self._layers[stack.self_attention]
+            bias = prefix_bias(stack.attention[stack.self_attention][0], kwargs, layers[0].key.shape[1])
+            for layer in layers:
+                layer.bias = bias
         return (), kwargs
 
-    def _take_prefix(self, kwargs: dict) -> int:
+    def _take_prefix(self, stack: Stack, kwargs: dict) -> int:
         """The layers hold the prefix as it is now; returns where positions start behind it."""
         if kwargs.pop("prefix_ids", None) is not None:
             raise ValueError("prefix_ids: got some, but one Prefix is attached, for all rows; attach a PrefixBank to choose")
+        parts = [part for part in stack.attention if part in self._parts]
         if self.prefix.reparametrization is not None:
-            self._refresh()
+            self._refresh(parts)
         else:
-            self._round()
-        return self.prefix.position_offset
+            self._round(parts)
+        return self.prefix.position_offset if stack.self_attention in parts else 0
 
-    def _take_rows(self, kwargs: dict) -> Tensor:
+    def _take_rows(self, stack: Stack, kwargs: dict) -> Tensor:
         """kwargs get the id of each row, for every layer; returns where the positions of each row start, [batch, 1]."""
         tokens = new_tokens(kwargs)
         kwargs["prefix_ids"] = row_ids(self._bank, kwargs.get("prefix_ids", BANK_DEFAULT), len(tokens), tokens.device)
         if self._generation != self._bank.generation:
             self._generation = self._bank.generation
-            for layer, (key, value) in zip(self._layers, self._bank.layers(), strict=True):
+            for layer, (key, value) in zip(self._layers[stack.self_attention], self._bank.layers(), strict=True):
                 layer.key, layer.value, layer.lens = key, value, self._bank.prefix_lens
         return self._bank.position_offsets(kwargs["prefix_ids"])
 
@@ -148,13 +186,34 @@ class Attachment:
             )
 
 
+def _replace_configs(model: nn.Module, untouched: Sequence[Stack]) -> list[tuple[nn.Module, PreTrainedConfig]]:
+    """Give the model's modules copies of their configs that name our attention; another model may share the old ones.
+
+    The stacks that stay as they are keep theirs. The model's own config stands for its decoder. Returns each module with its
+    old config.
+    """
+    kept = {module for stack in untouched for module in stack.module.modules()}
+    if any("decoder" in stack.attention for stack in untouched):
+        kept |= set(model.modules()) - {module for module in model.base_model.encoder.modules()}
+    before = [
+        (module, module.config)
+        for module in model.modules()
+        if module not in kept and isinstance(getattr(module, "config", None), PreTrainedConfig)
+    ]
+    copies: dict[int, Any] = {}
+    for module, config in before:
+        module.config = copy.deepcopy(config, copies)
+        module.config._attn_implementation = ATTENTION_NAME
+    return before
+
+
 def attach_prefix(
     model: nn.Module, prefix: Prefix | PrefixBank, *, backend: str | None = None, prefix_window: str = "pinned"
 ) -> Attachment:
     """Let every call of `model` attend to `prefix`: forward, loss, generate. Nothing is concatenated and nothing is cached.
 
     Args:
-        model: a transformers model of a family in families.py. It gets no parameter; its weights stay as they are.
+        model: a transformers model of a family in families.py or encoder_families.py. It gets no parameter, its weights stay.
         prefix: one made for this model's shape; it is moved to the model's device. Or a bank of them, moved to the model's
             device and dtype: forward and generate then take prefix_ids, a list with a name or None (no prefix) for each row,
             or an int tensor [batch] from bank.ids; None is no prefix for any row, and a call without it gets the bank's
@@ -176,14 +235,22 @@ def attach_prefix(
         raise TypeError(f"prefix: expected a Prefix or a PrefixBank, got {type(prefix).__name__}")
     if prefix_window not in PREFIX_WINDOWS:
         raise ValueError(f"prefix_window: expected 'pinned' or 'peft', got {prefix_window!r}")
-    modules = attention_modules(model)
-    if hasattr(modules[0], "layer_prefix"):
+    every = stacks(model)
+    if any(hasattr(modules[0], "layer_prefix") for stack in every for modules in stack.attention.values()):
         raise ValueError("model: it already has a prefix attached; detach that first")
-    prefix.check_fits(model)
     device = next(model.parameters()).device
     if isinstance(prefix, PrefixBank):
+        if list(part_shapes(model.config)) != ["decoder"]:
+            raise NotImplementedError(f"model: a bank is served by causal models, got {type(model).__name__}")
+        prefix.check_fits(model)
         check_hands_on(model)
         prefix.to(device, model.dtype)
     else:
+        prefix.check_fits(model)
+        fixed = next((s for s in every if s.positions == "fixed" and s.self_attention in prefix.parts), None)
+        if fixed is not None and prefix.position_offset:
+            raise NotImplementedError(
+                f"position_offset: {type(fixed.module).__name__} has its tokens always at 0, got {prefix.position_offset}"
+            )
         prefix.to(device)
     return Attachment(model, prefix, backend, prefix_window)

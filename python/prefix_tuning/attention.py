@@ -11,6 +11,7 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from prefix_kernels import prefix_attention
 from prefix_tuning.masks import MaskStructure, dense_structure, mask_structure
+from prefix_tuning.relative_bias import whole_bias
 
 ATTENTION_NAME = "prefix_tuning"
 
@@ -24,17 +25,20 @@ class LayerPrefix:
         self.key: Tensor | None = None  # [kv_heads, prefix_len, head_dim], of a bank [prefixes, …]
         self.value: Tensor | None = None
         self.lens: Tensor | None = None  # of a bank: int32 [prefixes]
+        self.bias: Tensor | None = None  # [1, heads, q_len, prefix_len]: where positions are a bias, that of the prefix
 
 
 def prefix_attention_forward(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: MaskStructure | Tensor | None,
-    scaling: float | None = None, dropout: float = 0.0, softcap: float | None = None, **kwargs,
+    scaling: float | None = None, dropout: float = 0.0, softcap: float | None = None, position_bias: Tensor | None = None,
+    **kwargs,
 ) -> tuple[Tensor, None]:  # fmt: skip
     """transformers' attention interface: prefix_attention with the module's own prefix.
 
     Args:
         query: [batch, heads, q_len, head_dim]; key, value: [batch, kv_heads, kv_len, head_dim], cache included.
         attention_mask: from mask_structure, or a 4-D mask of the caller's.
+        position_bias: [1, heads, q_len, kv_len]; heeded where the layer holds the prefix's, for T5's cross-attention has zeros.
         kwargs: with a bank attached, prefix_ids int32 [batch].
 
     Returns:
@@ -49,18 +53,20 @@ def prefix_attention_forward(
     elif isinstance(mask, Tensor):
         mask = dense_structure(mask)
     first_key_position = None
-    if layer.slides and mask.window is not None:
+    if layer.slides and mask.causal and mask.window is not None:
         if isinstance(mask.key_offset, Tensor):
             raise NotImplementedError("prefix_window: 'peft' is not served with a static sliding-window cache")
         first_key_position = mask.key_offset
     prefix_key, prefix_value = layer.key, layer.value
     if prefix_key.dtype not in (query.dtype, torch.float32) or query.dtype == torch.float64:
         prefix_key, prefix_value = prefix_key.to(query.dtype), prefix_value.to(query.dtype)
+    bias = mask.bias_over(prefix_key.shape[-2])
+    if layer.bias is not None:
+        bias = whole_bias(layer.bias, position_bias, bias)
     out = prefix_attention(
         query, key, value, prefix_key, prefix_value, causal=mask.causal, scale=scaling, key_mask=mask.key_mask,
-        key_lens=mask.key_lens, window=mask.window, softcap=softcap, bias=mask.bias_over(prefix_key.shape[-2]),
-        prefix_ids=kwargs.get("prefix_ids"), prefix_lens=layer.lens, first_key_position=first_key_position,
-        backend=layer.backend,
+        key_lens=mask.key_lens, window=mask.window, softcap=softcap, bias=bias, prefix_ids=kwargs.get("prefix_ids"),
+        prefix_lens=layer.lens, first_key_position=first_key_position, backend=layer.backend,
     )  # fmt: skip
     return out.transpose(1, 2), None
 

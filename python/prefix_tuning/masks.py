@@ -15,6 +15,7 @@ from transformers.masking_utils import (
     bidirectional_mask_function,
     causal_mask_function,
     sdpa_mask,
+    sliding_window_bidirectional_mask_function,
     sliding_window_causal_mask_function,
 )
 
@@ -59,16 +60,16 @@ def mask_structure(
     """
     if isinstance(attention_mask, MaskStructure):  # generate builds it ahead for static caches
         return attention_mask
-    causal, window, known = True, None, True
-    if mask_function is bidirectional_mask_function:
-        causal = False
-    elif mask_function is not causal_mask_function:
-        window = local_size
+    window, known = None, True
+    causal = mask_function is not bidirectional_mask_function and "allow_is_bidirectional_skip" not in options
+    if mask_function not in (bidirectional_mask_function, causal_mask_function):
+        sliding = sliding_window_causal_mask_function if causal else sliding_window_bidirectional_mask_function
         if torch.compiler.is_compiling():
-            may_be_packed = attention_mask is None and q_length == kv_length
+            may_be_packed = causal and attention_mask is None and q_length == kv_length
             known = not may_be_packed and _told_sliding(local_size, **options)
         else:
-            known = local_size is not None and _same_function(mask_function, sliding_window_causal_mask_function(local_size))
+            known = local_size is not None and _same_function(mask_function, sliding(local_size))
+        window = local_size if causal or local_size is None else local_size + 1  # there |i − j| ≤ local_size
     fill = _fill(batch_size, q_length, kv_length, q_offset, kv_offset, attention_mask) if causal else None
     if known:
         return MaskStructure(causal, window, _key_mask(attention_mask, kv_length, kv_offset), fill, kv_offset)

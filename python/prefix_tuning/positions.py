@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 
 def new_tokens(arguments: dict) -> Tensor:
@@ -41,3 +44,27 @@ def check_learned_positions(positions: Tensor, table: int) -> None:
             f"position_ids: prefix and sequence together take {last + 1} positions, more than the model's {table} position "
             "embeddings"
         )
+
+
+def shift_embeddings(embeddings: nn.Module, offset: int) -> RemovableHandle:
+    """Moves a stack's tokens by `offset` in its module of position embeddings, which is told how many tokens a cache holds.
+
+    Remove the handle to undo it. A table of embeddings that is too short: ValueError, when it is called.
+    """
+    names = list(inspect.signature(type(embeddings).forward).parameters)[1:]
+    length = next(name for name in names if name in ("cache_length", "past_key_values_length"))  # renamed in transformers 5.24
+
+    def before(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
+        seen, positions = kwargs.get(length, 0), kwargs.get("position_ids")
+        if positions is not None:
+            kwargs["position_ids"] = positions = positions + offset
+        if isinstance(module, nn.Embedding):
+            if positions is None:
+                tokens = kwargs[names[0]]
+                positions = torch.arange((tokens.shape if isinstance(tokens, Tensor) else tokens)[1]) + seen + offset
+            check_learned_positions(positions, module.num_embeddings - getattr(module, "offset", 0))
+        kwargs[length] = seen + offset
+        return (), kwargs
+
+    return embeddings.register_forward_pre_hook(before, with_kwargs=True)

@@ -11,11 +11,11 @@ from dataclasses import asdict
 import torch
 from torch import Tensor, nn
 
-from prefix_tuning.families import model_shape
 from prefix_tuning.peft_adapters import read_adapter, write_adapter
 from prefix_tuning.prefix_files import read_prefix, write_prefix
 from prefix_tuning.reparametrization import MLPReparametrization
 from prefix_tuning.shapes import PARTS, Layers, ModelShape, check_dtype, check_int, check_layers
+from prefix_tuning.stacks import part_shapes
 from prefix_tuning.text_cache import cached_layers
 
 RANDOM_STD = 0.02
@@ -77,21 +77,27 @@ class Prefix(nn.Module):
         tokenizer=None,
         reparametrization: str | None = None,
         hidden_size: int = 512,
+        parts: Sequence[str] | None = None,
         dtype: torch.dtype = torch.float32,
         seed: int | None = None,
     ) -> Prefix:
-        """A new, trainable prefix for the decoder of a transformers model, on the model's device.
+        """A new, trainable prefix for a transformers model, on the model's device.
 
         init               "text": the keys and values which the model gives to the tokens of `text` at the positions 0 …
                            prefix_len − 1, tokenised without special tokens, repeated where too short and cut where too
                            long (the paper's section 7.4; any words do, those of the task do best). "random": normal with
                            standard deviation 0.02. Training that directly is unstable, as the paper says of its own
-                           random start: take a text, or the MLP
+                           random start: take a text, or the MLP. Only causal models cache a text; others start random
         reparametrization  "mlp": the parameters are those of an MLP that produces the keys and values (section 4.3). With
                            init="text" it is first fitted to the text's; with "random" its own random start is the prefix's
-        hidden_size        of the MLP
+        hidden_size        of the MLP; each part has its own
+        parts              of an encoder-decoder one or more of "encoder" (its self-attention), "decoder" (its self-attention)
+                           and "cross" (the decoder's attention over the encoder's states); None: all three, as in the paper
+                           (section 4.2). An encoder has "encoder" and a causal model "decoder" alone
         dtype              of the parameters, float32 by default: gradients then never pass through 16 bit
         seed               of everything random; None draws from torch's CPU generator
+
+        position_offset is prefix_len, for an encoder-decoder 0: its tokens stand where they stand without a prefix.
 
         Raises ValueError (TypeError for a wrong type) naming the argument.
         """
@@ -104,28 +110,34 @@ class Prefix(nn.Module):
             raise ValueError(f"reparametrization: got {reparametrization!r}, expected None or 'mlp'")
         if text is not None and init != "text":
             raise ValueError(f"text: given, but init is {init!r}; expected init='text' with it")
-        shape, device = model_shape(model.config), next(model.parameters()).device
+        shapes, device = _shapes_of(model, parts), next(model.parameters()).device
+        source: dict[str, Layers | MLPReparametrization] = {}
         if init == "text":
             if text is None or tokenizer is None:
                 raise ValueError(f"{'text' if text is None else 'tokenizer'}: init='text' needs it, got None")
+            if list(part_shapes(model.config)) != ["decoder"]:
+                raise ValueError(f"init: 'text' reads a causal model's cache, got {type(model).__name__}; expected 'random'")
             ids = tokenizer(text, add_special_tokens=False)["input_ids"]
             if not ids:
                 raise ValueError(f"text: {text!r} has no tokens, expected one or more")
-            source = cached_layers(model, (ids * -(-prefix_len // len(ids)))[:prefix_len])
+            source["decoder"] = cached_layers(model, (ids * -(-prefix_len // len(ids)))[:prefix_len])
         elif reparametrization is None:
             with _seeded(seed):
-                source = _random_layers(shape, prefix_len)
-        else:
-            source = None
+                source = {part: _random_layers(shape, prefix_len) for part, shape in shapes.items()}
         if reparametrization == "mlp":
-            embedding_dim = model.config.get_text_config().hidden_size
+            embedding_dim = getattr(model.config, "decoder", model.config).get_text_config().hidden_size
             with _seeded(seed):
-                mlp = MLPReparametrization(prefix_len, embedding_dim, hidden_size, **asdict(shape), device="cpu")
-            mlp.to(device)
-            if source is not None:
-                mlp.fit(source)
-            source = mlp
-        return cls({"decoder": source}, base_model=_name_of(model)).to(device, dtype)
+                mlps = {
+                    part: MLPReparametrization(prefix_len, embedding_dim, hidden_size, **asdict(shape), device="cpu")
+                    for part, shape in shapes.items()
+                }
+            for part, mlp in mlps.items():
+                mlp.to(device)
+                if part in source:
+                    mlp.fit(source[part])
+            source = mlps
+        offset = 0 if "cross" in part_shapes(model.config) else prefix_len
+        return cls(source, position_offset=offset, base_model=_name_of(model)).to(device, dtype)
 
     @classmethod
     def from_text(
@@ -171,11 +183,13 @@ class Prefix(nn.Module):
         return self.reparametrization[part]()
 
     def check_fits(self, model: nn.Module) -> None:
-        """Raises ValueError where the decoder part is missing or was made for another shape than the model's."""
-        expected, shape = model_shape(model.config), self.parts.get("decoder")
-        if shape != expected:
-            made_for = f"made for {self.base_model or 'a model'} with {shape}" if shape else "without a decoder part"
-            raise ValueError(f"prefix: {made_for}, expected one for {_name_of(model) or type(model).__name__} with {expected}")
+        """Raises ValueError where a part is of another shape than the model's, or one that the model does not have."""
+        shapes, name = part_shapes(model.config), _name_of(model) or type(model).__name__
+        for part in self.parts if self.parts.keys() <= shapes.keys() else shapes:
+            expected, shape = shapes[part], self.parts.get(part)
+            if shape != expected:
+                made_for = f"made for {self.base_model or 'a model'} with {shape}" if shape else f"without a {part} part"
+                raise ValueError(f"prefix: {made_for}, expected one for {name} with {expected}")
 
     def save(self, directory: str | os.PathLike, *, keep_reparametrization: bool = False) -> None:
         """Writes prefix.safetensors and prefix_config.json to `directory`, which is created where it is missing.
@@ -292,6 +306,16 @@ def _random_layers(shape: ModelShape, prefix_len: int) -> Layers:
         tuple(RANDOM_STD * torch.randn(shape.kv_heads, prefix_len, dim, device="cpu") for dim in dims)
         for _ in range(shape.layers)
     ]
+
+
+def _shapes_of(model: nn.Module, parts: Sequence[str] | None) -> dict[str, ModelShape]:
+    """The shapes of the model's parts, of those asked for, in the order of PARTS."""
+    shapes = part_shapes(model.config)
+    if parts is None:
+        parts = list(shapes)
+    if isinstance(parts, str) or not parts or not set(parts) <= shapes.keys():
+        raise ValueError(f"parts: got {parts!r}, expected one or more of {', '.join(shapes)} for {type(model).__name__}")
+    return {part: shapes[part] for part in PARTS if part in parts}
 
 
 def _name_of(model: nn.Module) -> str:

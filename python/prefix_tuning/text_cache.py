@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from prefix_tuning.families import model_shape
 from prefix_tuning.shapes import Layers, check_layers
+from prefix_tuning.stacks import part_shapes
 
 
 def cached_layers(model: nn.Module, input_ids: Tensor | Sequence[int]) -> Layers:
@@ -25,6 +26,9 @@ def cached_layers(model: nn.Module, input_ids: Tensor | Sequence[int]) -> Layers
         raise ValueError(f"input_ids: got {len(ids)} tokens, but the model has only {positions} positions")
     if any(hasattr(module, "layer_prefix") for module in model.modules()):
         raise ValueError("model: it has a prefix attached, which the text would see; detach that first")
+
+    if list(part_shapes(model.config)) != ["decoder"]:
+        raise NotImplementedError(f"model: the keys and values of a text are a causal model's, got {type(model).__name__}")
 
     modes = {module: module.training for module in model.modules()}
     model.eval()

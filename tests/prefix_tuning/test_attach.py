@@ -375,11 +375,11 @@ def test_wrong_calls_raise():
 
 
 def test_other_families_are_refused():
-    from transformers import BertConfig, BertModel
+    from transformers import XLMConfig, XLMModel
 
-    config = BertConfig(vocab_size=99, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
-    with pytest.raises(NotImplementedError, match="bert"):
-        attach_prefix(BertModel(config), random_prefix(tiny_model("gpt2"), PREFIX_LEN))
+    config = XLMConfig(vocab_size=99, emb_dim=32, n_layers=1, n_heads=2)
+    with pytest.raises(NotImplementedError, match="got model type 'xlm'"):
+        attach_prefix(XLMModel(config), random_prefix(tiny_model("gpt2"), PREFIX_LEN))
 
 
 def test_a_float32_prefix_is_rounded_for_all_layers_at_once(monkeypatch):

@@ -33,7 +33,11 @@ def tiny_model(family: str, **changes) -> transformers.PreTrainedModel:
 
 def random_prefix(model: transformers.PreTrainedModel, prefix_len: int = 5) -> Prefix:
     """Keys and values from N(0, 1), large enough to matter."""
-    prefix = Prefix.for_model(model, prefix_len, seed=0)
+    return randomize(Prefix.for_model(model, prefix_len, seed=0))
+
+
+def randomize(prefix: Prefix) -> Prefix:
+    """The same prefix with keys and values from N(0, 1)."""
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in prefix.parameters():

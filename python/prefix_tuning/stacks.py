@@ -1,0 +1,95 @@
+"""Where in a model a prefix's parts go: each stack of layers, its attention modules, how its tokens know where they stand."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import nn
+
+from prefix_tuning.encoder_families import ENCODER_DECODERS, ENCODERS, REFUSED
+from prefix_tuning.families import FAMILIES, attention_modules, family_of, model_shape
+from prefix_tuning.shapes import ModelShape
+
+SELF_ATTENTION = ("decoder", "encoder")
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A run of layers with a forward pass of its own.
+
+    module: the module whose forward pass it is.
+    attention: of each part that can be attached, its attention modules, one a layer.
+    positions: "ids": by the argument position_ids, where its forward has one; "embeddings": by its module embed_positions;
+        "relative": by a bias that its first layer's self-attention computes; "fixed": always from 0.
+    learned_positions: position embeddings are a table of max_position_embeddings rows.
+    first_position: what the first token's position_ids is where the caller gives none.
+    """
+
+    module: nn.Module
+    attention: Mapping[str, list[nn.Module]]
+    positions: str = "ids"
+    learned_positions: bool = False
+    first_position: int = 0
+
+    @property
+    def self_attention(self) -> str:
+        """The part that stands before the stack's own tokens."""
+        return next(part for part in SELF_ATTENTION if part in self.attention)
+
+
+def part_shapes(config) -> dict[str, ModelShape]:
+    """The shape of each part that a prefix for a model with this config can have.
+
+    "encoder", "decoder" and "cross" for an encoder-decoder, "encoder" for an encoder, else "decoder". Raises ValueError for a
+    config without the number of layers, heads or the hidden size.
+    """
+    if config.model_type in ENCODER_DECODERS:
+        return ENCODER_DECODERS[config.model_type].shapes(config)
+    return {"encoder" if config.model_type in ENCODERS else "decoder": model_shape(config)}
+
+
+def stacks(model: nn.Module) -> list[Stack]:
+    """The model's stacks in the order they run; NotImplementedError for a model that is not served, saying why."""
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    if model_type in ENCODER_DECODERS:
+        return _encoder_decoder(model)
+    if model_type in ENCODERS:
+        return [_encoder(model)]
+    if model_type in REFUSED:
+        raise NotImplementedError(f"model: a prefix cannot be attached to {model_type}: {REFUSED[model_type]}")
+    if model_type not in FAMILIES:
+        known = ", ".join(sorted([*FAMILIES, *ENCODER_DECODERS, *ENCODERS]))
+        raise NotImplementedError(
+            f"model: a prefix can be attached to {known}; got model type {model_type!r} ({type(model).__name__})"
+        )
+    return [Stack(model.base_model, {"decoder": attention_modules(model)}, "ids", family_of(model).learned_positions)]
+
+
+def _encoder_decoder(model: nn.Module) -> list[Stack]:
+    family, base = ENCODER_DECODERS[model.config.model_type], model.base_model
+    encoder, decoder = getattr(base, "encoder", None), getattr(base, "decoder", None)
+    if encoder is None or decoder is None:
+        raise NotImplementedError(f"model: expected an encoder and a decoder, got {type(model).__name__} with one of them")
+    attention = {
+        "encoder": _modules(encoder, family.layers, family.self_attention),
+        "decoder": _modules(decoder, family.layers, family.self_attention),
+        "cross": _modules(decoder, family.layers, family.cross_attention),
+    }
+    return [
+        Stack(encoder, {"encoder": attention.pop("encoder")}, family.positions if family.encoder_moves else "fixed"),
+        Stack(decoder, attention, family.positions),
+    ]
+
+
+def _encoder(model: nn.Module) -> Stack:
+    family, config = ENCODERS[model.config.model_type], model.config
+    if getattr(config, "is_decoder", False):
+        raise NotImplementedError(f"model: {config.model_type} is served as an encoder, got one with is_decoder")
+    modules = _modules(model.base_model, family.layers, family.self_attention)
+    first = config.pad_token_id + 1 if family.first_position_after_padding else 0
+    return Stack(model.base_model, {"encoder": modules}, "ids", family.learned_positions, first)
+
+
+def _modules(stack: nn.Module, layers: str, attention: str) -> list[nn.Module]:
+    return [layer.get_submodule(attention) for layer in stack.get_submodule(layers)]
