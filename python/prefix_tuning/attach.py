@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,40 +20,62 @@ from transformers import PreTrainedConfig
 
 from prefix_tuning.attention import ATTENTION_NAME, LayerPrefix
 from prefix_tuning.bank import PrefixBank
+from prefix_tuning.devices import execution_device
 from prefix_tuning.positions import check_learned_positions, new_tokens, sequence_positions, shift_embeddings
 from prefix_tuning.prefix import Prefix
 from prefix_tuning.prefix_ids import BANK_DEFAULT, PrefixIdsArgument, check_hands_on, row_ids
 from prefix_tuning.relative_bias import prefix_bias
+from prefix_tuning.shapes import Layers, ModelShape
 from prefix_tuning.stacks import Stack, part_shapes, stacks
 
 PREFIX_WINDOWS = ("pinned", "peft")
 
 
+class PrefixSource(Protocol):
+    """All that an Attachment asks of a prefix that is not a bank.
+
+    parts: the shape of each part it has.
+    position_offset: where the positions of the sequence start.
+    reparametrization: what produces the keys and values; None where layers() gives the same tensors every time.
+    layers: of each layer the key [kv_heads, prefix_len, head_dim] and the value [kv_heads, prefix_len, value_dim]; called
+        once per forward pass where something produces them.
+    """
+
+    parts: Mapping[str, ModelShape]
+    position_offset: int
+    reparametrization: nn.Module | None
+
+    def layers(self, part: str) -> Layers: ...
+
+
 class Attachment:
     """A prefix attached to a model, until detach() or the end of the with block."""
 
-    def __init__(self, model: nn.Module, prefix: Prefix | PrefixBank, backend: str | None, prefix_window: str):
+    def __init__(self, model: nn.Module, prefix: PrefixSource | PrefixBank, backend: str | None, prefix_window: str):
         self.model = model
         self.prefix = prefix
         self._bank = prefix if isinstance(prefix, PrefixBank) else None
         self._parts = ("decoder",) if self._bank is not None else tuple(prefix.parts)
         every = stacks(model)
-        self._stacks = [stack for stack in every if any(part in self._parts for part in stack.attention)]
+        if any(hasattr(modules[0], "layer_prefix") for stack in every for modules in stack.attention.values()):
+            raise ValueError("model: it already has a prefix attached; detach that first")
+        self.stacks = [stack for stack in every if any(part in self._parts for part in stack.attention)]
         self._layers = {
-            part: [LayerPrefix(backend, slides=prefix_window == "peft") for _ in modules]
-            for stack in self._stacks
+            part: [LayerPrefix(backend, prefix_window == "peft", execution_device(module)) for module in modules]
+            for stack in self.stacks
             for part, modules in stack.attention.items()
         }
-        self._configs = _replace_configs(model, [stack for stack in every if stack not in self._stacks])
-        for stack in self._stacks:
+        self._hidden: list[tuple[LayerPrefix, tuple]] = []  # what each layer holds again when the prefix is switched on
+        self._configs = _replace_configs(model, [stack for stack in every if stack not in self.stacks])
+        for stack in self.stacks:
             for part, modules in stack.attention.items():
                 for module, layer in zip(modules, self._layers[part], strict=True):
                     module.layer_prefix = layer
-        self._hooks = [self._hook(stack) for stack in self._stacks]
+        self._hooks = [self._hook(stack) for stack in self.stacks]
         self._hooks += [
-            shift_embeddings(stack.module.embed_positions, prefix.position_offset)
-            for stack in self._stacks
-            if stack.positions == "embeddings" and stack.self_attention in self._parts and prefix.position_offset
+            shift_embeddings(stack.module.embed_positions, lambda: 0 if self._hidden else self.prefix.position_offset)
+            for stack in self.stacks
+            if stack.positions == "embeddings" and stack.self_attention in self._parts
         ]
         self._dtype = model.dtype
         self._rounded: dict[str, list[Tensor]] = {}  # by part keys, then values, in the model's dtype; none: as in the prefix
@@ -72,12 +94,25 @@ class Attachment:
         self._hooks = []
         if self._argument is not None:
             self._argument.remove()
-        for stack in self._stacks:
+        for stack in self.stacks:
             for modules in stack.attention.values():
                 for module in modules:
                     del module.layer_prefix
         for module, config in self._configs:
             module.config = config
+
+    def enable(self, enabled: bool) -> None:
+        """Switch the prefix off, so that the model computes what it computes alone, or on again."""
+        if enabled:
+            for layer, held in self._hidden:
+                layer.key, layer.value, layer.bias = held
+            self._hidden = []
+        elif not self._hidden:
+            self._hidden = [
+                (layer, (layer.key, layer.value, layer.bias)) for layers in self._layers.values() for layer in layers
+            ]
+            for layer, (key, value, _) in self._hidden:
+                layer.key, layer.value = key[:, :0], value[:, :0]
 
     def __enter__(self) -> Attachment:
         return self
@@ -93,17 +128,20 @@ class Attachment:
 
     def _refresh(self, parts: Iterable[str]) -> None:
         for part in parts:
-            for layer, (key, value) in zip(self._layers[part], self.prefix.layers(part), strict=True):
-                layer.key, layer.value = key, value
+            self._hold(part, self.prefix.layers(part))
+
+    def _hold(self, part: str, pairs: Layers) -> None:
+        for layer, (key, value) in zip(self._layers[part], pairs, strict=True):
+            layer.key, layer.value = key.to(layer.device), value.to(layer.device)
 
     def _empty_the_rest(self) -> None:
         """Attention modules beside a prefix's, without a part of their own, get no columns: they run as they did."""
         shapes = part_shapes(self.model.config)
         for part in self._layers.keys() - set(self._parts):
-            shape, parameter = shapes[part], next(self.model.parameters())
+            shape = shapes[part]
             for layer in self._layers[part]:
                 layer.key, layer.value = (
-                    torch.empty(shape.kv_heads, 0, dim, dtype=parameter.dtype, device=parameter.device)
+                    torch.empty(shape.kv_heads, 0, dim, dtype=self._dtype, device=layer.device)
                     for dim in (shape.head_dim, shape.value_dim)
                 )
 
@@ -123,8 +161,7 @@ class Attachment:
                         self._rounded[part] = [torch.empty_like(tensor, dtype=self._dtype) for tensor in (*keys, *values)]
                 rounded = self._rounded[part]
                 torch._foreach_copy_(rounded, [*keys, *values])
-                for layer, key, value in zip(self._layers[part], rounded, rounded[len(keys) :], strict=False):
-                    layer.key, layer.value = key, value
+                self._hold(part, list(zip(rounded, rounded[len(keys) :], strict=False)))
         else:
             self._refresh(part for part in parts if self._rounded.pop(part, None))
 
@@ -141,8 +178,11 @@ class Attachment:
                 f"attn_implementation: set to {module.config._attn_implementation!r} while a prefix is attached, which it "
                 "would not see; detach the prefix first"
             )
-        offset = self._take_prefix(stack, kwargs) if self._bank is None else self._take_rows(stack, kwargs)
-        if stack.positions == "ids" and "position_ids" in names:
+        if self._hidden:
+            offset = None
+        else:
+            offset = self._take_prefix(stack, kwargs) if self._bank is None else self._take_rows(stack, kwargs)
+        if stack.positions == "ids" and "position_ids" in names and offset is not None:
             positions = kwargs.get("position_ids")
             if positions is None:
                 positions = sequence_positions(kwargs) + stack.first_position
@@ -213,11 +253,12 @@ def attach_prefix(
     """Let every call of `model` attend to `prefix`: forward, loss, generate. Nothing is concatenated and nothing is cached.
 
     Args:
-        model: a transformers model of a family in families.py or encoder_families.py. It gets no parameter, its weights stay.
-        prefix: one made for this model's shape; it is moved to the model's device. Or a bank of them, moved to the model's
-            device and dtype: forward and generate then take prefix_ids, a list with a name or None (no prefix) for each row,
-            or an int tensor [batch] from bank.ids; None is no prefix for any row, and a call without it gets the bank's
-            default. Behind its prefix each row's positions start at that prefix's own position_offset.
+        model: a transformers model of a family in families.py or encoder_families.py, or a PeftModel of one with LoRA or the
+            like. It gets no parameter, its weights stay.
+        prefix: one made for this model's shape; each layer's part is moved to where that layer computes. Or a bank of them,
+            moved to the model's device and dtype: forward and generate then take prefix_ids, a list with a name or None (no
+            prefix) for each row, or an int tensor [batch] from bank.ids; None is no prefix for any row, and a call without it
+            gets the bank's default. Behind its prefix each row's positions start at that prefix's own position_offset.
         backend: the backend of prefix_attention; None picks one per call.
         prefix_window: under sliding-window attention, "pinned" keeps the prefix visible to every token (the default);
             "peft" lets it slide out of the window as PEFT does.
@@ -235,16 +276,14 @@ def attach_prefix(
         raise TypeError(f"prefix: expected a Prefix or a PrefixBank, got {type(prefix).__name__}")
     if prefix_window not in PREFIX_WINDOWS:
         raise ValueError(f"prefix_window: expected 'pinned' or 'peft', got {prefix_window!r}")
+    model = _without_adapters(model)
     every = stacks(model)
-    if any(hasattr(modules[0], "layer_prefix") for stack in every for modules in stack.attention.values()):
-        raise ValueError("model: it already has a prefix attached; detach that first")
-    device = next(model.parameters()).device
     if isinstance(prefix, PrefixBank):
         if list(part_shapes(model.config)) != ["decoder"]:
             raise NotImplementedError(f"model: a bank is served by causal models, got {type(model).__name__}")
         prefix.check_fits(model)
         check_hands_on(model)
-        prefix.to(device, model.dtype)
+        prefix.to(execution_device(model), model.dtype)
     else:
         prefix.check_fits(model)
         fixed = next((s for s in every if s.positions == "fixed" and s.self_attention in prefix.parts), None)
@@ -252,5 +291,30 @@ def attach_prefix(
             raise NotImplementedError(
                 f"position_offset: {type(fixed.module).__name__} has its tokens always at 0, got {prefix.position_offset}"
             )
-        prefix.to(device)
+        _place(prefix, every)
     return Attachment(model, prefix, backend, prefix_window)
+
+
+def _without_adapters(model: nn.Module) -> nn.Module:
+    """The transformers model in a PeftModel: LoRA and its like work beside a prefix, another prefix does not."""
+    config = getattr(model, "active_peft_config", None)
+    if config is None:
+        return model
+    if config.is_prompt_learning:
+        raise ValueError(
+            "model: its PEFT adapter is a prefix or prompt already; accelerate_peft serves one that PEFT trained, and "
+            "Prefix.from_peft makes it a prefix for the model inside, get_base_model()"
+        )
+    return model.get_base_model()
+
+
+def _place(prefix: Prefix, every: list[Stack]) -> None:
+    """Moves each layer's keys and values to where that layer computes."""
+    modules = {part: modules for stack in every for part, modules in stack.attention.items() if part in prefix.parts}
+    devices = {part: [execution_device(module) for module in layers] for part, layers in modules.items()}
+    prefix.to(next(iter(devices.values()))[0])
+    if prefix.reparametrization is None:
+        for part in devices:
+            for pair, device in zip(prefix.layers(part), devices[part], strict=True):
+                for parameter in pair:
+                    parameter.data = parameter.data.to(device)

@@ -19,9 +19,10 @@ ATTENTION_NAME = "prefix_tuning"
 class LayerPrefix:
     """What one attention module holds: its layer's key and value, refreshed each forward pass while reparametrised."""
 
-    def __init__(self, backend: str | None, slides: bool):
+    def __init__(self, backend: str | None, slides: bool, device: torch.device):
         self.backend = backend
         self.slides = slides
+        self.device = device  # where the layer computes
         self.key: Tensor | None = None  # [kv_heads, prefix_len, head_dim], of a bank [prefixes, …]
         self.value: Tensor | None = None
         self.lens: Tensor | None = None  # of a bank: int32 [prefixes]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -46,8 +47,8 @@ def check_learned_positions(positions: Tensor, table: int) -> None:
         )
 
 
-def shift_embeddings(embeddings: nn.Module, offset: int) -> RemovableHandle:
-    """Moves a stack's tokens by `offset` in its module of position embeddings, which is told how many tokens a cache holds.
+def shift_embeddings(embeddings: nn.Module, offset_now: Callable[[], int]) -> RemovableHandle:
+    """Moves a stack's tokens by an offset in its module of position embeddings, which is told how many tokens a cache holds.
 
     Remove the handle to undo it. A table of embeddings that is too short: ValueError, when it is called.
     """
@@ -56,7 +57,7 @@ def shift_embeddings(embeddings: nn.Module, offset: int) -> RemovableHandle:
 
     def before(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
-        seen, positions = kwargs.get(length, 0), kwargs.get("position_ids")
+        offset, seen, positions = offset_now(), kwargs.get(length, 0), kwargs.get("position_ids")
         if positions is not None:
             kwargs["position_ids"] = positions = positions + offset
         if isinstance(module, nn.Embedding):

@@ -1,0 +1,214 @@
+"""A PeftModel with a prefix that PEFT trains or has trained, made to compute it by our attention: same object, same calls.
+
+PEFT's own forward copies the prefix for every row, concatenates it to every layer's cache and lengthens mask and positions.
+Here it is attached to the model underneath and read from PEFT's own parameters at each forward pass. As with PEFT, calls of the
+model underneath and calls within disable_adapter are without it.
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import nn
+
+from prefix_tuning.attach import Attachment
+from prefix_tuning.peft_adapters import adapter_layout, prompt_embeddings
+from prefix_tuning.shapes import Layers, ModelShape
+from prefix_tuning.stacks import part_shapes
+
+STATE = "_prefix_tuning"  # where an accelerated PeftModel keeps its Acceleration
+PATCHED = ("forward", "generate", "prepare_inputs_for_generation")
+
+
+class ActiveAdapter:
+    """A PeftModel's active adapter as an Attachment asks for a prefix: views of PEFT's own parameters."""
+
+    def __init__(self, model: nn.Module):
+        self._model = model
+        self.parts = _expected(model)
+        self._held: Layers | None = None
+
+    @property
+    def position_offset(self) -> int:
+        return self._model.active_peft_config.num_virtual_tokens
+
+    @property
+    def reparametrization(self) -> nn.Module:
+        return self._model.prompt_encoder[self._model.active_adapter]
+
+    def layers(self, part: str) -> Layers:
+        """One evaluation of PEFT's encoder, split; while held, the same tensors each time."""
+        if self._held is not None:
+            return self._held
+        config = self._model.active_peft_config
+        layout = _layout(config, self.parts[part])
+        embeddings = prompt_embeddings(self.reparametrization, config)
+        if not torch.is_grad_enabled():
+            embeddings = embeddings.to(self._model.base_model.dtype)  # once, as PEFT does; else each layer's call would
+        return layout.split(embeddings)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Within the block the parameters stay as they are, as while generating: they are read once, layer by layer."""
+        part = next(iter(self.parts))
+        with torch.no_grad():
+            self._held = [(key.contiguous(), value.contiguous()) for key, value in self.layers(part)]
+        try:
+            yield
+        finally:
+            self._held = None
+
+
+class Acceleration:
+    """What accelerate_peft changed on a PeftModel: forward, generate, and the model underneath."""
+
+    def __init__(self, model: nn.Module):
+        self.adapter = ActiveAdapter(model)
+        self.signature = inspect.signature(type(model).forward)
+        self._running = False
+        self._model = model
+        self._attachment = Attachment(model.base_model, self.adapter, backend=None, prefix_window="peft")
+        self._hooks = []
+        for stack in self._attachment.stacks:
+            before = stack.module.register_forward_pre_hook(self._before_stack, prepend=True)  # before the Attachment's own
+            self._hooks += [before, stack.module.register_forward_hook(self._after_stack)]
+        self._before = {name: vars(model)[name] for name in PATCHED if name in vars(model)}
+        self._patches = {"forward": _forward, "generate": _generate}
+        if hasattr(model, "base_model_prepare_inputs_for_generation"):
+            self._patches["prepare_inputs_for_generation"] = _prepare_inputs_for_generation
+        for name, function in self._patches.items():
+            setattr(model, name, MethodType(function, model))
+        setattr(model, STATE, self)
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Within the block the model underneath has the prefix."""
+        before, self._running = self._running, True
+        self._attachment.enable(True)
+        try:
+            yield
+        finally:
+            self._running = before
+
+    def undo(self) -> None:
+        patched = {name: getattr(vars(self._model).get(name), "__func__", None) for name in self._patches}
+        replaced = [name for name, function in self._patches.items() if patched[name] is not function]
+        if replaced:
+            raise ValueError(
+                f"peft_model: its {', '.join(replaced)} has been replaced since accelerate_peft, by disable_adapter or by "
+                "accelerate's prepare; leave the one, or call unwrap_model(model, keep_fp32_wrapper=False), first"
+            )
+        self._attachment.detach()
+        for hook in self._hooks:
+            hook.remove()
+        for name in (*self._patches, STATE):
+            delattr(self._model, name)
+        vars(self._model).update(self._before)
+
+    def _before_stack(self, module: nn.Module, args: tuple) -> None:
+        if self._running:
+            return
+        recomputes = any(getattr(part, "gradient_checkpointing", False) for part in module.modules())
+        if recomputes and module.training and torch.is_grad_enabled():
+            raise NotImplementedError(
+                "gradient_checkpointing: the backward pass would recompute the layers with the prefix, which the model "
+                "underneath and disable_adapter compute without; call them under torch.no_grad()"
+            )
+        self._attachment.enable(False)
+
+    def _after_stack(self, module: nn.Module, args: tuple, output: Any) -> None:
+        if not self._running:  # layers that are recomputed in a later backward pass saw the prefix
+            self._attachment.enable(True)
+
+
+def accelerate_peft(peft_model: nn.Module) -> nn.Module:
+    """Patches a PeftModel with a PREFIX_TUNING or CARTRIDGE adapter to compute its prefix by our attention.
+
+    The same object comes back, with the same calls, parameters, state_dict and save_pretrained; adapters may be added and
+    switched (set_adapter), disabled (disable_adapter) and trained as before: gradients arrive at PEFT's own parameters. The
+    cache holds sequence tokens only, nothing is copied for the rows of a batch, and a projection is evaluated once per forward
+    pass. Under a sliding window the prefix slides out of sight as with PEFT. docs/peft.md lists what differs from PEFT.
+
+    Raises:
+        TypeError: it is no PeftModel.
+        NotImplementedError: another kind of adapter, one without a task type (whose prefix PEFT never uses), or a model of a
+            family that is not served.
+        ValueError: it is accelerated already, or its model has a prefix attached; an adapter for another shape.
+    """
+    from peft import PeftModel
+
+    if not isinstance(peft_model, PeftModel):
+        raise TypeError(f"peft_model: expected a PeftModel, got {type(peft_model).__name__}")
+    if hasattr(peft_model, STATE):
+        raise ValueError("peft_model: it is accelerated already")
+    for config in peft_model.peft_config.values():
+        adapter_layout(vars(config))
+    if type(peft_model) is PeftModel:
+        raise NotImplementedError("task_type: without one PEFT never uses the prefix; give the adapter's config its task_type")
+    if isinstance(peft_model.base_model, PeftModel):
+        raise NotImplementedError("peft_model: a prefix on a PeftModel; attach_prefix(model, Prefix.from_peft(…)) serves both")
+    (shape,) = _expected(peft_model).values()
+    for config in peft_model.peft_config.values():
+        _layout(config, shape)
+    Acceleration(peft_model)
+    return peft_model
+
+
+def restore_peft(peft_model: nn.Module) -> nn.Module:
+    """Undoes accelerate_peft: the same object, which computes bitwise what it computed before. ValueError if there is none."""
+    if not isinstance(vars(peft_model).get(STATE), Acceleration):
+        raise ValueError("peft_model: expected one that accelerate_peft returned")
+    getattr(peft_model, STATE).undo()
+    return peft_model
+
+
+def _expected(model: nn.Module) -> dict[str, ModelShape]:
+    """The one part that PEFT's prefixes for this model are, and its shape: the decoder's, of an encoder its own."""
+    shapes = part_shapes(model.base_model.config)
+    part = "decoder" if "decoder" in shapes else "encoder"
+    return {part: shapes[part]}
+
+
+def _layout(config, shape: ModelShape):
+    """The layout of an adapter that must have the model's shape."""
+    layout = adapter_layout(vars(config))
+    if layout.shape != shape:
+        raise ValueError(f"peft_model: its adapter has {layout.shape}, expected {shape} as the model")
+    return layout
+
+
+def _forward(self, *args: Any, **kwargs: Any) -> Any:
+    acceleration = getattr(self, STATE)
+    arguments = acceleration.signature.bind(self, *args, **kwargs).arguments
+    arguments = {**arguments, **arguments.pop("kwargs", {})}
+    del arguments["self"]
+    with acceleration.running():
+        return self.base_model(**_as_peft_hands_on(self, arguments))
+
+
+def _generate(self, *args: Any, **kwargs: Any) -> Any:
+    if self._adapters_disabled:
+        return type(self).generate(self, *args, **kwargs)
+    acceleration = getattr(self, STATE)
+    with acceleration.running(), acceleration.adapter.held():
+        return type(self).generate(self, *args, **kwargs)
+
+
+def _prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    return _as_peft_hands_on(self, self.base_model_prepare_inputs_for_generation(*args, **kwargs))
+
+
+def _as_peft_hands_on(model: nn.Module, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Without what PEFT takes for itself: task_ids, which no prefix uses, and token types where there is no classifier."""
+    arguments.pop("task_ids", None)
+    classifies = model.active_peft_config.task_type in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
+    if not classifies and arguments.get("token_type_ids") is not None:
+        warnings.warn("token_type_ids are ignored, as PEFT does", UserWarning, stacklevel=3)
+        del arguments["token_type_ids"]
+    return arguments

@@ -1,0 +1,421 @@
+"""An accelerated PeftModel against PEFT itself, and, where PEFT is wrong, against PEFT on each row alone."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import prefix_tuning.attention
+from prefix_tuning import Prefix, accelerate_peft, attach_prefix, restore_peft
+from support.models import FAMILIES, random_prefix, tiny_model
+from support.peft_models import peft_model, twins
+
+peft = pytest.importorskip("peft")
+
+PREFIX_LEN = 5
+TOLERANCE = {"atol": 2e-5, "rtol": 1e-4}
+KINDS = {
+    "flat": {},
+    "projection": {"prefix_projection": True, "encoder_hidden_size": 24},
+    "cartridge": {"cartridge": True, "num_frozen_tokens": 2},
+}
+
+
+def ids(batch=2, length=7, seed=1):
+    return torch.randint(3, 100, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def padding(side="left"):
+    mask = torch.ones(2, 7, dtype=torch.long)
+    mask[0, slice(3) if side == "left" else slice(-3, None)] = 0
+    return mask
+
+
+def positions_of(mask):
+    return (mask.cumsum(-1) - 1).clamp(min=0)
+
+
+def generated(model, mask=None, **options):
+    mask = torch.ones_like(ids()) if mask is None else mask
+    options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0, **options}
+    return model.generate(input_ids=ids(), attention_mask=mask, **options)
+
+
+def gradients(model, loss):
+    """Of all that is trained, by name."""
+    loss.backward()
+    grads = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
+    model.zero_grad()
+    return grads
+
+
+def assert_same_gradients(got, expected):
+    assert list(got) == list(expected)
+    assert any(grad.abs().max() > 1e-4 for grad in expected.values())
+    for name, grad in got.items():
+        torch.testing.assert_close(grad, expected[name], **TOLERANCE, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request):
+    return request.param
+
+
+@pytest.fixture
+def pair(family):
+    rival, model = twins(tiny_model(family), PREFIX_LEN)
+    return rival, accelerate_peft(model)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_logits_loss_gradients_and_tokens_are_peft_s(family, kind):
+    rival, model = twins(tiny_model(family), PREFIX_LEN, **KINDS[kind])
+    assert accelerate_peft(model) is model
+    expected, got = (side(input_ids=ids(), labels=ids()) for side in (rival, model))
+    assert got.logits.shape == expected.logits.shape
+    torch.testing.assert_close(got.logits, expected.logits, **TOLERANCE)
+    torch.testing.assert_close(got.loss, expected.loss, **TOLERANCE)
+    assert_same_gradients(gradients(model, got.loss), gradients(rival, expected.loss))
+    for options in ({}, {"num_beams": 3}):
+        assert torch.equal(generated(model, **options), generated(rival, **options))
+    torch.manual_seed(3)
+    expected = generated(rival, do_sample=True)
+    torch.manual_seed(3)
+    assert torch.equal(generated(model, do_sample=True), expected)
+
+
+@pytest.mark.parametrize("side", ("left", "right"))
+def test_padded_rows_with_positions_are_peft_s(pair, side):
+    rival, model = pair
+    if model.config.model_type == "mistral" and side == "left":
+        pytest.skip("PEFT counts left padding to the window; compared with single rows below")
+    mask = padding(side)
+    given = {"attention_mask": mask, "position_ids": positions_of(mask), "labels": ids().masked_fill(mask == 0, -100)}
+    expected, got = (model(input_ids=ids(), **given) for model in pair)
+    torch.testing.assert_close(got.logits[mask.bool()], expected.logits[mask.bool()], **TOLERANCE)
+    assert_same_gradients(gradients(model, got.loss), gradients(rival, expected.loss))
+    if side == "left":
+        for options in ({}, {"num_beams": 3}):
+            assert torch.equal(generated(model, mask, **options), generated(rival, mask, **options))
+
+
+def test_positional_arguments_and_tuples(pair):
+    _, model = pair
+    mask = padding("right")
+    labels = ids().masked_fill(mask == 0, -100)
+    expected, got = (side(ids(), mask, None, labels, return_dict=False) for side in pair)
+    assert isinstance(got, tuple)
+    torch.testing.assert_close(got[0], expected[0], **TOLERANCE)
+    embedded = model.get_input_embeddings()(ids())
+    torch.testing.assert_close(model(inputs_embeds=embedded).logits, model(ids()).logits)
+
+
+def test_three_steps_of_training_are_peft_s(pair):
+    for model in pair:
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
+        for step in range(3):
+            optimizer.zero_grad()
+            model(input_ids=ids(seed=step), labels=ids(seed=step)).loss.backward()
+            optimizer.step()
+    states = [dict(model.prompt_encoder.state_dict()) for model in pair]
+    for name, tensor in states[1].items():
+        torch.testing.assert_close(tensor, states[0][name], atol=1e-4, rtol=1e-3)
+    assert (pair[1].prompt_encoder["default"].embedding.weight.grad != 0).any()
+
+
+# Where PEFT is wrong
+
+
+def rows_alone(rival, mask):
+    """PEFT's logits for the real tokens of each row, without padding and without neighbours."""
+    return [rival(input_ids=row[real.bool()][None]).logits[0] for row, real in zip(ids(), mask, strict=True)]
+
+
+def test_left_padding_without_positions(pair):
+    rival, model = pair
+    if model.config.model_type == "mistral":
+        pytest.skip("left padding counts to a window that the prefix slides out of")
+    mask = padding()
+    expected, got = rows_alone(rival, mask), model(input_ids=ids(), attention_mask=mask).logits
+    for row, real, alone in zip(got, mask.bool(), expected, strict=True):
+        torch.testing.assert_close(row[real], alone, **TOLERANCE)
+    wrong = rival(input_ids=ids(), attention_mask=mask).logits[0, 3:]
+    assert (wrong - expected[0]).abs().max() > 1e-3  # else there would be nothing to be right about
+
+
+def test_packed_rows_do_not_see_each_other():
+    rival, model = twins(tiny_model("llama"), PREFIX_LEN)
+    accelerate_peft(model)
+    parts = ids(1, 4), ids(1, 3, seed=5)
+    given = {"input_ids": torch.cat(parts, 1), "position_ids": torch.tensor([[0, 1, 2, 3, 0, 1, 2]])}
+    expected = torch.cat([rival(input_ids=part).logits for part in parts], 1)
+    torch.testing.assert_close(model(**given, use_cache=False).logits, expected, **TOLERANCE)
+    assert (rival(**given).logits - expected).abs().max() > 1e-2
+
+
+def test_several_turns(pair):
+    rival, model = pair
+    expected = rival(input_ids=ids()).logits
+    first = model(input_ids=ids()[:, :4], use_cache=True)
+    second = model(input_ids=ids()[:, 4:], past_key_values=first.past_key_values)
+    torch.testing.assert_close(torch.cat([first.logits, second.logits], 1), expected, **TOLERANCE)
+    first = rival(input_ids=ids()[:, :4], use_cache=True)
+    wrong = rival(input_ids=ids()[:, 4:], past_key_values=first.past_key_values).logits
+    assert (wrong - expected[:, 4:]).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("options", ({"use_cache": False}, {"cache_implementation": "static"}), ids=str)
+def test_ways_to_generate_that_peft_does_not_know(pair, options):
+    rival, model = pair
+    assert torch.equal(generated(model, **options), generated(rival))
+
+
+# What it costs
+
+
+def test_nothing_grows_with_batch_or_prefix(pair):
+    _, model = pair
+    cache = model(input_ids=ids(4), use_cache=True).past_key_values
+    assert cache.get_seq_length() == 7 and {layer.keys.shape[2] for layer in cache.layers} == {7}
+    out = generated(model, return_dict_in_generate=True)
+    window = getattr(model.config, "sliding_window", None)
+    assert {layer.keys.shape[2] for layer in out.past_key_values.layers} == {min(12, window - 1 if window else 12)}
+    model(input_ids=ids(4))
+    weight = model.prompt_encoder["default"].embedding.weight.untyped_storage()
+    layers = [module.layer_prefix for module in model.modules() if hasattr(module, "layer_prefix")]
+    assert len(layers) == 3
+    for layer in layers:
+        for tensor in (layer.key, layer.value):
+            assert tensor.shape[1] == PREFIX_LEN and tensor.dim() == 3
+            assert tensor.untyped_storage().data_ptr() == weight.data_ptr()
+
+
+def test_the_projection_is_evaluated_once(family):
+    model = accelerate_peft(peft_model(tiny_model(family), PREFIX_LEN, **KINDS["projection"]))
+    shapes = []
+    model.prompt_encoder["default"].transform.register_forward_hook(lambda _, inputs, output: shapes.append(output.shape[:-1]))
+    model(input_ids=ids(4))
+    assert shapes == [(PREFIX_LEN,)]
+    shapes.clear()
+    generated(model)
+    assert shapes == [(PREFIX_LEN,)]
+
+
+def test_gradient_checkpointing(pair, monkeypatch):
+    rival, model = pair
+    calls, original = [], prefix_tuning.attention.prefix_attention
+    monkeypatch.setattr(
+        prefix_tuning.attention, "prefix_attention", lambda *args, **kwargs: calls.append(1) or original(*args, **kwargs)
+    )
+    expected = gradients(rival, rival(input_ids=ids(), labels=ids()).loss)
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+    model.train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    loss = model(input_ids=ids(), labels=ids(), use_cache=False).loss
+    with torch.no_grad(), model.disable_adapter():  # as for the reference of a preference loss
+        model(input_ids=ids(), use_cache=False)
+    assert len(calls) == 6
+    assert_same_gradients(gradients(model, loss), expected)
+    assert len(calls) == 9
+    with model.disable_adapter(), pytest.raises(NotImplementedError, match="compute without; call them under torch.no_grad"):
+        model(input_ids=ids(), use_cache=False)
+    loss = model(input_ids=ids(), labels=ids(), use_cache=False).loss
+    assert_same_gradients(gradients(model, loss), expected)
+
+
+def test_attention_dropout_is_not_applied_and_said_so():
+    model = accelerate_peft(peft_model(tiny_model("gpt2", attn_pdrop=0.5, resid_pdrop=0.0, embd_pdrop=0.0), PREFIX_LEN))
+    expected = model(input_ids=ids()).logits
+    model.train()
+    with pytest.warns(UserWarning, match="dropout is not applied"):
+        got = model(input_ids=ids()).logits
+    torch.testing.assert_close(got, expected)
+
+
+def test_compiled():
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    rival, model = twins(tiny_model("llama"), PREFIX_LEN)
+    accelerate_peft(model)
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, backend=counter)
+    for length in (7, 7, 6):
+        expected, got = (side(input_ids=ids(2, length), labels=ids(2, length)) for side in (rival, compiled))
+        torch.testing.assert_close(got.logits, expected.logits, **TOLERANCE)
+        assert_same_gradients(gradients(model, got.loss), gradients(rival, expected.loss))
+    assert counter.frame_count > 0
+
+
+# Adapters
+
+
+def test_adapters_are_switched_added_and_disabled(pair, family):
+    rival, model = pair
+    plain = tiny_model(family)(input_ids=ids()).logits
+    for side in pair:
+        torch.manual_seed(7)
+        side.add_adapter("other", peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    for name in ("other", "default", "other"):
+        for side in pair:
+            side.set_adapter(name)
+        expected, got = (side(input_ids=ids()).logits for side in pair)
+        torch.testing.assert_close(got, expected, **TOLERANCE)
+        assert torch.equal(generated(model), generated(rival))
+        with model.disable_adapter(), rival.disable_adapter():
+            assert torch.equal(generated(model), generated(rival))
+            torch.testing.assert_close(model(input_ids=ids()).logits, plain, **TOLERANCE)
+            left = {"input_ids": ids(), "attention_mask": padding()}  # as the plain model, also where that needs positions
+            torch.testing.assert_close(model(**left).logits, rival(**left).logits, **TOLERANCE)
+        torch.testing.assert_close(model(input_ids=ids()).logits, expected, **TOLERANCE)
+    torch.testing.assert_close(model.get_base_model()(input_ids=ids()).logits, plain, **TOLERANCE)
+    torch.testing.assert_close(model(input_ids=ids()).logits, expected, **TOLERANCE)
+    for side in pair:
+        side.delete_adapter("other")
+    torch.testing.assert_close(model(input_ids=ids()).logits, rival(input_ids=ids()).logits, **TOLERANCE)
+
+
+def test_an_error_underneath_leaves_the_prefix_in_place(pair):
+    rival, model = pair
+    with pytest.raises(Exception):  # noqa: B017 whatever torch says of a token that is not there
+        model.base_model(input_ids=torch.tensor([[10**6]]))
+    torch.testing.assert_close(model(input_ids=ids()).logits, rival(input_ids=ids()).logits, **TOLERANCE)
+    with pytest.raises(Exception):  # noqa: B017
+        model(input_ids=torch.tensor([[10**6]]))
+    torch.testing.assert_close(model.base_model(input_ids=ids()).logits, rival.base_model(input_ids=ids()).logits, **TOLERANCE)
+
+
+def test_an_adapter_for_inference(family, tmp_path):
+    for kind, options in KINDS.items():
+        rival = peft_model(tiny_model(family), PREFIX_LEN, **options)
+        rival.save_pretrained(tmp_path / kind)
+        model = accelerate_peft(peft.PeftModel.from_pretrained(tiny_model(family), tmp_path / kind))
+        torch.testing.assert_close(model(input_ids=ids()).logits, rival(input_ids=ids()).logits, **TOLERANCE)
+        assert torch.equal(generated(model), generated(rival))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_saved_is_peft_s_byte_for_byte(kind, tmp_path):
+    rival, model = twins(tiny_model("llama"), PREFIX_LEN, **KINDS[kind])
+    accelerate_peft(model)(input_ids=ids())
+    generated(model)
+    model.save_pretrained(tmp_path / "ours")
+    rival.save_pretrained(tmp_path / "peft")
+    names = {file.name for file in (tmp_path / "peft").iterdir()}
+    assert {file.name for file in (tmp_path / "ours").iterdir()} == names and "adapter_model.safetensors" in names
+    assert all((tmp_path / "ours" / name).read_bytes() == (tmp_path / "peft" / name).read_bytes() for name in names)
+    for contents in ("state_dict", "named_parameters", "named_buffers"):
+        expected, got = (dict(getattr(side, contents)()) for side in (rival, model))
+        assert list(got) == list(expected) and all(torch.equal(got[name], expected[name]) for name in got)
+
+
+def test_a_classifier_s_head(tmp_path):
+    import transformers
+
+    config = tiny_model("llama").config
+    config.num_labels = 3
+    torch.manual_seed(2)
+    rival, model = twins(transformers.LlamaForSequenceClassification(config).eval(), PREFIX_LEN, task_type="SEQ_CLS")
+    accelerate_peft(model)
+    mask, labels = padding("right"), torch.tensor([2, 0])
+    padded = ids().masked_fill(mask == 0, config.pad_token_id)
+    expected, got = (side(input_ids=padded, attention_mask=mask, labels=labels) for side in (rival, model))
+    torch.testing.assert_close(got.logits, expected.logits, **TOLERANCE)
+    grads = gradients(model, got.loss)
+    assert_same_gradients(grads, gradients(rival, expected.loss))
+    assert any("score" in name for name in grads)
+    for name, side in (("peft", rival), ("ours", model)):
+        side.save_pretrained(tmp_path / name)
+    first, second = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("peft", "ours"))
+    assert all(torch.equal(first[name], second[name]) for name in first) and len(first) == 2
+
+
+def test_token_types_are_ignored_as_peft_does():
+    rival, model = twins(tiny_model("gpt2"), PREFIX_LEN)
+    accelerate_peft(model)
+    given = {"input_ids": ids(), "token_type_ids": ids(seed=9)}
+    for side in (rival, model):
+        with pytest.warns(UserWarning, match="(?i)token.type.ids"):
+            side.logits = side(**given).logits
+    torch.testing.assert_close(model.logits, rival.logits, **TOLERANCE)
+    assert torch.equal(generated(model, token_type_ids=ids(seed=9)), generated(rival, token_type_ids=ids(seed=9)))
+
+
+# Undoing it
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_restored_it_is_bitwise_what_it_was(family, kind):
+    model = peft_model(tiny_model(family), PREFIX_LEN, **KINDS[kind])
+    with model.disable_adapter():  # leaves attributes on the object
+        pass
+    generated(model)
+
+    def state():
+        return {
+            name: (set(vars(module)), len(module._forward_pre_hooks), len(module._forward_hooks))
+            for name, module in model.named_modules()
+        }
+
+    config, before, attributes = model.config, model(input_ids=ids(), labels=ids()), dict(vars(model))
+    tokens, grads, contents = generated(model), gradients(model, before.loss), state()
+    accelerate_peft(model)
+    assert not torch.equal(generated(model), tokens * 0) and state() != contents
+    assert restore_peft(model) is model
+    after = model(input_ids=ids(), labels=ids())
+    assert torch.equal(after.logits, before.logits) and torch.equal(generated(model), tokens)
+    assert all(torch.equal(grad, grads[name]) for name, grad in gradients(model, after.loss).items())
+    assert state() == contents and dict(vars(model)) == attributes
+    assert model.config is config and all(getattr(m, "config", config) is config for m in model.base_model.modules())
+    accelerate_peft(model)
+
+
+def test_a_model_that_was_changed_again_is_not_restored():
+    model = accelerate_peft(peft_model(tiny_model("llama"), PREFIX_LEN))
+    with model.disable_adapter(), pytest.raises(ValueError, match="forward, .* replaced since accelerate_peft"):
+        restore_peft(model)
+    restore_peft(model)
+    with pytest.raises(ValueError, match="expected one that accelerate_peft returned"):
+        restore_peft(model)
+
+
+# What is refused
+
+
+def test_what_is_refused(monkeypatch):
+    with pytest.raises(TypeError, match="expected a PeftModel, got LlamaForCausalLM"):
+        accelerate_peft(tiny_model("llama"))
+    lora = peft.get_peft_model(tiny_model("llama"), peft.LoraConfig(task_type="CAUSAL_LM"))
+    with pytest.raises(NotImplementedError, match="PREFIX_TUNING or CARTRIDGE, got LORA"):
+        accelerate_peft(lora)
+    prompt = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    with pytest.raises(NotImplementedError, match="got PROMPT_TUNING"):
+        accelerate_peft(peft.get_peft_model(tiny_model("llama"), prompt))
+    without_task = peft.PeftModel(tiny_model("llama"), peft.PrefixTuningConfig(num_virtual_tokens=3))
+    with pytest.raises(NotImplementedError, match="task_type: without one PEFT never uses the prefix"):
+        accelerate_peft(without_task)
+    other = peft_model(tiny_model("llama"), PREFIX_LEN, num_layers=2)
+    with pytest.raises(ValueError, match="its adapter has 2 layers, 2 kv_heads, head_dim 16, expected 3 layers"):
+        accelerate_peft(other)
+    model = accelerate_peft(peft_model(tiny_model("llama"), PREFIX_LEN))
+    with pytest.raises(ValueError, match="it is accelerated already"):
+        accelerate_peft(model)
+    with pytest.raises(NotImplementedError, match="output_attentions"):
+        model(input_ids=ids(), output_attentions=True)
+    with pytest.raises(ValueError, match="its PEFT adapter is a prefix or prompt already"):
+        attach_prefix(model, random_prefix(tiny_model("llama")))
+    attached = peft_model(tiny_model("llama"), PREFIX_LEN)
+    with attach_prefix(attached.base_model, Prefix.from_peft(attached)), pytest.raises(ValueError, match="prefix attached"):
+        accelerate_peft(attached)
+    assert not attached.base_model.base_model._forward_hooks and "forward" not in vars(attached)
+
+
+def test_prefix_tuning_needs_no_peft():
+    code = "import sys; sys.modules['peft'] = None; import prefix_tuning; print(prefix_tuning.accelerate_peft.__name__)"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert shown.stdout == "accelerate_peft\n"
