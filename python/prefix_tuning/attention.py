@@ -64,9 +64,14 @@ def prefix_attention_forward(
     bias = mask.bias_over(prefix_key.shape[-2])
     if layer.bias is not None:
         bias = whole_bias(layer.bias, position_bias, bias)
+    prefix_ids = kwargs.get("prefix_ids")
+    if prefix_ids is None and layer.lens is not None:
+        raise NotImplementedError(
+            f"prefix_ids: not handed to {type(module).__name__} by the layers of this family; attach a Prefix, not a bank"
+        )
     out = prefix_attention(
         query, key, value, prefix_key, prefix_value, causal=mask.causal, scale=scaling, key_mask=mask.key_mask,
-        key_lens=mask.key_lens, window=mask.window, softcap=softcap, bias=bias, prefix_ids=kwargs.get("prefix_ids"),
+        key_lens=mask.key_lens, window=mask.window, softcap=softcap, bias=bias, prefix_ids=prefix_ids,
         prefix_lens=layer.lens, first_key_position=first_key_position, backend=layer.backend,
     )  # fmt: skip
     return out.transpose(1, 2), None
