@@ -1,10 +1,15 @@
 """Encoder-decoders with prefixes of encoder, decoder and cross-attention equal their eager attention over expanded prefixes."""
 
 
+import copy
+import inspect
+
 import pytest
 import torch
+from transformers import DynamicCache, EncoderDecoderCache, T5Config, T5EncoderModel
 
-from prefix_tuning import Prefix, attach_prefix
+import prefix_tuning.attention
+from prefix_tuning import Prefix, PrefixBank, attach_prefix
 from support.encoder_decoders import FAMILIES, PARTS, labels, parts_of, source, tiny_encoder_decoder
 from support.expanded_prefix import expanded_prefix
 from support.models import randomize
@@ -93,3 +98,165 @@ def test_each_subset_generates(model, parts):
     with attach_prefix(model, prefix):
         got = model.generate(**inputs, **GREEDY, num_beams=2)
     assert torch.equal(got, expected)
+
+
+def test_positions_behind_a_prefix_equal_a_filled_cache(model):
+    """As PEFT's adapters have it: the decoder's tokens stand behind the prefix. The plain model gets it in its cache."""
+    model = copy.deepcopy(model)
+    prefix = random_parts(model, ("decoder",))
+    prefix.position_offset = PREFIX_LEN
+    inputs, tokens = source(model), labels().clamp(min=3)
+    cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
+    for index, (key, value) in enumerate(prefix.layers("decoder")):
+        cache.self_attention_cache.update(key.expand(2, -1, -1, -1), value.expand(2, -1, -1, -1), index)
+    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"  # renamed in 5.24
+    expected = model(**inputs, decoder_input_ids=tokens, **{name: cache}).logits
+    with attach_prefix(model, prefix, prefix_window="peft"):
+        got = model(**inputs, decoder_input_ids=tokens, use_cache=False).logits
+        stepwise = model.generate(**inputs, **GREEDY)
+        whole = model.generate(**inputs, **GREEDY, use_cache=False)
+    torch.testing.assert_close(got, expected, **TOLERANCE)
+    assert torch.equal(stepwise, whole)
+    prefix.position_offset = 0
+    with attach_prefix(model, prefix, prefix_window="peft"):
+        same = torch.allclose(model(**inputs, decoder_input_ids=tokens).logits, got, atol=1e-3)
+    assert same == (model.config.model_type in ("t5", "mt5")), "distances alone count for T5"
+
+
+def test_positions_past_a_table_are_refused():
+    model = tiny_encoder_decoder("bart", max_position_embeddings=8)
+    prefix = random_parts(model, ("decoder", "encoder"))
+    prefix.position_offset = PREFIX_LEN
+    with attach_prefix(model, prefix):
+        model(**source(model, length=3), decoder_input_ids=labels(length=3).clamp(min=0))
+        with pytest.raises(ValueError, match="take 9 positions, more than the model's 8"):
+            model(**source(model, length=3), decoder_input_ids=labels(length=4).clamp(min=0))
+        with pytest.raises(ValueError, match="take 10 positions, more than the model's 8"):
+            model(**source(model, length=5), decoder_input_ids=labels(length=3).clamp(min=0))
+
+
+def test_gradient_checkpointing_recomputes_and_changes_nothing(model, monkeypatch):
+    model, calls = copy.deepcopy(model), []
+    original = prefix_tuning.attention.prefix_attention
+    monkeypatch.setattr(prefix_tuning.attention, "prefix_attention", lambda *a, **k: calls.append(1) or original(*a, **k))
+    prefix, inputs = random_parts(model), source(model, side="right") | {"labels": labels(), "use_cache": False}
+    with attach_prefix(model, prefix):
+        expected = torch.autograd.grad(model(**inputs).loss, list(prefix.parameters()))
+        once = len(calls)
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+        model.train()
+        for module in model.modules():
+            for name in ("p", "dropout", "activation_dropout", "attention_dropout", "layerdrop"):
+                if isinstance(getattr(module, name, None), float):
+                    setattr(module, name, 0.0)
+        calls.clear()
+        grads = torch.autograd.grad(model(**inputs).loss, list(prefix.parameters()))
+    assert len(calls) == 2 * once
+    torch.testing.assert_close(grads, expected, atol=1e-6, rtol=1e-4)
+
+
+def test_an_mlp_for_each_part_is_evaluated_once_a_forward_pass(tmp_path):
+    model = tiny_encoder_decoder("bart")
+    prefix = Prefix.for_model(model, PREFIX_LEN, reparametrization="mlp", hidden_size=8, seed=0)
+    calls = []
+    for part, mlp in prefix.reparametrization.items():
+        mlp.register_forward_hook(lambda *_, part=part: calls.append(part))
+    with attach_prefix(model, prefix):
+        calls.clear()
+        loss = model(**source(model), labels=labels()).loss
+        assert sorted(calls) == sorted(PARTS)
+        loss.backward()
+        assert all(parameter.grad.abs().max() > 0 for parameter in prefix.parameters())
+        with torch.no_grad():  # generate calls the encoder by itself: it must see the change
+            for parameter in prefix.parameters():
+                parameter.add_(0.1)
+        after = model.generate(**source(model), **GREEDY)
+    prefix.save(tmp_path)
+    with attach_prefix(model, Prefix.load(tmp_path)):
+        assert torch.equal(model.generate(**source(model), **GREEDY), after)
+
+
+def test_saved_parts_come_back(tmp_path):
+    model = tiny_encoder_decoder("t5")
+    prefix = random_parts(model, ("cross", "encoder"))
+    prefix.save(tmp_path)
+    loaded = Prefix.load(tmp_path)
+    assert loaded.parts == prefix.parts and loaded.position_offset == 0
+    with attach_prefix(model, prefix):
+        expected = model(**source(model), labels=labels()).logits
+    with attach_prefix(model, loaded):
+        assert torch.equal(model(**source(model), labels=labels()).logits, expected)
+
+
+@pytest.mark.parametrize("parts", (("encoder",), ("cross",)), ids="-".join)
+def test_other_models_and_stacks_on_the_same_config_are_untouched(parts):
+    model = tiny_encoder_decoder("bart")
+    other = type(model)(model.config).eval()
+    before = other(**source(model), labels=labels()).logits
+    with attach_prefix(model, random_parts(model, parts)):
+        assert torch.equal(other(**source(model), labels=labels()).logits, before)
+        untouched = model.model.decoder if parts == ("encoder",) else model.model.encoder
+        assert all(m.config is other.config for m in untouched.modules() if hasattr(m, "config"))
+
+
+@pytest.mark.parametrize("family", ("bart", "t5"))
+def test_half_precision_models_with_a_float32_prefix(family):
+    model = tiny_encoder_decoder(family)
+    prefix, inputs = random_parts(model), source(model, side="left") | {"labels": labels()}
+    with attach_prefix(model, prefix):
+        expected = model(**inputs).logits
+    with attach_prefix(model.to(torch.bfloat16), prefix):
+        got = model(**inputs)
+        got.loss.backward()
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in prefix.parameters())
+    assert (got.logits.float() - expected).abs().mean() / expected.abs().mean() < 0.1
+
+
+def test_compiled_training_step_equals_eager():
+    model = tiny_encoder_decoder("t5")
+    prefix = random_parts(model)
+    inputs = source(model, side="right") | {"labels": labels(), "use_cache": False}
+    with attach_prefix(model, prefix):
+        expected = torch.autograd.grad(model(**inputs).loss, list(prefix.parameters()))
+        torch._dynamo.reset()
+        compiled = torch.compile(model.forward, backend="aot_eager", fullgraph=True)
+        grads = torch.autograd.grad(compiled(**inputs).loss, list(prefix.parameters()))
+    torch.testing.assert_close(grads, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_a_trainable_table_of_relative_positions_is_warned_of():
+    model = tiny_encoder_decoder("t5").requires_grad_(True)
+    warned = pytest.warns(UserWarning, match="relative_attention_bias gets no gradient")
+    with attach_prefix(model, random_parts(model)), warned:
+        model(**source(model), labels=labels()).loss.backward()
+
+
+def test_wrong_calls_raise():
+    model = tiny_encoder_decoder("bart")
+    inputs = source(model) | {"labels": labels()}
+    for parts in ((), ("middle",), "encoder"):
+        with pytest.raises(ValueError, match="parts: got .*expected one or more of encoder, decoder, cross"):
+            Prefix.for_model(model, PREFIX_LEN, parts=parts)
+    with pytest.raises(ValueError, match="init: 'text' reads a causal model's cache, got BartForConditionalGeneration"):
+        Prefix.for_model(model, PREFIX_LEN, init="text", text="a", tokenizer=object())
+    with pytest.raises(NotImplementedError, match="keys and values of a text are a causal model's"):
+        Prefix.from_text(model, None, input_ids=[5, 6])
+    with pytest.raises(ValueError, match="made for a model with 3 layers, 4 kv_heads, head_dim 12, expected one for Bart"):
+        attach_prefix(model, random_parts(tiny_encoder_decoder("t5"), ("cross",)))
+    with pytest.raises(NotImplementedError, match="a bank is served by causal models, got BartForConditionalGeneration"):
+        attach_prefix(model, PrefixBank({"a": random_parts(model, ("decoder",))}))
+    with attach_prefix(model, random_parts(model, ("cross",))):
+        with pytest.raises(ValueError, match="already has a prefix"):
+            attach_prefix(model, random_parts(model, ("encoder",)))
+        with pytest.raises(NotImplementedError, match="output_attentions"):
+            model(**inputs, output_attentions=True)
+    sizes = {"vocab_size": 96, "d_model": 32, "d_kv": 8, "num_heads": 4, "num_layers": 2, "d_ff": 32}
+    encoder = T5EncoderModel(T5Config(**sizes, is_encoder_decoder=False))
+    with pytest.raises(NotImplementedError, match="expected an encoder and a decoder, got T5EncoderModel"):
+        attach_prefix(encoder, random_parts(model))
+    whisper = tiny_encoder_decoder("whisper")
+    prefix = random_parts(whisper)
+    prefix.position_offset = 1
+    with pytest.raises(NotImplementedError, match="position_offset: WhisperEncoder has its tokens always at 0, got 1"):
+        attach_prefix(whisper, prefix)

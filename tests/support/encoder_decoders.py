@@ -44,6 +44,7 @@ def tiny_encoder_decoder(family: str, **changes):
         if changes:
             raise ValueError(f"no changes for {family}, got {changes}")
     config = getattr(transformers, f"{name}Config")(**special | sizes | changes)
+    config._attn_implementation = "eager"  # for stacks without a prefix: T5Gemma's sdpa of transformers 5.17 has no softcap
     config.forced_eos_token_id = config.forced_bos_token_id = None
     task = "MTModel" if family == "marian" else "ForConditionalGeneration"
     model = getattr(transformers, f"{name}{task}")(config).eval().requires_grad_(False)

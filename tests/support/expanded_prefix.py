@@ -15,15 +15,18 @@ def expanded_prefix(model, prefix, modules):
 
     modules: of each part its attention modules in the order of the layers.
     """
-    before = model.config._attn_implementation
+    configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}.values()
+    before = [config._attn_implementation for config in configs]
     for part in prefix.parts:
         for module, pair in zip(modules[part], prefix.layers(part), strict=True):
             module.expanded_prefix = pair
-    model.set_attn_implementation(NAME)
+    for config in configs:
+        config._attn_implementation = NAME
     try:
         yield model
     finally:
-        model.set_attn_implementation(before)
+        for config, name in zip(configs, before, strict=True):
+            config._attn_implementation = name
         for part in prefix.parts:
             for module in modules[part]:
                 del module.expanded_prefix
