@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from prefix_tuning.e2e import load_e2e, to_examples
 from prefix_tuning.files import open_text
+from prefix_tuning.prompts import chat_template, encode_conversation, encode_prompt, render
 
 IGNORED = -100  # the label of a token without loss
 
@@ -76,21 +77,6 @@ def check_row(row: Any) -> None:
         raise ValueError('messages: expected a list of objects with "role" and "content"')
     if not any(turn["role"] == "assistant" for turn in messages):
         raise ValueError("messages: expected at least one assistant turn to learn from")
-
-
-def encode_prompt(prompt: str | Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The ids a model is given before it answers: of a text, or of the messages of a conversation up to the answer.
-
-    Raises ValueError for messages where the tokenizer has no chat template.
-    """
-    if not isinstance(prompt, str):
-        return _templated(prompt, tokenizer, add_generation_prompt=True)
-    ids = list(tokenizer(prompt)["input_ids"])
-    if ids and ids[-1] == tokenizer.eos_token_id:
-        bare = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-        if ids[len(ids) - 1 - len(bare) : -1] == bare:  # this tokenizer closes every text, and the answer is still to come
-            return ids[:-1]
-    return ids
 
 
 def tokenize_example(
@@ -191,17 +177,17 @@ def _tokenize_messages(
     A template with {% generation %} marks them itself. Of any other, the conversation up to a turn, with the opening of
     an answer, and up to the turn's end must each be a beginning of the whole: what lies between is the turn.
     """
-    if re.search(r"{%-?\s*generation\b", _chat_template(tokenizer)):
-        encoded = _rendered(messages, tokenizer, return_assistant_tokens_mask=True)
+    if re.search(r"{%-?\s*generation\b", chat_template(tokenizer)):
+        encoded = render(messages, tokenizer, return_assistant_tokens_mask=True)
         ids, said = list(encoded["input_ids"]), encoded["assistant_masks"]
         return ids, [token if spoken else IGNORED for token, spoken in zip(ids, said, strict=True)]
-    ids = _templated(messages, tokenizer)
+    ids = encode_conversation(messages, tokenizer)
     labels = [IGNORED] * len(ids)
     for i, turn in enumerate(messages):
         if turn["role"] != "assistant":
             continue
-        before = _templated(messages[:i], tokenizer, add_generation_prompt=True)
-        after = _templated(messages[: i + 1], tokenizer)
+        before = encode_conversation(messages[:i], tokenizer, add_generation_prompt=True)
+        after = encode_conversation(messages[: i + 1], tokenizer)
         start, end = len(before), len(after)
         if ids[:start] != before or ids[:end] != after:
             raise ValueError(
@@ -213,23 +199,3 @@ def _tokenize_messages(
             end = start + turn_ids.index(tokenizer.eos_token_id) + 1
         labels[start:end] = ids[start:end]
     return ids, labels
-
-
-def _templated(messages: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, **options: Any) -> list[int]:
-    return list(_rendered(messages, tokenizer, **options)["input_ids"])
-
-
-def _rendered(
-    messages: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, **options: Any
-) -> Mapping[str, list[int]]:
-    _chat_template(tokenizer)
-    try:
-        return tokenizer.apply_chat_template(list(messages), tokenize=True, return_dict=True, **options)
-    except Exception as error:  # a template is a program of the model's authors; many refuse what they do not expect
-        raise ValueError(f"messages: the chat template does not take this conversation: {error}") from error
-
-
-def _chat_template(tokenizer: PreTrainedTokenizerBase) -> str:
-    if not tokenizer.chat_template:
-        raise ValueError("messages: the tokenizer has no chat template; give rows with prompt and completion instead")
-    return tokenizer.get_chat_template()

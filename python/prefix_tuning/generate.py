@@ -11,7 +11,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from prefix_tuning.data import encode_prompt
+from prefix_tuning.prompts import encode_prompt
 
 Prompt = str | Sequence[Mapping[str, Any]]
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from prefix_tuning.peft_adapters import read_adapter, write_adapter
 from prefix_tuning.prefix_files import read_prefix, write_prefix
+from prefix_tuning.prompts import encode_conversation, encode_prompt
 from prefix_tuning.reparametrization import MLPReparametrization
 from prefix_tuning.shapes import PARTS, Layers, ModelShape, check_dtype, check_int, check_layers
 from prefix_tuning.stacks import part_shapes
@@ -151,14 +152,24 @@ class Prefix(nn.Module):
     ) -> Prefix:
         """A real text as a frozen prefix (requires_grad False): its keys and values in the model's own dtype and device.
 
+        Attached, it gives what putting the text in front of every row gives, to the tokens of float32 greedy decoding. Where
+        attention has a sliding window attach it with prefix_window="peft": a text slides out of the window, a pinned prefix
+        does not; and do not pad on the left there, as padding between prefix and row would count in the window.
+
         Exactly one of these gives the text; prefix_len is its number of tokens:
-        text       tokenised with the tokenizer's special tokens. Where it adds a beginning-of-text token, that is the
-                   prefix's first; what follows the prefix must then be tokenised without
-        messages   a conversation, through the tokenizer's chat template, without a generation prompt
+        text       tokenised with the tokenizer's special tokens, but for one that closes it. Where that adds a
+                   beginning-of-text token it is the prefix's first, so tokenise the rows with add_special_tokens=False
+        messages   a conversation, through the tokenizer's chat template, without a generation prompt. Of the whole
+                   conversation through the template, a row is what follows the first prefix_len tokens
         input_ids  int [tokens] or [1, tokens], taken as they are; `tokenizer` may then be None
 
-        The model sees no other text, with dropout off. Raises ValueError naming the argument, also for more tokens than
-        the model has positions and for a model with a prefix attached, which its keys and values would depend on.
+        Text and rows are tokenised apart and their ids joined, as prompts and completions are: no token spans the boundary. Let
+        the text end where a token ends, say with a line break, and the ids are those of the joined text.
+
+        The model sees no other text, with dropout off, in chunks over its own cache, so that beside the prefix memory grows
+        with prefix_len and not its square. Raises ValueError naming the argument, also for more tokens than the model has
+        positions and for a model with a prefix attached, which its keys and values would depend on; NotImplementedError for
+        one that is no causal model or caches more than keys and values.
         """
         given = {"text": text, "messages": messages, "input_ids": input_ids}
         names = [name for name, value in given.items() if value is not None]
@@ -167,9 +178,9 @@ class Prefix(nn.Module):
         if tokenizer is None and input_ids is None:
             raise ValueError(f"tokenizer: got None, expected the one for {names[0]}")
         if text is not None:
-            input_ids = tokenizer(text)["input_ids"]
+            input_ids = encode_prompt(text, tokenizer)
         elif messages is not None:
-            input_ids = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)["input_ids"]
+            input_ids = encode_conversation(messages, tokenizer)
         layers = cached_layers(model, input_ids)
         return cls({"decoder": layers}, base_model=_name_of(model)).requires_grad_(False)
 

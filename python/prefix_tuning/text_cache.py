@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from prefix_tuning.families import model_shape
 from prefix_tuning.shapes import Layers, check_layers
 from prefix_tuning.stacks import part_shapes
 
+CHUNK = 1024  # tokens run at once: beside the cache, memory grows with CHUNK × tokens and not with tokens²
+
 
 def cached_layers(model: nn.Module, input_ids: Tensor | Sequence[int]) -> Layers:
-    """The keys and values that the model caches for the tokens, in eval mode; its modules' modes are put back."""
+    """The keys and values that the model caches for the tokens, in eval mode; its modules' modes are put back.
+
+    The tokens run in chunks over the model's own cache and no logits are computed, so that a text of 65536 tokens takes
+    little more than its cache.
+    """
     ids = torch.as_tensor(input_ids)
     ids = ids[0] if ids.dim() == 2 and len(ids) == 1 else ids
     if ids.dim() != 1 or not len(ids) or ids.is_floating_point() or ids.dtype == torch.bool:
@@ -26,7 +35,6 @@ def cached_layers(model: nn.Module, input_ids: Tensor | Sequence[int]) -> Layers
         raise ValueError(f"input_ids: got {len(ids)} tokens, but the model has only {positions} positions")
     if any(hasattr(module, "layer_prefix") for module in model.modules()):
         raise ValueError("model: it has a prefix attached, which the text would see; detach that first")
-
     if list(part_shapes(model.config)) != ["decoder"]:
         raise NotImplementedError(f"model: the keys and values of a text are a causal model's, got {type(model).__name__}")
 
@@ -45,12 +53,18 @@ def cached_layers(model: nn.Module, input_ids: Tensor | Sequence[int]) -> Layers
     return layers
 
 
-def _cache_of(model: nn.Module, ids: Tensor):
-    """The model's cache after ids [1, tokens], with all tokens also where its attention has a sliding window."""
+def _cache_of(model: nn.Module, ids: Tensor) -> DynamicCache:
+    """The model's cache after ids [1, tokens], CHUNK of them at a time, with all tokens also where attention has a window."""
     backbone = getattr(model, "base_model", model)
-    outputs = backbone(input_ids=ids, use_cache=True, return_dict=True)
-    name = "cache" if "cache" in outputs else "past_key_values"  # renamed in transformers 5.24
-    cache = outputs[name]
-    if any(layer.keys.shape[-2] < ids.shape[1] for layer in cache.layers):
-        cache = backbone(input_ids=ids, use_cache=True, return_dict=True, **{name: type(cache)()})[name]
+    own = DynamicCache(config=model.config.get_text_config())
+    others = {type(layer).__name__ for layer in own.layers if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer)}
+    if others:
+        raise NotImplementedError(
+            f"model: a text leaves more than keys and values in a {type(model).__name__}: its cache has {', '.join(others)}"
+        )
+    cache = DynamicCache()  # without the config, which would have it forget what a window has passed
+    arguments = inspect.signature(backbone.forward).parameters
+    name = "cache" if "cache" in arguments else "past_key_values"  # renamed in transformers 5.24
+    for chunk in ids.split(CHUNK, dim=1):
+        backbone(input_ids=chunk, use_cache=True, return_dict=True, **{name: cache})
     return cache

@@ -10,13 +10,13 @@ import torch
 from prefix_tuning.data import (
     PromptCompletionCollator,
     check_row,
-    encode_prompt,
     is_e2e,
     read_rows,
     tokenize_example,
     tokenize_rows,
     without_idle_mask,
 )
+from prefix_tuning.prompts import encode_prompt
 from support.tokenizer import CHAT_TEMPLATE, tiny_tokenizer
 
 ROW = {"prompt": "name : Aromi\n", "completion": "Aromi is a pub."}

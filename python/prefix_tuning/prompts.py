@@ -1,0 +1,45 @@
+"""Texts and conversations as the ids that a model is given before it goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+def encode_prompt(prompt: str | Sequence[Mapping[str, Any]], tokenizer, *, special_tokens: bool = True) -> list[int]:
+    """The ids a model is given before it answers: of a text, or of the messages of a conversation up to the answer.
+
+    special_tokens  whether a text gets those that the tokenizer opens texts with; one that would close it is left out. A
+                    conversation has those of its template
+
+    Raises ValueError for messages where the tokenizer has no chat template.
+    """
+    if not isinstance(prompt, str):
+        return encode_conversation(prompt, tokenizer, add_generation_prompt=True)
+    ids = list(tokenizer(prompt, add_special_tokens=special_tokens)["input_ids"])
+    if special_tokens and ids and ids[-1] == tokenizer.eos_token_id:
+        bare = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        if ids[len(ids) - 1 - len(bare) : -1] == bare:  # this tokenizer closes every text, and the answer is still to come
+            return ids[:-1]
+    return ids
+
+
+def encode_conversation(messages: Sequence[Mapping[str, Any]], tokenizer, **options: Any) -> list[int]:
+    """The ids of a conversation; options: as for the tokenizer's apply_chat_template."""
+    return list(render(messages, tokenizer, **options)["input_ids"])
+
+
+def render(messages: Sequence[Mapping[str, Any]], tokenizer, **options: Any) -> Mapping[str, list[int]]:
+    """What the tokenizer's chat template gives for a conversation; ValueError where it has none or does not take this one."""
+    chat_template(tokenizer)
+    try:
+        return tokenizer.apply_chat_template(list(messages), tokenize=True, return_dict=True, **options)
+    except Exception as error:  # a template is a program of the model's authors; many refuse what they do not expect
+        raise ValueError(f"messages: the chat template does not take this conversation: {error}") from error
+
+
+def chat_template(tokenizer) -> str:
+    """The tokenizer's chat template; ValueError where it has none."""
+    if not tokenizer.chat_template:
+        raise ValueError("messages: the tokenizer has no chat template; give rows with prompt and completion instead")
+    return tokenizer.get_chat_template()
