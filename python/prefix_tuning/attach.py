@@ -21,6 +21,7 @@ from transformers import PreTrainedConfig
 from prefix_tuning.attention import ATTENTION_NAME, LayerPrefix
 from prefix_tuning.bank import PrefixBank
 from prefix_tuning.devices import execution_device
+from prefix_tuning.patched_attention import replacement
 from prefix_tuning.positions import check_learned_positions, new_tokens, sequence_positions, shift_embeddings
 from prefix_tuning.prefix import Prefix
 from prefix_tuning.prefix_ids import BANK_DEFAULT, PrefixIdsArgument, check_hands_on, row_ids
@@ -61,16 +62,21 @@ class Attachment:
             raise ValueError("model: it already has a prefix attached; detach that first")
         self.stacks = [stack for stack in every if any(part in self._parts for part in stack.attention)]
         self._layers = {
-            part: [LayerPrefix(backend, prefix_window == "peft", execution_device(module)) for module in modules]
+            part: [LayerPrefix(backend, prefix_window == "peft", execution_device(m), stack.query_scale) for m in modules]
             for stack in self.stacks
             for part, modules in stack.attention.items()
         }
+        replaced = {module: replacement(module) for stack in every for modules in stack.attention.values() for module in modules}
         self._hidden: list[tuple[LayerPrefix, tuple]] = []  # what each layer holds again when the prefix is switched on
         self._configs = _replace_configs(model, [stack for stack in every if stack not in self.stacks])
+        self._changed: list[tuple[nn.Module, str, dict[str, Any]]] = []
         for stack in self.stacks:
             for part, modules in stack.attention.items():
                 for module, layer in zip(modules, self._layers[part], strict=True):
-                    module.layer_prefix = layer
+                    self._change(module, layer_prefix=layer, **replaced[module])
+            for module, source in stack.shared.items():
+                self._change(module, layer_prefix=source.layer_prefix)
+            self._change(stack.module, **stack.while_attached)
         self._hooks = [self._hook(stack) for stack in self.stacks]
         self._hooks += [
             shift_embeddings(stack.module.embed_positions, lambda: 0 if self._hidden else self.prefix.position_offset)
@@ -94,10 +100,9 @@ class Attachment:
         self._hooks = []
         if self._argument is not None:
             self._argument.remove()
-        for stack in self.stacks:
-            for modules in stack.attention.values():
-                for module in modules:
-                    del module.layer_prefix
+        for module, name, before in reversed(self._changed):
+            delattr(module, name)
+            vars(module).update(before)
         for module, config in self._configs:
             module.config = config
 
@@ -121,6 +126,12 @@ class Attachment:
         self, error: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.detach()
+
+    def _change(self, module: nn.Module, **attributes: Any) -> None:
+        """Set attributes of a module until detach."""
+        for name, value in attributes.items():
+            self._changed.append((module, name, {name: vars(module)[name]} if name in vars(module) else {}))
+            setattr(module, name, value)
 
     def _hook(self, stack: Stack) -> RemovableHandle:
         names = list(inspect.signature(type(stack.module).forward).parameters)[1:]
@@ -182,6 +193,9 @@ class Attachment:
             offset = None
         else:
             offset = self._take_prefix(stack, kwargs) if self._bank is None else self._take_rows(stack, kwargs)
+        if stack.query_scale is not None:
+            for layer in self._layers[stack.self_attention]:
+                layer.position_offset = 0 if offset is None else offset
         if stack.positions == "ids" and "position_ids" in names and offset is not None:
             positions = kwargs.get("position_ids")
             if positions is None:

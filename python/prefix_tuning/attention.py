@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,6 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from prefix_kernels import prefix_attention
 from prefix_tuning.masks import MaskStructure, dense_structure, mask_structure
-from prefix_tuning.relative_bias import whole_bias
 
 ATTENTION_NAME = "prefix_tuning"
 
@@ -19,10 +19,12 @@ ATTENTION_NAME = "prefix_tuning"
 class LayerPrefix:
     """What one attention module holds: its layer's key and value, refreshed each forward pass while reparametrised."""
 
-    def __init__(self, backend: str | None, slides: bool, device: torch.device):
+    def __init__(self, backend: str | None, slides: bool, device: torch.device, query_scale: Callable | None = None):
         self.backend = backend
         self.slides = slides
         self.device = device  # where the layer computes
+        self.query_scale = query_scale  # of the family
+        self.position_offset: int | Tensor = 0  # of this call, or of each of its rows [batch, 1], for query_scale
         self.key: Tensor | None = None  # [kv_heads, prefix_len, head_dim], of a bank [prefixes, …]
         self.value: Tensor | None = None
         self.lens: Tensor | None = None  # of a bank: int32 [prefixes]
@@ -32,7 +34,7 @@ class LayerPrefix:
 def prefix_attention_forward(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: MaskStructure | Tensor | None,
     scaling: float | None = None, dropout: float = 0.0, softcap: float | None = None, position_bias: Tensor | None = None,
-    **kwargs,
+    s_aux: Tensor | None = None, bias: Tensor | None = None, **kwargs,
 ) -> tuple[Tensor, None]:  # fmt: skip
     """transformers' attention interface: prefix_attention with the module's own prefix.
 
@@ -40,6 +42,8 @@ def prefix_attention_forward(
         query: [batch, heads, q_len, head_dim]; key, value: [batch, kv_heads, kv_len, head_dim], cache included.
         attention_mask: from mask_structure, or a 4-D mask of the caller's.
         position_bias: [1, heads, q_len, kv_len]; heeded where the layer holds the prefix's, for T5's cross-attention has zeros.
+        s_aux: [heads], attention sinks: a score beside those of the keys that has no value.
+        bias: beside the mask, broadcastable to [batch, heads, q_len, prefix_len + kv_len].
         kwargs: with a bank attached, prefix_ids int32 [batch].
 
     Returns:
@@ -50,9 +54,16 @@ def prefix_attention_forward(
         _warn_no_dropout()
     mask = attention_mask
     if mask is None:
-        mask = MaskStructure(causal=kwargs.get("is_causal") is not False and module.is_causal)
+        mask = MaskStructure(causal=kwargs.get("is_causal") is not False and getattr(module, "is_causal", True))
     elif isinstance(mask, Tensor):
         mask = dense_structure(mask)
+    if layer.query_scale is not None:
+        last = key.shape[2] if mask.key_lens is None else mask.key_lens[:, None]
+        indices = torch.arange(-query.shape[2], 0, device=query.device)[None] + last + mask.key_offset
+        factor = layer.query_scale(module, indices, layer.position_offset)
+        query = query if factor is None else (query * factor[:, None, :, None]).to(query.dtype)
+    if layer.slides and mask.local:
+        raise NotImplementedError("prefix_window: 'peft' is not served for packed rows under a window or chunks")
     first_key_position = None
     if layer.slides and mask.causal and mask.window is not None:
         if isinstance(mask.key_offset, Tensor):
@@ -61,9 +72,14 @@ def prefix_attention_forward(
     prefix_key, prefix_value = layer.key, layer.value
     if prefix_key.dtype not in (query.dtype, torch.float32) or query.dtype == torch.float64:
         prefix_key, prefix_value = prefix_key.to(query.dtype), prefix_value.to(query.dtype)
-    bias = mask.bias_over(prefix_key.shape[-2])
     if layer.bias is not None:
-        bias = whole_bias(layer.bias, position_bias, bias)
+        bias = torch.cat([layer.bias, position_bias.detach()], dim=-1)
+    if layer.slides and mask.chunk is not None:
+        mask_bias = mask.chunks_over(prefix_key.shape[-2], query.shape[2], key.shape[2])
+    else:
+        mask_bias = mask.bias_over(prefix_key.shape[-2])
+    if mask_bias is not None:
+        bias = mask_bias if bias is None else bias + mask_bias
     prefix_ids = kwargs.get("prefix_ids")
     if prefix_ids is None and layer.lens is not None:
         raise NotImplementedError(
@@ -73,7 +89,11 @@ def prefix_attention_forward(
         query, key, value, prefix_key, prefix_value, causal=mask.causal, scale=scaling, key_mask=mask.key_mask,
         key_lens=mask.key_lens, window=mask.window, softcap=softcap, bias=bias, prefix_ids=prefix_ids,
         prefix_lens=layer.lens, first_key_position=first_key_position, backend=layer.backend,
+        return_lse=s_aux is not None,
     )  # fmt: skip
+    if s_aux is not None:
+        out, lse = out
+        out = (out * torch.sigmoid(lse - s_aux[:, None])[..., None]).to(query.dtype)
     return out.transpose(1, 2), None
 
 

@@ -2,43 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from prefix_tuning.shapes import ModelShape, standard_shape
+from prefix_tuning.positions import llama4_query_scale
+from prefix_tuning.shapes import ModelShape, falcon_shape, full_attention_shape, mla_shape, standard_shape
 
 
 @dataclass(frozen=True)
 class Family:
     """One model family.
 
-    attention: class name of its self-attention modules, which call transformers' attention interface.
+    attention: class name of its self-attention modules. They call transformers' attention interface, or patched_attention.py
+        says what replaces the method in which they do without.
     shape: from its config the ModelShape of its prefix: what its attention modules' keys and values are.
     learned_positions: position embeddings are a table of max_position_embeddings rows, so prefix and text must fit in it.
+    query_scale: (module, indices of the queries, position_offset) → a factor of the queries that the model lacks, or None.
+    while_attached: attributes of the module with the layers that are set meanwhile.
     """
 
     attention: str
     shape: Callable[..., ModelShape] = standard_shape
     learned_positions: bool = False
+    query_scale: Callable[..., Tensor | None] | None = None
+    while_attached: Mapping[str, Any] = field(default_factory=dict)
 
 
 # by config.model_type
 FAMILIES = {
+    "bloom": Family("BloomAttention"),
     "cohere2": Family("Cohere2Attention"),
+    "deepseek_v2": Family("DeepseekV2Attention", mla_shape),
+    "deepseek_v3": Family("DeepseekV3Attention", mla_shape),
+    "falcon": Family("FalconAttention", falcon_shape, while_attached={"use_alibi": False}),
     "gemma": Family("GemmaAttention"),
     "gemma2": Family("Gemma2Attention"),
     "gemma3_text": Family("Gemma3Attention"),
     "glm4": Family("Glm4Attention"),
     "gpt2": Family("GPT2Attention", learned_positions=True),
     "gpt_bigcode": Family("GPTBigCodeAttention", learned_positions=True),
+    "gpt_neo": Family("GPTNeoSelfAttention", learned_positions=True),
     "gpt_neox": Family("GPTNeoXAttention"),
-    "gptj": Family("GPTJAttention"),
+    "gpt_oss": Family("GptOssAttention"),
+    "gptj": Family("GPTJAttention", learned_positions=True),
     "granite": Family("GraniteAttention"),
     "llama": Family("LlamaAttention"),
+    "llama4_text": Family("Llama4TextAttention", query_scale=llama4_query_scale),
     "mistral": Family("MistralAttention"),
     "mixtral": Family("MixtralAttention"),
+    "mpt": Family("MptAttention"),
     "olmo2": Family("Olmo2Attention"),
     "opt": Family("OPTAttention", learned_positions=True),
     "phi": Family("PhiAttention"),
@@ -47,6 +62,7 @@ FAMILIES = {
     "qwen2_moe": Family("Qwen2MoeAttention"),
     "qwen3": Family("Qwen3Attention"),
     "qwen3_moe": Family("Qwen3MoeAttention"),
+    "qwen3_next": Family("Qwen3NextAttention", full_attention_shape),
     "smollm3": Family("SmolLM3Attention"),
     "stablelm": Family("StableLmAttention"),
 }
@@ -76,7 +92,7 @@ def attention_modules(model: nn.Module) -> list[nn.Module]:
     """The self-attention modules in the order of their layers; NotImplementedError if the model is not as its row says."""
     name = family_of(model).attention
     modules = [m for m in model.modules() if type(m).__name__ == name and not getattr(m, "is_cross_attention", False)]
-    layers = [module.layer_idx for module in modules]
+    layers = [module.layer_id if hasattr(module, "layer_id") else module.layer_idx for module in modules]
     expected = model_shape(model.config).layers
     if len(layers) != expected or layers != sorted(set(layers)):
         raise NotImplementedError(

@@ -6,7 +6,7 @@ Registered as transformers' mask function for our attention; the model hands its
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from torch.nn.functional import pad
 from transformers.masking_utils import (
     bidirectional_mask_function,
     causal_mask_function,
+    chunked_causal_mask_function,
     sdpa_mask,
     sliding_window_bidirectional_mask_function,
     sliding_window_causal_mask_function,
@@ -33,6 +34,8 @@ class MaskStructure:
     key_lens: Tensor | None = None  # int [batch]: the fill of a static cache
     key_offset: int | Tensor = 0  # absolute index of the first key, for a window that slides over the prefix
     bias: Tensor | None = None  # float32 [batch or 1, heads or 1, q_len, kv_len], for every other pattern
+    chunk: int | None = None  # the bias is one of chunks of that many tokens
+    local: bool = False  # the bias is one of a window or of chunks that are not told in any field
     ndim: int = 4
 
     @property
@@ -42,9 +45,30 @@ class MaskStructure:
     def contiguous(self) -> MaskStructure:
         return self
 
+    def to(self, *_) -> MaskStructure:
+        return self
+
+    def __getitem__(self, index: tuple[slice, ...]) -> MaskStructure:
+        """The mask of the last queries alone: mask[:, :, -n:, :], as models drop queries whose output nobody asks for."""
+        everything = slice(None)
+        batch, heads, rows, keys = index
+        if (batch, heads, keys, rows.stop, rows.step) != (everything, everything, everything, None, None):
+            raise NotImplementedError(f"attention_mask: cannot be taken apart by {index}")
+        return self if self.bias is None else replace(self, bias=self.bias[:, :, rows])
+
     def bias_over(self, prefix_len: int) -> Tensor | None:
         """The bias with prefix_len columns of 0 in front: the prefix is visible to every query."""
         return None if self.bias is None else pad(self.bias, (prefix_len, 0))
+
+    def chunks_over(self, prefix_len: int, q_len: int, kv_len: int) -> Tensor:
+        """The bias where chunks count from the first position of the prefix, [batch or 1, 1, q_len, prefix_len + kv_len]."""
+        exists = kv_len if self.key_lens is None else self.key_lens[:, None]
+        first = prefix_len + self.key_offset
+        queries = first + exists + torch.arange(-q_len, 0, device=self.bias.device)[None]
+        keys = torch.arange(kv_len, device=self.bias.device) + first
+        keys = torch.cat([torch.arange(prefix_len, device=self.bias.device), keys])
+        same = (queries // self.chunk)[:, None, :, None] == keys // self.chunk
+        return torch.zeros(same.shape, device=same.device).masked_fill(~same, -torch.inf)
 
 
 def mask_structure(
@@ -60,26 +84,38 @@ def mask_structure(
     """
     if isinstance(attention_mask, MaskStructure):  # generate builds it ahead for static caches
         return attention_mask
-    window, known = None, True
+    window, chunk, known = None, None, True
     causal = mask_function is not bidirectional_mask_function and "allow_is_bidirectional_skip" not in options
     if mask_function not in (bidirectional_mask_function, causal_mask_function):
         sliding = sliding_window_causal_mask_function if causal else sliding_window_bidirectional_mask_function
-        if torch.compiler.is_compiling():
+        if local_size is None:
+            known = chunked = False
+        elif torch.compiler.is_compiling():
             may_be_packed = causal and attention_mask is None and q_length == kv_length
-            known = not may_be_packed and _told_sliding(local_size, **options)
+            known = not may_be_packed and _told("sliding_window", local_size, **options)
+            chunked = not may_be_packed and _told("attention_chunk_size", local_size, **options)
         else:
-            known = local_size is not None and _same_function(mask_function, sliding(local_size))
-        window = local_size if causal or local_size is None else local_size + 1  # there |i − j| ≤ local_size
+            known = _same_function(mask_function, sliding(local_size))
+            chunked = _same_function(mask_function, chunked_causal_mask_function(local_size, torch.empty(0)))
+        if known:
+            window = local_size if causal else local_size + 1  # there |i − j| ≤ local_size
+        elif chunked:
+            chunk = local_size
     fill = _fill(batch_size, q_length, kv_length, q_offset, kv_offset, attention_mask) if causal else None
+    if known or chunk is not None:
+        structure = MaskStructure(causal, window, _key_mask(attention_mask, kv_length, kv_offset), fill, kv_offset)
     if known:
-        return MaskStructure(causal, window, _key_mask(attention_mask, kv_length, kv_offset), fill, kv_offset)
+        return structure
     options.pop("allow_is_causal_skip", None)
     options.pop("allow_is_bidirectional_skip", None)
     visible = sdpa_mask(
         batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, allow_is_causal_skip=False,
         **options,
     )  # fmt: skip
-    return dense_structure(visible)
+    dense = dense_structure(visible)
+    if chunk is not None:
+        return replace(structure, bias=dense.bias, chunk=chunk)
+    return replace(dense, local=local_size is not None)
 
 
 def dense_structure(mask: Tensor) -> MaskStructure:
@@ -116,16 +152,16 @@ def _key_mask(attention_mask: Tensor | None, kv_length: int, kv_offset: int | Te
     return None if hides_only_padding and bool(mask.all()) else mask
 
 
-def _told_sliding(local_size: int | None, config=None, use_vmap: bool = True, **options) -> bool:
-    """Whether the arguments beside a mask function say that it is a causal window: a traced function can't be looked into.
+def _told(name: str, local_size: int | None, config=None, use_vmap: bool = True, **options) -> bool:
+    """Whether the arguments beside a mask function say that it is what config's `name` means: a traced one can't be read.
 
     transformers sets use_vmap for every function that a caller adds; a chunked mask has another size than the window.
     """
-    return local_size is not None and not use_vmap and local_size == getattr(config, "sliding_window", None)
+    return local_size is not None and not use_vmap and local_size == getattr(config, name, None)
 
 
 def _same_function(one, other) -> bool:
-    """Whether two mask functions are built alike: the same code over the same closed-over values."""
+    """Whether two mask functions are built alike: the same code over the same closed-over values, tensors of any values."""
     if one is other:
         return True
     if callable(one) and callable(other) and hasattr(one, "__code__") and hasattr(other, "__code__"):
@@ -133,4 +169,6 @@ def _same_function(one, other) -> bool:
         return one.__code__ is other.__code__ and _same_function(*cells)
     if isinstance(one, (tuple, list)) and isinstance(other, (tuple, list)):
         return len(one) == len(other) and all(_same_function(a, b) for a, b in zip(one, other, strict=True))
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return True
     return isinstance(one, int) and isinstance(other, int) and one == other

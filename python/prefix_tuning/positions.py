@@ -36,7 +36,7 @@ def sequence_positions(arguments: dict) -> Tensor:
 
 
 def check_learned_positions(positions: Tensor, table: int) -> None:
-    """ValueError where positions [batch or 1, q_len], behind the prefix, pass the end of a model's position embeddings."""
+    """ValueError where positions [batch or 1, q_len], behind the prefix, pass the end of a model's table of positions."""
     if positions.device.type != "cpu" or torch.compiler.is_compiling() or positions.numel() == 0:
         return
     last = int(positions.max())
@@ -69,3 +69,23 @@ def shift_embeddings(embeddings: nn.Module, offset_now: Callable[[], int]) -> Re
         return (), kwargs
 
     return embeddings.register_forward_pre_hook(before, with_kwargs=True)
+
+
+def llama4_query_scale(module: nn.Module, indices: Tensor, offset: int | Tensor) -> Tensor | None:
+    """What the queries of a layer without rotary positions lack where `offset` positions stand before their sequence.
+
+    Llama 4 raises the temperature of such layers with the index of the query in the cache, which doesn't hold the prefix.
+
+    Args:
+        indices: int [batch or 1, q_len]; offset: an int, or int [batch, 1].
+
+    Returns:
+        A factor [batch or 1, q_len], None for layers that do no such thing.
+    """
+    if module.use_rope or not module.attn_temperature_tuning:
+        return None
+
+    def temperature(position: Tensor) -> Tensor:
+        return torch.log1p(torch.floor((position.float() + 1.0) / module.floor_scale)) * module.attn_scale + 1.0
+
+    return temperature(indices + offset) / temperature(indices)

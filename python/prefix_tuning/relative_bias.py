@@ -35,15 +35,6 @@ def prefix_bias(attention: nn.Module, arguments: dict, prefix_len: int) -> Tenso
     return table(buckets).detach().permute(2, 0, 1)[None]
 
 
-def whole_bias(prefix: Tensor, sequence: Tensor, mask: Tensor | None) -> Tensor:
-    """The bias over prefix and sequence, [batch or 1, heads, q_len, prefix_len + kv_len].
-
-    prefix: from prefix_bias. sequence: [1, heads, q_len, kv_len], as the model computes it. mask: over both, or None.
-    """
-    bias = torch.cat([prefix, sequence.detach()], dim=-1)
-    return bias if mask is None else bias + mask
-
-
 def _warn_no_gradient() -> None:
     warnings.warn(
         "relative_attention_bias gets no gradient where a prefix is attached; model.requires_grad_(False) freezes the model",

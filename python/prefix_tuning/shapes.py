@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -42,6 +42,24 @@ def standard_shape(config) -> ModelShape:
         )
     head_dim = getattr(config, "head_dim", None) or hidden_size // heads
     return ModelShape(layers, getattr(config, "num_key_value_heads", None) or heads, head_dim, head_dim)
+
+
+def falcon_shape(config) -> ModelShape:
+    """Falcon caches one head with multi_query, and with its new architecture the keys and values of every query head."""
+    shape = standard_shape(config)
+    one_head = config.multi_query and not config.new_decoder_architecture
+    return replace(shape, kv_heads=1 if one_head else config.num_attention_heads)
+
+
+def mla_shape(config) -> ModelShape:
+    """Multi-head latent attention: what the latents are expanded to, where values may be shorter than keys."""
+    key_dim = config.qk_nope_head_dim + config.qk_rope_head_dim
+    return ModelShape(config.num_hidden_layers, config.num_attention_heads, key_dim, config.v_head_dim)
+
+
+def full_attention_shape(config) -> ModelShape:
+    """Where only some layers have attention: a prefix for those."""
+    return replace(standard_shape(config), layers=config.layer_types.count("full_attention"))
 
 
 def check_int(name: str, value, at_least: int) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from prefix_tuning.encoder_families import ENCODER_DECODERS, ENCODERS, REFUSED
 from prefix_tuning.families import FAMILIES, attention_modules, family_of, model_shape
@@ -24,6 +25,8 @@ class Stack:
         "relative": by a bias that its first layer's self-attention computes; "fixed": always from 0.
     learned_positions: position embeddings are a table of max_position_embeddings rows.
     first_position: what the first token's position_ids is where the caller gives none.
+    query_scale, while_attached: as in Family.
+    shared: attention modules beside them that use the keys and values of one of them, and which one.
     """
 
     module: nn.Module
@@ -31,6 +34,9 @@ class Stack:
     positions: str = "ids"
     learned_positions: bool = False
     first_position: int = 0
+    query_scale: Callable[..., Tensor | None] | None = None
+    while_attached: Mapping[str, Any] = field(default_factory=dict)
+    shared: Mapping[nn.Module, nn.Module] = field(default_factory=dict)
 
     @property
     def self_attention(self) -> str:
@@ -63,7 +69,13 @@ def stacks(model: nn.Module) -> list[Stack]:
         raise NotImplementedError(
             f"model: a prefix can be attached to {known}; got model type {model_type!r} ({type(model).__name__})"
         )
-    return [Stack(model.base_model, {"decoder": attention_modules(model)}, "ids", family_of(model).learned_positions)]
+    family = family_of(model)
+    return [
+        Stack(
+            model.get_decoder(), {"decoder": attention_modules(model)}, learned_positions=family.learned_positions,
+            query_scale=family.query_scale, while_attached=family.while_attached,
+        )
+    ]  # fmt: skip
 
 
 def _encoder_decoder(model: nn.Module) -> list[Stack]:

@@ -1,0 +1,243 @@
+"""What a family must be able to do with a prefix: one check each, which fails at the first difference from the reference.
+
+Every check holds logits and tokens, and where a loss is taken the loss and the gradients of the prefix, against the reference.
+"""
+
+from __future__ import annotations
+
+import inspect
+from functools import cached_property
+from unittest import mock
+
+import torch
+from torch.nn.functional import cross_entropy
+
+import prefix_tuning.attention
+from prefix_tuning import attach_prefix
+from support.models import random_prefix, tiny_model
+from support.reference import Concatenation, PastInsideTheWindow, PastKeyValues
+
+PREFIX_LEN, NEW_TOKENS = 5, 8
+TOLERANCE = {"atol": 1e-4, "rtol": 1e-4}
+GREEDY = {"max_new_tokens": NEW_TOKENS, "eos_token_id": None, "pad_token_id": 0, "do_sample": False}
+# Their caches hold other things than the keys and values of every layer.
+NO_PAST_KEY_VALUES = ("deepseek_v2", "deepseek_v3", "qwen3_next")
+
+
+def ids(batch=2, length=7, seed=1):
+    return torch.randint(3, 100, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+class NotPossible(Exception):
+    """The plain model cannot do it either."""
+
+
+class Case:
+    """A family's tiny model, a random prefix, a batch with and without padding, and what they must give."""
+
+    def __init__(self, name: str):
+        self.name, self.model = name, tiny_model(name)
+        self.prefix = random_prefix(self.model, PREFIX_LEN)
+        self.input_ids, self.mask = ids(), torch.ones(2, 7, dtype=torch.long)
+        self.mask[0, :3] = 0
+        self.rows = [self.input_ids[:1, 3:], self.input_ids[1:]]
+        self.reference = self.padded_reference = Concatenation() if name in NO_PAST_KEY_VALUES else PastKeyValues()
+        config = self.model.config
+        if any(getattr(config, window, None) for window in ("sliding_window", "attention_chunk_size")):
+            # A window over the prefix counts the padding too: only a pinned prefix is seen alike with and without it.
+            self.padded_reference = Concatenation()
+        if name == "gpt_neo":
+            self.padded_reference = PastInsideTheWindow()
+
+    def attached(self, reference):
+        return attach_prefix(self.model, self.prefix, prefix_window=reference.window)
+
+    def expect(self, reference, rows, **options):
+        """The reference's logits of each row, and tokens that follow them with the logits they were taken from."""
+        logits = [reference.forward(self.model, self.prefix, row, **options).logits[0] for row in rows]
+        loss = cross_entropy(torch.cat([row[:-1] for row in logits]), torch.cat([row[0, 1:] for row in rows]))
+        return logits, loss, self.gradients(loss)
+
+    def greedy(self, reference, rows):
+        """Of each row the tokens that the reference would add and the logits that they were taken from."""
+        tokens, logits = [], []
+        for row in rows:
+            taken = []
+            with torch.no_grad():
+                for _ in range(NEW_TOKENS):
+                    taken.append(reference.forward(self.model, self.prefix, row).logits[:, -1])
+                    row = torch.cat([row, taken[-1].argmax(-1)[:, None]], 1)
+            tokens.append(row[0, -NEW_TOKENS:])
+            logits.append(torch.cat(taken))
+        return torch.stack(tokens), torch.stack(logits, 1)
+
+    @cached_property
+    def padded(self):
+        return self.expect(self.padded_reference, self.rows)
+
+    @cached_property
+    def padded_greedy(self):
+        return self.greedy(self.padded_reference, self.rows)
+
+    def gradients(self, loss):
+        return torch.autograd.grad(loss, list(self.prefix.parameters()))
+
+    def takes(self, argument):
+        return argument in inspect.signature(type(self.model.get_decoder()).forward).parameters
+
+    def equal(self, got, expected):
+        torch.testing.assert_close(got, expected, **TOLERANCE)
+
+
+def forward(case: Case) -> None:
+    """Logits, loss and prefix gradients; zeros for a prefix give something else, and detaching restores the model."""
+    rows = list(case.input_ids[:, None])
+    logits, loss, gradients = case.expect(case.reference, rows)
+    before, state = case.model(input_ids=case.input_ids).logits, list(case.model.state_dict())
+    attributes = {module: dict(vars(module)) for module in case.model.modules()}
+    with case.attached(case.reference):
+        got = case.model(input_ids=case.input_ids, labels=case.input_ids)
+        case.equal(got.logits, torch.stack(logits))
+        case.equal(got.loss, loss)
+        found = case.gradients(got.loss)
+        with torch.no_grad():
+            kept = [parameter.clone() for parameter in case.prefix.parameters()]
+            for parameter in case.prefix.parameters():
+                parameter.zero_()
+            zeroed = case.model(input_ids=case.input_ids).logits
+            for parameter, value in zip(case.prefix.parameters(), kept, strict=True):
+                parameter.copy_(value)
+        assert list(case.model.state_dict()) == state
+    case.equal(found, gradients)
+    assert all(gradient.abs().max() > 1e-4 for gradient in found)
+    assert (got.logits - zeroed).abs().max() > 1e-2 and (got.logits - before).abs().max() > 1e-2
+    assert attributes == {module: dict(vars(module)) for module in case.model.modules()}
+    assert torch.equal(case.model(input_ids=case.input_ids).logits, before)
+
+
+def greedy(case: Case) -> None:
+    tokens, logits = case.greedy(case.reference, list(case.input_ids[:, None]))
+    with case.attached(case.reference):
+        got = case.model.generate(
+            input_ids=case.input_ids, attention_mask=torch.ones_like(case.input_ids), output_logits=True,
+            return_dict_in_generate=True, **GREEDY,
+        )  # fmt: skip
+    assert torch.equal(got.sequences[:, 7:], tokens)
+    case.equal(torch.stack(got.logits), logits)
+
+
+def beams(case: Case) -> None:
+    _same_generation(case, num_beams=3)
+
+
+def sampling(case: Case) -> None:
+    _same_generation(case, do_sample=True)
+
+
+def _same_generation(case: Case, **options) -> None:
+    options, mask = GREEDY | {"use_cache": True} | options, torch.ones_like(case.input_ids)
+    torch.manual_seed(3)
+    expected = case.reference.generate(case.model, case.prefix, case.input_ids, **options)
+    torch.manual_seed(3)
+    with case.attached(case.reference):
+        got = case.model.generate(input_ids=case.input_ids, attention_mask=mask, **options)
+    assert torch.equal(got, expected)
+    assert not torch.equal(got, case.model.generate(input_ids=case.input_ids, attention_mask=mask, **options))
+
+
+def padding(case: Case) -> None:
+    """A padded row gives what it gives alone, without padding."""
+    _padded_forward(case)
+    _padded_generation(case)
+
+
+def padding_with_position_ids(case: Case) -> None:
+    if not case.takes("position_ids"):
+        raise NotPossible("the model takes no position_ids")
+    _padded_forward(case, position_ids=(case.mask.cumsum(-1) - 1).clamp(min=0))
+
+
+def _padded_forward(case: Case, **options) -> None:
+    logits, loss, gradients = case.padded
+    labels = case.input_ids.masked_fill(case.mask.cumsum(-1) < 2, -100)  # the first real token is predicted by none
+    labels[1, 0] = case.input_ids[1, 0]
+    with case.attached(case.padded_reference):
+        got = case.model(input_ids=case.input_ids, attention_mask=case.mask, labels=labels, **options)
+        case.equal(case.gradients(got.loss), gradients)
+    case.equal(got.logits[case.mask.bool()], torch.cat(logits))
+    case.equal(got.loss, loss)
+
+
+def static_cache(case: Case) -> None:
+    _padded_generation(case, cache_implementation="static")
+
+
+def without_cache(case: Case) -> None:
+    _padded_generation(case, use_cache=False)
+
+
+def _padded_generation(case: Case, **options) -> None:
+    tokens, logits = case.padded_greedy
+    with case.attached(case.padded_reference):
+        got = case.model.generate(
+            input_ids=case.input_ids, attention_mask=case.mask, output_logits=True, return_dict_in_generate=True, **GREEDY,
+            **options,
+        )  # fmt: skip
+    assert torch.equal(got.sequences[:, 7:], tokens)
+    case.equal(torch.stack(got.logits), logits)
+
+
+def checkpointing(case: Case) -> None:
+    """Every attention call is computed anew in the backward pass, with the same loss and gradients."""
+    original, calls = prefix_tuning.attention.prefix_attention, []
+    counting = mock.patch.object(
+        prefix_tuning.attention, "prefix_attention", lambda *args, **kwargs: calls.append(1) or original(*args, **kwargs)
+    )
+    _, loss, gradients = case.expect(case.reference, list(case.input_ids[:, None]))
+    enable = getattr(case.model, "activation_checkpointing_enable", None) or case.model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+    case.model.train()
+    for module in case.model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    with case.attached(case.reference), counting:
+        got = case.model(input_ids=case.input_ids, labels=case.input_ids, use_cache=False).loss
+        layers = len(calls)
+        found = case.gradients(got)
+    assert len(calls) == 2 * layers > 0
+    case.equal(got, loss)
+    case.equal(found, gradients)
+
+
+def packing(case: Case) -> None:
+    """Packed sequences do not see each other; each sees the prefix right in front of it."""
+    if not case.takes("position_ids"):
+        raise NotPossible("the model takes no position_ids")
+    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2]])
+    packed = torch.cat([case.input_ids[:1, :4], case.input_ids[1:, :3]], 1)
+    apart = [case.input_ids[:1, :4], case.input_ids[1:, :3]]
+    plain = case.model(input_ids=packed, position_ids=positions, use_cache=False).logits
+    if not torch.allclose(plain, torch.cat([case.model(input_ids=row).logits for row in apart], 1), **TOLERANCE):
+        raise NotPossible("the model does not keep packed sequences apart")
+    logits, loss, gradients = case.expect(case.padded_reference, apart)
+    labels = packed.clone()
+    labels[0, 4] = -100
+    with case.attached(case.padded_reference):
+        got = case.model(input_ids=packed, position_ids=positions, labels=labels, use_cache=False)
+        case.equal(case.gradients(got.loss), gradients)
+    case.equal(got.logits[0], torch.cat(logits))
+    case.equal(got.loss, loss)
+
+
+CAPABILITIES = {
+    "forward, loss, gradients": forward,
+    "greedy": greedy,
+    "beams": beams,
+    "sampling": sampling,
+    "left padding": padding,
+    "left padding, position_ids given": padding_with_position_ids,
+    "static cache": static_cache,
+    "use_cache=False": without_cache,
+    "gradient checkpointing": checkpointing,
+    "packing": packing,
+}
