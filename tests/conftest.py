@@ -29,6 +29,10 @@ if os.environ.get("TRITON_INTERPRET") == "1":  # a run that test_triton.py start
 torch.set_num_threads(min(4, torch.get_num_threads()))
 
 
+def pytest_addoption(parser):
+    parser.addoption("--update-support", action="store_true", help="write tests/prefix_tuning/family_support.json anew")
+
+
 @pytest.fixture(autouse=True)
 def fixed_seeds():
     random.seed(0)

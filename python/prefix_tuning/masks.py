@@ -101,6 +101,10 @@ def mask_structure(
             window = local_size if causal else local_size + 1  # there |i − j| ≤ local_size
         elif chunked:
             chunk = local_size
+        elif local_size is not None and local_size == getattr(options.get("config"), "attention_chunk_size", None):
+            raise NotImplementedError(  # transformers cuts chunks by position_ids there, which count the prefix
+                "attention_mask: packed rows are not served under chunked attention; rows that are not packed need a mask"
+            )
     fill = _fill(batch_size, q_length, kv_length, q_offset, kv_offset, attention_mask) if causal else None
     if known or chunk is not None:
         structure = MaskStructure(causal, window, _key_mask(attention_mask, kv_length, kv_offset), fill, kv_offset)

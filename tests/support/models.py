@@ -26,7 +26,7 @@ LINEAR = {
 }  # fmt: skip
 LLAMA4 = {
     "num_local_experts": 2, "intermediate_size_mlp": 64, "attention_chunk_size": 8, "no_rope_layers": [1, 0, 1],
-    "floor_scale": 4,
+    "floor_scale": 4, "attn_temperature_tuning": False,
 }  # fmt: skip
 
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
@@ -57,6 +57,7 @@ MODELS = {
     "granite": ("GraniteForCausalLM", LLAMA | {"attention_multiplier": 0.2}),
     "llama": ("LlamaForCausalLM", LLAMA),
     "llama4": ("Llama4ForCausalLM", LLAMA | LLAMA4),
+    "llama4_temperature": ("Llama4ForCausalLM", LLAMA | LLAMA4 | {"attn_temperature_tuning": True}),
     "mistral": ("MistralForCausalLM", LLAMA | WINDOW),
     "mistral_full": ("MistralForCausalLM", LLAMA | {"sliding_window": None}),
     "mixtral": ("MixtralForCausalLM", LLAMA | {"num_local_experts": 4}),
