@@ -66,7 +66,7 @@ class Attachment:
             for stack in self.stacks
             for part, modules in stack.attention.items()
         }
-        replaced = {module: replacement(module) for stack in every for modules in stack.attention.values() for module in modules}
+        replaced = {m: replacement(m) for stack in self.stacks for modules in stack.attention.values() for m in modules}
         self._hidden: list[tuple[LayerPrefix, tuple]] = []  # what each layer holds again when the prefix is switched on
         self._configs = _replace_configs(model, [stack for stack in every if stack not in self.stacks])
         self._changed: list[tuple[nn.Module, str, dict[str, Any]]] = []
