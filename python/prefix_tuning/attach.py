@@ -21,6 +21,7 @@ from transformers import PreTrainedConfig
 from prefix_tuning.attention import ATTENTION_NAME, LayerPrefix
 from prefix_tuning.bank import PrefixBank
 from prefix_tuning.devices import execution_device
+from prefix_tuning.heads import AttachedHeads
 from prefix_tuning.patched_attention import replacement
 from prefix_tuning.positions import check_learned_positions, new_tokens, sequence_positions, shift_embeddings
 from prefix_tuning.prefix import Prefix
@@ -90,6 +91,7 @@ class Attachment:
         if self._bank is None:
             self._refresh(self._parts)
             self._empty_the_rest()
+        self._heads = None if self._bank is not None else AttachedHeads(model, prefix.heads)
 
     def detach(self) -> None:
         """Put the model back as it was. Calling it again does nothing."""
@@ -100,6 +102,8 @@ class Attachment:
         self._hooks = []
         if self._argument is not None:
             self._argument.remove()
+        if self._heads is not None:
+            self._heads.remove()
         for module, name, before in reversed(self._changed):
             delattr(module, name)
             vars(module).update(before)

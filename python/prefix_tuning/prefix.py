@@ -11,6 +11,7 @@ from dataclasses import asdict
 import torch
 from torch import Tensor, nn
 
+from prefix_tuning.heads import check_heads_fit, head_parameters
 from prefix_tuning.peft_adapters import read_adapter, write_adapter
 from prefix_tuning.prefix_files import read_prefix, write_prefix
 from prefix_tuning.prompts import encode_conversation, encode_prompt
@@ -28,17 +29,20 @@ class Prefix(nn.Module):
     parts            what the prefix consists of: "decoder", "encoder" or "cross" (attention), each either its layers' pairs
                      (key [kv_heads, prefix_len, head_dim], value [kv_heads, prefix_len, value_dim]), which become
                      parameters without a copy, or a MLPReparametrization that produces them
+    heads            modules of the model that are trained and saved with the prefix: path in the model -> name of each of the
+                     module's parameters -> its value, which becomes a parameter without a copy
     position_offset  where the positions of the sequence start; None: prefix_len
     base_model       name of the model it was made for, for information
 
-    Attributes: prefix_len, position_offset, base_model, parts (each part's ModelShape) and reparametrization (the MLP of
-    each part; None without any). Bad shapes, dtypes and part names raise ValueError.
+    Attributes: prefix_len, position_offset, base_model, parts (each part's ModelShape), reparametrization (the MLP of each
+    part; None without any) and heads (as above; empty without any). Bad shapes, dtypes and part names raise ValueError.
     """
 
     def __init__(
         self,
         parts: Mapping[str, Sequence[tuple[Tensor, Tensor]] | MLPReparametrization],
         *,
+        heads: Mapping[str, Mapping[str, Tensor]] | None = None,
         position_offset: int | None = None,
         base_model: str = "",
     ):
@@ -60,12 +64,29 @@ class Prefix(nn.Module):
                     nn.ParameterList(nn.Parameter(pair[i].detach().contiguous()) for pair in source) for i in (0, 1)
                 )
         self.reparametrization = mlps if mlps else None
+        self._heads = nn.ParameterDict()  # its names may hold no dots
+        for module, parameters in (heads or {}).items():
+            for name, value in parameters.items():
+                if not (isinstance(value, Tensor) and value.is_floating_point()):
+                    raise ValueError(f"heads: {module}.{name} is {value!r}, expected a floating tensor")
+                self._heads[f"{module}/{name}".replace(".", ":")] = nn.Parameter(value.detach().contiguous())
+        dtypes = {parameter.dtype for parameter in self.parameters()}
+        if heads and len(dtypes) > 1:
+            raise ValueError(f"heads: got {', '.join(sorted(map(str, dtypes)))}, expected one dtype for heads, keys and values")
         if len(lengths) > 1:
             raise ValueError(f"parts: got prefix_len {sorted(lengths)}, expected the same for all")
         self.prefix_len: int = lengths.pop()
         self.position_offset = self.prefix_len if position_offset is None else position_offset
         check_int("position_offset", self.position_offset, at_least=0)
         self.base_model = base_model
+
+    @property
+    def heads(self) -> dict[str, dict[str, nn.Parameter]]:
+        heads: dict[str, dict[str, nn.Parameter]] = {}
+        for key, parameter in self._heads.items():
+            module, name = key.replace(":", ".").split("/")
+            heads.setdefault(module, {})[name] = parameter
+        return heads
 
     @classmethod
     def for_model(
@@ -79,6 +100,7 @@ class Prefix(nn.Module):
         reparametrization: str | None = None,
         hidden_size: int = 512,
         parts: Sequence[str] | None = None,
+        modules_to_save: Sequence[str] | None = None,
         dtype: torch.dtype = torch.float32,
         seed: int | None = None,
     ) -> Prefix:
@@ -95,6 +117,9 @@ class Prefix(nn.Module):
         parts              of an encoder-decoder one or more of "encoder" (its self-attention), "decoder" (its self-attention)
                            and "cross" (the decoder's attention over the encoder's states); None: all three, as in the paper
                            (section 4.2). An encoder has "encoder" and a causal model "decoder" alone
+        modules_to_save    names of modules that are trained, saved and loaded with the prefix: while it is attached the model
+                           runs with the prefix's copies of their parameters. None: the model's head for classification or
+                           question answering (classifier, score, qa_outputs, classification_head) where it has one
         dtype              of the parameters, float32 by default: gradients then never pass through 16 bit
         seed               of everything random; None draws from torch's CPU generator
 
@@ -138,7 +163,8 @@ class Prefix(nn.Module):
                     mlp.fit(source[part])
             source = mlps
         offset = 0 if "cross" in part_shapes(model.config) else prefix_len
-        return cls(source, position_offset=offset, base_model=_name_of(model)).to(device, dtype)
+        heads = head_parameters(model, modules_to_save)
+        return cls(source, heads=heads, position_offset=offset, base_model=_name_of(model)).to(device, dtype)
 
     @classmethod
     def from_text(
@@ -194,13 +220,14 @@ class Prefix(nn.Module):
         return self.reparametrization[part]()
 
     def check_fits(self, model: nn.Module) -> None:
-        """Raises ValueError where a part is of another shape than the model's, or one that the model does not have."""
+        """Raises ValueError where a part or a head is of another shape than the model's, or one that the model has not."""
         shapes, name = part_shapes(model.config), _name_of(model) or type(model).__name__
         for part in self.parts if self.parts.keys() <= shapes.keys() else shapes:
             expected, shape = shapes[part], self.parts.get(part)
             if shape != expected:
                 made_for = f"made for {self.base_model or 'a model'} with {shape}" if shape else f"without a {part} part"
                 raise ValueError(f"prefix: {made_for}, expected one for {name} with {expected}")
+        check_heads_fit(model, self.heads)
 
     def save(self, directory: str | os.PathLike, *, keep_reparametrization: bool = False) -> None:
         """Writes prefix.safetensors and prefix_config.json to `directory`, which is created where it is missing.
@@ -217,7 +244,7 @@ class Prefix(nn.Module):
             "position_offset": self.position_offset,
             "parts": {name: asdict(shape) for name, shape in self.parts.items()},
         }
-        write_prefix(directory, layers, description, self.reparametrization if keep_reparametrization else None)
+        write_prefix(directory, layers, self.heads, description, self.reparametrization if keep_reparametrization else None)
 
     @classmethod
     def load(
@@ -236,8 +263,9 @@ class Prefix(nn.Module):
         """
         if dtype is not None:
             check_dtype(dtype)
-        parts, description = read_prefix(directory_or_hub_id)
-        prefix = cls(parts, position_offset=description["position_offset"], base_model=description["base_model"])
+        parts, heads, description = read_prefix(directory_or_hub_id)
+        offset, base_model = description["position_offset"], description["base_model"]
+        prefix = cls(parts, heads=heads, position_offset=offset, base_model=base_model)
         return prefix.to(device=device, dtype=dtype)
 
     @classmethod
@@ -297,7 +325,8 @@ class Prefix(nn.Module):
 
     def extra_repr(self) -> str:
         parts = "; ".join(f"{name}: {shape}" for name, shape in self.parts.items())
-        return f"prefix_len={self.prefix_len}, position_offset={self.position_offset}, {parts}"
+        heads = f"; heads: {', '.join(self.heads)}" if self.heads else ""
+        return f"prefix_len={self.prefix_len}, position_offset={self.position_offset}, {parts}{heads}"
 
 
 @contextmanager

@@ -26,6 +26,7 @@ CONFIG_FILE, TENSORS_FILE, MLP_FILE = "prefix_config.json", "prefix.safetensors"
 def write_prefix(
     directory: str | os.PathLike,
     layers: Mapping[str, Layers],
+    heads: Mapping[str, Mapping[str, Tensor]],
     description: Mapping[str, Any],
     mlps: nn.ModuleDict | None,
 ) -> None:
@@ -33,6 +34,7 @@ def write_prefix(
     created where it is missing.
 
     layers       each part's (key, value) pairs
+    heads        of each trained module its parameters
     description  base_model, prefix_len, position_offset and parts (each part's ModelShape as a dict)
     mlps         each part's MLPReparametrization; None removes such a file of an earlier save
 
@@ -44,7 +46,13 @@ def write_prefix(
         for index, pair in enumerate(pairs)
         for name, tensor in zip(("key", "value"), pair, strict=True)
     }
+    for module, parameters in heads.items():
+        tensors |= {f"head.{module}.{name}": value.detach().cpu().clone() for name, value in parameters.items()}
     config = {"format": FORMAT, "format_version": FORMAT_VERSION, "library_version": _library_version(), **description}
+    if heads:
+        config["heads"] = {
+            module: {name: list(value.shape) for name, value in parameters.items()} for module, parameters in heads.items()
+        }
     with replacing_files(directory, MLP_FILE, TENSORS_FILE, CONFIG_FILE) as folder:
         save_file(tensors, folder / TENSORS_FILE, metadata={"format": "pt"})
         if mlps is not None:
@@ -53,8 +61,11 @@ def write_prefix(
         (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def read_prefix(directory_or_hub_id: str | os.PathLike) -> tuple[dict[str, Layers | MLPReparametrization], dict[str, Any]]:
-    """What `write_prefix` wrote to a folder, or what of it is in a hub repository: (each part's pairs or MLP, description).
+def read_prefix(
+    directory_or_hub_id: str | os.PathLike,
+) -> tuple[dict[str, Layers | MLPReparametrization], dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """What `write_prefix` wrote to a folder, or what of it is in a hub repository: (each part's pairs or MLP, each trained
+    module's parameters, description).
 
     A missing file is a FileNotFoundError, a damaged or foreign one, or one that contradicts the json, a ValueError: each
     names the file and what was expected in it.
@@ -65,6 +76,7 @@ def read_prefix(directory_or_hub_id: str | os.PathLike) -> tuple[dict[str, Layer
     config = _read_config(directory / CONFIG_FILE)
     prefix_len = config["prefix_len"]
     shapes = {name: ModelShape(**shape) for name, shape in config["parts"].items()}
+    heads = config.get("heads", {})
     tensors = _read_tensors(
         directory / TENSORS_FILE,
         lambda _: {
@@ -72,7 +84,8 @@ def read_prefix(directory_or_hub_id: str | os.PathLike) -> tuple[dict[str, Layer
             for part, shape in shapes.items()
             for index in range(shape.layers)
             for name, dim in (("key", shape.head_dim), ("value", shape.value_dim))
-        },
+        }
+        | {f"head.{module}.{name}": shape for module, parameters in heads.items() for name, shape in parameters.items()},
     )
     parts = {
         part: [(tensors[f"{part}.{i}.key"], tensors[f"{part}.{i}.value"]) for i in range(shape.layers)]
@@ -80,7 +93,8 @@ def read_prefix(directory_or_hub_id: str | os.PathLike) -> tuple[dict[str, Layer
     }
     if (directory / MLP_FILE).exists():
         parts |= _read_mlps(directory / MLP_FILE, prefix_len, shapes)
-    return parts, config
+    saved = {module: {name: tensors[f"head.{module}.{name}"] for name in names} for module, names in heads.items()}
+    return parts, saved, config
 
 
 def _library_version() -> str:
@@ -123,11 +137,23 @@ def _read_config(file: Path) -> dict:
                 raise TypeError(f"{part}: got {shape!r}, expected {', '.join(field.name for field in fields(ModelShape))}")
             for name, value in shape.items():
                 check_int(f"{part}.{name}", value, at_least=1)
+        _check_heads(config.get("heads", {}))
     except KeyError as error:
         raise ValueError(f"{file}: expected the key {error}, got only {', '.join(config)}") from error
     except (TypeError, ValueError) as error:
         raise ValueError(f"{file}: {error}") from error
     return config
+
+
+def _check_heads(heads: Any) -> None:
+    if not isinstance(heads, dict) or not all(isinstance(parameters, dict) for parameters in heads.values()):
+        raise TypeError(f"heads: got {heads!r}, expected of each module the shape of each parameter")
+    for module, parameters in heads.items():
+        for name, shape in parameters.items():
+            if not isinstance(shape, list):
+                raise TypeError(f"heads: {module}.{name} is {shape!r}, expected a shape")
+            for size in shape:
+                check_int(f"heads: {module}.{name}", size, at_least=1)
 
 
 def _read_tensors(file: Path, shapes_of) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ import prefix_tuning.attention
 from prefix_tuning import Prefix, PrefixBank, attach_prefix
 from support.encoder_decoders import FAMILIES, PARTS, labels, parts_of, source, tiny_encoder_decoder
 from support.expanded_prefix import expanded_prefix
-from support.models import randomize
+from support.models import random_prefix
 
 PREFIX_LEN = 5
 TOLERANCE = {"atol": 2e-5, "rtol": 1e-4}
@@ -21,8 +21,8 @@ SUBSETS = (*((part,) for part in PARTS), PARTS)
 GREEDY = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "no_repeat_ngram_size": 1}
 
 
-def random_parts(model, parts=PARTS, **options):
-    return randomize(Prefix.for_model(model, PREFIX_LEN, parts=parts, seed=0, **options))
+def random_parts(model, parts=PARTS):
+    return random_prefix(model, PREFIX_LEN, parts=parts)
 
 
 def with_positions(model, inputs):

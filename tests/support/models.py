@@ -95,13 +95,13 @@ def tiny_model(family: str, **changes) -> transformers.PreTrainedModel:
     return model_class(model_class.config_class(**COMMON | sizes | changes)).eval()
 
 
-def random_prefix(model: transformers.PreTrainedModel, prefix_len: int = 5) -> Prefix:
+def random_prefix(model: transformers.PreTrainedModel, prefix_len: int = 5, **options) -> Prefix:
     """Keys and values from N(0, 1), large enough to matter."""
-    return randomize(Prefix.for_model(model, prefix_len, seed=0))
+    return randomize(Prefix.for_model(model, prefix_len, seed=0, **options))
 
 
 def randomize(prefix: Prefix) -> Prefix:
-    """The same prefix with keys and values from N(0, 1)."""
+    """The same prefix with keys and values, and the parameters of heads, from N(0, 1)."""
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in prefix.parameters():

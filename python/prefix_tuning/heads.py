@@ -1,0 +1,98 @@
+"""Modules of a model that are trained, saved and loaded with a prefix: the new head of a classifier, above all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+Heads = dict[str, dict[str, Tensor]]  # path of a module in the model -> name of a parameter in it -> its value
+
+# What transformers calls the layers behind the base model that a task brings with it, and PEFT trains with a prefix.
+HEAD_NAMES = ("classifier", "score", "qa_outputs", "classification_head")
+
+
+def head_parameters(model: nn.Module, modules_to_save: Sequence[str] | None) -> Heads:
+    """Copies of the parameters of the modules that are to be trained with a prefix.
+
+    modules_to_save: names or paths of modules; None: the model's own children with a name that ends in one of HEAD_NAMES.
+
+    Raises ValueError for a name without a module that has parameters, NotImplementedError for parameters that other modules
+    of the model share.
+    """
+    if modules_to_save is None:
+        paths = [name for name, _ in model.named_children() if name.endswith(HEAD_NAMES)]
+    else:
+        if isinstance(modules_to_save, str):
+            raise TypeError(f"modules_to_save: expected a list of names, got {modules_to_save!r}")
+        paths = [path for name in modules_to_save for path in _paths(model, name)]
+    heads = {path: dict(model.get_submodule(path).named_parameters()) for path in dict.fromkeys(paths)}
+    own = {id(parameter) for parameters in heads.values() for parameter in parameters.values()}
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    shared = next((names[key] for key in own if len(names[key]) > 1), None)
+    if shared is not None:
+        raise NotImplementedError(f"modules_to_save: {' and '.join(shared)} are one tensor and cannot be trained apart")
+    return {path: {name: value.detach().clone() for name, value in found.items()} for path, found in heads.items() if found}
+
+
+def check_heads_fit(model: nn.Module, heads: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """ValueError where the model has no such module, or one with other parameters."""
+    for path, parameters in heads.items():
+        try:
+            module = model.get_submodule(path)
+        except AttributeError:
+            raise ValueError(f"prefix: it holds a trained module {path}, which {type(model).__name__} does not have") from None
+        expected, found = ({name: list(p.shape) for name, p in ps} for ps in (module.named_parameters(), parameters.items()))
+        if expected != found:
+            raise ValueError(f"prefix: its trained module {path} has parameters {found}, but the model's has {expected}")
+
+
+class AttachedHeads:
+    """The heads' parameters in place of the model's own, until remove(). What enters a head takes on the head's dtype."""
+
+    def __init__(self, model: nn.Module, heads: Mapping[str, Mapping[str, nn.Parameter]]):
+        self._replaced: list[tuple[nn.Module, str, nn.Parameter]] = []
+        self._hooks = []
+        for path, parameters in heads.items():
+            head = model.get_submodule(path)
+            for name, parameter in parameters.items():
+                *inner, leaf = name.split(".")
+                module = head.get_submodule(".".join(inner))
+                self._replaced.append((module, leaf, module._parameters[leaf]))
+                module._parameters[leaf] = parameter
+            first = next(iter(parameters.values()))
+            self._hooks.append(head.register_forward_pre_hook(_casting_to(first), with_kwargs=True))
+
+    def remove(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        for module, leaf, parameter in self._replaced:
+            module._parameters[leaf] = parameter
+
+
+def _paths(model: nn.Module, name: str) -> Iterable[str]:
+    found = [
+        path
+        for path, module in model.named_modules()
+        if (path == name or path.endswith(f".{name}")) and any(True for _ in module.parameters())
+    ]
+    if not found:
+        children = ", ".join(child for child, _ in model.named_children())
+        raise ValueError(f"modules_to_save: {type(model).__name__} has no module {name!r} with parameters; it has {children}")
+    return found
+
+
+def _casting_to(parameter: nn.Parameter):
+    def cast(value):
+        floats = isinstance(value, Tensor) and value.is_floating_point() and value.dtype != parameter.dtype
+        return value.to(parameter.dtype) if floats else value
+
+    def before(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        if torch.is_autocast_enabled(parameter.device.type):
+            return args, kwargs
+        return tuple(map(cast, args)), {name: cast(value) for name, value in kwargs.items()}
+
+    return before
