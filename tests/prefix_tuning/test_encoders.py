@@ -197,7 +197,7 @@ def test_wrong_calls_raise(tmp_path):
     assert not hasattr(attention_of(other)[0], "layer_prefix")
     with pytest.raises(ValueError, match="parts: got .*expected one or more of encoder for BertForSequenceClassification"):
         Prefix.for_model(model, PREFIX_LEN, parts=("decoder",))
-    with pytest.raises(ValueError, match="without a encoder part"):
+    with pytest.raises(ValueError, match="without an encoder part"):
         attach_prefix(model, Prefix({"decoder": prefix.layers("encoder")}))
     with attach_prefix(model, prefix), pytest.raises(NotImplementedError, match="output_attentions"):
         model(**inputs_of(model), output_attentions=True)
