@@ -44,7 +44,7 @@ ALLOWED = {
     "prefix_tuning.stacks": {"torch", "prefix_tuning.families", "prefix_tuning.encoder_families", "prefix_tuning.shapes"},
     "prefix_tuning.families": {"torch", "prefix_tuning.positions", "prefix_tuning.shapes"},
     "prefix_tuning.positions": {"torch"},
-    "prefix_tuning.heads": {"torch"},
+    "prefix_tuning.heads": {"torch", "prefix_tuning.devices"},
     "prefix_tuning.encoder_families": {"prefix_tuning.shapes"},
     "prefix_tuning.shapes": {"torch"},
     "prefix_tuning.reparametrization": {"torch", "tqdm"},

@@ -91,7 +91,7 @@ class Attachment:
         if self._bank is None:
             self._refresh(self._parts)
             self._empty_the_rest()
-        self._heads = None if self._bank is not None else AttachedHeads(model, prefix.heads)
+        self._heads = AttachedHeads(model, prefix.heads) if isinstance(prefix, Prefix) else None
 
     def detach(self) -> None:
         """Put the model back as it was. Calling it again does nothing."""
@@ -115,8 +115,12 @@ class Attachment:
         if enabled:
             for layer, held in self._hidden:
                 layer.key, layer.value, layer.bias = held
+            if self._hidden and self._heads is not None:
+                self._heads.insert()
             self._hidden = []
         elif not self._hidden:
+            if self._heads is not None:
+                self._heads.remove()
             self._hidden = [
                 (layer, (layer.key, layer.value, layer.bias)) for layers in self._layers.values() for layer in layers
             ]

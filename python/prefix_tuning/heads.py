@@ -6,6 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from prefix_tuning.devices import execution_device
 
 Heads = dict[str, dict[str, Tensor]]  # path of a module in the model -> name of a parameter in it -> its value
 
@@ -54,14 +57,20 @@ class AttachedHeads:
     """The heads' parameters in place of the model's own, until remove(). What enters a head takes on the head's dtype."""
 
     def __init__(self, model: nn.Module, heads: Mapping[str, Mapping[str, nn.Parameter]]):
+        self._model, self._heads = model, heads
         self._replaced: list[tuple[nn.Module, str, nn.Parameter]] = []
-        self._hooks = []
-        for path, parameters in heads.items():
-            head = model.get_submodule(path)
+        self._hooks: list[RemovableHandle] = []
+        self.insert()
+
+    def insert(self) -> None:
+        for path, parameters in self._heads.items():
+            head = self._model.get_submodule(path)
+            device = execution_device(head)
             for name, parameter in parameters.items():
                 *inner, leaf = name.split(".")
                 module = head.get_submodule(".".join(inner))
                 self._replaced.append((module, leaf, module._parameters[leaf]))
+                parameter.data = parameter.data.to(device)
                 module._parameters[leaf] = parameter
             first = next(iter(parameters.values()))
             self._hooks.append(head.register_forward_pre_hook(_casting_to(first), with_kwargs=True))
@@ -71,6 +80,7 @@ class AttachedHeads:
             hook.remove()
         for module, leaf, parameter in self._replaced:
             module._parameters[leaf] = parameter
+        self._hooks, self._replaced = [], []
 
 
 def _paths(model: nn.Module, name: str) -> Iterable[str]:

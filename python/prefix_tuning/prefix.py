@@ -225,7 +225,8 @@ class Prefix(nn.Module):
         for part in self.parts if self.parts.keys() <= shapes.keys() else shapes:
             expected, shape = shapes[part], self.parts.get(part)
             if shape != expected:
-                made_for = f"made for {self.base_model or 'a model'} with {shape}" if shape else f"without {'an' if part == 'encoder' else 'a'} {part} part"
+                lacking = f"without {'an' if part == 'encoder' else 'a'} {part} part"
+                made_for = f"made for {self.base_model or 'a model'} with {shape}" if shape else lacking
                 raise ValueError(f"prefix: {made_for}, expected one for {name} with {expected}")
         check_heads_fit(model, self.heads)
 

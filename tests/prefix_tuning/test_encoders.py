@@ -77,7 +77,7 @@ def test_a_head_is_trained_saved_and_loaded_with_the_prefix(family, task, tmp_pa
     prefix = Prefix.for_model(model, PREFIX_LEN, seed=0)
     assert prefix.heads and all("base_model" not in name for name in prefix.heads)
     optimizer = torch.optim.Adam(prefix.parameters(), lr=1e-2)
-    with attach_prefix(model, prefix):
+    with attach_prefix(model, prefix) as attachment:
         losses = []
         for _ in range(12):
             loss = model(**inputs).loss
@@ -86,6 +86,12 @@ def test_a_head_is_trained_saved_and_loaded_with_the_prefix(family, task, tmp_pa
             optimizer.step()
             losses.append(loss.item())
         trained = logits_of(model(**inputs))
+        attachment.enable(False)
+        assert_same_weights(model, state)
+        alone = logits_of(model(**inputs))
+        attachment.enable(True)
+        assert torch.equal(logits_of(model(**inputs)), trained)
+    assert torch.equal(logits_of(model(**inputs)), alone)
     assert losses[-1] < losses[0] - 0.1
     assert_same_weights(model, state)
     prefix.save(tmp_path)
