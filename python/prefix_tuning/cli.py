@@ -6,7 +6,6 @@ Errors of the user's making are one line on stderr and exit status 2; --tracebac
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import re
 import sys
@@ -20,16 +19,18 @@ from transformers.utils import logging
 
 from prefix_kernels import available_backends
 from prefix_tuning.attach import attach_prefix
+from prefix_tuning.bank import PrefixBank
 from prefix_tuning.data import is_e2e, read_rows
 from prefix_tuning.doctor import report
-from prefix_tuning.e2e import linearize, load_e2e
+from prefix_tuning.e2e import load_e2e
 from prefix_tuning.evaluate import e2e_reference_scores, evaluate_e2e, evaluate_rows
-from prefix_tuning.files import open_text, write_json
-from prefix_tuning.generate import Prompt, generate_texts
+from prefix_tuning.files import write_json
+from prefix_tuning.generate import generate_texts
 from prefix_tuning.offline_model import OFFLINE_MODEL, load_model_and_tokenizer
 from prefix_tuning.plot import save_loss_curve
 from prefix_tuning.prefix import Prefix
 from prefix_tuning.recipe import TrainSettings, train_prefix, write_metrics
+from prefix_tuning.requests import DEFAULT_PREFIX, check_unnamed, parse_conversation, prefix_folders, read_requests
 
 USER_ERRORS = (ValueError, TypeError, OSError, ImportError, NotImplementedError)
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
@@ -91,7 +92,7 @@ def evaluate(args: argparse.Namespace) -> None:
     model, tokenizer = _model(args)
     options: dict[str, Any] = {"max_new_tokens": args.max_new_tokens, "num_beams": args.num_beams}
     options |= {"batch_size": args.batch_size, "progress": None if args.quiet else "generating"}
-    with _attached(model, args):
+    with _attached(model, {} if args.prefix is None else {DEFAULT_PREFIX: args.prefix}, args.backend):
         if e2e:
             scores, texts = evaluate_e2e(model, tokenizer, rows, **options)
             scores |= e2e_reference_scores(rows)
@@ -106,11 +107,17 @@ def evaluate(args: argparse.Namespace) -> None:
 def generate(args: argparse.Namespace) -> None:
     if not args.sample and (args.temperature, args.top_p) != (1.0, 1.0):
         raise ValueError("--temperature, --top-p: they need --sample")
-    prompts = _prompts(args)
+    prefixes = prefix_folders(args.prefix or ())
+    if args.prompt is None and args.messages is None:
+        prompts, names = read_requests(args.file, prefixes)
+    else:
+        check_unnamed(prefixes, "a prompt")
+        prompts, names = args.prompt or [parse_conversation(args.messages)], []
     model, tokenizer = _model(args)
-    with _attached(model, args):
+    with _attached(model, prefixes, args.backend):
         texts = generate_texts(
-            model, tokenizer, prompts, max_new_tokens=args.max_new_tokens, batch_size=args.batch_size,
+            model, tokenizer, prompts, prefix_ids=names if prefixes.keys() - {DEFAULT_PREFIX} else None,
+            special_tokens=args.special_tokens, max_new_tokens=args.max_new_tokens, batch_size=args.batch_size,
             num_beams=args.num_beams, sample=args.sample, temperature=args.temperature, top_p=args.top_p, seed=args.seed,
             progress=None if args.quiet or len(prompts) <= args.batch_size else "generating",
         )  # fmt: skip
@@ -134,45 +141,13 @@ def _model(args: argparse.Namespace):
         raise ValueError(f"--model {args.model or OFFLINE_MODEL}: {error}") from error
 
 
-def _attached(model, args: argparse.Namespace) -> AbstractContextManager:
-    if args.prefix is None:
+def _attached(model, prefixes: dict[str, str], backend: str | None) -> AbstractContextManager:
+    """The prefixes of these folders or hub ids on the model: none, the one without a name, or a bank by name."""
+    if not prefixes:
         return nullcontext()
-    return attach_prefix(model, Prefix.load(args.prefix), backend=args.backend)
-
-
-def _prompts(args: argparse.Namespace) -> list[Prompt]:
-    if args.prompt is not None:
-        return args.prompt
-    if args.messages is not None:
-        return [_conversation(args.messages)]
-    if args.file and any(suffix in (".jsonl", ".csv") for suffix in Path(args.file).suffixes):
-        if is_e2e(args.file):
-            return [linearize(row["mr"]) + "\n" for row in load_e2e(args.file)]
-        return [_asked(row["messages"]) if "messages" in row else row["prompt"] for row in read_rows(args.file)]
-    with open_text(args.file) if args.file else nullcontext(sys.stdin) as lines:
-        prompts = [line for line in lines.read().splitlines() if line.strip()]
-    if not prompts:
-        raise ValueError(f"{args.file or 'stdin'}: holds no prompts")
-    return prompts
-
-
-def _conversation(text: str) -> Prompt:
-    try:
-        messages = json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"--messages: not JSON: {error}") from None
-    if not (
-        isinstance(messages, list)
-        and messages
-        and all(isinstance(turn, dict) and {"role", "content"} <= turn.keys() for turn in messages)
-    ):
-        raise ValueError(f'--messages: expected a list of objects with "role" and "content", got {text}')
-    return messages
-
-
-def _asked(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A conversation without its last turn where that is the assistant's: what there is to answer."""
-    return messages[:-1] if messages[-1]["role"] == "assistant" else messages
+    loaded = {name: Prefix.load(folder) for name, folder in prefixes.items()}
+    only = loaded.get(DEFAULT_PREFIX) if len(loaded) == 1 else None
+    return attach_prefix(model, PrefixBank(loaded) if only is None else only, backend=backend)
 
 
 def _limited(rows: list, limit: int | None, seed: int) -> list:
@@ -276,7 +251,15 @@ def _generate_options(parser: argparse.ArgumentParser) -> None:
     source.add_argument("--prompt", action="append", help="a prompt, taken as it is; may be given several times")
     source.add_argument("--file", help="one prompt a line, or the prompts of a .jsonl or E2E file; stdin if nothing is given")
     source.add_argument("--messages", metavar="JSON", help='a conversation: [{"role": "user", "content": "…"}]')
-    add("--prefix", metavar="FOLDER", help="a saved prefix; the plain model if not given")
+    add(
+        "--prefix", action="append", metavar="[NAME=]FOLDER",
+        help='a saved prefix; the plain model if not given. Several, with names: a line of a .jsonl file chooses by its field '
+        '"prefix", null for none; without the field it gets the one without a name, or none',
+    )  # fmt: skip
+    add(
+        "--no-special-tokens", dest="special_tokens", action="store_false",
+        help="add none to prompts: for a prefix made of a text, which begins with them",
+    )  # fmt: skip
     _model_options(parser)
     add("--batch-size", type=int, default=8, help="prompts run together")
     add("--max-new-tokens", type=int, default=128, help="longest text")

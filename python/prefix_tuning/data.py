@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,10 @@ from prefix_tuning.prompts import chat_template, encode_conversation, encode_pro
 IGNORED = -100  # the label of a token without loss
 
 
-def read_rows(path: str | Path) -> list[dict[str, Any]]:
+def read_rows(path: str | Path, check: Callable[[Any], None] | None = None) -> list[dict[str, Any]]:
     """The rows of a JSON lines file, or of an E2E file as prompts and completions; both may be gzipped (.gz).
+
+    check: raises ValueError for what is no row; check_row if not given.
 
     Raises ValueError naming file and line for a line that is no JSON object or no row, OSError for a file that can't be read.
     """
@@ -38,7 +40,7 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
                 continue
             try:
                 row = json.loads(text)
-                check_row(row)
+                (check or check_row)(row)
             except ValueError as error:
                 raise ValueError(f"{path}, line {line}: {error}") from None
             rows.append(row)
@@ -60,13 +62,18 @@ def is_e2e(path: str | Path) -> bool:
     return isinstance(row, dict) and {"mr", "refs"} <= row.keys()
 
 
-def check_row(row: Any) -> None:
-    """ValueError for what is neither {"prompt", "completion"} nor {"messages"} with an assistant's turn."""
-    if not isinstance(row, Mapping) or not ("messages" in row or {"prompt", "completion"} <= row.keys()):
+def check_row(row: Any, answered: bool = True) -> None:
+    """ValueError for what is neither {"prompt", "completion"} nor {"messages"} with an assistant's turn.
+
+    answered: False where completion and assistant's turn are not needed.
+    """
+    fields = ("prompt", "completion") if answered else ("prompt",)
+    if not isinstance(row, Mapping) or not ("messages" in row or set(fields) <= row.keys()):
         shown = sorted(map(str, row)) if isinstance(row, Mapping) else type(row).__name__
-        raise ValueError(f'expected an object with "prompt" and "completion", or with "messages"; got {shown}')
+        wanted = " and ".join(f'"{name}"' for name in fields)
+        raise ValueError(f'expected an object with {wanted}, or with "messages"; got {shown}')
     if "messages" not in row:
-        for name in ("prompt", "completion"):
+        for name in fields:
             if not isinstance(row[name], str):
                 raise ValueError(f"{name}: expected a string, got {type(row[name]).__name__}")
         return
@@ -75,7 +82,7 @@ def check_row(row: Any) -> None:
         isinstance(turn, Mapping) and {"role", "content"} <= turn.keys() for turn in messages
     ):
         raise ValueError('messages: expected a list of objects with "role" and "content"')
-    if not any(turn["role"] == "assistant" for turn in messages):
+    if answered and not any(turn["role"] == "assistant" for turn in messages):
         raise ValueError("messages: expected at least one assistant turn to learn from")
 
 

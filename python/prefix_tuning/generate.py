@@ -21,6 +21,8 @@ def generate_texts(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Prompt],
     *,
+    prefix_ids: Sequence[str | None] | None = None,
+    special_tokens: bool = True,
     max_new_tokens: int = 128,
     batch_size: int = 8,
     num_beams: int = 1,
@@ -34,6 +36,8 @@ def generate_texts(
 
     Args:
         prompts: texts, or conversations up to the answer (through the tokenizer's chat template).
+        prefix_ids: with a PrefixBank attached, the name of each prompt's prefix, None for no prefix.
+        special_tokens: whether texts get the tokenizer's beginning of a text; not where a prefix made of a text has it.
         max_new_tokens: a text ends there, or before an end-of-text token of the tokenizer or of the model's generation config.
         batch_size: prompts of similar length are run together.
         num_beams: above 1, beam search.
@@ -45,7 +49,9 @@ def generate_texts(
     Raises ValueError for a prompt without tokens and for numbers out of range.
     """
     _check(max_new_tokens, batch_size, num_beams, temperature, top_p)
-    encoded = [encode_prompt(prompt, tokenizer) for prompt in prompts]
+    encoded = [encode_prompt(prompt, tokenizer, special_tokens=special_tokens) for prompt in prompts]
+    if prefix_ids is not None and len(prefix_ids) != len(prompts):
+        raise ValueError(f"prefix_ids: expected one for each of {len(prompts)} prompts, got {len(prefix_ids)}")
     empty = next((i for i, ids in enumerate(encoded) if not ids), None)
     if empty is not None:
         raise ValueError(f"prompts[{empty}]: {prompts[empty]!r} has no tokens, expected at least one")
@@ -68,7 +74,8 @@ def generate_texts(
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
             input_ids, mask = _pad_left([encoded[i] for i in rows], pad_id)
-            generated = model.generate(input_ids=input_ids.to(device), attention_mask=mask.to(device))
+            chosen = {} if prefix_ids is None else {"prefix_ids": [prefix_ids[i] for i in rows]}
+            generated = model.generate(input_ids=input_ids.to(device), attention_mask=mask.to(device), **chosen)
             for i, ids in zip(rows, generated[:, input_ids.shape[1] :].tolist(), strict=True):
                 end = next((at for at, token in enumerate(ids) if token in stop_ids), None)
                 texts[i] = tokenizer.decode(ids[:end], skip_special_tokens=True)

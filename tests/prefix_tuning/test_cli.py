@@ -26,9 +26,7 @@ E2E = [
     {"mr": "name[Cotto], food[Thai]", "refs": ["Cotto serves Thai food."]},
 ]
 FILES = {"rows": ROWS, "talks": TALKS, "e2e": E2E}
-OPT = transformers.OPTConfig(
-    vocab_size=128, hidden_size=16, num_hidden_layers=1, ffn_dim=16, num_attention_heads=2, word_embed_proj_dim=16
-)
+CODEGEN = transformers.CodeGenConfig(vocab_size=128, n_positions=64, n_embd=16, n_layer=1, n_head=4, rotary_dim=4)
 
 
 @pytest.fixture(scope="module")
@@ -39,9 +37,10 @@ def folder(tmp_path_factory):
     model.save_pretrained(folder / "model")
     tiny_tokenizer(chat_template=CHAT_TEMPLATE).save_pretrained(folder / "model")
     random_prefix(model).save(folder / "prefix")
+    random_prefix(model, 3).save(folder / "short")
     random_prefix(tiny_model("llama", num_hidden_layers=2)).save(folder / "other")
-    transformers.OPTForCausalLM(OPT).save_pretrained(folder / "opt")
-    tiny_tokenizer().save_pretrained(folder / "opt")
+    transformers.CodeGenForCausalLM(CODEGEN).save_pretrained(folder / "codegen")
+    tiny_tokenizer().save_pretrained(folder / "codegen")
     model.save_pretrained(folder / "strict")
     tiny_tokenizer(chat_template="{{ raise_exception('roles must alternate') }}").save_pretrained(folder / "strict")
     for name, rows in FILES.items():
@@ -111,6 +110,44 @@ def test_generate_prints_the_text_of_the_attached_model(run, folder):
     assert run(*arguments, "--prefix", "prefix")[1] == texts[1] + "\n"
 
 
+def test_each_line_chooses_its_prefix(run, folder):
+    lines = [{"prompt": "name : Aromi", "prefix": "a"}, {"prompt": "name : Cotto", "prefix": None}, {"prompt": "name : Cotto"}]
+    lines.append({"messages": [{"role": "user", "content": "hi"}], "prefix": "b"})
+    (folder / "chosen.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    common = ("generate", "--model", "model", "--max-new-tokens", 6)
+
+    def alone(line, *prefix):
+        source = ("--messages", json.dumps(line["messages"])) if "messages" in line else ("--prompt", line["prompt"])
+        return run(*common, *source, *prefix)[1]
+
+    a, b = ("--prefix", "prefix"), ("--prefix", "short")
+    named = ("--prefix", "a=prefix", "--prefix", "b=short")
+    expected = [alone(lines[0], *a), alone(lines[1]), alone(lines[2]), alone(lines[3], *b)]
+    status, out, err = run(*common, "--file", "chosen.jsonl", *named)
+    assert status == 0 and out == "".join(expected), err
+    expected[2] = alone(lines[2], *b)
+    assert expected[2] != expected[1]
+    assert run(*common, "--file", "chosen.jsonl", *named, *b)[1] == "".join(expected)
+    assert run(*common, "--file", "chosen.jsonl", *named, *b, "--batch-size", 1, "--num-beams", 2)[0] == 0
+
+
+def test_a_folder_whose_name_has_an_equals_sign(run, folder):
+    (folder / "prefix").rename(folder / "a=prefix")
+    try:
+        status, out, err = run("generate", "--model", "model", "--prompt", "p", "--prefix", "a=prefix", "--max-new-tokens", 2)
+    finally:
+        (folder / "a=prefix").rename(folder / "prefix")
+    assert status == 0, err
+
+
+def test_no_special_tokens(run, monkeypatch):
+    seen = []
+    monkeypatch.setattr(cli, "generate_texts", lambda *_, **options: seen.append(options["special_tokens"]) or ["text"])
+    for more in ((), ("--no-special-tokens",)):
+        assert run("generate", "--model", "model", "--prompt", "p", *more)[0] == 0
+    assert seen == [True, False]
+
+
 def test_prompts_from_stdin_files_and_messages(run, folder, tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(cli, "generate_texts", lambda model, tokenizer, prompts, **options: seen.append(prompts) or ["text"])
@@ -166,7 +203,7 @@ def test_decoding_options_arrive(run, monkeypatch):
     )  # fmt: skip
     assert seen == {
         "max_new_tokens": 4, "batch_size": 2, "num_beams": 3, "sample": True, "temperature": 0.5, "top_p": 0.75, "seed": 9,
-        "progress": None,
+        "progress": None, "prefix_ids": None, "special_tokens": True,
     }  # fmt: skip
 
 
@@ -282,6 +319,26 @@ ERRORS = {
     "unknown model": (("generate", "--model", "no-such/model", "--prompt", "p"), "no-such/model"),
     "missing prefix": (("generate", "--prefix", "none", "--prompt", "p"), "none: neither a folder nor a hub repository"),
     "prefix of another model": (("generate", "--prefix", "other", "--prompt", "p"), "2 layers.*expected one for.*3 layers"),
+    "prefix without folder": (("generate", "--prefix", "a=", "--prompt", "p"), "--prefix: expected .*NAME=FOLDER, got a="),
+    "two prefixes of one name": (
+        ("generate", "--prefix", "a=prefix", "--prefix", "a=short", "--file", "rows.jsonl"),
+        "--prefix: two are named a: prefix and short",
+    ),
+    "two prefixes without name": (
+        ("generate", "--prefix", "prefix", "--prefix", "short", "--file", "rows.jsonl"),
+        "--prefix: two have no name: prefix and short",
+    ),
+    "names beside a prompt": (("generate", "--prefix", "a=prefix", "--prompt", "p"), 'a .jsonl file, which a prompt has not'),
+    "names beside tables": (("generate", "--prefix", "a=prefix", "--file", "e2e.jsonl"), "which e2e.jsonl has not"),
+    "unknown prefix": (
+        ("generate", "--prefix", "b=prefix", "--prefix", "c=short", "--file", "chooses.jsonl"),
+        r"chooses.jsonl, line 2: prefix: expected null or the name of a --prefix NAME=FOLDER \(b, c\), got 'a'",
+    ),
+    "prefix chosen, none given": (("generate", "--file", "chooses.jsonl"), r"chooses.jsonl, line 2: .*\(none\), got 'a'"),
+    "prefix of no kind": (
+        ("generate", "--prefix", "b=prefix", "--file", "lists.jsonl"), r"lists.jsonl, line 1: prefix: .*\(b\), got \['b'\]"
+    ),
+    "no prompt in a line": (("generate", "--file", "answers.jsonl"), 'line 1: expected an object with "prompt",'),
     "no GPU": (("generate", "--device", "cuda", "--prompt", "p"), "--device: got cuda, but torch finds no GPU"),
     "messages": (("generate", "--messages", "{"), "--messages: not JSON"),
     "no steps": ((*TRAIN, "--steps", "0"), "steps: expected more than 0"),
@@ -298,7 +355,7 @@ ERRORS = {
     "logger": ((*TRAIN, "--report-to", "paper"), "report_to: expected one of none, all"),
     "max length": ((*TRAIN, "--max-length", "4"), r"train_dataset: rows\[0\]: max_length"),
     "float16 on the CPU": ((*TRAIN, "--dtype", "float16", "--device", "cpu"), "dtype: training in float16 needs a GPU"),
-    "another family": ((*TRAIN, "--model", "opt", "--init-text", "words"), "model: a prefix can be attached to gpt2.*'opt'"),
+    "another family": ((*TRAIN, "--model", "codegen", "--init-text", "words"), "model: a prefix can be .*'codegen'"),
     "limit": (("evaluate", "--file", "rows.jsonl", "--limit", "-1"), "--limit, .*: expected at least 1, got -1"),
     "folder for scores": (("evaluate", "--file", "rows.jsonl", "--output", "model"), "--output: .* got the folder model"),
     "bad E2E file": (("evaluate", "--file", "bad_e2e.jsonl", "--output", "x"), "bad_e2e.jsonl, line 2: .*unknown slot"),
@@ -312,7 +369,8 @@ ERRORS = {
     "message without role": (("generate", "--messages", '[{"content": "hi"}]'), "--messages: expected a list of objects"),
     "empty messages": (("generate", "--messages", ""), "--messages: not JSON"),
     "no chat template": (
-        ("generate", "--model", "opt", "--messages", '[{"role": "user", "content": "hi"}]'), "tokenizer has no chat template"
+        ("generate", "--model", "codegen", "--messages", '[{"role": "user", "content": "hi"}]'),
+        "tokenizer has no chat template",
     ),
     "refused by the template": (
         ("generate", "--model", "strict", "--messages", '[{"role": "user", "content": "hi"}]'),
@@ -336,6 +394,9 @@ def test_errors_are_one_line_and_status_2(run, folder, name):
     (folder / "bad_e2e.jsonl").write_text('{"mr": "name[A]", "refs": ["A."]}\n{"mr": "size[big]", "refs": ["B."]}\n')
     (folder / "bytes.txt").write_bytes(b"\xff\xfe\x00")
     (folder / "blank.txt").write_text(" \n\n")
+    (folder / "chooses.jsonl").write_text('{"prompt": "p"}\n{"prompt": "p", "prefix": "a"}\n')
+    (folder / "lists.jsonl").write_text('{"prompt": "p", "prefix": ["b"]}\n')
+    (folder / "answers.jsonl").write_text('{"completion": "p"}\n')
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     (command, *arguments), message = ERRORS[name]
     if name == "no GPU" and torch.cuda.is_available():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from prefix_tuning import attach_prefix
+from prefix_tuning import Prefix, PrefixBank, attach_prefix
 from prefix_tuning.generate import first_line, generate_texts
 from support.models import FAMILIES, random_prefix, tiny_model
 from support.tokenizer import CHAT_TEMPLATE, tiny_tokenizer
@@ -34,6 +34,31 @@ def test_batches_give_each_prompts_own_text_in_the_prompts_order(family, batch_s
     assert len(set(texts)) == len(texts)
     plain = generate_texts(model, tokenizer, PROMPTS, max_new_tokens=STEPS, batch_size=batch_size)
     assert plain == [decoded(tokenizer, continued(model, tokenizer, prompt)) for prompt in PROMPTS] != texts
+
+
+@pytest.mark.parametrize("batch_size", (1, 2, 8))
+def test_each_prompt_has_its_own_prefix(batch_size):
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer(bos=True)
+    names = ["a", None, "b", "b", "a"]
+    prefixes = {"a": random_prefix(model, 3), "b": random_prefix(model, 6)}
+    options = {"max_new_tokens": STEPS, "batch_size": batch_size}
+    texts = {None: generate_texts(model, tokenizer, PROMPTS, **options)}
+    for name, prefix in prefixes.items():
+        with attach_prefix(model, prefix):
+            texts[name] = generate_texts(model, tokenizer, PROMPTS, **options)
+    with attach_prefix(model, PrefixBank(prefixes)):
+        got = generate_texts(model, tokenizer, PROMPTS, prefix_ids=names, **options)
+        with pytest.raises(ValueError, match="prefix_ids: expected one for each of 5 prompts, got 1"):
+            generate_texts(model, tokenizer, PROMPTS, prefix_ids=["a"], **options)
+    assert got == [texts[name][i] for i, name in enumerate(names)]
+
+
+def test_a_text_as_prefix_has_the_special_tokens():
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer(bos=True)
+    text = "Be kind.\n"
+    expected = generate_texts(model, tokenizer, [text + prompt for prompt in PROMPTS], max_new_tokens=STEPS)
+    with attach_prefix(model, Prefix.from_text(model, tokenizer, text)):
+        assert generate_texts(model, tokenizer, PROMPTS, max_new_tokens=STEPS, special_tokens=False) == expected
 
 
 def test_prompts_of_similar_length_share_a_batch_padded_on_the_left(monkeypatch):
