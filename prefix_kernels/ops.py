@@ -23,8 +23,8 @@ _INPUT_COUNT = len(AttentionInputs._fields)
 _DIFFERENTIABLE = 5  # q, k, v, prefix_k, prefix_v: the first five inputs
 
 
-def _backend_for(inputs: AttentionInputs, backend: str | None):
-    return load_backend(choose_backend(inputs.problem(), backend))
+def _backend_for(inputs: AttentionInputs, backend: str | None, gradients: bool):
+    return load_backend(choose_backend(inputs.problem(gradients), backend))
 
 
 def _without_autocast(device: torch.device) -> AbstractContextManager:
@@ -40,9 +40,9 @@ def _token_major(tensor: Tensor) -> Tensor:
     return tensor.contiguous()
 
 
-def _forward(inputs: AttentionInputs, backend: str | None) -> tuple[Tensor, Tensor]:
+def _forward(inputs: AttentionInputs, backend: str | None, gradients: bool) -> tuple[Tensor, Tensor]:
     with _without_autocast(inputs.q.device):
-        out, lse = _backend_for(inputs, backend).forward(inputs)
+        out, lse = _backend_for(inputs, backend, gradients).forward(inputs)
     return _token_major(out), lse.contiguous()
 
 
@@ -51,7 +51,8 @@ def _forward(inputs: AttentionInputs, backend: str | None) -> tuple[Tensor, Tens
 )
 def attention(*args):
     """(out, lse) of one call; arguments are those of AttentionInputs, then backend, then return_lse (for the backward pass)."""
-    return _forward(AttentionInputs(*args[:_INPUT_COUNT]), args[_INPUT_COUNT])
+    inputs = AttentionInputs(*args[:_INPUT_COUNT])
+    return _forward(inputs, args[_INPUT_COUNT], any(tensor.requires_grad for tensor in inputs.tensors))
 
 
 @attention.register_fake
@@ -78,7 +79,7 @@ def attention_backward(grad_out, grad_lse, out, lse, wanted, *args):
 
 def _gradients(inputs: AttentionInputs, backend: str | None, out, lse, grad_out, grad_lse, wanted) -> list[Tensor | None]:
     with _without_autocast(inputs.q.device):
-        grads = _backend_for(inputs, backend).backward(inputs, out, lse, grad_out, grad_lse, tuple(wanted))
+        grads = _backend_for(inputs, backend, True).backward(inputs, out, lse, grad_out, grad_lse, tuple(wanted))
     own = [_token_major(grad) if needed else None for grad, needed in zip(grads[:3], wanted[:3], strict=True)]
     return own + [grad.contiguous() if needed else None for grad, needed in zip(grads[3:], wanted[3:], strict=True)]
 
@@ -129,7 +130,7 @@ class _Recorded(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *args):
-        output = _forward(AttentionInputs(*args[:_INPUT_COUNT]), args[_INPUT_COUNT])
+        output = _forward(AttentionInputs(*args[:_INPUT_COUNT]), args[_INPUT_COUNT], True)
         _setup_context(ctx, args, output)
         ctx.set_materialize_grads(False)
         return output
@@ -149,7 +150,7 @@ def run(inputs: AttentionInputs, backend: str | None, return_lse: bool) -> tuple
         return attention(*inputs, backend, return_lse)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs.tensors):
         return _Recorded.apply(*inputs, backend, return_lse)
-    return _forward(inputs, backend)
+    return _forward(inputs, backend, False)
 
 
 def _plain(inputs: AttentionInputs) -> bool:

@@ -49,8 +49,11 @@ class AttentionInputs(NamedTuple):
     def varlen(self) -> bool:
         return self.cu_seqlens_q is not None
 
-    def problem(self) -> AttentionProblem:
-        """The shape of this call; reads no tensor values."""
+    def problem(self, gradients: bool | None = None) -> AttentionProblem:
+        """The shape of this call; reads no tensor values. gradients: None asks autograd, which must not be off for another
+        reason than the caller's (inside an operator it is)."""
+        if gradients is None:
+            gradients = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in self.tensors)
         if self.varlen:
             q_tokens, heads, head_dim = self.q.shape
             k_tokens, kv_heads, value_dim = self.v.shape
@@ -66,7 +69,7 @@ class AttentionInputs(NamedTuple):
             causal=self.causal, window=self.window, softcap=self.softcap, first_key_position=self.first_key_position,
             has_key_mask=self.key_mask is not None, has_key_lens=self.key_lens is not None, has_bias=self.bias is not None,
             has_prefix_ids=self.prefix_ids is not None, has_prefix_lens=self.prefix_lens is not None,
-            varlen=self.varlen, has_parent=self.parent is not None,
+            varlen=self.varlen, has_parent=self.parent is not None, gradients=gradients,
         )  # fmt: skip
 
 
@@ -98,6 +101,7 @@ class AttentionProblem(NamedTuple):
     has_prefix_lens: bool
     varlen: bool
     has_parent: bool
+    gradients: bool  # whether any may be asked for
 
     def flops(self) -> int:
         """Floating point operations of the forward pass (the backward pass has 2.5 times as many).

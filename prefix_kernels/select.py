@@ -11,13 +11,14 @@ import torch
 
 from prefix_kernels.problem import AttentionProblem
 
-BACKENDS = ("cpu", "triton", "sdpa", "reference")  # in order of preference, but see preferred()
+BACKENDS = ("cpu", "triton", "sdpa", "cuda", "reference")  # in order of preference, but see preferred()
 WIDE_HEAD = 128  # above it sdpa comes before triton on a GPU
 # Why a backend comes before those after it.
 REASONS = {
     "cpu": "measured: 1.5 to 7.4 times as fast as sdpa at the 96 points of benchmarks/results/cpu, so there is no threshold",
     "triton": "measured on an H200 (benchmarks/results/nvidia-h200): faster than sdpa in training up to head_dim 128",
     "sdpa": "measured on an H200: 1.6 times as fast as triton forward with head_dim 256; on a CPU it copies nothing per row",
+    "cuda": "not measured: it has not run on a GPU",  # when it has and is faster, it comes before triton
     "reference": "it is the only one left",
 }
 
@@ -83,15 +84,15 @@ def workspace_bytes(problem: AttentionProblem, backend: str | None) -> dict[str,
 def available_backends() -> tuple[str, ...]:
     """The backends that can run on this machine, in order of preference."""
     devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
-    probes = [_small_problem(device) for device in devices]
+    probes = [_small_problem(device, dtype) for device in devices for dtype in (torch.float32, torch.bfloat16)]
     return tuple(name for name in BACKENDS if any(load_backend(name).why_not(probe) is None for probe in probes))
 
 
-def _small_problem(device: str) -> AttentionProblem:
-    """What every backend of that device serves: one row, head_dim 64, float32, no option."""
+def _small_problem(device: str, dtype: torch.dtype) -> AttentionProblem:
+    """What every backend of that device serves in one of its dtypes: one query, head_dim 64, no option, no gradient."""
     return AttentionProblem(
-        device=device, dtype=torch.float32, prefix_dtype=torch.float32, batch=1, heads=1, kv_heads=1, q_len=1, kv_len=1,
+        device=device, dtype=dtype, prefix_dtype=dtype, batch=1, heads=1, kv_heads=1, q_len=1, kv_len=1,
         q_tokens=1, k_tokens=1, head_dim=64, value_dim=64, prefixes=1, prefix_len=1, causal=True, window=None, softcap=None,
         first_key_position=None, has_key_mask=False, has_key_lens=False, has_bias=False, has_prefix_ids=False,
-        has_prefix_lens=False, varlen=False, has_parent=False,
+        has_prefix_lens=False, varlen=False, has_parent=False, gradients=False,
     )  # fmt: skip

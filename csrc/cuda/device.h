@@ -1,0 +1,111 @@
+// The instructions that the kernels use, each behind a function. The tests have a header of the same functions for the host.
+// Layouts of fragments: PTX ISA, "Matrix fragments for mma.m16n8k16" and "ldmatrix".
+#pragma once
+
+#include <cstdint>
+
+#define DEVICE __device__ __forceinline__
+
+namespace prefix_kernels::cuda {
+
+struct bfloat16 {};
+struct float16 {};
+
+DEVICE int thread_index() { return threadIdx.x; }
+DEVICE int block_index() { return blockIdx.x; }
+DEVICE void sync_threads() { __syncthreads(); }
+DEVICE void sync_warp() { __syncwarp(); }
+DEVICE float shuffle_xor(float value, int mask) { return __shfl_xor_sync(~0u, value, mask); }
+DEVICE int shuffle_xor(int value, int mask) { return __shfl_xor_sync(~0u, value, mask); }
+DEVICE int shuffle_up(int value, int distance) { return __shfl_up_sync(~0u, value, distance); }
+template <typename T>
+DEVICE T shuffle(T value, int lane) {
+  return __shfl_sync(~0u, value, lane);
+}
+DEVICE bool any(bool value) { return __any_sync(~0u, value); }
+DEVICE unsigned ballot(bool value) { return __ballot_sync(~0u, value); }
+DEVICE int count_bits(unsigned bits) { return __popc(bits); }
+
+DEVICE uint32_t shared_address(const void* shared) { return static_cast<uint32_t>(__cvta_generic_to_shared(shared)); }
+
+// 16 bytes from global to shared memory, zeros where nothing exists; complete after wait_for_copies.
+DEVICE void copy_async(void* shared, const void* global, bool exists) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(exists ? 16 : 0)
+               : "memory");
+}
+DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// All but the last `pending` groups of this thread have arrived.
+template <int pending>
+DEVICE void wait_for_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
+}
+
+// Four 8 × 8 matrices; lane l gives the address of row l % 8 of matrix l / 8.
+DEVICE void load_matrices(uint32_t (&to)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(shared_address(row)) : "memory");
+}
+DEVICE void load_matrices_transposed(uint32_t (&to)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(shared_address(row)) : "memory");
+}
+
+// sums [16, 8] += a [16, 16] · b [16, 8]
+template <typename Element>
+DEVICE void multiply_add(float (&sums)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
+template <>
+DEVICE void multiply_add<bfloat16>(float (&sums)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+               : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+template <>
+DEVICE void multiply_add<float16>(float (&sums)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+               : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// Two numbers rounded to 16 bit, `low` in the lower half.
+template <typename Element>
+DEVICE uint32_t packed(float low, float high);
+template <>
+DEVICE uint32_t packed<bfloat16>(float low, float high) {
+  uint32_t result;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(high), "f"(low));
+  return result;
+}
+template <>
+DEVICE uint32_t packed<float16>(float low, float high) {
+  uint32_t result;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(high), "f"(low));
+  return result;
+}
+
+DEVICE float exp2_of(float x) {
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+DEVICE float reciprocal_of(float x) {
+  float result;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+DEVICE float log2_of(float x) { return log2f(x); }
+// NaN if either is: a NaN that a query sees must show.
+DEVICE float max_of(float a, float b) {
+  float result;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
+  return result;
+}
+
+// What other thread blocks wrote: past the L1 cache.
+DEVICE float4 load_written(const float4* from) { return __ldcg(from); }
+DEVICE float2 load_written(const float2* from) { return __ldcg(from); }
+// Orders this thread's accesses before and after it for the whole device.
+DEVICE void fence() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
+DEVICE unsigned add_one(unsigned* counter) { return atomicAdd(counter, 1u); }
+DEVICE void add_one_shared(int* counter) { atomicAdd(counter, 1); }
+
+}  // namespace prefix_kernels::cuda

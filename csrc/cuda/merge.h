@@ -1,0 +1,190 @@
+// From the state of an item's warps to a result, or to a partial one that the last item of its unit merges with the others.
+//
+//     lse = largest + log total        out = sums / total        over splits in their order, whoever comes last
+#pragma once
+
+#include "softmax.h"
+#include "tile.h"
+
+namespace prefix_kernels::cuda {
+
+constexpr int LOADS_AHEAD = 8;  // of a thread that merges
+
+struct Parts {
+  float* sums;     // [places, DIM]
+  float2* states;  // [places]: largest, total
+};
+
+template <int DIM>
+DEVICE Parts parts_of(const DecodeCall& call) {
+  return {call.parts, reinterpret_cast<float2*>(call.parts + call.schedule.places() * DIM)};
+}
+
+DEVICE float4 plus(float4 a, float weight, float4 b) {
+  a.x += weight * b.x, a.y += weight * b.y, a.z += weight * b.z, a.w += weight * b.w;
+  return a;
+}
+
+// Four dimensions of one query's output.
+template <typename Element, int DIM>
+DEVICE void store_out(const DecodeCall& call, const Query& at, int dim, float4 sums, float total) {
+  const float inverse = total == 0 ? 0.0f : 1 / total;
+  const int64_t token = (int64_t(at.row) * call.q_len + at.query) * call.heads + at.head;
+  uint2 words{packed<Element>(sums.x * inverse, sums.y * inverse), packed<Element>(sums.z * inverse, sums.w * inverse)};
+  *reinterpret_cast<uint2*>(static_cast<uint16_t*>(call.out) + token * DIM + dim) = words;
+}
+
+DEVICE void store_lse(const DecodeCall& call, const Query& at, float largest, float total) {
+  call.lse[(int64_t(at.row) * call.heads + at.head) * call.q_len + at.query] = (largest + log2_of(total)) * LN_2;
+}
+
+// The warps' states into shared memory: each query's largest and total over the key groups, sums scaled to that largest.
+template <int DIM>
+DEVICE void gather_warps(WarpState<DIM>& state, SharedMemory<DIM>& shared, int query_warps) {
+  const int thread = thread_index(), warp = thread / LANES, lane = thread % LANES;
+  state.finish();
+  sync_threads();  // the sums take the place of keys and values
+#pragma unroll
+  for (int r = 0; r < 2; ++r)
+    if (lane % 4 == 0) {
+      shared.largest[warp][lane / 4 + 8 * r] = state.largest[r];
+      shared.total[warp][lane / 4 + 8 * r] = state.total[r];
+    }
+  sync_threads();
+  const auto largest_of = [&](int query_warp, int row) {
+    float largest = -INFINITE;
+    for (int w = query_warp; w < WARPS; w += query_warps) largest = max_of(largest, shared.largest[w][row]);
+    return largest;
+  };
+  if (thread < query_warps * WARP_QUERIES) {
+    const int query_warp = thread / WARP_QUERIES, row = thread % WARP_QUERIES;
+    const float largest = largest_of(query_warp, row), base = largest == -INFINITE ? 0.0f : largest;
+    float total = 0;
+    for (int w = query_warp; w < WARPS; w += query_warps) total += shared.total[w][row] * exp2_of(shared.largest[w][row] - base);
+    shared.slot_largest[thread] = largest, shared.slot_total[thread] = total;
+  }
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const int row = lane / 4 + 8 * r;
+    const float largest = largest_of(warp % query_warps, row);
+    const float weight = exp2_of(state.largest[r] - (largest == -INFINITE ? 0.0f : largest));
+#pragma unroll
+    for (int i = 0; i < DIM / 8; ++i) {
+      float2 pair{state.sums[i][2 * r] * weight, state.sums[i][2 * r + 1] * weight};
+      *reinterpret_cast<float2*>(&shared.sums[warp][row][i * 8 + lane % 4 * 2]) = pair;
+    }
+  }
+  sync_threads();
+}
+
+// What gather_warps left: the result, where this item is the only one of its unit, else a partial result.
+template <typename Element, int DIM>
+DEVICE void store_item(const DecodeCall& call, const Item& item, const Tile& tile, const SharedMemory<DIM>& shared,
+                       int query_warps) {
+  const Schedule& s = call.schedule;
+  const int slots = tile.count * s.unit_queries;
+  const Parts parts = parts_of<DIM>(call);
+  for (int index = thread_index(); index < slots * (DIM / 4); index += THREADS) {
+    const int slot = index / (DIM / 4), dim = index % (DIM / 4) * 4;
+    const int unit = tile.unit(slot / s.by_unit_queries, shared), number = slot % s.by_unit_queries;
+    const Query at = query_of(call, unit, item.kv_head, number);
+    if (!at.exists) continue;
+    float4 sums{0, 0, 0, 0};
+    for (int w = slot / WARP_QUERIES; w < WARPS; w += query_warps)
+      sums = plus(sums, 1, *reinterpret_cast<const float4*>(&shared.sums[w][slot % WARP_QUERIES][dim]));
+    const float largest = shared.slot_largest[slot], total = shared.slot_total[slot];
+    if (!s.merges()) {
+      store_out<Element, DIM>(call, at, dim, sums, total);
+      if (dim == 0) store_lse(call, at, largest, total);
+    } else {
+      const int split = item.shared ? item.split : s.shared_splits + item.split;
+      const int64_t place = s.place(split, item.kv_head, unit, number);
+      *reinterpret_cast<float4*>(parts.sums + place * DIM + dim) = sums;
+      if (dim == 0) parts.states[place] = float2{largest, total};
+    }
+  }
+}
+
+// out and lse of a unit from its partial results; a warp takes a query at a time, its threads four dimensions each.
+template <typename Element, int DIM>
+DEVICE void merge_unit(const DecodeCall& call, int unit, int kv_head, int first_split) {
+  const Schedule& s = call.schedule;
+  const Parts parts = parts_of<DIM>(call);
+  const int splits = s.shared_splits + s.splits, lane = thread_index() % LANES;
+  const int64_t step = s.place(1, 0, 0, 0);
+  constexpr int VECTORS = DIM / 4, ROUNDS = (VECTORS + LANES - 1) / LANES;
+  for (int number = thread_index() / LANES; number < s.unit_queries; number += WARPS) {
+    const Query at = query_of(call, unit, kv_head, number);
+    if (!at.exists) break;
+    const int64_t place = s.place(0, kv_head, unit, number);
+    float largest = -INFINITE;
+    for (int j = first_split + lane; j < splits; j += LANES)
+      largest = max_of(largest, load_written(parts.states + place + j * step).x);
+    for (int mask = 1; mask < LANES; mask *= 2) largest = max_of(largest, shuffle_xor(largest, mask));
+    const float base = largest == -INFINITE ? 0.0f : largest;
+    float total = 0;
+    float4 sums[ROUNDS];
+#pragma unroll
+    for (int i = 0; i < ROUNDS; ++i) sums[i] = float4{0, 0, 0, 0};
+    for (int from = first_split; from < splits; from += LANES) {
+      float weight = 0;
+      if (from + lane < splits) {
+        const float2 state = load_written(parts.states + place + (from + lane) * step);
+        weight = exp2_of(state.x - base);
+        total += weight * state.y;
+      }
+      const int here = splits - from < LANES ? splits - from : LANES;
+      for (int first = 0; first < here; first += LOADS_AHEAD) {
+        float4 ahead[LOADS_AHEAD][ROUNDS];
+#pragma unroll
+        for (int j = 0; j < LOADS_AHEAD; ++j)
+#pragma unroll
+          for (int i = 0; i < ROUNDS; ++i) {
+            ahead[j][i] = float4{0, 0, 0, 0};
+            if (first + j < here && lane + i * LANES < VECTORS)
+              ahead[j][i] = load_written(reinterpret_cast<const float4*>(parts.sums + (place + (from + first + j) * step) * DIM) +
+                                         lane + i * LANES);
+          }
+#pragma unroll
+        for (int j = 0; j < LOADS_AHEAD; ++j) {
+          const float its_weight = shuffle(weight, (first + j) % LANES);
+#pragma unroll
+          for (int i = 0; i < ROUNDS; ++i) sums[i] = plus(sums[i], its_weight, ahead[j][i]);
+        }
+      }
+    }
+    for (int mask = 1; mask < LANES; mask *= 2) total += shuffle_xor(total, mask);
+#pragma unroll
+    for (int i = 0; i < ROUNDS; ++i)
+      if (lane + i * LANES < VECTORS) store_out<Element, DIM>(call, at, (lane + i * LANES) * 4, sums[i], total);
+    if (lane == 0) store_lse(call, at, largest, total);
+  }
+}
+
+// Counts this item for each of its units and merges those of which it is the last.
+template <typename Element, int DIM>
+DEVICE void arrive(const DecodeCall& call, const Item& item, const Tile& tile, SharedMemory<DIM>& shared) {
+  const Schedule& s = call.schedule;
+  const auto first_split = [&](int unit) {  // of a row that has no prefix nobody left a part of it
+    if (s.shared_splits == 0 || !call.prefix_ids.data) return 0;
+    return length_of_prefix(call, prefix_of(call, unit / s.by_row_units)) > 0 ? 0 : s.shared_splits;
+  };
+  fence();
+  sync_threads();
+  for (int i = thread_index(); i < tile.count; i += THREADS) {
+    const int unit = tile.unit(i, shared);
+    unsigned* counter = call.counters + int64_t(item.kv_head) * s.units + unit;
+    const unsigned expected = unsigned(s.shared_splits + s.splits - first_split(unit));
+    shared.merges[i] = add_one(counter) + 1 == expected;
+    if (shared.merges[i]) *counter = 0;  // for the next call; nobody else comes in this one
+  }
+  sync_threads();
+  fence();
+  for (int i = 0; i < tile.count; ++i)
+    if (shared.merges[i]) {
+      const int unit = tile.unit(i, shared);
+      merge_unit<Element, DIM>(call, unit, item.kv_head, first_split(unit));
+    }
+}
+
+}  // namespace prefix_kernels::cuda

@@ -1,0 +1,147 @@
+// How a decoding call is cut into the items of thread blocks, and where their partial results lie. Plain C++: it depends on
+// sizes alone, and what depends on values (fill, prefixes of a bank) is cut again on the device, by share_of.
+//
+//     unit          up to 64 queries of one row and one kv head: what is merged at a time
+//     shared item   a tile of units that have one prefix × a split of that prefix
+//     row item      a unit × a split of its own keys; where nothing is shared, of its prefix and its keys in a row
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "tile_sizes.h"
+
+#ifdef __CUDACC__
+#define HOST_DEVICE __host__ __device__ inline
+#else
+#define HOST_DEVICE inline
+#endif
+
+namespace prefix_kernels::cuda {
+
+// All assumed: no timing yet.
+constexpr int64_t SHORT_PREFIX = 64;           // columns that a row's own item reads sooner than others help
+constexpr int64_t SHORT_ROW = 256;             // columns of an item that is not worth a split and a merge
+constexpr int64_t LEAST_COLUMNS = 128;         // of a row that are worth an item
+constexpr int64_t LEAST_SHARED_COLUMNS = 256;  // of a prefix: the last split to arrive merges many rows
+constexpr int64_t MAX_SPLITS = 128;            // of each kind: bounds the memory of partial results
+constexpr int64_t ITEMS_ON_MULTIPROCESSOR = 2;
+constexpr int64_t MAX_GROUPED_PREFIXES = 1024;  // of a bank, counted in shared memory
+
+struct Sizes {
+  int64_t batch, heads, kv_heads, q_len, kv_len, head_dim, prefixes, prefix_len, window, multiprocessors;
+  bool causal, bank;
+};
+
+// Division of n < 2³¹ by a number that the host knows: a multiplication on the device.
+struct Divisor {
+  uint32_t by, factor, shift;
+  Divisor() = default;
+  explicit Divisor(int64_t divisor) : by(uint32_t(divisor)), factor(0), shift(0) {
+    while ((uint64_t(1) << shift) < by) ++shift;
+    factor = uint32_t(((uint64_t(1) << (31 + shift)) + by - 1) / by);  // 2³¹ ≤ factor < 2³²
+  }
+};
+HOST_DEVICE int operator/(int n, const Divisor& d) { return int(uint64_t(uint32_t(n)) * d.factor >> (31 + d.shift)); }
+HOST_DEVICE int operator%(int n, const Divisor& d) { return n - n / d * int(d.by); }
+
+struct Schedule {
+  int kv_heads;
+  int row_queries;   // of a row and a kv head, counted query by query, then head by head
+  int unit_queries;  // of a unit
+  int row_units;     // of a row
+  int units;         // of a kv head
+  int row_warps, shared_warps;    // of a thread block that stand side by side along the queries; the others split the keys
+  int tile_units;                 // that one pass over a prefix serves
+  int tiles;                      // of a kv head; with a bank an upper bound
+  int shared_splits, splits;      // shared_splits 0: row items read the prefix
+  Divisor by_kv_heads, by_group, by_unit_queries, by_row_units, by_tiles, by_shared_splits, by_splits;
+  HOST_DEVICE int64_t shared_items() const { return int64_t(tiles) * shared_splits * kv_heads; }
+  HOST_DEVICE int64_t items() const { return shared_items() + int64_t(units) * splits * kv_heads; }
+  HOST_DEVICE bool merges() const { return shared_splits + splits > 1; }
+  HOST_DEVICE int64_t places() const { return int64_t(shared_splits + splits) * kv_heads * units * unit_queries; }
+  // Of a split (shared ones first) and a query in its unit.
+  HOST_DEVICE int64_t place(int split, int kv_head, int unit, int query) const {
+    return ((int64_t(split) * kv_heads + kv_head) * units + unit) * unit_queries + query;
+  }
+};
+
+struct Item {
+  bool shared;
+  int kv_head, split;
+  int index;  // of the tile or the unit
+};
+
+struct Share {
+  int begin, end;
+};
+
+HOST_DEVICE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Tiles of one prefix run at a time: the first reads it from memory, the others from the L2 cache.
+HOST_DEVICE Item item_of(const Schedule& s, int number) {
+  const int shared = s.tiles * s.shared_splits * s.kv_heads;
+  if (number < shared) {
+    const int rest = number / s.by_tiles;
+    return {true, rest / s.by_shared_splits, rest % s.by_shared_splits, number % s.by_tiles};
+  }
+  number -= shared;
+  const int rest = number / s.by_splits;
+  return {false, rest % s.by_kv_heads, number % s.by_splits, rest / s.by_kv_heads};
+}
+
+// Of `blocks` blocks those of one split; the last splits may have none.
+HOST_DEVICE Share share_of(int blocks, int splits, int split) {
+  const int size = (blocks + splits - 1) / splits, begin = split * size;
+  return {begin < blocks ? begin : blocks, begin + size < blocks ? begin + size : blocks};
+}
+
+inline int query_warps(int64_t queries, int keys) {
+  int warps = least_query_warps(keys);
+  while (warps < WARPS && warps * WARP_QUERIES < queries) warps *= 2;
+  return warps;
+}
+
+inline bool shares_prefix(const Sizes& z) {
+  return z.batch > 1 && z.prefix_len > SHORT_PREFIX && (!z.bank || z.prefixes <= MAX_GROUPED_PREFIXES);
+}
+
+// Blocks of work as long as there are columns worth an item, and no more than occupy the device.
+inline Schedule schedule_of(const Sizes& z) {
+  const int keys = keys_of_block(z.head_dim);
+  const int64_t row_queries = z.q_len * (z.heads / z.kv_heads);
+  const int64_t unit_queries = std::clamp<int64_t>(row_queries, 1, MAX_SLOTS);
+  const int64_t row_units = ceil_div(row_queries, unit_queries), units = z.batch * row_units;
+  int64_t columns = z.kv_len;
+  if (z.window > 0) columns = std::min(columns, (z.causal ? 1 : 2) * z.window + z.q_len);
+  Schedule s{};
+  s.kv_heads = int(z.kv_heads), s.row_queries = int(row_queries), s.unit_queries = int(unit_queries);
+  s.row_units = int(row_units), s.units = int(units);
+  s.row_warps = query_warps(unit_queries, keys);
+  s.shared_warps = query_warps(units * unit_queries, keys);
+  s.tile_units = int(std::max<int64_t>(1, s.shared_warps * WARP_QUERIES / unit_queries));
+  int64_t blocks = 0;  // of all shared items, each as heavy as it has products
+  const bool shared = shares_prefix(z);
+  if (shared) {
+    // The rows of k prefixes fill less than k more tiles than the rows of one.
+    const int64_t used = z.bank ? std::min(z.prefixes, z.batch) : 1;
+    s.tiles = int((units - used) / s.tile_units + used);
+    blocks = ceil_div(z.prefix_len, keys) * s.tiles * z.kv_heads * s.shared_warps / 2;
+  } else {
+    columns += z.prefix_len;
+  }
+  blocks += ceil_div(columns, keys) * units * z.kv_heads;
+  const int64_t share = std::max<int64_t>(1, ceil_div(blocks, ITEMS_ON_MULTIPROCESSOR * z.multiprocessors)) * keys;
+  const auto splits = [](int64_t of, int64_t size) { return int(std::clamp<int64_t>(ceil_div(of, size), 1, MAX_SPLITS)); };
+  if (shared) s.shared_splits = splits(z.prefix_len, std::max(LEAST_SHARED_COLUMNS, 2 * share / s.shared_warps));
+  s.splits = !shared && columns <= SHORT_ROW ? 1 : splits(columns, std::max(LEAST_COLUMNS, share));
+  s.by_kv_heads = Divisor(z.kv_heads), s.by_group = Divisor(z.heads / z.kv_heads), s.by_unit_queries = Divisor(unit_queries);
+  s.by_row_units = Divisor(row_units), s.by_splits = Divisor(s.splits);
+  s.by_tiles = Divisor(std::max(1, s.tiles)), s.by_shared_splits = Divisor(std::max(1, s.shared_splits));
+  return s;
+}
+
+// float32 numbers of the partial results: for each place its sums [head_dim], then its largest score and its total.
+inline int64_t part_values(const Schedule& s, int64_t head_dim) { return s.merges() ? s.places() * (head_dim + 2) : 0; }
+
+}  // namespace prefix_kernels::cuda

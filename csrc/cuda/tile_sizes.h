@@ -1,0 +1,32 @@
+// The sizes of a thread block's work, by head_dim alone. Plain C++.
+#pragma once
+
+#include <cstdint>
+
+namespace prefix_kernels::cuda {
+
+constexpr int LANES = 32, WARPS = 4, THREADS = WARPS * LANES;
+constexpr int WARP_QUERIES = 16;                   // rows of one tensor-core product
+constexpr int MAX_SLOTS = WARPS * WARP_QUERIES;    // queries of one thread block
+constexpr int CHUNK = 16;                          // keys that a warp meets at a time
+constexpr int STAGES = 2;                          // blocks of keys and values in shared memory: one is met, one under way
+constexpr int VECTOR = 8;                          // 16-bit elements in 16 bytes
+
+// Sizes for one head_dim; 64 keys of 256 would not fit the shared memory of a GPU for desktops (99 KiB).
+template <int DIM>
+struct TileSizes {
+  static_assert(DIM % 16 == 0 && DIM <= 256, "a product takes 16 dimensions at a time");
+  static constexpr int KEYS = DIM <= 128 ? 64 : 32;    // of a block
+  static constexpr int PITCH = DIM + VECTOR;           // an odd number of vectors: ldmatrix meets no bank twice
+  static constexpr int SUM_PITCH = DIM + 8;            // floats; rows 8 banks apart
+  static constexpr int VECTORS = DIM / VECTOR;         // of a token
+  static constexpr int COPIERS = VECTORS <= 8 ? 8 : VECTORS <= 16 ? 16 : 32;  // threads that copy a token, a vector each
+  static constexpr int BLOCKS_ON_MULTIPROCESSOR = DIM <= 128 ? 3 : 2;  // that registers are kept for
+};
+
+constexpr int keys_of_block(int64_t dim) { return dim <= 128 ? 64 : 32; }
+
+// Every warp of the key groups meets a chunk at least, so warps stand side by side along the queries.
+constexpr int least_query_warps(int keys) { return WARPS * CHUNK / keys; }
+
+}  // namespace prefix_kernels::cuda

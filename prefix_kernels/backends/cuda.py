@@ -1,0 +1,120 @@
+"""CUDA C++ kernel (csrc/cuda) for decoding: a few queries a row, forward only.
+
+Queries of many rows meet a shared prefix together on the tensor cores, each row's own keys are split among thread blocks, and
+the last block of a row merges: one launch, whose memory depends on shapes alone.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from prefix_kernels.problem import AttentionInputs, AttentionProblem, empty_token_major
+
+LIBRARY = Path(__file__).resolve().parents[1] / "_C_cuda.so"
+DEVICE = "cuda"
+DTYPES = (torch.bfloat16, torch.float16)
+HEAD_DIMS = (64, 80, 96, 128, 256)  # as in csrc/cuda/decode_launch.h
+MAX_QUERIES = 8  # a row: one new token, or a few that were guessed ahead
+MAX_TOKEN_STRIDE = 2**31 - 1  # elements; 32 bit in the kernel
+
+
+@functools.cache
+def _missing() -> str | None:
+    """Loads the library, once; the reason why it cannot be used, or None."""
+    if not LIBRARY.exists():
+        return f"the CUDA kernels are not built (no {LIBRARY.name} beside the package); reinstall with nvcc at hand"
+    if not torch.cuda.is_available():
+        return "torch finds no CUDA device"
+    try:
+        torch.ops.load_library(LIBRARY)
+    except OSError as error:
+        return f"the CUDA kernels in {LIBRARY} cannot be loaded: {error}"
+    return _no_code()
+
+
+def _no_code() -> str | None:
+    """Why the device cannot run the library's machine code, or None."""
+    try:
+        machine_code()
+    except RuntimeError as error:
+        return str(error).splitlines()[0]
+    return None
+
+
+def machine_code() -> str:
+    """The architecture whose code runs on the current device, and whether it is the library's own or compiled by the driver."""
+    binary, virtual, *_ = torch.ops.prefix_kernels_cuda.code(128, True)
+    return f"sm_{binary}, " + ("compiled beforehand" if binary // 10 == _capability() // 10 else f"from PTX for sm_{virtual}")
+
+
+def _capability() -> int:
+    major, minor = torch.cuda.get_device_capability()
+    return 10 * major + minor
+
+
+def why_not(problem: AttentionProblem) -> str | None:
+    """None where the kernel can serve the problem, else the reason."""
+    if problem.device != DEVICE:
+        return f"it runs on CUDA devices, the tensors are on {problem.device}"
+    if problem.varlen or problem.q_len > MAX_QUERIES:
+        return f"it decodes batches of rows with up to {MAX_QUERIES} queries each"
+    if problem.gradients:
+        return "it has no backward pass, and a gradient may be asked for (torch.no_grad() says that none will be)"
+    if problem.dtype not in DTYPES:
+        return f"it serves bfloat16 and float16, got {problem.dtype}"
+    if problem.has_bias:
+        return "it takes no bias"
+    if problem.head_dim not in HEAD_DIMS or problem.value_dim != problem.head_dim:
+        dims = ", ".join(map(str, HEAD_DIMS))
+        return f"it serves head_dim {dims} with value_dim the same, got {problem.head_dim} and {problem.value_dim}"
+    return _missing()
+
+
+def workspace_bytes(problem: AttentionProblem) -> tuple[int, int]:
+    """Most bytes that the forward pass takes besides what goes in and comes out; there is no backward pass."""
+    rounded = problem.prefix_values() * problem.dtype.itemsize if problem.prefix_dtype != problem.dtype else 0
+    values = torch.ops.prefix_kernels_cuda.part_values(
+        problem.batch, problem.heads, problem.kv_heads, problem.q_len, problem.kv_len, problem.head_dim, problem.prefixes,
+        problem.prefix_len, problem.window or 0, problem.causal, problem.has_prefix_ids,
+    )  # fmt: skip
+    counters = 4 * problem.batch * problem.heads if values else 0
+    return rounded + 4 * values + counters, 0
+
+
+@functools.cache
+def _decode() -> Callable:
+    return torch.ops.prefix_kernels_cuda.decode.default
+
+
+def forward(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
+    """(out, lse) of one call; out token-major in q's dtype, lse float32."""
+    q, mask = inputs.q, inputs.key_mask
+    out = empty_token_major(q, tuple(q.shape))
+    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+    _decode()(
+        *map(_readable, (q, inputs.k, inputs.v)),
+        # A float32 prefix is rounded once, and not by every block that reads it.
+        *(_readable(tensor.to(q.dtype)) for tensor in (inputs.prefix_k, inputs.prefix_v)),
+        mask if mask is None or mask.stride(-1) == 1 else mask.contiguous(),
+        *(None if index is None else index.contiguous() for index in (inputs.key_lens, inputs.prefix_ids, inputs.prefix_lens)),
+        inputs.causal, inputs.scale, inputs.window or 0, inputs.softcap or 0.0,
+        -1 if inputs.first_key_position is None else inputs.first_key_position, out, lse,
+    )  # fmt: skip
+    return out, lse
+
+
+def backward(
+    inputs: AttentionInputs, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None, wanted: tuple[bool, ...]
+) -> tuple[Tensor | None, ...]:
+    """Never called: why_not refuses whatever may need a gradient."""
+    raise NotImplementedError("the CUDA kernels have no backward pass")
+
+
+def _readable(tensor: Tensor) -> Tensor:
+    """Itself; a copy where the kernel cannot use its strides."""
+    return tensor if tensor.stride(-1) == 1 and tensor.stride(-2) <= MAX_TOKEN_STRIDE else tensor.contiguous()
