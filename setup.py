@@ -1,7 +1,7 @@
 """Where the two import packages of the one distribution lie, and the build of csrc/; everything else is in pyproject.toml.
 
 PREFIX_KERNELS_BUILD says what is compiled, with CMake and ninja, into prefix_kernels/:
-  auto  (default) _C.so, and _C_cuda.so where nvcc is found; what cannot be built is left out with a warning
+  auto  (default) _C.so, and _C_cuda.so where nvcc is found and torch has CUDA; what fails is left out with a warning
   none  nothing: pure Python
   cpu   _C.so, or an error
   cuda  _C.so and _C_cuda.so, or an error
@@ -66,10 +66,6 @@ def cuda_compiler() -> str | None:
     return next(filter(None, map(shutil.which, names)), None)
 
 
-def cuda_sources() -> list[Path]:
-    return sorted(ROOT.glob("csrc/cuda/*.cu"))
-
-
 def find_torch() -> tuple[Path, str]:
     """Its folder and version, without importing it, which takes seconds. pip's isolated builds hide it, but run in the
     environment that they build for."""
@@ -84,6 +80,14 @@ def find_torch() -> tuple[Path, str]:
     if tuple(map(int, re.findall(r"\d+", version)[:2])) < (2, 11):
         raise CannotBuildError(f"torch {version} is older than 2.11")
     return Path(spec.origin).parent, version
+
+
+def torch_has_cuda() -> bool:
+    """Beside a torch without CUDA nothing would call the CUDA kernels, which take longer to compile than all others."""
+    try:
+        return (find_torch()[0] / "lib" / "libtorch_cuda.so").exists()
+    except CannotBuildError:
+        return False
 
 
 def call(*command: str) -> None:
@@ -102,8 +106,6 @@ def compile_kernels(base: Path, with_cuda: bool) -> list[Path]:
     if with_cuda:
         if nvcc is None:
             raise CannotBuildError("nvcc is missing (install the CUDA toolkit; CUDACXX may name its nvcc)")
-        if not cuda_sources():
-            raise CannotBuildError("csrc/cuda holds no .cu file")
         arguments.append(f"-DCMAKE_CUDA_COMPILER={nvcc}")
     arguments.append(f"-DPREFIX_KERNELS_CUDA={'ON' if with_cuda else 'OFF'}")
     call(cmake, "-S", str(ROOT), "-B", str(folder), "-G", "Ninja", *arguments)
@@ -153,7 +155,7 @@ class BuildExt(Command):
 
     def _build(self) -> list[Path]:
         base = Path(self.get_finalized_command("build").build_base).resolve()
-        with_cuda = [True, False] if cuda_compiler() and cuda_sources() else [False]
+        with_cuda = [True, False] if cuda_compiler() and torch_has_cuda() else [False]
         for cuda in {"none": [], "cpu": [False], "cuda": [True], "auto": with_cuda}[MODE]:
             try:
                 return compile_kernels(base, cuda)

@@ -17,9 +17,12 @@
 #include "cuda/decode.h"
 #include "cuda/runtime.h"
 
-#ifndef PREFIX_KERNELS_DEVICE  // the tests build the same operators for the host
+#ifndef PREFIX_KERNELS_DEVICE  // the tests build the same operators for the host, under other names
 #define PREFIX_KERNELS_DEVICE CUDA
+#define PREFIX_KERNELS_OPERATORS prefix_kernels_cuda
 #endif
+#define OPERATORS(name, m) STABLE_TORCH_LIBRARY(name, m)
+#define OPERATORS_FOR(name, device, m) STABLE_TORCH_LIBRARY_IMPL(name, device, m)
 
 namespace prefix_kernels::cuda {
 namespace {
@@ -127,7 +130,7 @@ std::vector<int64_t> code(int64_t head_dim, bool bfloat16) {
 }  // namespace
 }  // namespace prefix_kernels::cuda
 
-STABLE_TORCH_LIBRARY(prefix_kernels_cuda, m) {
+OPERATORS(PREFIX_KERNELS_OPERATORS, m) {
   m.def(
       "decode(Tensor q, Tensor k, Tensor v, Tensor prefix_k, Tensor prefix_v, Tensor? key_mask, Tensor? key_lens, "
       "Tensor? prefix_ids, Tensor? prefix_lens, bool causal, float scale, int window, float softcap, "
@@ -138,11 +141,11 @@ STABLE_TORCH_LIBRARY(prefix_kernels_cuda, m) {
   m.def("code(int head_dim, bool bfloat16) -> int[]");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(prefix_kernels_cuda, PREFIX_KERNELS_DEVICE, m) {
+OPERATORS_FOR(PREFIX_KERNELS_OPERATORS, PREFIX_KERNELS_DEVICE, m) {
   m.impl("decode", TORCH_BOX(&prefix_kernels::cuda::decode));
 }
 
-STABLE_TORCH_LIBRARY_IMPL(prefix_kernels_cuda, CompositeExplicitAutograd, m) {
+OPERATORS_FOR(PREFIX_KERNELS_OPERATORS, CompositeExplicitAutograd, m) {
   m.impl("part_values", TORCH_BOX(&prefix_kernels::cuda::values_of_parts));
   m.impl("code", TORCH_BOX(&prefix_kernels::cuda::code));
 }

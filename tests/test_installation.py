@@ -132,10 +132,10 @@ def test_build_for_cuda_needs_nvcc(tmp_path):
 @needs_compiler
 @pytest.mark.skipif(cuda_compiler() is None, reason="needs nvcc, and none is found")
 def test_cuda_sources_are_compiled(tmp_path):
-    """For the architectures asked for, with a torch that may have no CUDA; a CUDA source that fails costs no CPU kernels."""
+    """For the architectures asked for, with a torch that may have no CUDA; by `auto` beside a torch that has it alone, where a
+    CUDA source that fails costs no CPU kernels."""
     tree = copy_tree(tmp_path / "tree")
     source = tree / "csrc" / "cuda" / "answer.cu"
-    source.parent.mkdir(exist_ok=True)
     source.write_text(
         '__global__ void fill(int* out) { *out = 42; }\nextern "C" int answer() { return fill == nullptr ? 0 : 42; }\n'
     )
@@ -144,11 +144,30 @@ def test_cuda_sources_are_compiled(tmp_path):
     assert built.returncode == 0, built.stdout
     assert libraries(tree / "prefix_kernels") == ["_C.so", "_C_cuda.so"]
     assert ctypes.CDLL(tree / "prefix_kernels" / "_C_cuda.so").answer() == 42
+    load = f"import torch; torch.ops.load_library({str(tree / 'prefix_kernels' / '_C_cuda.so')!r})"
+    shown = run(sys.executable, "-c", f"{load}; print(torch.ops.prefix_kernels_cuda.decode.default._schema)")
+    assert "Tensor(a!) out" in shown.stdout, shown.stdout
     (commands,) = (tree / "build").glob("*/compile_commands.json")
-    assert set(re.findall(r",code=(\w+)", commands.read_text())) == {"sm_90a"}
+    assert set(re.findall(r",code=(\w+)", commands.read_text())) == {"sm_90a", "compute_80"}
 
     source.write_text("#error this line\n")
-    built = build_in_place(tree, CMAKE_ARGS=arguments)
-    assert built.returncode == 0, built.stdout
-    assert "WARNING: prefix-kernels is built without its CUDA kernels" in built.stdout
-    assert libraries(tree / "prefix_kernels") == ["_C.so"]
+    for has_cuda in (False, True):
+        built = build_in_place(tree, CMAKE_ARGS=arguments, PYTHONPATH=str(torch_with_or_without_cuda(tmp_path, has_cuda)))
+        assert built.returncode == 0, built.stdout
+        assert ("WARNING: prefix-kernels is built without its CUDA kernels" in built.stdout) == has_cuda
+        assert libraries(tree / "prefix_kernels") == ["_C.so"]
+
+
+def torch_with_or_without_cuda(tmp_path: Path, has_cuda: bool) -> Path:
+    """A folder for sys.path with this torch, as links, with or without the library that makes it one for CUDA."""
+    installed, folder = Path(torch.__file__).parent, tmp_path / f"torch-{has_cuda}"
+    (folder / "torch" / "lib").mkdir(parents=True)
+    for source, target in ((installed, folder / "torch"), (installed / "lib", folder / "torch" / "lib")):
+        for file in source.iterdir():
+            if file.name not in ("lib", "libtorch_cuda.so"):
+                (target / file.name).symlink_to(file)
+    for metadata in installed.parent.glob("torch-*.dist-info"):
+        (folder / metadata.name).symlink_to(metadata)
+    if has_cuda:
+        (folder / "torch" / "lib" / "libtorch_cuda.so").touch()
+    return folder

@@ -16,7 +16,7 @@ from torch import Tensor
 from prefix_kernels.problem import AttentionInputs, AttentionProblem, empty_token_major
 
 LIBRARY = Path(__file__).resolve().parents[1] / "_C_cuda.so"
-DEVICE = "cuda"
+DEVICE, OPERATORS = "cuda", "prefix_kernels_cuda"
 DTYPES = (torch.bfloat16, torch.float16)
 HEAD_DIMS = (64, 80, 96, 128, 256)  # as in csrc/cuda/decode_launch.h
 MAX_QUERIES = 8  # a row: one new token, or a few that were guessed ahead
@@ -42,19 +42,14 @@ def _no_code() -> str | None:
     try:
         machine_code()
     except RuntimeError as error:
-        return str(error).splitlines()[0]
+        return str(error).splitlines()[0].split(", ", 2)[-1]  # less the place in the source
     return None
 
 
 def machine_code() -> str:
-    """The architecture whose code runs on the current device, and whether it is the library's own or compiled by the driver."""
-    binary, virtual, *_ = torch.ops.prefix_kernels_cuda.code(128, True)
-    return f"sm_{binary}, " + ("compiled beforehand" if binary // 10 == _capability() // 10 else f"from PTX for sm_{virtual}")
-
-
-def _capability() -> int:
-    major, minor = torch.cuda.get_device_capability()
-    return 10 * major + minor
+    """What the current device runs: code for its architecture, or PTX for an older one that its driver has compiled."""
+    binary, virtual, *_ = _operator("code")(128, True)
+    return f"sm_{binary}" if binary == virtual else f"sm_{binary}, compiled by the driver from PTX for sm_{virtual}"
 
 
 def why_not(problem: AttentionProblem) -> str | None:
@@ -78,7 +73,7 @@ def why_not(problem: AttentionProblem) -> str | None:
 def workspace_bytes(problem: AttentionProblem) -> tuple[int, int]:
     """Most bytes that the forward pass takes besides what goes in and comes out; there is no backward pass."""
     rounded = problem.prefix_values() * problem.dtype.itemsize if problem.prefix_dtype != problem.dtype else 0
-    values = torch.ops.prefix_kernels_cuda.part_values(
+    values = _operator("part_values")(
         problem.batch, problem.heads, problem.kv_heads, problem.q_len, problem.kv_len, problem.head_dim, problem.prefixes,
         problem.prefix_len, problem.window or 0, problem.causal, problem.has_prefix_ids,
     )  # fmt: skip
@@ -87,8 +82,9 @@ def workspace_bytes(problem: AttentionProblem) -> tuple[int, int]:
 
 
 @functools.cache
-def _decode() -> Callable:
-    return torch.ops.prefix_kernels_cuda.decode.default
+def _operator(name: str) -> Callable:
+    """One of the library's; looking it up at every call would take a microsecond."""
+    return getattr(getattr(torch.ops, OPERATORS), name).default
 
 
 def forward(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
@@ -96,7 +92,7 @@ def forward(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
     q, mask = inputs.q, inputs.key_mask
     out = empty_token_major(q, tuple(q.shape))
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
-    _decode()(
+    _operator("decode")(
         *map(_readable, (q, inputs.k, inputs.v)),
         # A float32 prefix is rounded once, and not by every block that reads it.
         *(_readable(tensor.to(q.dtype)) for tensor in (inputs.prefix_k, inputs.prefix_v)),

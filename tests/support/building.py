@@ -16,11 +16,16 @@ SET_BY_TESTS = ("PREFIX_KERNELS_BUILD", "PREFIX_KERNELS_BACKEND", "CMAKE_ARGS", 
 NO_COMPILER = {"CXX": "/nonexistent/c++", "CUDACXX": "/nonexistent/nvcc"}
 
 
+def cxx_compiler() -> str | None:
+    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
+    return next(filter(None, map(shutil.which, names)), None)
+
+
 def cannot_build() -> str | None:
     """What this machine lacks to compile the kernels."""
     if os.environ.get("PREFIX_KERNELS_BUILD") == "none":
         return "PREFIX_KERNELS_BUILD=none: nothing is to be compiled"
-    if not any(map(shutil.which, [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"])):
+    if cxx_compiler() is None:
         return "no C++ compiler found"
     scripts = sysconfig.get_path("scripts")
     missing = [name for name in ("cmake", "ninja") if not (shutil.which(name, path=scripts) or shutil.which(name))]

@@ -2,14 +2,12 @@
 //
 // Fragments are laid out as the PTX ISA says ("Matrix fragments for mma.m16n8k16", "ldmatrix"). What the hardware leaves open is
 // made as bad as it may be: a warp runs on alone until a barrier stops it, in any order; an asynchronous copy leaves NaN where it
-// goes until it is waited for; shared memory begins as NaN. Threads of a warp that meet different instructions end the process.
+// goes until it is waited for; shared memory begins as NaN. Threads of a warp that meet different instructions are an error.
 #pragma once
 
 #include <csetjmp>
 #include <cmath>
 #include <cstdint>
-#include <cstdio>
-#include <cstdlib>
 #include <cstring>
 #include <ucontext.h>
 
@@ -32,11 +30,6 @@ struct float16 {};
 namespace emulator {
 
 constexpr int WARP = 32;
-
-[[noreturn]] inline void fail(const char* what) {
-  std::fprintf(stderr, "emulated GPU: %s\n", what);
-  std::abort();
-}
 
 struct Copy {
   void* to;
@@ -66,11 +59,18 @@ struct Machine {
   std::vector<Together> warps;
   std::function<void()> body;
   jmp_buf scheduler;
-  int thread = 0, block = 0, threads = 0, waiting = 0;
+  int thread = 0, block = 0, threads = 0, waiting = 0, finished = 0;
   unsigned barriers = 0;
+  const char* failed = nullptr;
 };
 
 inline Machine machine;
+
+// Gives up the block.
+[[noreturn]] inline void fail(const char* what) {
+  machine.failed = what;
+  _longjmp(machine.scheduler, 1);
+}
 
 inline void yield() {
   if (_setjmp(machine.fibers[machine.thread].place) == 0) _longjmp(machine.scheduler, 1);
@@ -92,9 +92,10 @@ inline void resume(int thread) {
   if (_setjmp(machine.scheduler) == 0) _longjmp(machine.fibers[thread].place, 1);
 }
 
-// Runs all threads of one block; `order` permutes the warps and says how they take turns.
-inline void run_block(int block, int threads, unsigned order, const std::function<void()>& body) {
+// Runs all threads of one block; `order` says how the warps take turns. What went wrong, or null.
+inline const char* run_block(int block, int threads, unsigned order, const std::function<void()>& body) {
   machine.body = body, machine.block = block, machine.threads = threads, machine.waiting = 0;
+  machine.failed = nullptr;
   machine.warps.assign(threads / WARP, Together());
   while (int(machine.fibers.size()) < threads) machine.fibers.emplace_back();
   for (int i = 0; i < threads; ++i) {
@@ -110,18 +111,30 @@ inline void run_block(int block, int threads, unsigned order, const std::functio
     if (_setjmp(machine.scheduler) == 0) swapcontext(&here, &fiber.first);
   }
   const int warps = threads / WARP;
+  int idle = 0;  // rounds in which nothing went on
   for (bool left = true; left; ++order) {
     left = false;
+    const unsigned barriers = machine.barriers;
+    int done = 0;
     for (int i = 0; i < warps; ++i) {
       const int warp = (i * (order % 2 ? 1 : warps - 1) + order / 2) % warps;  // forwards or backwards, from any
       // On, alone, until its threads stand at a barrier of the block or have ended.
       for (unsigned passed = ~machine.warps[warp].passed; passed != machine.warps[warp].passed;) {
         passed = machine.warps[warp].passed;
         for (int lane = 0; lane < WARP; ++lane)
-          if (!machine.fibers[warp * WARP + lane].done) left = true, resume(warp * WARP + lane);
+          if (!machine.fibers[warp * WARP + lane].done) {
+            left = true;
+            resume(warp * WARP + lane);
+            if (machine.failed) return machine.failed;
+          }
       }
     }
+    for (int i = 0; i < threads; ++i) done += machine.fibers[i].done;
+    idle = machine.barriers == barriers && done == machine.finished ? idle + 1 : 0;
+    machine.finished = done;
+    if (idle > 2) return "threads wait at a barrier that others do not reach";
   }
+  return nullptr;
 }
 
 // Waits until all threads of the warp are here with the same `kind`; the last one runs `act` on what each has brought.

@@ -1,0 +1,198 @@
+"""The CUDA kernel without a GPU: its source, compiled for the host, one thread of a block after the other."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import prefix_kernels
+from prefix_kernels import api
+from prefix_kernels.backends import cuda
+from support.building import needs_compiler
+from support.cases import Case
+from support.compare import DTYPES, expectation
+from support.cuda_cases import CUDA_CASES
+from support.emulated_gpu import EmulatedGpu
+from support.inputs import make_inputs
+from support.tolerance import assert_close
+
+pytestmark = [needs_compiler, pytest.mark.usefixtures("uninitialized_memory_is_nan")]
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    return EmulatedGpu(tmp_path_factory.mktemp("emulated"))
+
+
+@pytest.fixture
+def gpu(built):
+    with built.serving(), torch.no_grad():
+        yield built
+    assert built.counters_are_zero()
+
+
+def check(case, dtype, inputs=None):
+    inputs = inputs or make_inputs(case, *DTYPES[dtype])
+    got = inputs.call(backend="cuda", return_lse=True)
+    with torch.enable_grad():
+        _, _, wide, eager = expectation(case, *DTYPES[dtype])
+    assert got[0].dtype == DTYPES[dtype][0]
+    for name, value, expected, yardstick in zip(("out", "lse"), got, wide, eager, strict=False):
+        assert_close(value, expected, yardstick, name)
+    return got
+
+
+@pytest.mark.parametrize("case", CUDA_CASES, ids=str)
+def test_bfloat16(gpu, case):
+    """In orders of thread blocks and warps that differ, on devices that split differently; the same bits in any order."""
+    results = []
+    for multiprocessors in (132, 3):
+        for order in (0, 1, 2):
+            gpu.set(order, multiprocessors)
+            results.append(check(case, "bfloat16"))
+            for value, first in zip(results[-1], results[-1 - order], strict=True):
+                assert torch.equal(value, first)
+
+
+@pytest.mark.parametrize("case", CUDA_CASES[::4], ids=str)
+@pytest.mark.parametrize("dtype", ["float16", "float32 prefix"])
+def test_other_dtypes(gpu, case, dtype):
+    check(case, dtype)
+
+
+@pytest.mark.parametrize("case", CUDA_CASES[::3], ids=str)
+def test_aligned(gpu, case):
+    """Tokens at multiples of 16 bytes are copied asynchronously; those of the other tests are not."""
+    inputs = make_inputs(case, torch.bfloat16)
+    inputs.tensors = tuple(aligned(tensor.detach()) for tensor in inputs.tensors)
+    gpu.set(2)
+    check(case, "bfloat16", inputs)
+
+
+def aligned(tensor):
+    """The same values, each token at a multiple of 16 bytes, NaN between them."""
+    buffer = tensor.new_full((*tensor.shape[:-1], tensor.shape[-1] + 8), torch.nan)
+    return buffer[..., 8:].copy_(tensor)
+
+
+def test_what_a_call_takes(gpu):
+    """One launch; partial results as they are announced; counters of its own where none are left."""
+    case = Case("decode", q_len=1, kv_len=60, prefix_len=300, head_dim=64, batch=3)
+    inputs = make_inputs(case, torch.bfloat16)
+    before = gpu.launches()
+    for counters in (True, False):
+        gpu.set(counters=counters)
+        check(case, "bfloat16")
+    assert gpu.launches() == before + 2
+    short = replace(case, prefix_len=10)
+    stated = [
+        prefix_kernels.workspace_bytes(*each.tensors, **each.options, backend="cuda")["forward"]
+        for each in (inputs, make_inputs(short, torch.bfloat16))
+    ]
+    assert stated == [4 * (2 + 1) * 3 * 4 * (64 + 2) + 4 * 3 * 4, 0]  # 2 splits of the prefix, 1 of the keys
+
+
+def test_indices_that_no_public_call_lets_through(gpu):
+    """On a GPU values are not checked: an id out of range is no prefix, lengths are clamped. int64 as well as int32."""
+    case = Case("indices", batch=5, q_len=1, kv_len=20, prefix_len=70, head_dim=64, prefixes=2, prefix_ids=(0, -1, 1, -1, 1),
+                prefix_lens=(70, 0), key_lens=(20, 0, 7, 20, 0))  # fmt: skip
+    inputs = make_inputs(case, torch.bfloat16)
+    expected = inputs.call(backend="cuda", return_lse=True)
+    wild = {"prefix_ids": [0, 2**40, 1, -7, 1], "prefix_lens": [2**33, -1], "key_lens": [2**35, -2, 7, 21, 0]}
+    attention = api._dense_inputs(*inputs.tensors, **inputs.options)
+    attention = attention._replace(**{name: torch.tensor(values) for name, values in wild.items()})
+    for value, other in zip(cuda.forward(attention), expected, strict=True):
+        assert torch.equal(value, other)
+
+
+STRIDES = {
+    "last stride not 1": lambda t: t.transpose(-1, -2).contiguous().transpose(-1, -2),
+    "first axis expanded": lambda t: t[:1].expand(t.shape),
+    "all strides 0": lambda t: t.flatten()[0].expand(t.shape),
+}
+
+
+@pytest.mark.parametrize("which", range(5), ids=("q", "k", "v", "prefix_k", "prefix_v"))
+@pytest.mark.parametrize("layout", STRIDES)
+def test_any_strides(gpu, layout, which):
+    inputs = make_inputs(Case("strides", q_len=2, kv_len=9, head_dim=64, prefix_len=70), torch.bfloat16)
+    values = [tensor.detach() for tensor in inputs.tensors]
+    values[which] = STRIDES[layout](values[which])
+    calls = [prefix_kernels.prefix_attention(*each, backend="cuda") for each in (values, [t.contiguous() for t in values])]
+    assert torch.equal(*calls)
+
+
+@pytest.mark.parametrize("broken", range(5), ids=("q", "k", "v", "prefix_k", "prefix_v"))
+@pytest.mark.parametrize("prefix_len", [10, 300])
+def test_nan_that_is_seen_shows(gpu, broken, prefix_len):
+    inputs = make_inputs(Case("nan", q_len=2, kv_len=9, head_dim=64, prefix_len=prefix_len), torch.bfloat16)
+    tensors = [tensor.detach() for tensor in inputs.tensors]
+    tensors[broken].fill_(torch.nan)
+    out, lse = prefix_kernels.prefix_attention(*tensors, backend="cuda", return_lse=True)
+    assert out.isnan().all() and (broken in (2, 4) or lse.isnan().all())
+
+
+def test_what_it_refuses(gpu):
+    def refusal(case, dtype=torch.bfloat16, **more):
+        inputs = make_inputs(case, dtype)
+        return prefix_kernels.explain_backends(*inputs.tensors, **inputs.options, **more)["cuda"]
+
+    good = Case("good", q_len=8, kv_len=9, head_dim=64)
+    assert refusal(good) == "not chosen: cpu is preferred (" + prefix_kernels.select.REASONS["cpu"] + ")"
+    assert "up to 8 queries" in refusal(replace(good, q_len=9))
+    assert "got torch.float32" in refusal(good, torch.float32)
+    assert "got 32 and 32" in refusal(replace(good, head_dim=32))
+    assert "got 64 and 80" in refusal(replace(good, value_dim=80))
+    assert "no bias" in refusal(replace(good, bias=(1, 0, 1, 0)))
+    with torch.enable_grad():
+        assert "no backward pass" in refusal(good)
+        with pytest.raises(NotImplementedError, match="no backward pass"):
+            make_inputs(good, torch.bfloat16).call(backend="cuda")
+
+
+MUTATIONS = {  # each breaks one thing that a case below must notice
+    "causal mask": ("visibility.h", "clamped(position + 1, 0, keys)", "clamped(position + 2, 0, keys)"),
+    "window": ("visibility.h", "- call.window + 1, 0", "- call.window, 0"),
+    "sliding prefix": ("visibility.h", "call.slide + 1, 0", "call.slide, 0"),
+    "key mask": ("softmax.h", " || !(shown >> key & 1)", ""),
+    "splits overlap": ("schedule.h", "begin = split * size;", "begin = split * size - (split > 0);"),
+    "last block of a split": ("schedule.h", "(blocks + splits - 1) / splits", "blocks / splits"),
+    "merge forgets the first split": ("merge.h", "int from = first_split;", "int from = first_split + 1;"),
+    "merge without weights": ("merge.h", "weight = exp2_of(state.x - base);", "weight = 1;"),
+    "merge too early": ("merge.h", "add_one(counter) + 1 == expected", "add_one(counter) + 2 == expected"),
+    "correction of the sums": ("softmax.h", "if (any(changes))", "if (false)"),
+    "a barrier less": ("decode_kernel.h", "<STAGES - 1>();\n    sync_threads();", "<STAGES - 1>();"),
+    "copies not waited for": ("decode_kernel.h", "wait_for_copies<STAGES - 1>", "wait_for_copies<STAGES>"),
+    "past the fill": ("decode_kernel.h", "left = exists - first - int(token)", "left = exists + 1 - first - int(token)"),
+    "prefix of a tile": ("tile.h", "shared.prefix = chosen,", "shared.prefix = 0,"),
+}  # fmt: skip
+NOTICED_BY = (
+    Case("all at once", batch=5, heads=6, kv_heads=2, q_len=3, kv_len=300, prefix_len=170, head_dim=64, window=280,
+         first_key_position=0, key_lens=(300, 290, 7, 0, 131)),
+    Case("holes", batch=2, heads=6, kv_heads=2, q_len=2, kv_len=300, prefix_len=70, head_dim=64, padding="holes"),
+    Case("bank", batch=40, heads=2, kv_heads=1, q_len=1, kv_len=9, prefix_len=70, head_dim=64, prefixes=2,
+         prefix_ids=tuple(i % 2 for i in range(40))),
+)  # fmt: skip
+
+
+def noticed():
+    for case in NOTICED_BY:
+        inputs = make_inputs(case, torch.bfloat16)
+        inputs.tensors = tuple(aligned(tensor.detach()) for tensor in inputs.tensors)
+        check(case, "bfloat16", inputs)
+
+
+def test_nothing_is_noticed_without_a_mutation(gpu):
+    for order in range(3):
+        gpu.set(order, 8)
+        noticed()
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_mutations_are_noticed(built, name):
+    kernels = built.build_kernels(name.replace(" ", "_"), (64,), MUTATIONS[name])
+    with built.serving(kernels), torch.no_grad(), pytest.raises((AssertionError, RuntimeError)):
+        for order in range(3):
+            built.set(order, 8)
+            noticed()
+        assert built.counters_are_zero()

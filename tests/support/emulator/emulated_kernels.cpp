@@ -1,0 +1,45 @@
+// The kernels for the host, without torch: a library of its own, so that a mutation of them is compiled quickly.
+#include <algorithm>
+#include <numeric>
+#include <random>
+#include <vector>
+
+#include "emulated_device.h"
+
+#include "cuda/decode_kernel.h"
+
+namespace prefix_kernels::cuda {
+
+template <typename Element, int DIM>
+static const char* run(const DecodeCall& call, unsigned order) {
+  static SharedMemory<DIM> shared;
+  std::vector<int> blocks(call.schedule.items());
+  std::iota(blocks.begin(), blocks.end(), 0);
+  if (order % 3 == 1) std::reverse(blocks.begin(), blocks.end());
+  if (order % 3 == 2) std::shuffle(blocks.begin(), blocks.end(), std::mt19937(order));
+  for (const int block : blocks) {
+    std::memset(static_cast<void*>(&shared), 0xff, sizeof(shared));
+    const auto decode = [&] { decode_item<Element>(call, shared); };
+    if (const char* failed = emulator::run_block(block, THREADS, order + unsigned(block), decode)) return failed;
+  }
+  return nullptr;
+}
+
+template <typename Element>
+static const char* run(const DecodeCall& call, int head_dim, unsigned order) {
+  switch (head_dim) {
+#define HEAD_DIM(dim) case dim: return run<Element, dim>(call, order);
+    HEAD_DIMS
+#undef HEAD_DIM
+  }
+  return "no such head_dim";
+}
+
+}  // namespace prefix_kernels::cuda
+
+// What went wrong, or null. order: in which thread blocks and warps run.
+extern "C" __attribute__((visibility("default"))) const char* emulated_decode(
+    const prefix_kernels::cuda::DecodeCall* call, bool bfloat16, int head_dim, unsigned order) {
+  using namespace prefix_kernels::cuda;
+  return bfloat16 ? run<struct bfloat16>(*call, head_dim, order) : run<float16>(*call, head_dim, order);
+}
