@@ -68,6 +68,8 @@ class Attachment:
             for part, modules in stack.attention.items()
         }
         replaced = {m: replacement(m) for stack in self.stacks for modules in stack.attention.values() for m in modules}
+        if self._bank is not None and any(replaced.values()):
+            raise NotImplementedError(f"model: a bank is not served, as layers of {type(model).__name__} hand on no prefix_ids")
         self._hidden: list[tuple[LayerPrefix, tuple]] = []  # what each layer holds again when the prefix is switched on
         self._configs = _replace_configs(model, [stack for stack in every if stack not in self.stacks])
         self._changed: list[tuple[nn.Module, str, dict[str, Any]]] = []

@@ -52,8 +52,8 @@ class PrefixBank:
         self.shape = first.parts["decoder"]
         self.generation = 0  # counts reallocations: whoever holds the tensors below takes them again when it changes
         self.keys, self.values = (  # of each layer [capacity, kv_heads, max_prefix_len, dim]
-            [torch.empty(0, self.shape.kv_heads, 0, dim) for _ in range(self.shape.layers)]
-            for dim in (self.shape.head_dim, self.shape.value_dim)
+            [torch.empty(0, tensor.shape[0], 0, tensor.shape[2]) for tensor in tensors]
+            for tensors in zip(*first.layers(), strict=True)
         )
         self.prefix_lens = torch.empty(0, dtype=torch.int32)  # [capacity]
         self._offsets = torch.zeros(1, dtype=torch.int64)  # [capacity + 1]; the last is that of no prefix

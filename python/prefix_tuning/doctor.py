@@ -43,10 +43,10 @@ def explain_training(
     model: nn.Module, prefix_dtype: torch.dtype, *, batch: int, length: int, prefix_len: int, backend: str | None = None
 ) -> dict[str, str]:
     """`explain_backends` for a training step of this model: a padded batch of `length` tokens behind a prefix."""
-    shape, parameter = model_shape(model.config), next(model.parameters())
+    (kv_heads, head_dim, _), parameter = model_shape(model.config).of(0), next(model.parameters())
     return _explain(
         parameter.device, parameter.dtype, prefix_dtype, heads=model.config.get_text_config().num_attention_heads,
-        kv_heads=shape.kv_heads, head_dim=shape.head_dim, batch=batch, q_len=length, kv_len=length,
+        kv_heads=kv_heads, head_dim=head_dim, batch=batch, q_len=length, kv_len=length,
         prefix_len=prefix_len, backend=backend,
     )  # fmt: skip
 

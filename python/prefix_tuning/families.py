@@ -9,7 +9,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from prefix_tuning.positions import llama4_query_scale
-from prefix_tuning.shapes import ModelShape, falcon_shape, full_attention_shape, mla_shape, standard_shape
+from prefix_tuning.shapes import (
+    ModelShape,
+    falcon_shape,
+    full_attention_shape,
+    gemma4_shape,
+    mla_shape,
+    standard_shape,
+)
 
 
 @dataclass(frozen=True)
@@ -41,6 +48,7 @@ FAMILIES = {
     "gemma": Family("GemmaAttention"),
     "gemma2": Family("Gemma2Attention"),
     "gemma3_text": Family("Gemma3Attention"),
+    "gemma4_text": Family("Gemma4TextAttention", gemma4_shape),
     "glm4": Family("Glm4Attention"),
     "gpt2": Family("GPT2Attention", learned_positions=True),
     "gpt_bigcode": Family("GPTBigCodeAttention", learned_positions=True),
@@ -89,15 +97,33 @@ def family_of(model: nn.Module) -> Family:
 
 
 def attention_modules(model: nn.Module) -> list[nn.Module]:
-    """The self-attention modules in the order of their layers; NotImplementedError if the model is not as its row says."""
-    name = family_of(model).attention
-    modules = [m for m in model.modules() if type(m).__name__ == name and not getattr(m, "is_cross_attention", False)]
+    """The self-attention modules that a prefix has layers for, in their order; see shared_attention for the rest.
+
+    NotImplementedError if the model is not as its row says.
+    """
+    modules = [module for module in _all_attention(model) if not _uses_others(module)]
     layers = [module.layer_id if hasattr(module, "layer_id") else module.layer_idx for module in modules]
     expected = model_shape(model.config).layers
     if len(layers) != expected or layers != sorted(set(layers)):
         raise NotImplementedError(
-            f"model: expected {expected} layers with a {name}, found layers {layers} in {type(model).__name__}"
+            f"model: expected {expected} layers with a {family_of(model).attention}, found layers {layers} in "
+            f"{type(model).__name__}"
         )
     if getattr(model.config, "add_cross_attention", False):
         raise NotImplementedError(f"model: cross-attention is not served; got {type(model).__name__} with add_cross_attention")
     return modules
+
+
+def shared_attention(model: nn.Module) -> dict[nn.Module, nn.Module]:
+    """Self-attention modules without keys and values of their own (Gemma 4), and whose they use: the last of their kind."""
+    last = {module.layer_type: module for module in attention_modules(model) if hasattr(module, "layer_type")}
+    return {module: last[module.layer_type] for module in _all_attention(model) if _uses_others(module)}
+
+
+def _all_attention(model: nn.Module) -> list[nn.Module]:
+    name = family_of(model).attention
+    return [m for m in model.modules() if type(m).__name__ == name and not getattr(m, "is_cross_attention", False)]
+
+
+def _uses_others(module: nn.Module) -> bool:
+    return getattr(module, "is_kv_shared_layer", False)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from prefix_tuning.files import replacing_files
 from prefix_tuning.prefix_files import download
-from prefix_tuning.shapes import Layers, ModelShape, check_int
+from prefix_tuning.shapes import Layers, ModelShape, check_int, check_layers
 
 CONFIG_FILE, TENSORS_FILE, PICKLED_FILE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 EMBEDDINGS = "prompt_embeddings"
@@ -127,13 +127,11 @@ def write_adapter(directory: str | os.PathLike, layers: Layers, base_model: str,
     """
     if task_type not in TASK_TYPES:
         raise ValueError(f"task_type: got {task_type!r}, expected one of {', '.join(TASK_TYPES)}")
-    kv_heads, prefix_len, head_dim = layers[0][0].shape
-    value_dim = layers[0][1].shape[-1]
-    if value_dim != head_dim:
-        raise NotImplementedError(
-            f"prefix: PEFT has one size for keys and values, got head_dim {head_dim} and value_dim {value_dim}"
-        )
-    layout = AdapterLayout(prefix_len, ModelShape(len(layers), kv_heads, head_dim, head_dim), task_type == SEQ_2_SEQ)
+    shape, prefix_len = check_layers("decoder", layers)
+    if not shape.uniform or shape.value_dim != shape.head_dim:
+        raise NotImplementedError(f"prefix: PEFT has one size for keys and values and for all layers, got {shape}")
+    kv_heads, head_dim = shape.kv_heads, shape.head_dim
+    layout = AdapterLayout(prefix_len, shape, task_type == SEQ_2_SEQ)
     config = {
         "base_model_name_or_path": base_model or None,
         "encoder_hidden_size": kv_heads * head_dim,

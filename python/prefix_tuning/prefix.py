@@ -151,6 +151,8 @@ class Prefix(nn.Module):
             with _seeded(seed):
                 source = {part: _random_layers(shape, prefix_len) for part, shape in shapes.items()}
         if reparametrization == "mlp":
+            if not all(shape.uniform for shape in shapes.values()):
+                raise NotImplementedError(f"reparametrization: 'mlp' needs layers that are alike, got {shapes}")
             embedding_dim = getattr(model.config, "decoder", model.config).get_text_config().hidden_size
             with _seeded(seed):
                 mlps = {
@@ -342,10 +344,9 @@ def _seeded(seed: int | None) -> Iterator[None]:
 
 
 def _random_layers(shape: ModelShape, prefix_len: int) -> Layers:
-    dims = (shape.head_dim, shape.value_dim)
     return [
-        tuple(RANDOM_STD * torch.randn(shape.kv_heads, prefix_len, dim, device="cpu") for dim in dims)
-        for _ in range(shape.layers)
+        tuple(RANDOM_STD * torch.randn(kv_heads, prefix_len, dim, device="cpu") for dim in dims)
+        for kv_heads, *dims in map(shape.of, range(shape.layers))
     ]
 
 

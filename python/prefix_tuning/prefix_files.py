@@ -80,10 +80,11 @@ def read_prefix(
     tensors = _read_tensors(
         directory / TENSORS_FILE,
         lambda _: {
-            f"{part}.{index}.{name}": [shape.kv_heads, prefix_len, dim]
+            f"{part}.{index}.{name}": [kv_heads, prefix_len, dim]
             for part, shape in shapes.items()
             for index in range(shape.layers)
-            for name, dim in (("key", shape.head_dim), ("value", shape.value_dim))
+            for kv_heads, *dims in [shape.of(index)]
+            for name, dim in zip(("key", "value"), dims, strict=True)
         }
         | {f"head.{module}.{name}": shape for module, parameters in heads.items() for name, shape in parameters.items()},
     )
@@ -136,7 +137,9 @@ def _read_config(file: Path) -> dict:
             if not isinstance(shape, dict) or set(shape) != {field.name for field in fields(ModelShape)}:
                 raise TypeError(f"{part}: got {shape!r}, expected {', '.join(field.name for field in fields(ModelShape))}")
             for name, value in shape.items():
-                check_int(f"{part}.{name}", value, at_least=1)
+                for size in value if isinstance(value, list) and name != "layers" else [value]:
+                    check_int(f"{part}.{name}", size, at_least=1)
+            ModelShape(**shape)
         _check_heads(config.get("heads", {}))
     except KeyError as error:
         raise ValueError(f"{file}: expected the key {error}, got only {', '.join(config)}") from error

@@ -15,12 +15,30 @@ Layers = list[tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What a prefix must share with the model it is for."""
+    """What a prefix must share with the model it is for. A size that differs between layers is a tuple with that of each."""
 
     layers: int
-    kv_heads: int
-    head_dim: int
-    value_dim: int
+    kv_heads: int | tuple[int, ...]
+    head_dim: int | tuple[int, ...]
+    value_dim: int | tuple[int, ...]
+
+    def __post_init__(self):
+        for name in ("kv_heads", "head_dim", "value_dim"):
+            sizes = getattr(self, name)
+            if not isinstance(sizes, int):
+                if len(sizes) != self.layers:
+                    raise ValueError(f"{name}: got {len(sizes)} of them, expected one of each of {self.layers} layers")
+                object.__setattr__(self, name, sizes[0] if len(set(sizes)) == 1 else tuple(sizes))
+
+    def of(self, layer: int) -> tuple[int, int, int]:
+        """kv_heads, head_dim and value_dim of one layer."""
+        sizes = (self.kv_heads, self.head_dim, self.value_dim)
+        return tuple(size if isinstance(size, int) else size[layer] for size in sizes)
+
+    @property
+    def uniform(self) -> bool:
+        """Whether all layers are alike."""
+        return all(isinstance(size, int) for size in (self.kv_heads, self.head_dim, self.value_dim))
 
     def __str__(self) -> str:
         value = "" if self.value_dim == self.head_dim else f", value_dim {self.value_dim}"
@@ -62,6 +80,13 @@ def full_attention_shape(config) -> ModelShape:
     return replace(standard_shape(config), layers=config.layer_types.count("full_attention"))
 
 
+def gemma4_shape(config) -> ModelShape:
+    """Gemma 4's global layers have larger heads than its local ones, and its last layers use the keys of earlier ones."""
+    own = list(config.per_layer_config)[: config.num_hidden_layers - config.num_kv_shared_layers]
+    head_dims = [layer.head_dim for layer in own]
+    return ModelShape(len(own), [layer.num_key_value_heads for layer in own], head_dims, head_dims)
+
+
 def check_int(name: str, value, at_least: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"{name}: got {value!r}, expected an int")
@@ -75,15 +100,16 @@ def check_dtype(dtype) -> None:
 
 
 def check_layers(part: str, layers: Sequence[tuple[Tensor, Tensor]]) -> tuple[ModelShape, int]:
-    """The shape and prefix_len that all pairs agree on."""
+    """The shape and prefix_len of the pairs; they agree in all but heads and dims, which may differ between layers."""
     if not layers:
         raise ValueError(f"parts: {part} has no layers, expected at least one")
-    found = {(tuple(key.shape), tuple(value.shape), key.dtype, value.dtype) for key, value in layers}
-    key, value, key_dtype, value_dtype = next(iter(found))
-    agree = len(found) == 1 and len(key) == len(value) == 3 and key[:2] == value[:2] and min(key + value) > 0
-    if not agree or key_dtype != value_dtype or not key_dtype.is_floating_point:
+    found = [(tuple(key.shape), tuple(value.shape), key.dtype, value.dtype) for key, value in layers]
+    agree = all(len(key) == len(value) == 3 and key[:2] == value[:2] and min(key + value) > 0 for key, value, *_ in found)
+    dtypes = {dtype for _, _, *both in found for dtype in both}
+    if not agree or len({key[1] for key, *_ in found}) > 1 or len(dtypes) > 1 or not dtypes.pop().is_floating_point:
         raise ValueError(
-            f"parts: {part} has keys and values {sorted(map(str, found))}, expected in all layers the same non-empty "
-            "[kv_heads, prefix_len, head_dim] and [kv_heads, prefix_len, value_dim] of one floating dtype"
+            f"parts: {part} has keys and values {sorted(set(map(str, found)))}, expected of each layer non-empty [kv_heads, "
+            "prefix_len, head_dim] and [kv_heads, prefix_len, value_dim], of one prefix_len and one floating dtype in all"
         )
-    return ModelShape(len(layers), key[0], key[2], value[2]), key[1]
+    kv_heads, head_dims, value_dims = zip(*((key[0], key[2], value[2]) for key, value, *_ in found), strict=True)
+    return ModelShape(len(layers), kv_heads, head_dims, value_dims), found[0][0][1]

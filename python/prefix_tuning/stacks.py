@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from prefix_tuning.encoder_families import ENCODER_DECODERS, ENCODERS, REFUSED
-from prefix_tuning.families import FAMILIES, attention_modules, family_of, model_shape
+from prefix_tuning.families import FAMILIES, attention_modules, family_of, model_shape, shared_attention
 from prefix_tuning.shapes import ModelShape
 
 SELF_ATTENTION = ("decoder", "encoder")
@@ -73,7 +73,7 @@ def stacks(model: nn.Module) -> list[Stack]:
     return [
         Stack(
             model.get_decoder(), {"decoder": attention_modules(model)}, learned_positions=family.learned_positions,
-            query_scale=family.query_scale, while_attached=family.while_attached,
+            query_scale=family.query_scale, while_attached=family.while_attached, shared=shared_attention(model),
         )
     ]  # fmt: skip
 

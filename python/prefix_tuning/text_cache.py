@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from prefix_tuning.families import model_shape
+from prefix_tuning.families import FAMILIES, model_shape
 from prefix_tuning.shapes import Layers, check_layers
-from prefix_tuning.stacks import part_shapes
+from prefix_tuning.stacks import part_shapes, stacks
 
 CHUNK = 1024  # tokens run at once: beside the cache, memory grows with CHUNK × tokens and not with tokens²
 
@@ -46,7 +46,11 @@ def cached_layers(model: nn.Module, input_ids: Tensor | Sequence[int]) -> Layers
     finally:
         for module, mode in modes.items():
             module.training = mode
-    layers = [(layer.keys[0], layer.values[0]) for layer in cache.layers]
+    layers = [(layer.keys, layer.values) for layer in cache.layers]
+    modules = stacks(model)[0].attention["decoder"] if model.config.model_type in FAMILIES else []
+    if modules and hasattr(modules[0], "expand_kv"):  # latent attention caches what keys and values are made from
+        layers = [module.expand_kv(*latent) for module, latent in zip(modules, layers, strict=True)]
+    layers = [(key[0], value[0]) for key, value in layers]
     expected, found = model_shape(model.config), check_layers("decoder", layers)
     if found != (expected, len(ids)):
         raise ValueError(f"model: caches {found[1]} tokens, {found[0]}, but its config says {len(ids)} tokens, {expected}")
@@ -58,6 +62,7 @@ def _cache_of(model: nn.Module, ids: Tensor) -> DynamicCache:
     backbone = getattr(model, "base_model", model)
     own = DynamicCache(config=model.config.get_text_config())
     others = {type(layer).__name__ for layer in own.layers if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer)}
+    others.discard("DummyLayer")  # that of a layer which uses the keys of another
     if others:
         raise NotImplementedError(
             f"model: a text leaves more than keys and values in a {type(model).__name__}: its cache has {', '.join(others)}"

@@ -7,10 +7,12 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 import transformers
 
-from support.capabilities import CAPABILITIES, Case, NotPossible
-from support.models import MODELS
+from prefix_tuning import Prefix, PrefixBank, attach_prefix
+from support.capabilities import CAPABILITIES, TOLERANCE, Case, NotPossible, ids
+from support.models import MODELS, random_prefix, tiny_model
 
 SUPPORT = Path(__file__).with_name("family_support.json")
 
@@ -52,3 +54,71 @@ def test_capability(name, capability, support, request):
         assert found == support["families"][name][capability]
     else:  # what the plain model cannot do may differ from version to version
         assert found == "yes" or found.startswith("not possible") or support["families"][name][capability] != "yes"
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "qwen3_next"])
+def test_real_tokens_as_a_prefix_equal_the_plain_model(name):
+    model, tokens, input_ids = tiny_model(name), ids(1, 5, seed=2), ids()
+    prefix = Prefix.from_text(model, None, input_ids=tokens)
+    expected = model(input_ids=torch.cat([tokens.expand(2, -1), input_ids], 1)).logits[:, 5:]
+    with attach_prefix(model, prefix, prefix_window="peft"):
+        torch.testing.assert_close(model(input_ids=input_ids).logits, expected, **TOLERANCE)
+
+
+def test_layers_with_a_state_have_no_text_as_prefix():
+    with pytest.raises(NotImplementedError, match="a text leaves more than keys and values"):
+        Prefix.from_text(tiny_model("qwen3_next"), None, input_ids=ids(1, 5))
+
+
+def test_a_bank_of_prefixes_whose_layers_differ():
+    model = tiny_model("gemma4")
+    prefix, input_ids = random_prefix(model), ids()
+    with attach_prefix(model, prefix):
+        expected = model(input_ids=input_ids).logits
+    with attach_prefix(model, PrefixBank({"a": prefix})):
+        torch.testing.assert_close(model(input_ids=input_ids, prefix_ids=["a", "a"]).logits, expected, **TOLERANCE)
+    with pytest.raises(NotImplementedError, match="'mlp' needs layers that are alike"):
+        Prefix.for_model(model, 5, reparametrization="mlp")
+
+
+def test_a_bank_is_refused_where_layers_do_not_hand_on_its_ids():
+    model = tiny_model("bloom")
+    with pytest.raises(NotImplementedError, match="layers of BloomForCausalLM hand on no prefix_ids"):
+        attach_prefix(model, PrefixBank({"a": random_prefix(model)}))
+    attach_prefix(model, random_prefix(model)).detach()
+
+
+def test_packed_rows_under_a_window_that_slides_over_the_prefix_are_refused():
+    model = tiny_model("mistral")
+    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2]] * 2)
+    with attach_prefix(model, random_prefix(model), prefix_window="peft"), pytest.raises(NotImplementedError, match="packed"):
+        model(input_ids=ids(), position_ids=positions, use_cache=False)
+
+
+@pytest.mark.parametrize("name", ("gpt2", "gpt_bigcode", "gpt_neo", "gptj", "opt"))
+def test_a_table_of_positions_that_is_too_short_is_refused(name):
+    model = tiny_model(name)
+    with attach_prefix(model, random_prefix(model, 5)):
+        model(input_ids=ids(1, 59))
+        with pytest.raises(ValueError, match="prefix and sequence together take 65 positions, more than the model's 64"):
+            model(input_ids=ids(1, 60))
+
+
+def test_attention_that_would_not_see_the_prefix_is_refused(monkeypatch):
+    model = tiny_model("llama")
+    attention = type(model.model.layers[0].self_attn)
+    monkeypatch.setattr(attention, "forward", lambda self, hidden_states, **kwargs: (hidden_states, None))
+    before = dict(vars(model.config))
+    with pytest.raises(NotImplementedError, match="LlamaAttention does not call transformers' attention interface"):
+        attach_prefix(model, random_prefix(model))
+    assert vars(model.config) == before and not any("layer_prefix" in vars(module) for module in model.modules())
+
+
+def test_another_attention_implementation_afterwards_is_refused():
+    model = tiny_model("llama")
+    with attach_prefix(model, random_prefix(model)):
+        model.set_attn_implementation("eager")
+        with pytest.raises(ValueError, match="attn_implementation: set to 'eager' while a prefix is attached"):
+            model(input_ids=ids())
+    model(input_ids=ids())
+    assert model.config._attn_implementation == "sdpa"

@@ -188,7 +188,7 @@ def test_exports_that_peft_cannot_express(tmp_path):
     for prefix, message in (
         (Prefix({"decoder": layers}, position_offset=0), "positions start at prefix_len, 2, got position_offset 0"),
         (Prefix({"decoder": layers, "cross": layers}), "decoder self-attention alone, got decoder, cross"),
-        (Prefix({"decoder": narrow}), "got head_dim 4 and value_dim 3"),
+        (Prefix({"decoder": narrow}), "got 3 layers, 2 kv_heads, head_dim 4, value_dim 3"),
     ):
         with pytest.raises(NotImplementedError, match=message):
             prefix.to_peft(tmp_path / "adapter")

@@ -308,14 +308,14 @@ def test_constructor_makes_strided_tensors_contiguous():
         ({}, {}, ValueError, "parts: got \\[\\], expected one or more of decoder, encoder, cross"),
         ({"head": pairs()}, {}, ValueError, "parts: got \\['head'\\], expected one or more of decoder"),
         ({"decoder": []}, {}, ValueError, "parts: decoder has no layers"),
-        ({"decoder": pairs(prefix_len=0)}, {}, ValueError, "the same non-empty"),
+        ({"decoder": pairs(prefix_len=0)}, {}, ValueError, "of each layer non-empty"),
         ({"decoder": pairs(dtype=torch.int64)}, {}, ValueError, "one floating dtype"),
         ({"decoder": pairs() + pairs(dtype=torch.float64)}, {}, ValueError, "one floating dtype"),
-        ({"decoder": pairs() + pairs(kv_heads=1)}, {}, ValueError, "in all layers the same"),
+        ({"decoder": pairs() + pairs(prefix_len=4)}, {}, ValueError, "of one prefix_len"),
         ({"decoder": [(key, value.half()) for key, value in pairs()]}, {}, ValueError, "one floating dtype"),
-        ({"decoder": [(key[:1], value) for key, value in pairs()]}, {}, ValueError, "in all layers the same"),
-        ({"decoder": [(key[:, 1:], value) for key, value in pairs()]}, {}, ValueError, "in all layers the same"),
-        ({"decoder": [(key[0], value[0]) for key, value in pairs()]}, {}, ValueError, "in all layers the same"),
+        ({"decoder": [(key[:1], value) for key, value in pairs()]}, {}, ValueError, "of each layer non-empty"),
+        ({"decoder": [(key[:, 1:], value) for key, value in pairs()]}, {}, ValueError, "of each layer non-empty"),
+        ({"decoder": [(key[0], value[0]) for key, value in pairs()]}, {}, ValueError, "of each layer non-empty"),
         ({"decoder": pairs(), "cross": pairs(prefix_len=4)}, {}, ValueError, "got prefix_len \\[3, 4\\], expected the same"),
         ({"decoder": pairs()}, {"position_offset": -1}, ValueError, "position_offset: got -1, expected at least 0"),
         ({"decoder": pairs()}, {"position_offset": 1.5}, TypeError, "position_offset: got 1.5, expected an int"),
@@ -324,6 +324,23 @@ def test_constructor_makes_strided_tensors_contiguous():
 def test_constructor_refuses(parts, options, error, match):
     with pytest.raises(error, match=match):
         Prefix(parts, **options)
+
+
+def test_layers_may_differ_in_heads_and_dims(tmp_path):
+    prefix = Prefix({"decoder": pairs(1, 2, 3, 4, 4) + pairs(2, 1, 3, 8, 8)})
+    assert prefix.parts["decoder"] == ModelShape(3, (2, 1, 1), (4, 8, 8), [4, 8, 8])
+    assert "3 layers, (2, 1, 1) kv_heads, head_dim (4, 8, 8)" in repr(prefix)
+    prefix.save(tmp_path)
+    loaded = Prefix.load(tmp_path)
+    assert loaded.parts == prefix.parts
+    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), prefix.parameters(), strict=True))
+    with pytest.raises(ValueError, match="head_dim: got 2 of them, expected one of each of 3 layers"):
+        ModelShape(3, 2, (4, 8), 4)
+    config = json.loads((tmp_path / CONFIG_FILE).read_text())
+    config["parts"]["decoder"]["kv_heads"] = [2, 0, 1]
+    (tmp_path / CONFIG_FILE).write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="decoder.kv_heads: got 0, expected at least 1"):
+        Prefix.load(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -43,6 +43,13 @@ MODELS = {
     "gemma": ("GemmaForCausalLM", LLAMA),
     "gemma2": ("Gemma2ForCausalLM", LLAMA | HYBRID | {"attn_logit_softcapping": 5.0}),
     "gemma3": ("Gemma3ForCausalLM", LLAMA | HYBRID),
+    "gemma4": (
+        "Gemma4ForCausalLM",
+        LLAMA | WINDOW | {
+            "num_hidden_layers": 6, "num_kv_shared_layers": 2, "global_head_dim": 32, "vocab_size_per_layer_input": 128,
+            "hidden_size_per_layer_input": 8, "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2,
+        },
+    ),
     "glm4": ("Glm4ForCausalLM", LLAMA),
     "gpt2": ("GPT2LMHeadModel", GPT2),
     "gpt_bigcode": ("GPTBigCodeForCausalLM", GPT2),

@@ -11,7 +11,7 @@ from torch.nn.functional import pad
 from transformers import AttentionInterface, DynamicCache
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from prefix_tuning.families import attention_modules
+from prefix_tuning.families import attention_modules, shared_attention
 
 
 def prefix_cache(model, prefix, batch):
@@ -87,6 +87,9 @@ class Concatenation:
         model.config._attn_implementation = "concatenation"
         for module, pair in zip(modules, prefix.layers(), strict=True):
             module.reference_prefix = pair
+        for module, source in shared_attention(model).items():
+            module.reference_prefix = source.reference_prefix
+            modules.append(module)
         hook = model.get_decoder().register_forward_pre_hook(shift, with_kwargs=True)
         try:
             yield
