@@ -120,14 +120,45 @@ def tokenize_example(
     return {"input_ids": input_ids[surplus:], "labels": labels[surplus:]}
 
 
+def tokenize_pair(
+    row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, max_length: int | None = None
+) -> dict[str, list[int]]:
+    """A row of prompt and completion for an encoder-decoder: {"input_ids", "labels"}, the prompt and the completion.
+
+    Each is tokenised as the tokenizer does it, special tokens included; an end-of-text token closes the completion.
+    max_length cuts the prompt where the tokenizer truncates, and never the completion.
+
+    Raises ValueError for another row, a tokenizer without an end-of-text token and a completion longer than max_length.
+    """
+    check_row(row)
+    if "messages" in row:
+        raise ValueError('messages: expected "prompt" and "completion" for an encoder-decoder')
+    if tokenizer.eos_token_id is None:
+        raise ValueError("tokenizer: it has no end-of-text token (eos_token), which closes every completion")
+    input_ids = list(tokenizer(row["prompt"], truncation=max_length is not None, max_length=max_length)["input_ids"])
+    labels = list(tokenizer(text_target=row["completion"])["input_ids"])
+    if not labels or labels[-1] != tokenizer.eos_token_id:
+        labels.append(tokenizer.eos_token_id)
+    if not input_ids:
+        raise ValueError("prompt: it has no token")
+    if max_length is not None and len(labels) > max_length:
+        raise ValueError(f"max_length: the completion takes {len(labels)} tokens, got max_length {max_length}")
+    return {"input_ids": input_ids, "labels": labels}
+
+
 def tokenize_rows(
-    rows: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, max_length: int | None = None
+    rows: Sequence[Mapping[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int | None = None,
+    *,
+    encoder_decoder: bool = False,
 ) -> list[dict[str, list[int]]]:
-    """`tokenize_example` of every row; ValueError naming the row (counted from 0) where one cannot be used."""
+    """`tokenize_example`, or `tokenize_pair`, of every row; ValueError naming the row (from 0) where one cannot be used."""
+    tokenize = tokenize_pair if encoder_decoder else tokenize_example
     examples = []
     for index, row in enumerate(rows):
         try:
-            examples.append(tokenize_example(row, tokenizer, max_length))
+            examples.append(tokenize(row, tokenizer, max_length))
         except ValueError as error:
             raise ValueError(f"rows[{index}]: {error}") from None
     return examples

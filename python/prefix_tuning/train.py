@@ -4,21 +4,34 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import logging
 from collections.abc import Mapping
 from contextlib import nullcontext
+from enum import Enum
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import DataCollator, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
+from transformers import (
+    DataCollator,
+    DataCollatorForSeq2Seq,
+    DataCollatorForTokenClassification,
+    DataCollatorWithPadding,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainingArguments,
+)
+from transformers.utils import find_labels
 
 from prefix_tuning.attach import Attachment, attach_prefix
 from prefix_tuning.checkpointing import LayerCheckpointing
 from prefix_tuning.data import IGNORED, PromptCompletionCollator, tokenize_rows, without_idle_mask
 from prefix_tuning.loss import sum_loss, target_loss
 from prefix_tuning.prefix import Prefix
+from prefix_tuning.stacks import part_shapes, stacks
 
 logger = logging.getLogger(__name__)
 
@@ -29,19 +42,42 @@ _REFUSED = (
 )  # fmt: skip
 
 
+class Task(Enum):
+    """What a model learns: to write text, or whatever its own loss says."""
+
+    CAUSAL = "causal"
+    ENCODER_DECODER = "encoder-decoder"
+    OWN_LOSS = "own loss"
+
+
+def task_of(model: PreTrainedModel) -> Task:
+    """A model with an output embedding writes text, unless it is an encoder alone."""
+    parts = part_shapes(model.config)
+    if "decoder" not in parts or model.get_output_embeddings() is None:
+        return Task.OWN_LOSS
+    return Task.ENCODER_DECODER if "cross" in parts else Task.CAUSAL
+
+
 class PrefixedModel(nn.Module):
     """A frozen model and the prefix attached to it, as one module whose only trainable parameters are the prefix's.
 
-    train() puts the prefix alone in training mode. forward returns {"loss"}: the mean cross-entropy of the target tokens,
-    or their sum divided by num_items_in_batch; with return_logits also "logits" [batch, length, vocabulary].
+    train() puts the prefix alone in training mode. forward returns {"loss"}. For a model that writes text, causal or
+    encoder-decoder, that is the mean cross-entropy of the target tokens, or their sum divided by num_items_in_batch, and
+    with return_logits there are also "logits" [batch, length, vocabulary]. Any other model has its own loss, and its logits
+    come with it: "logits", or "start_logits" and "end_logits".
     """
-
-    accepts_loss_kwargs = True  # Trainer passes num_items_in_batch: accumulated steps then add up to one big batch
-    loss_type = "ForCausalLM"  # Trainer counts labels from the second token on
 
     def __init__(self, model: PreTrainedModel, prefix: Prefix):
         super().__init__()
+        self.task = task_of(model)
+        # Trainer passes num_items_in_batch: accumulated steps then add up to one big batch.
+        self.accepts_loss_kwargs = self.task is not Task.OWN_LOSS
+        if self.task is Task.CAUSAL:
+            self.loss_type = "ForCausalLM"  # Trainer counts labels from the second token on
+        trained = [parameter for parameter in prefix.parameters() if parameter.requires_grad]
         self.model = model.requires_grad_(False)
+        for parameter in trained:  # those of a head stand in the model too
+            parameter.requires_grad_(True)
         self.prefix = prefix
         self.checkpointing: LayerCheckpointing | None = None
         self.train(self.training)
@@ -54,27 +90,30 @@ class PrefixedModel(nn.Module):
 
     def forward(
         self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
         return_logits: bool = False,
         **inputs: Any,
     ) -> dict[str, Tensor]:
-        """input_ids, attention_mask, labels: int [batch, length]; further arguments go to the model."""
+        """labels: int [batch, length], or what the model takes; further arguments, input_ids among them, go to the model."""
         with nullcontext() if self.checkpointing is None else self.checkpointing.active():
-            if labels is not None and not return_logits:
-                loss, count = target_loss(self.model, input_ids, labels, attention_mask, **inputs)
+            if self.task is Task.OWN_LOSS:
+                outputs = self.model(**inputs, labels=labels) if labels is not None else self.model(**inputs)
+                return {name: outputs[name] for name in ("loss", "logits", "start_logits", "end_logits") if name in outputs}
+            if self.task is Task.CAUSAL and labels is not None and not return_logits:
+                loss, count = target_loss(self.model, inputs.pop("input_ids"), labels, **inputs)
                 outputs = {}
             else:
-                logits = self.model(
-                    input_ids=input_ids, attention_mask=attention_mask, use_cache=False, return_dict=True, **inputs
-                ).logits
-                outputs = {"logits": logits}
+                if self.task is Task.ENCODER_DECODER and labels is not None:
+                    inputs["labels"] = labels  # from which the model makes its decoder's input
+                logits = self.model(**inputs, use_cache=False, return_dict=True).logits
+                outputs = {"logits": logits} if return_logits or labels is None else {}
                 if labels is None:
                     return outputs
-                wanted = labels[:, 1:] != IGNORED
-                loss, count = sum_loss(logits[:, :-1][wanted], labels[:, 1:][wanted]), int(wanted.sum())
+                if self.task is Task.CAUSAL:
+                    logits, labels = logits[:, :-1], labels[:, 1:]
+                wanted = labels != IGNORED
+                loss, count = sum_loss(logits[wanted], labels[wanted]), int(wanted.sum())
         return {"loss": loss / (max(count, 1) if num_items_in_batch is None else num_items_in_batch), **outputs}
 
     def activation_checkpointing_enable(
@@ -101,14 +140,18 @@ class PrefixTrainer(Trainer):
     """transformers.Trainer for a prefix. Everything Trainer does around the optimiser step works as it does there.
 
     Args:
-        model: a causal language model. Its parameters no longer require gradients afterwards; it stays in eval mode, so no
-            dropout is applied.
+        model: a causal language model, an encoder-decoder, or any served model with a loss of its own, such as one for
+            classification or question answering. Its parameters no longer require gradients afterwards; it stays in eval
+            mode, so no dropout is applied. A head (Prefix.for_model's modules_to_save) is trained as the prefix's own.
         prefix: attached to the model until detach(), trained in place.
         args: TrainingArguments. gradient_checkpointing recomputes the layers of the frozen model; bf16 and fp16 leave the
             prefix in its own dtype.
         train_dataset, eval_dataset: rows as data.py describes them (a sequence; tokenised here, which needs
             processing_class), or datasets of {"input_ids", "labels"}. The same goes for what evaluate and predict are given.
-        processing_class: the tokenizer.
+            Of an encoder-decoder the prompt is the encoder's input, the completion the decoder's. A model with its own loss
+            takes tokenised rows with what its forward takes: "labels", a class or one for each token, or "start_positions"
+            and "end_positions".
+        processing_class: the tokenizer. data_collator: by default the one that pads for the model's task.
         max_length: cuts prompts so that a row has no more tokens; default, and at most: what the model has positions for.
         backend, prefix_window: as for attach_prefix.
         others: as for Trainer.
@@ -137,13 +180,18 @@ class PrefixTrainer(Trainer):
     ):
         args = copy.copy(args) if args is not None else TrainingArguments(output_dir="prefix-trainer")
         _check_args(args, others)
+        if not isinstance(prefix, Prefix):
+            raise TypeError(f"prefix: expected a Prefix, got {type(prefix).__name__}")
+        if args.label_names is None:
+            args.label_names = find_labels(type(model))
+        self.task = task_of(model)
         # In the backward pass every parameter of the prefix gets a gradient, and no buffer of the model ever changes.
         args.ddp_find_unused_parameters = bool(args.ddp_find_unused_parameters)
         args.ddp_broadcast_buffers = bool(args.ddp_broadcast_buffers)
         if data_collator is None:
             if processing_class is None:
                 raise ValueError("processing_class: expected the tokenizer, or a data_collator in its place")
-            data_collator = PromptCompletionCollator(processing_class)
+            data_collator = _default_collator(model, self.task, processing_class)
 
         self.attachment: Attachment = attach_prefix(model, prefix, backend=backend, prefix_window=prefix_window)
         try:
@@ -154,9 +202,9 @@ class PrefixTrainer(Trainer):
             super().__init__(
                 PrefixedModel(model, prefix),
                 args,
-                data_collator=functools.partial(_collate, data_collator, _max_length(model, prefix, None)),
-                train_dataset=_tokenized("train_dataset", train_dataset, processing_class, self.max_length),
-                eval_dataset=_tokenized("eval_dataset", eval_dataset, processing_class, self.max_length),
+                data_collator=self._collator(data_collator, model),
+                train_dataset=self._tokenized("train_dataset", train_dataset, processing_class),
+                eval_dataset=self._tokenized("eval_dataset", eval_dataset, processing_class),
                 processing_class=processing_class,
                 **others,
             )
@@ -180,10 +228,10 @@ class PrefixTrainer(Trainer):
         raise NotImplementedError("push_to_hub: upload the prefix alone, by prefix.push_to_hub")
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        return super().get_eval_dataloader(_tokenized("eval_dataset", eval_dataset, self.processing_class, self.max_length))
+        return super().get_eval_dataloader(self._tokenized("eval_dataset", eval_dataset, self.processing_class))
 
     def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
-        return super().get_test_dataloader(_tokenized("test_dataset", test_dataset, self.processing_class, self.max_length))
+        return super().get_test_dataloader(self._tokenized("test_dataset", test_dataset, self.processing_class))
 
     def prediction_step(
         self,
@@ -195,6 +243,20 @@ class PrefixTrainer(Trainer):
         if not prediction_loss_only:
             inputs = {**inputs, "return_logits": True}
         return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+
+    def _tokenized(self, name: str, dataset: Any, tokenizer: PreTrainedTokenizerBase | None) -> Any:
+        return tokenized(name, dataset, tokenizer, self.task, self.max_length)
+
+    def _collator(self, data_collator: DataCollator, model: PreTrainedModel) -> DataCollator:
+        if self.task is not Task.CAUSAL:
+            return data_collator
+        return functools.partial(_collate, data_collator, _max_length(model, self.prefix, None))
+
+    def _set_signature_columns_if_needed(self) -> None:
+        """What a row may hold is what the model inside takes."""
+        if self._signature_columns is None:
+            columns = inspect.signature(self.model.model.forward).parameters
+            self._signature_columns = [*columns, "label", "label_ids", *self.label_names]
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         if self.state.global_step < self.state.max_steps:  # Trainer takes one more step where it resumes a finished run
@@ -247,30 +309,46 @@ def _sizes(prefix: Prefix) -> dict[str, Any]:
     return sizes | {name: list(tensor.shape) for name, tensor in prefix.state_dict().items()}
 
 
-def _max_length(model: PreTrainedModel, prefix: Prefix, max_length: int | None) -> int:
-    """max_length, or the tokens that the model has positions for behind the prefix where that is less."""
+def _max_length(model: PreTrainedModel, prefix: Prefix, max_length: int | None) -> int | None:
+    """max_length, or the tokens that the model has positions for behind the prefix where that is less; None: no limit."""
     if max_length is not None and max_length < 1:
         raise ValueError(f"max_length: expected at least 1, got {max_length}")
-    positions = model.config.max_position_embeddings
-    left = positions - prefix.position_offset
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions is None:
+        return max_length
+    left = positions - prefix.position_offset - stacks(model)[0].first_position
     if left < 1:
         raise ValueError(f"prefix: it takes {prefix.position_offset} of the model's {positions} positions, which leaves none")
     return left if max_length is None else min(max_length, left)
 
 
-def _tokenized(name: str, dataset: Any, tokenizer: PreTrainedTokenizerBase | None, max_length: int) -> Any:
+def _default_collator(model: PreTrainedModel, task: Task, tokenizer: PreTrainedTokenizerBase) -> DataCollator:
+    if task is Task.CAUSAL:
+        return PromptCompletionCollator(tokenizer)
+    if task is Task.ENCODER_DECODER:
+        return DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED)
+    if "TokenClassification" in type(model).__name__:
+        return DataCollatorForTokenClassification(tokenizer, label_pad_token_id=IGNORED)
+    return DataCollatorWithPadding(tokenizer)
+
+
+def tokenized(
+    name: str, dataset: Any, tokenizer: PreTrainedTokenizerBase | None, task: Task, max_length: int | None
+) -> Any:
     """Rows of text as examples; what is tokenised already, is no map-style data set or is a name goes on as it is."""
     if isinstance(dataset, Mapping):
-        return {part: _tokenized(f"{name}[{part!r}]", rows, tokenizer, max_length) for part, rows in dataset.items()}
+        return {part: tokenized(f"{name}[{part!r}]", rows, tokenizer, task, max_length) for part, rows in dataset.items()}
     if dataset is None or isinstance(dataset, str | torch.utils.data.IterableDataset):
         return dataset
     if len(dataset) == 0:
         raise ValueError(f"{name}: expected at least one row, got none")
-    if isinstance(dataset[0], Mapping) and "input_ids" in dataset[0]:
+    if isinstance(dataset[0], Mapping) and dataset[0].keys() & {"input_ids", "inputs_embeds", "input_features"}:
         return dataset
+    if task is Task.OWN_LOSS:
+        raise ValueError(f"{name}: expected tokenised rows with input_ids and what the model learns from, got {dataset[0]!r}")
     if tokenizer is None:
         raise ValueError("processing_class: expected the tokenizer, which rows of text need")
     try:
-        return tokenize_rows(dataset, tokenizer, max_length)
+        return tokenize_rows(dataset, tokenizer, max_length, encoder_decoder=task is Task.ENCODER_DECODER)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None

@@ -1,0 +1,320 @@
+"""PrefixTrainer for encoder-decoders, classification and question answering: what a plain loop gives, heads included."""
+
+import copy
+import dataclasses
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+from transformers import PrinterCallback, T5Config, T5ForConditionalGeneration, TrainingArguments
+
+from prefix_tuning import Prefix, PrefixTrainer, attach_prefix
+from prefix_tuning.data import tokenize_pair, tokenize_rows
+from prefix_tuning.e2e import ATTRIBUTES, load_e2e, parse_mr
+from support.encoder_decoders import tiny_encoder_decoder
+from support.encoders import tiny_encoder
+from support.models import random_prefix, tiny_model
+from support.tokenizer import tiny_tokenizer
+
+ROOT = Path(__file__).resolve().parents[2]
+PREFIX_LEN = 5
+NAMES = ("Aromi", "Browns Cambridge", "Cotto", "Fitzbillies", "Green Man", "Loch Fyne", "Strada", "Wildwood")
+ROWS = [{"prompt": f"name : {name}", "completion": f"{name} is a pub." * (1 + i % 3)} for i, name in enumerate(NAMES)]
+CHECKPOINTING = next(
+    field.name for field in dataclasses.fields(TrainingArguments)
+    if field.name in ("activation_checkpointing", "gradient_checkpointing")
+)  # fmt: skip
+
+
+def arguments(folder, **changes):
+    defaults = {
+        "max_steps": 4, "per_device_train_batch_size": 4, "per_device_eval_batch_size": 4, "learning_rate": 1e-2,
+        "logging_steps": 1, "save_strategy": "no", "report_to": "none", "use_cpu": True, "dataloader_pin_memory": False,
+        "disable_tqdm": True, "lr_scheduler_type": "constant",
+    }  # fmt: skip
+    return TrainingArguments(str(folder), **defaults | changes)
+
+
+def make_trainer(folder, model, prefix, rows, options=None, **changes):
+    options = {"processing_class": tiny_tokenizer()} | (options or {})
+    trainer = PrefixTrainer(model, prefix, arguments(folder, **changes), train_dataset=rows, **options)
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def tiny_t5(**changes):
+    return tiny_encoder_decoder("t5", vocab_size=128, **changes)
+
+
+def losses(trainer):
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def test_pairs_are_tokenised_as_the_tokenizer_does_it():
+    tokenizer = tiny_tokenizer(adds_eos=True)
+    row = {"prompt": "to the end", "completion": "here"}
+    example = tokenize_pair(row, tokenizer)
+    assert example == {"input_ids": tokenizer("to the end")["input_ids"], "labels": tokenizer("here")["input_ids"]}
+    assert example["input_ids"][-1] == example["labels"][-1] == tokenizer.eos_token_id
+    assert tokenize_pair(row, tiny_tokenizer())["labels"] == example["labels"]
+    assert len(tokenize_pair(row, tokenizer, 5)["input_ids"]) == 5
+    with pytest.raises(ValueError, match=r"max_length: the completion takes \d tokens, got max_length 2"):
+        tokenize_pair(row, tokenizer, 2)
+    with pytest.raises(ValueError, match=r'rows\[1\]: messages: expected "prompt" and "completion"'):
+        messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        tokenize_rows([row, {"messages": messages}], tokenizer, encoder_decoder=True)
+    with pytest.raises(ValueError, match="no end-of-text token"):
+        tokenize_pair(row, tiny_tokenizer(eos=False))
+
+
+@pytest.mark.parametrize("family", ("bart", "t5"))
+def test_an_encoder_decoder_is_trained_as_a_plain_loop_trains_it(family, tmp_path):
+    model = tiny_encoder_decoder(family, vocab_size=128)
+    state = copy.deepcopy(model.state_dict())
+    prefix = random_prefix(model, PREFIX_LEN)
+    plain, tokenizer = copy.deepcopy(prefix), tiny_tokenizer()
+    trainer = make_trainer(
+        tmp_path, model, prefix, ROWS, train_sampling_strategy="sequential", optim="adamw_torch", weight_decay=0.0,
+        max_grad_norm=0, gradient_accumulation_steps=2, per_device_train_batch_size=2,
+    )  # fmt: skip
+    assert trainer.label_names == ["labels"]
+    trainer.train()
+    trainer.detach()
+    optimizer, expected = torch.optim.AdamW(plain.parameters(), lr=1e-2, weight_decay=0.0), []
+    with attach_prefix(model, plain):
+        for step in range(4):
+            rows = (ROWS + ROWS)[4 * (step % 2) : 4 * (step % 2) + 4]
+            logits, targets = [], []
+            for row in rows:  # one by one: no padding anywhere
+                example = tokenize_pair(row, tokenizer)
+                labels = torch.tensor([example["labels"]])
+                logits.append(model(input_ids=torch.tensor([example["input_ids"]]), labels=labels).logits[0])
+                targets.append(labels[0])
+            loss = cross_entropy(torch.cat(logits), torch.cat(targets))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            expected.append(loss.item())
+    np.testing.assert_allclose(losses(trainer), expected, atol=2e-4)
+    for name, tensor in prefix.state_dict().items():
+        torch.testing.assert_close(tensor, plain.state_dict()[name], atol=1e-4, rtol=1e-3)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+
+
+def test_an_encoder_decoder_is_evaluated_predicted_checkpointed_and_resumed(tmp_path):
+    def run(folder, steps, **options):
+        model = tiny_t5()
+        prefix = Prefix.for_model(model, PREFIX_LEN, reparametrization="mlp", hidden_size=8, seed=0)
+        trainer = make_trainer(
+            folder, model, prefix, ROWS, options={"eval_dataset": ROWS[:4]}, max_steps=steps, save_strategy="steps",
+            save_steps=2, **{CHECKPOINTING: True},
+        )  # fmt: skip
+        trainer.train(**options)
+        return trainer
+
+    whole = run(tmp_path / "whole", 4)
+    run(tmp_path / "parts", 2).detach()
+    resumed = run(tmp_path / "parts", 4, resume_from_checkpoint=True)
+    for name, tensor in resumed.prefix.state_dict().items():
+        torch.testing.assert_close(tensor, whole.prefix.state_dict()[name], atol=1e-6, rtol=1e-5)
+    evaluated = whole.evaluate()["eval_loss"]
+    predicted = whole.predict(ROWS[:4])
+    assert predicted.metrics["test_loss"] == pytest.approx(evaluated, rel=1e-5)
+    assert predicted.predictions.shape[:1] + predicted.predictions.shape[-1:] == (4, 128)
+    whole.save_model(str(tmp_path / "saved"))
+    assert set(Prefix.load(tmp_path / "saved").parts) == {"encoder", "decoder", "cross"}
+
+
+def test_padding_changes_nothing_for_an_encoder_decoder(tmp_path):
+    trainer = make_trainer(tmp_path, tiny_t5(), random_prefix(tiny_t5(), PREFIX_LEN), ROWS, per_device_eval_batch_size=1)
+    alone = trainer.evaluate(ROWS[:3] * 2)["eval_loss"]
+    expected = [trainer.evaluate([row])["eval_loss"] for row in ROWS[:3]]
+    assert alone == pytest.approx(sum(expected) / 3, rel=1e-5)
+    trainer.args.per_device_eval_batch_size = 6
+    counts = [len(tokenize_pair(row, tiny_tokenizer())["labels"]) for row in ROWS[:3]]
+    together = trainer.evaluate(ROWS[:3] * 2)["eval_loss"]
+    assert together == pytest.approx(np.average(expected, weights=counts), rel=1e-5)
+
+
+def classified(task, length=(4, 9)):
+    """Rows a tiny encoder can learn: the class is that of the first token, alone or of each."""
+    drawn, rows = random.Random(0), []
+    for _ in range(24):
+        ids = [drawn.randrange(3, 90) for _ in range(drawn.randrange(*length))]
+        row = {"input_ids": ids, "token_type_ids": [0] * len(ids)}
+        if task == "SequenceClassification":
+            row["label"] = ids[0] % 3
+        elif task == "TokenClassification":
+            row["labels"] = [token % 3 for token in ids]
+        else:
+            row |= {"start_positions": ids.index(max(ids)), "end_positions": ids.index(max(ids))}
+        rows.append(row)
+    return rows
+
+
+@pytest.mark.parametrize("family, task", [
+    ("bert", "SequenceClassification"), ("bert", "TokenClassification"), ("bert", "QuestionAnswering"),
+    ("modernbert", "SequenceClassification"), ("distilbert", "TokenClassification"), ("roberta", "QuestionAnswering"),
+])  # fmt: skip
+def test_heads_and_prefix_are_trained_together(family, task, tmp_path):
+    model = tiny_encoder(family, task)
+    state = copy.deepcopy(model.state_dict())
+    rows = [{k: v for k, v in row.items() if k != "token_type_ids" or family == "bert"} for row in classified(task)]
+    prefix = Prefix.for_model(model, PREFIX_LEN, seed=0)
+    before = copy.deepcopy(prefix.state_dict())
+    trainer = make_trainer(
+        tmp_path, model, prefix, rows, {"eval_dataset": rows}, max_steps=40, learning_rate=2e-2, logging_steps=5,
+        save_strategy="steps", save_steps=20, **{CHECKPOINTING: True},
+    )  # fmt: skip
+    started = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    predicted = trainer.predict(rows)
+    assert trainer.evaluate()["eval_loss"] < 0.8 * started
+    if task == "SequenceClassification":
+        assert predicted.predictions.shape == (len(rows), 3) and predicted.label_ids.shape == (len(rows),)
+    elif task == "QuestionAnswering":
+        assert [p.shape[0] for p in predicted.predictions] == [p.shape[0] for p in predicted.label_ids] == [len(rows)] * 2
+    trainer.detach()
+    changed = {name for name, tensor in prefix.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert any("_heads" in name for name in changed) and changed == set(before)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+    trainer.save_model(str(tmp_path / "saved"))
+    for folder in (tmp_path / "saved", tmp_path / "checkpoint-40"):
+        loaded = Prefix.load(folder)
+        assert all(torch.equal(tensor, prefix.state_dict()[name]) for name, tensor in loaded.state_dict().items())
+
+
+def test_what_the_model_takes_reaches_it(tmp_path):
+    """Trainer drops columns that forward does not name; those of the model inside must stay."""
+    model = tiny_encoder("bert")
+    prefix = random_prefix(model, PREFIX_LEN)
+    rows = [{"input_ids": [5, 6, 7], "token_type_ids": [0, 1, 1], "labels": 1, "unused": "text"}] * 2
+    trainer = make_trainer(tmp_path, model, prefix, rows)
+    got = trainer.evaluate(rows)["eval_loss"]
+    expected = model(
+        input_ids=torch.tensor([[5, 6, 7]]), token_type_ids=torch.tensor([[0, 1, 1]]), labels=torch.tensor([1])
+    ).loss.item()
+    assert got == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_causal_classifier_is_trained(tmp_path):
+    from transformers import LlamaForSequenceClassification
+
+    torch.manual_seed(0)
+    model = LlamaForSequenceClassification(tiny_model("llama", num_labels=3).config).eval()
+    rows = [{name: row[name] for name in ("input_ids", "label")} for row in classified("SequenceClassification")]
+    prefix = Prefix.for_model(model, PREFIX_LEN, seed=0)
+    trainer = make_trainer(tmp_path, model, prefix, rows, {"eval_dataset": rows}, max_steps=30, learning_rate=2e-2)
+    started = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] < 0.7 * started
+
+
+def test_a_classifier_equals_a_plain_loop(tmp_path):
+    model = tiny_encoder("bert")
+    rows = [{name: row[name] for name in ("input_ids", "label")} for row in classified("SequenceClassification", (6, 7))]
+    prefix = random_prefix(model, PREFIX_LEN)
+    plain = copy.deepcopy(prefix)
+    trainer = make_trainer(
+        tmp_path, model, prefix, rows, train_sampling_strategy="sequential", optim="adamw_torch", weight_decay=0.0,
+        max_grad_norm=0, gradient_accumulation_steps=3, per_device_train_batch_size=2,
+    )  # fmt: skip
+    trainer.train()
+    trainer.detach()
+    optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-2, weight_decay=0.0)
+    with attach_prefix(model, plain):
+        for step in range(4):
+            batch = rows[6 * step : 6 * step + 6]
+            ids, labels = torch.tensor([row["input_ids"] for row in batch]), torch.tensor([row["label"] for row in batch])
+            optimizer.zero_grad()
+            model(input_ids=ids, labels=labels).loss.backward()
+            optimizer.step()
+    for name, tensor in prefix.state_dict().items():
+        torch.testing.assert_close(tensor, plain.state_dict()[name], atol=1e-4, rtol=1e-3)
+
+
+def test_wrong_rows_and_prefixes_are_refused(tmp_path):
+    model = tiny_encoder("bert")
+    prefix = random_prefix(model, PREFIX_LEN)
+    with pytest.raises(ValueError, match="train_dataset: expected tokenised rows with input_ids"):
+        make_trainer(tmp_path, model, prefix, ROWS)
+    with pytest.raises(TypeError, match="prefix: expected a Prefix, got dict"):
+        make_trainer(tmp_path, model, {}, ROWS)
+    assert not any(hasattr(module, "layer_prefix") for module in model.modules())
+
+
+# A small real task: the meanings of E2E, said in one order or in the other.
+
+MEANINGS = [parse_mr(row["mr"]) for row in load_e2e(ROOT / "benchmarks" / "data" / "e2e" / "dev.jsonl.gz")]
+WORDS = ["<pad>", "</s>", "in order", "in reverse", *ATTRIBUTES, *sorted({v for mr in MEANINGS for v in mr.values()})]
+IDS = {word: i for i, word in enumerate(WORDS)}
+
+
+def listing(meaning, way, drawn, told):
+    """From attributes and values in any order, the values in the order of ATTRIBUTES or in reverse, with or without a word
+    that says which."""
+    slots = [IDS[word] for name in drawn.sample(list(meaning), len(meaning)) for word in (name, meaning[name])]
+    values = [IDS[meaning[name]] for name in ATTRIBUTES if name in meaning]
+    return {
+        "input_ids": [IDS[way]] * told + slots + [1],
+        "labels": (values if way == "in order" else values[::-1]) + [1],
+    }
+
+
+def batch_of(rows):
+    padded = {
+        name: torch.nn.utils.rnn.pad_sequence([torch.tensor(row[name]) for row in rows], batch_first=True, padding_value=value)
+        for name, value in (("input_ids", 0), ("labels", -100))
+    }
+    return padded | {"attention_mask": (padded["input_ids"] != 0).long()}
+
+
+def model_that_lists(meanings, drawn):
+    """A tiny T5 trained whole until it lists either way on a word."""
+    torch.manual_seed(0)
+    model = T5ForConditionalGeneration(T5Config(
+        vocab_size=len(WORDS), d_model=64, d_kv=16, num_heads=2, d_ff=128, num_layers=2, dropout_rate=0.0, pad_token_id=0,
+        eos_token_id=1, decoder_start_token_id=0, relative_attention_num_buckets=16, relative_attention_max_distance=32,
+    ))  # fmt: skip
+    optimizer, steps = torch.optim.AdamW(model.parameters()), 150
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = 3e-3 * min(1, (step + 1) / 20) * (1 - step / steps)
+        rows = [listing(mr, drawn.choice(("in order", "in reverse")), drawn, True) for mr in drawn.sample(meanings, 64)]
+        loss = model(**batch_of(rows)).loss
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    return model.eval()
+
+
+def test_three_prefixes_take_the_place_of_an_instruction(tmp_path):
+    """The frozen model that was told which way to list is not told any more: prefixes must do it, on meanings not seen."""
+    drawn = random.Random(0)
+    meanings = drawn.sample(MEANINGS, len(MEANINGS))
+    seen, unseen = meanings[:450], meanings[450:]
+    model = model_that_lists(seen, drawn)
+    told, untold = ([listing(mr, "in reverse", drawn, way) for mr in unseen] for way in (True, False))
+    with torch.no_grad():
+        told_loss, untold_loss = (model(**batch_of(rows)).loss.item() for rows in (told, untold))
+    assert told_loss < 0.5 < untold_loss
+    prefix = Prefix.for_model(model, 4, reparametrization="mlp", hidden_size=64, seed=0)
+    rows = [listing(mr, "in reverse", drawn, False) for mr in seen * 4]
+    trainer = make_trainer(
+        tmp_path, model, prefix, rows, {"data_collator": batch_of, "eval_dataset": untold}, max_steps=60,
+        learning_rate=5e-3, per_device_train_batch_size=32, per_device_eval_batch_size=100,
+    )  # fmt: skip
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] < min(1.3 * told_loss, 0.4 * untold_loss)
+    trainer.save_model()
+    trainer.detach()
+    inputs = batch_of(untold)
+    with attach_prefix(model, Prefix.load(tmp_path)):
+        generated = model.generate(
+            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], num_beams=2, max_new_tokens=10
+        )
+    right = [row["labels"] == ids[1 : len(row["labels"]) + 1] for row, ids in zip(untold, generated.tolist(), strict=True)]
+    assert np.mean(right) > 0.7
