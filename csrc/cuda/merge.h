@@ -8,7 +8,7 @@
 
 namespace prefix_kernels::cuda {
 
-constexpr int LOADS_AHEAD = 8;  // of a thread that merges
+constexpr int LOADS_AHEAD = 8;  // of partial results, to have several under way
 
 struct Parts {
   float* sums;     // [places, DIM]
@@ -105,60 +105,54 @@ DEVICE void store_item(const DecodeCall& call, const Item& item, const Tile& til
   }
 }
 
-// out and lse of a unit from its partial results; a warp takes a query at a time, its threads four dimensions each.
+// out and lse of one query from its partial results. All lanes of a warp, four dimensions each.
 template <typename Element, int DIM>
-DEVICE void merge_unit(const DecodeCall& call, int unit, int kv_head, int first_split) {
+DEVICE void merge_query(const DecodeCall& call, const Query& at, int64_t place, int first_split) {
   const Schedule& s = call.schedule;
   const Parts parts = parts_of<DIM>(call);
   const int splits = s.shared_splits + s.splits, lane = thread_index() % LANES;
   const int64_t step = s.place(1, 0, 0, 0);
   constexpr int VECTORS = DIM / 4, ROUNDS = (VECTORS + LANES - 1) / LANES;
-  for (int number = thread_index() / LANES; number < s.unit_queries; number += WARPS) {
-    const Query at = query_of(call, unit, kv_head, number);
-    if (!at.exists) break;
-    const int64_t place = s.place(0, kv_head, unit, number);
-    float largest = -INFINITE;
-    for (int j = first_split + lane; j < splits; j += LANES)
-      largest = max_of(largest, load_written(parts.states + place + j * step).x);
-    for (int mask = 1; mask < LANES; mask *= 2) largest = max_of(largest, shuffle_xor(largest, mask));
-    const float base = largest == -INFINITE ? 0.0f : largest;
-    float total = 0;
-    float4 sums[ROUNDS];
+  float largest = -INFINITE;
+  for (int j = first_split + lane; j < splits; j += LANES)
+    largest = max_of(largest, load_written(parts.states + place + j * step).x);
+  for (int mask = 1; mask < LANES; mask *= 2) largest = max_of(largest, shuffle_xor(largest, mask));
+  const float base = largest == -INFINITE ? 0.0f : largest;
+  float total = 0;
+  float4 sums[ROUNDS];
 #pragma unroll
-    for (int i = 0; i < ROUNDS; ++i) sums[i] = float4{0, 0, 0, 0};
-    for (int from = first_split; from < splits; from += LANES) {
-      float weight = 0;
-      if (from + lane < splits) {
-        const float2 state = load_written(parts.states + place + (from + lane) * step);
-        weight = exp2_of(state.x - base);
-        total += weight * state.y;
-      }
-      const int here = splits - from < LANES ? splits - from : LANES;
-      for (int first = 0; first < here; first += LOADS_AHEAD) {
-        float4 ahead[LOADS_AHEAD][ROUNDS];
+  for (int i = 0; i < ROUNDS; ++i) sums[i] = float4{0, 0, 0, 0};
+  for (int from = first_split; from < splits; from += LANES) {
+    float weight = 0;
+    if (from + lane < splits) {
+      const float2 state = load_written(parts.states + place + (from + lane) * step);
+      weight = exp2_of(state.x - base);
+      total += weight * state.y;
+    }
+    const int here = splits - from < LANES ? splits - from : LANES;
+    for (int first = 0; first < here; first += LOADS_AHEAD) {
+      float4 ahead[LOADS_AHEAD][ROUNDS];
 #pragma unroll
-        for (int j = 0; j < LOADS_AHEAD; ++j)
+      for (int j = 0; j < LOADS_AHEAD; ++j)
 #pragma unroll
-          for (int i = 0; i < ROUNDS; ++i) {
-            ahead[j][i] = float4{0, 0, 0, 0};
-            if (first + j < here && lane + i * LANES < VECTORS)
-              ahead[j][i] = load_written(reinterpret_cast<const float4*>(parts.sums + (place + (from + first + j) * step) * DIM) +
-                                         lane + i * LANES);
-          }
-#pragma unroll
-        for (int j = 0; j < LOADS_AHEAD; ++j) {
-          const float its_weight = shuffle(weight, (first + j) % LANES);
-#pragma unroll
-          for (int i = 0; i < ROUNDS; ++i) sums[i] = plus(sums[i], its_weight, ahead[j][i]);
+        for (int i = 0; i < ROUNDS; ++i) {
+          ahead[j][i] = float4{0, 0, 0, 0};
+          const float4* part = reinterpret_cast<const float4*>(parts.sums + (place + (from + first + j) * step) * DIM);
+          if (first + j < here && lane + i * LANES < VECTORS) ahead[j][i] = load_written(part + lane + i * LANES);
         }
+#pragma unroll
+      for (int j = 0; j < LOADS_AHEAD; ++j) {
+        const float its_weight = shuffle(weight, (first + j) % LANES);
+#pragma unroll
+        for (int i = 0; i < ROUNDS; ++i) sums[i] = plus(sums[i], its_weight, ahead[j][i]);
       }
     }
-    for (int mask = 1; mask < LANES; mask *= 2) total += shuffle_xor(total, mask);
-#pragma unroll
-    for (int i = 0; i < ROUNDS; ++i)
-      if (lane + i * LANES < VECTORS) store_out<Element, DIM>(call, at, (lane + i * LANES) * 4, sums[i], total);
-    if (lane == 0) store_lse(call, at, largest, total);
   }
+  for (int mask = 1; mask < LANES; mask *= 2) total += shuffle_xor(total, mask);
+#pragma unroll
+  for (int i = 0; i < ROUNDS; ++i)
+    if (lane + i * LANES < VECTORS) store_out<Element, DIM>(call, at, (lane + i * LANES) * 4, sums[i], total);
+  if (lane == 0) store_lse(call, at, largest, total);
 }
 
 // Counts this item for each of its units and merges those of which it is the last.
@@ -180,11 +174,12 @@ DEVICE void arrive(const DecodeCall& call, const Item& item, const Tile& tile, S
   }
   sync_threads();
   fence();
-  for (int i = 0; i < tile.count; ++i)
-    if (shared.merges[i]) {
-      const int unit = tile.unit(i, shared);
-      merge_unit<Element, DIM>(call, unit, item.kv_head, first_split(unit));
-    }
+  for (int slot = thread_index() / LANES; slot < tile.count * s.unit_queries; slot += WARPS) {  // a warp merges a query
+    const int i = slot / s.by_unit_queries, number = slot % s.by_unit_queries, unit = tile.unit(i, shared);
+    const Query at = query_of(call, unit, item.kv_head, number);
+    if (shared.merges[i] && at.exists)
+      merge_query<Element, DIM>(call, at, s.place(0, item.kv_head, unit, number), first_split(unit));
+  }
 }
 
 }  // namespace prefix_kernels::cuda

@@ -118,7 +118,8 @@ inline Schedule schedule_of(const Sizes& z) {
   s.kv_heads = int(z.kv_heads), s.row_queries = int(row_queries), s.unit_queries = int(unit_queries);
   s.row_units = int(row_units), s.units = int(units);
   s.row_warps = query_warps(unit_queries, keys);
-  s.shared_warps = query_warps(units * unit_queries, keys);
+  // Two tiles where one would do: half the products a block of keys and half the merging, for a second reading from the L2 cache.
+  s.shared_warps = query_warps(ceil_div(units * unit_queries, 2), keys);
   s.tile_units = int(std::max<int64_t>(1, s.shared_warps * WARP_QUERIES / unit_queries));
   int64_t blocks = 0;  // of all shared items, each as heavy as it has products
   const bool shared = shares_prefix(z);

@@ -1,0 +1,29 @@
+"""What can be said of the CUDA C++ kernels by compiling them: their code for every GPU, and how a call is cut into items."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from support.building import ROOT, cuda_compiler, cxx_compiler
+
+TABLE = Path(__file__).with_name("cuda_code.json")
+
+
+@pytest.mark.skipif(cuda_compiler() is None, reason="needs nvcc, and none is found")
+def test_every_kernel_compiles_and_spills_nothing():
+    """Half a minute: 30 kernels. tools/compile_cuda.py --write writes the table anew."""
+    run = subprocess.run((sys.executable, "tools/compile_cuda.py", str(TABLE)), cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0 and "30 kernels, 0 problems" in run.stdout, f"{run.stdout}\n{run.stderr}"
+
+
+@pytest.mark.skipif(cxx_compiler() is None, reason="needs a C++ compiler, and none is found")
+def test_schedule(tmp_path):
+    """schedule_check.cpp says what holds."""
+    source = ROOT / "tests" / "support" / "emulator" / "schedule_check.cpp"
+    command = (cxx_compiler(), "-std=c++17", "-O1", f"-I{ROOT / 'csrc'}", "-o", tmp_path / "check", source)
+    built = subprocess.run(command, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    run = subprocess.run([tmp_path / "check"], capture_output=True, text=True)
+    assert run.returncode == 0 and int(run.stdout.split()[0]) > 10_000, f"{run.stdout}\n{run.stderr}"
