@@ -36,7 +36,7 @@ ALLOWED = {
     "prefix_tuning.prefix_files": {"torch", "safetensors", "huggingface_hub", "prefix_tuning.shapes",
                                    "prefix_tuning.reparametrization", "prefix_tuning.files"},
     "prefix_tuning.peft_adapters": {"torch", "safetensors", "prefix_tuning.shapes", "prefix_tuning.files",
-                                    "prefix_tuning.prefix_files"},
+                                    "prefix_tuning.prefix_files", "prefix_tuning.heads"},
     "prefix_tuning.files": set(),
     "prefix_tuning.prompts": set(),
     "prefix_tuning.text_cache": {"torch", "transformers", "prefix_tuning.families", "prefix_tuning.stacks",

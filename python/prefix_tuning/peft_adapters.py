@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from prefix_tuning.files import replacing_files
+from prefix_tuning.heads import Heads
 from prefix_tuning.prefix_files import download
 from prefix_tuning.shapes import Layers, ModelShape, check_int, check_layers
 
 CONFIG_FILE, TENSORS_FILE, PICKLED_FILE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
-EMBEDDINGS = "prompt_embeddings"
+EMBEDDINGS, BASE = "prompt_embeddings", "base_model."
 PEFT_TYPES = ("PREFIX_TUNING", "CARTRIDGE")
 SEQ_2_SEQ = "SEQ_2_SEQ_LM"
 TASK_TYPES = ("CAUSAL_LM", "FEATURE_EXTRACTION", "QUESTION_ANS", SEQ_2_SEQ, "SEQ_CLS", "TOKEN_CLS")
@@ -93,12 +94,13 @@ def prompt_embeddings(encoder: nn.Module, config) -> Tensor:
     return encoder.embedding.weight
 
 
-def read_adapter(source: str | os.PathLike | nn.Module) -> tuple[Layers, str]:
-    """The layers of an adapter, (key, value) [kv_heads, prefix_len, head_dim] each, and the name of its base model.
+def read_adapter(source: str | os.PathLike | nn.Module) -> tuple[Layers, Heads, str]:
+    """The layers of an adapter, (key, value) [kv_heads, prefix_len, head_dim] each, the modules that were trained with it
+    (its modules_to_save) and the name of its base model.
 
     source: a folder or hub repository that PEFT's save_pretrained wrote, or a PeftModel, of which the active adapter is read.
 
-    Raises FileNotFoundError, ValueError naming the file, NotImplementedError for an adapter that is more than a prefix.
+    Raises FileNotFoundError, ValueError naming the file, NotImplementedError for an adapter of another kind.
     """
     if isinstance(source, nn.Module):
         return _active_adapter(source)
@@ -115,13 +117,18 @@ def read_adapter(source: str | os.PathLike | nn.Module) -> tuple[Layers, str]:
         raise ValueError(f"{file}: expected the JSON of a PEFT adapter ({error})") from error
     except NotImplementedError as error:
         raise NotImplementedError(f"{file}: {error}") from None
-    return _own_layers(_read_embeddings(directory, layout), layout), config.get("base_model_name_or_path") or ""
+    embeddings, others = _read_tensors(directory, layout)
+    heads = _heads(file, config.get("modules_to_save") or (), others, embeddings.dtype)
+    return _own_layers(embeddings, layout), heads, config.get("base_model_name_or_path") or ""
 
 
-def write_adapter(directory: str | os.PathLike, layers: Layers, base_model: str, task_type: str) -> None:
+def write_adapter(
+    directory: str | os.PathLike, layers: Layers, heads: Mapping[str, Mapping[str, Tensor]], base_model: str, task_type: str
+) -> None:
     """Writes adapter_model.safetensors (float32) and adapter_config.json, as PEFT's save_pretrained names and fills them.
 
-    layers: (key, value) [kv_heads, prefix_len, head_dim] of each. Both files are written before either takes its place.
+    layers: (key, value) [kv_heads, prefix_len, head_dim] of each. heads: of each trained module its parameters.
+    Both files are written before either takes its place.
 
     Raises ValueError for an unknown task_type, NotImplementedError for keys and values that PEFT has no way to read.
     """
@@ -136,6 +143,7 @@ def write_adapter(directory: str | os.PathLike, layers: Layers, base_model: str,
         "base_model_name_or_path": base_model or None,
         "encoder_hidden_size": kv_heads * head_dim,
         "inference_mode": True,
+        "modules_to_save": [module.split(".")[-1] for module in heads] or None,
         "num_attention_heads": kv_heads,
         "num_layers": len(layers),
         "num_transformer_submodules": 2 if layout.seq2seq else 1,
@@ -145,9 +153,12 @@ def write_adapter(directory: str | os.PathLike, layers: Layers, base_model: str,
         "task_type": task_type,
         "token_dim": kv_heads * head_dim,
     }
-    embeddings = _flat(layers, layout)
+    tensors = {EMBEDDINGS: _flat(layers, layout)}
+    for module, parameters in heads.items():
+        for name, value in parameters.items():
+            tensors[f"{BASE}{module}.{name}"] = value.detach().cpu().float().clone(memory_format=torch.contiguous_format)
     with replacing_files(directory, PICKLED_FILE, TENSORS_FILE, CONFIG_FILE) as folder:
-        save_file({EMBEDDINGS: embeddings}, folder / TENSORS_FILE, metadata={"format": "pt"})
+        save_file(tensors, folder / TENSORS_FILE, metadata={"format": "pt"})
         (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
 
 
@@ -167,17 +178,23 @@ def _flat(layers: Layers, layout: AdapterLayout) -> Tensor:
     return stored.flatten(0, 1).permute(2, 0, 1, 3).reshape(layout.flat_shape)
 
 
-def _active_adapter(model: nn.Module) -> tuple[Layers, str]:
+def _active_adapter(model: nn.Module) -> tuple[Layers, Heads, str]:
     configs, name = getattr(model, "peft_config", None), getattr(model, "active_adapter", None)
     if not isinstance(configs, Mapping) or name not in configs:
         raise TypeError(f"source: expected a folder or a PeftModel with an active adapter, got {type(model).__name__}")
     config = configs[name]
     layout = adapter_layout(config.to_dict())
-    if config.modules_to_save:
-        _refuse_heads(f"adapter {name!r}", config.modules_to_save)
     with torch.no_grad():
         embeddings = prompt_embeddings(model.prompt_encoder[name], config)
-    return _own_layers(embeddings, layout), config.base_model_name_or_path or getattr(model.config, "name_or_path", "") or ""
+    trained = f".modules_to_save.{name}."
+    others = {
+        parameter_name.replace(trained, "."): parameter.detach().clone()
+        for parameter_name, parameter in model.named_parameters(remove_duplicate=False)
+        if trained in parameter_name
+    }
+    heads = _heads(f"adapter {name!r}", config.modules_to_save or (), others, embeddings.dtype)
+    base_model = config.base_model_name_or_path or getattr(model.config, "name_or_path", "") or ""
+    return _own_layers(embeddings, layout), heads, base_model
 
 
 def _own_layers(embeddings: Tensor, layout: AdapterLayout) -> Layers:
@@ -186,7 +203,8 @@ def _own_layers(embeddings: Tensor, layout: AdapterLayout) -> Layers:
     return [tuple(tensor.clone(memory_format=torch.contiguous_format) for tensor in pair) for pair in pairs]
 
 
-def _read_embeddings(directory: Path, layout: AdapterLayout) -> Tensor:
+def _read_tensors(directory: Path, layout: AdapterLayout) -> tuple[Tensor, dict[str, Tensor]]:
+    """The flat tensor, and the others by name."""
     file = directory / TENSORS_FILE
     if not file.is_file() and (directory / PICKLED_FILE).is_file():
         file = directory / PICKLED_FILE
@@ -197,16 +215,22 @@ def _read_embeddings(directory: Path, layout: AdapterLayout) -> Tensor:
         embeddings = tensors.pop(EMBEDDINGS, None)
     except (SafetensorError, RuntimeError, AttributeError, EOFError, OSError) as error:
         raise ValueError(f"{file}: damaged, or not the tensors of a PEFT adapter ({error})") from error
-    if tensors:
-        _refuse_heads(file, tensors)
     found = "missing" if embeddings is None else f"{embeddings.dtype} {list(embeddings.shape)}"
     if embeddings is None or list(embeddings.shape) != layout.flat_shape or not embeddings.is_floating_point():
         raise ValueError(f"{file}: {EMBEDDINGS} is {found}, but by {CONFIG_FILE} expected floats {layout.flat_shape}")
-    return embeddings
+    return embeddings, tensors
 
 
-def _refuse_heads(where, names) -> None:
-    raise NotImplementedError(f"{where}: a prefix holds no weights of a head beside it, got {', '.join(sorted(names))}")
+def _heads(where, modules_to_save: Sequence[str], tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Heads:
+    """The tensors by module and name within it: "base_model.classifier.dense.weight" is classifier's "dense.weight"."""
+    heads: Heads = {}
+    for key, tensor in sorted(tensors.items()):
+        parts = key.removeprefix(BASE).split(".")
+        ends = [i for i, part in enumerate(parts[:-1], 1) if part.endswith(tuple(modules_to_save))]
+        if not key.startswith(BASE) or not ends or not tensor.is_floating_point():
+            raise NotImplementedError(f"{where}: expected {EMBEDDINGS} and the modules_to_save {modules_to_save}, got {key}")
+        heads.setdefault(".".join(parts[: ends[0]]), {})[".".join(parts[ends[0] :])] = tensor.to(dtype)
+    return heads
 
 
 def _name(value) -> str:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from prefix_tuning.heads import check_heads_fit, head_parameters
-from prefix_tuning.peft_adapters import read_adapter, write_adapter
+from prefix_tuning.peft_adapters import SEQ_2_SEQ, read_adapter, write_adapter
 from prefix_tuning.prefix_files import read_prefix, write_prefix
 from prefix_tuning.prompts import encode_conversation, encode_prompt
 from prefix_tuning.reparametrization import MLPReparametrization
@@ -276,42 +276,52 @@ class Prefix(nn.Module):
         cls,
         source: str | os.PathLike | nn.Module,
         *,
+        part: str = "decoder",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> Prefix:
-        """A prefix that was trained by the package peft, as prefix tuning or as a cartridge; trainable, frozen tokens included.
+        """A prefix that was trained by the package peft, as prefix tuning or as a cartridge; trainable, frozen tokens included,
+        with the head that was trained with it (its modules_to_save).
 
         source         a folder or hub repository that PEFT wrote, or a PeftModel, whose active adapter is copied
+        part           "encoder" for an adapter of an encoder such as BERT, which its files do not tell from a causal model's
         device, dtype  where it goes and what it is converted to; None: as it is, from files on the CPU
 
         With attach_prefix(model, prefix, prefix_window="peft") a model then computes what it computes under PEFT. For a
         sequence-to-sequence adapter decoder layer i gets the stored layer that PEFT gives it, 2i modulo the layers.
 
-        Raises FileNotFoundError or ValueError naming the file, NotImplementedError for other kinds of adapters and for one
-        that holds a head's weights too.
+        Raises FileNotFoundError or ValueError naming the file or the argument, NotImplementedError for other kinds of adapters.
         """
         if dtype is not None:
             check_dtype(dtype)
-        layers, base_model = read_adapter(source)
-        return cls({"decoder": layers}, base_model=base_model).to(device=device, dtype=dtype)
+        if part not in ("decoder", "encoder"):
+            raise ValueError(f"part: got {part!r}, expected 'decoder' or 'encoder'")
+        layers, heads, base_model = read_adapter(source)
+        return cls({part: layers}, heads=heads, base_model=base_model).to(device=device, dtype=dtype)
 
     def to_peft(self, directory: str | os.PathLike, *, task_type: str = "CAUSAL_LM") -> None:
         """Writes the prefix as an adapter, in float32, that peft's PeftModel.from_pretrained(model, directory) loads.
 
-        task_type: PEFT's name for what the model does: CAUSAL_LM, SEQ_2_SEQ_LM, …; it decides how PEFT applies the prefix.
+        task_type: PEFT's name for what the model does: CAUSAL_LM, SEQ_2_SEQ_LM, SEQ_CLS, …; it decides how PEFT applies the
+            prefix. A head goes with it.
 
         Raises ValueError for an unknown task_type, and NotImplementedError, before anything is written, for what PEFT cannot
-        express: encoder or cross parts, positions that do not start at prefix_len, value_dim other than head_dim, and, for
-        SEQ_2_SEQ_LM with an even number of layers, layers that differ where PEFT reads one stored layer for two.
+        express: more than the self-attention of a decoder, or of an encoder that stands alone; positions that do not start
+        at prefix_len; value_dim other than head_dim; layers that differ in shape; and, for SEQ_2_SEQ_LM with an even number
+        of layers, layers that differ where PEFT reads one stored layer for two.
         """
-        if list(self.parts) != ["decoder"]:
-            raise NotImplementedError(f"prefix: PEFT has prefixes of decoder self-attention alone, got {', '.join(self.parts)}")
+        part, *others = self.parts
+        if others or part == "cross" or (part == "encoder" and task_type == SEQ_2_SEQ):
+            raise NotImplementedError(
+                "prefix: PEFT has prefixes of one self-attention, in an encoder-decoder of the decoder's, got "
+                f"{', '.join(self.parts)} for task_type {task_type}"
+            )
         if self.position_offset != self.prefix_len:
             raise NotImplementedError(
                 f"prefix: PEFT's positions start at prefix_len, {self.prefix_len}, got position_offset {self.position_offset}"
             )
         with torch.no_grad():
-            write_adapter(directory, self.layers(), self.base_model, task_type)
+            write_adapter(directory, self.layers(part), self.heads, self.base_model, task_type)
 
     def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None, **kwargs) -> None:
         """Uploads what `save` writes (without the MLP) to a Hugging Face repository, which is created where it is missing.

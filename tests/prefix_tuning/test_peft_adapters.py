@@ -11,6 +11,8 @@ from safetensors.torch import load_file, save_file
 from prefix_tuning import Prefix, attach_prefix
 from prefix_tuning.peft_adapters import AdapterLayout, write_adapter
 from prefix_tuning.shapes import ModelShape
+from support.encoder_decoders import labels, source, tiny_encoder_decoder
+from support.encoders import inputs_of, logits_of, tiny_encoder
 from support.models import FAMILIES, random_prefix, tiny_model
 from support.peft_models import name_the_cache, peft_model
 
@@ -168,15 +170,69 @@ def test_sequence_to_sequence_layers_are_those_that_peft_reads(layers, read):
 
 
 def test_sequence_to_sequence_export(tmp_path):
-    write_adapter(tmp_path / "odd", by_number(3), "", "SEQ_2_SEQ_LM")
+    write_adapter(tmp_path / "odd", by_number(3), {}, "", "SEQ_2_SEQ_LM")
     back = Prefix.from_peft(tmp_path / "odd")
     assert all(torch.equal(key, expected) for key, (expected, _) in zip(back.keys["decoder"], by_number(3), strict=True))
-    write_adapter(tmp_path / "even", by_number(2) * 2, "", "SEQ_2_SEQ_LM")
+    write_adapter(tmp_path / "even", by_number(2) * 2, {}, "", "SEQ_2_SEQ_LM")
     back = Prefix.from_peft(tmp_path / "even")
     assert all(torch.equal(key, expected) for key, (expected, _) in zip(back.keys["decoder"], by_number(2) * 2, strict=True))
     with pytest.raises(NotImplementedError, match="layers 0 and 2 of 4 read the same stored layer"):
-        write_adapter(tmp_path / "differ", by_number(4), "", "SEQ_2_SEQ_LM")
+        write_adapter(tmp_path / "differ", by_number(4), {}, "", "SEQ_2_SEQ_LM")
     assert not (tmp_path / "differ").exists()
+
+
+# Heads, encoders, encoder-decoders
+
+CLASSIFIERS = [
+    (name, task, task_type)
+    for name in ("bert", "electra", "roberta")
+    for task, task_type in (
+        ("SequenceClassification", "SEQ_CLS"), ("TokenClassification", "TOKEN_CLS"), ("QuestionAnswering", "QUESTION_ANS")
+    )
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name, task, task_type", CLASSIFIERS)
+def test_adapters_of_encoders_bring_their_heads(name, task, task_type, tmp_path):
+    model = tiny_encoder(name, task)
+    rival = peft_model(copy.deepcopy(model), PREFIX_LEN, task_type=task_type)
+    with torch.no_grad():
+        for parameter in rival.parameters():
+            if parameter.requires_grad:  # the head, no longer the model's own
+                parameter.copy_(torch.randn(parameter.shape))
+    rival.save_pretrained(tmp_path / "peft")
+    inputs = {name: tensor for name, tensor in inputs_of(model, "right").items() if name in ("input_ids", "attention_mask")}
+    expected = logits_of(rival(**inputs))
+    real = slice(None) if task_type == "SEQ_CLS" else inputs["attention_mask"].bool()
+    for adapter in (rival, tmp_path / "peft"):
+        prefix = Prefix.from_peft(adapter, part="encoder")
+        assert list(prefix.heads) == ["qa_outputs" if task_type == "QUESTION_ANS" else "classifier"]
+        with attach_prefix(model, prefix):
+            torch.testing.assert_close(logits_of(model(**inputs))[real], expected[real], **TOLERANCE)
+    prefix.to_peft(tmp_path / "ours", task_type=task_type)
+    loaded = peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "ours").eval()
+    name_the_cache(loaded)
+    torch.testing.assert_close(logits_of(loaded(**inputs))[real], expected[real], **TOLERANCE)
+    with pytest.raises(NotImplementedError, match="of the decoder's, got encoder for task_type SEQ_2_SEQ_LM"):
+        prefix.to_peft(tmp_path / "wrong", task_type="SEQ_2_SEQ_LM")
+
+
+@pytest.mark.parametrize("layers", (3, 4))
+@pytest.mark.parametrize("name", ("bart", "t5"))
+def test_adapters_of_encoder_decoders_give_pefts_logits(name, layers, tmp_path):
+    sizes = {"num_layers": layers, "num_decoder_layers": layers, "d_kv": 8}
+    if name == "bart":
+        sizes = {"encoder_layers": layers, "decoder_layers": layers, "decoder_attention_heads": 4}
+    model = tiny_encoder_decoder(name, **sizes)
+    rival = peft_model(copy.deepcopy(model), PREFIX_LEN, task_type="SEQ_2_SEQ_LM")
+    rival.save_pretrained(tmp_path)
+    inputs = source(model, side="right") | {"labels": labels()}
+    prefix = Prefix.from_peft(tmp_path)
+    with attach_prefix(model, prefix):
+        got = model(**inputs)
+    expected = rival(**inputs)
+    torch.testing.assert_close(got.logits, expected.logits, **TOLERANCE)
+    assert (got.logits - model(**inputs).logits).abs().max() > 1e-2
 
 
 # What is refused
@@ -187,7 +243,7 @@ def test_exports_that_peft_cannot_express(tmp_path):
     narrow = [(key, value[..., :3]) for key, value in layers]
     for prefix, message in (
         (Prefix({"decoder": layers}, position_offset=0), "positions start at prefix_len, 2, got position_offset 0"),
-        (Prefix({"decoder": layers, "cross": layers}), "decoder self-attention alone, got decoder, cross"),
+        (Prefix({"decoder": layers, "cross": layers}), "of one self-attention, .*, got decoder, cross for"),
         (Prefix({"decoder": narrow}), "got 3 layers, 2 kv_heads, head_dim 4, value_dim 3"),
     ):
         with pytest.raises(NotImplementedError, match=message):
@@ -200,9 +256,9 @@ def test_exports_that_peft_cannot_express(tmp_path):
 def test_other_adapters_are_refused(tmp_path):
     lora = peft.get_peft_model(tiny_model("llama"), peft.LoraConfig(task_type="CAUSAL_LM"))
     lora.save_pretrained(tmp_path / "lora")
-    for source in (tmp_path / "lora", lora):
+    for adapter in (tmp_path / "lora", lora):
         with pytest.raises(NotImplementedError, match="expected an adapter of type PREFIX_TUNING or CARTRIDGE, got LORA"):
-            Prefix.from_peft(source)
+            Prefix.from_peft(adapter)
     with pytest.raises(TypeError, match="expected a folder or a PeftModel with an active adapter, got LlamaForCausalLM"):
         Prefix.from_peft(tiny_model("llama"))
     with pytest.raises(FileNotFoundError, match="neither a folder nor a hub repository in reach"):
@@ -244,11 +300,11 @@ def test_damaged_adapters_name_the_file(tmp_path):
         Prefix.from_peft(tmp_path)
 
 
-def test_heads_beside_the_prefix_are_refused(tmp_path):
+def test_what_is_neither_prefix_nor_head_is_refused(tmp_path):
     random_prefix(tiny_model("llama")).to_peft(tmp_path)
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     save_file(tensors | {"base_model.score.weight": torch.zeros(2, 64)}, tmp_path / "adapter_model.safetensors")
-    with pytest.raises(NotImplementedError, match="holds no weights of a head beside it, got base_model.score.weight"):
+    with pytest.raises(NotImplementedError, match="the modules_to_save .*, got base_model.score.weight"):
         Prefix.from_peft(tmp_path)
 
 
