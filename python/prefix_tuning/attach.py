@@ -21,11 +21,12 @@ from transformers import PreTrainedConfig
 from prefix_tuning.attention import ATTENTION_NAME, LayerPrefix
 from prefix_tuning.bank import PrefixBank
 from prefix_tuning.devices import execution_device
+from prefix_tuning.families import family_of
 from prefix_tuning.heads import AttachedHeads
 from prefix_tuning.patched_attention import replacement
 from prefix_tuning.positions import check_learned_positions, new_tokens, sequence_positions, shift_embeddings
 from prefix_tuning.prefix import Prefix
-from prefix_tuning.prefix_ids import BANK_DEFAULT, PrefixIdsArgument, check_hands_on, row_ids
+from prefix_tuning.prefix_ids import BANK_DEFAULT, PrefixIdsArgument, row_ids
 from prefix_tuning.relative_bias import prefix_bias
 from prefix_tuning.shapes import Layers, ModelShape
 from prefix_tuning.stacks import Stack, part_shapes, stacks
@@ -68,8 +69,6 @@ class Attachment:
             for part, modules in stack.attention.items()
         }
         replaced = {m: replacement(m) for stack in self.stacks for modules in stack.attention.values() for m in modules}
-        if self._bank is not None and any(replaced.values()):
-            raise NotImplementedError(f"model: a bank is not served, as layers of {type(model).__name__} hand on no prefix_ids")
         self._hidden: list[tuple[LayerPrefix, tuple]] = []  # what each layer holds again when the prefix is switched on
         self._configs = _replace_configs(model, [stack for stack in every if stack not in self.stacks])
         self._changed: list[tuple[nn.Module, str, dict[str, Any]]] = []
@@ -89,7 +88,7 @@ class Attachment:
         self._dtype = model.dtype
         self._rounded: dict[str, list[Tensor]] = {}  # by part keys, then values, in the model's dtype; none: as in the prefix
         self._generation = None  # of the bank's tensors that the layers hold
-        self._argument = None if self._bank is None else PrefixIdsArgument(model, self._bank)
+        self._argument = None if self._bank is None else PrefixIdsArgument(model, self.stacks[0].module, self._bank)
         if self._bank is None:
             self._refresh(self._parts)
             self._empty_the_rest()
@@ -113,7 +112,9 @@ class Attachment:
             module.config = config
 
     def enable(self, enabled: bool) -> None:
-        """Switch the prefix off, so that the model computes what it computes alone, or on again."""
+        """Switch the prefix off, so that the model computes what it computes alone, or on again. Of a bank prefix_ids do it."""
+        if self._bank is not None:
+            raise NotImplementedError("enable: with a bank attached, rows run without a prefix where prefix_ids has None")
         if enabled:
             for layer, held in self._hidden:
                 layer.key, layer.value, layer.bias = held
@@ -303,11 +304,7 @@ def attach_prefix(
     model = _without_adapters(model)
     every = stacks(model)
     if isinstance(prefix, PrefixBank):
-        if list(part_shapes(model.config)) != ["decoder"]:
-            raise NotImplementedError(f"model: a bank is served by causal models, got {type(model).__name__}")
-        prefix.check_fits(model)
-        check_hands_on(model)
-        prefix.to(execution_device(model), model.dtype)
+        _place_bank(prefix, model, every)
     else:
         prefix.check_fits(model)
         fixed = next((s for s in every if s.positions == "fixed" and s.self_attention in prefix.parts), None)
@@ -342,3 +339,19 @@ def _place(prefix: Prefix, every: list[Stack]) -> None:
             for pair, device in zip(prefix.layers(part), devices[part], strict=True):
                 for parameter in pair:
                     parameter.data = parameter.data.to(device)
+
+
+def _place_bank(bank: PrefixBank, model: nn.Module, every: list[Stack]) -> None:
+    """Moves a bank to where the layers compute; NotImplementedError for a model that cannot have one."""
+    if list(part_shapes(model.config)) != ["decoder"]:
+        raise NotImplementedError(f"model: a bank is served by causal models, got {type(model).__name__}")
+    attention = [module for stack in every for modules in stack.attention.values() for module in modules]
+    if not family_of(model).hands_on or any(map(replacement, attention)):
+        raise NotImplementedError(
+            f"model: a bank is not served, as {type(model).__name__} hands no further arguments to its attention modules"
+        )
+    bank.check_fits(model)
+    devices = set(map(execution_device, attention))
+    if len(devices) > 1:
+        raise NotImplementedError(f"model: a bank is served on one device, got layers on {sorted(map(str, devices))}")
+    bank.to(devices.pop(), model.dtype)

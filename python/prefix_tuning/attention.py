@@ -75,21 +75,18 @@ def prefix_attention_forward(
     if layer.bias is not None:
         bias = torch.cat([layer.bias, position_bias.detach()], dim=-1)
     if layer.slides and mask.chunk is not None:
+        if layer.lens is not None:
+            raise NotImplementedError("prefix_window: 'peft' is not served for a bank under chunked attention")
         mask_bias = mask.chunks_over(prefix_key.shape[-2], query.shape[2], key.shape[2])
     else:
         mask_bias = mask.bias_over(prefix_key.shape[-2])
     if mask_bias is not None:
         bias = mask_bias if bias is None else bias + mask_bias
-    prefix_ids = kwargs.get("prefix_ids")
-    if prefix_ids is None and layer.lens is not None:
-        raise NotImplementedError(
-            f"prefix_ids: not handed to {type(module).__name__} by the layers of this family; attach a Prefix, not a bank"
-        )
     out = prefix_attention(
         query, key, value, prefix_key, prefix_value, causal=mask.causal, scale=scaling, key_mask=mask.key_mask,
-        key_lens=mask.key_lens, window=mask.window, softcap=softcap, bias=bias, prefix_ids=prefix_ids,
-        prefix_lens=layer.lens, first_key_position=first_key_position, backend=layer.backend,
-        return_lse=s_aux is not None,
+        key_lens=mask.key_lens, window=mask.window, softcap=softcap, bias=bias,
+        prefix_ids=kwargs.get("prefix_ids"), prefix_lens=layer.lens, first_key_position=first_key_position,
+        backend=layer.backend, return_lse=s_aux is not None,
     )  # fmt: skip
     if s_aux is not None:
         out, lse = out

@@ -59,8 +59,8 @@ class PrefixBank:
         self._offsets = torch.zeros(1, dtype=torch.int64)  # [capacity + 1]; the last is that of no prefix
         self._slots: dict[str, int] = {}
         longest = max(prefix.prefix_len for prefix in prefixes.values())
-        key = first.layers()[0][0]
-        self._allocate(max(capacity or 0, len(prefixes)), max(max_prefix_len or 0, longest), key.device, key.dtype)
+        stored = next(first.parameters())
+        self._allocate(max(capacity or 0, len(prefixes)), max(max_prefix_len or 0, longest), stored.device, stored.dtype)
         for name, prefix in prefixes.items():
             self.add(name, prefix)
         self.default = default

@@ -29,6 +29,7 @@ class Family:
     learned_positions: position embeddings are a table of max_position_embeddings rows, so prefix and text must fit in it.
     query_scale: (module, indices of the queries, position_offset) → a factor of the queries that the model lacks, or None.
     while_attached: attributes of the module with the layers that are set meanwhile.
+    hands_on: further arguments of a call arrive at its attention modules, as a bank's prefix_ids must.
     """
 
     attention: str
@@ -36,6 +37,7 @@ class Family:
     learned_positions: bool = False
     query_scale: Callable[..., Tensor | None] | None = None
     while_attached: Mapping[str, Any] = field(default_factory=dict)
+    hands_on: bool = True
 
 
 # by config.model_type
@@ -72,7 +74,7 @@ FAMILIES = {
     "qwen3_moe": Family("Qwen3MoeAttention"),
     "qwen3_next": Family("Qwen3NextAttention", full_attention_shape),
     "smollm3": Family("SmolLM3Attention"),
-    "stablelm": Family("StableLmAttention"),
+    "stablelm": Family("StableLmAttention", hands_on=False),
 }
 
 

@@ -25,6 +25,18 @@ class _BankDefault:
 BANK_DEFAULT = _BankDefault()
 
 
+class Given:
+    """The prefix_ids of one call on their way from the model's forward to the stack of layers, which takes them."""
+
+    def __init__(self, value: Any):
+        self.value = value
+        self.taken = False
+
+    def take(self) -> Any:
+        self.taken = True
+        return self.value
+
+
 class PrefixIdsArgument:
     """Makes a model's forward and generate take prefix_ids, until remove().
 
@@ -33,10 +45,11 @@ class PrefixIdsArgument:
     one: of the same names, else of its default.
     """
 
-    def __init__(self, model: nn.Module, bank: PrefixBank):
+    def __init__(self, model: nn.Module, layers: nn.Module, bank: PrefixBank):
+        """layers: the module of `model`, or itself, that takes the ids."""
         self._model = model
         self._own = {name: value for name, value in vars(model).items() if name in ("forward", "generate")}
-        model.forward = _showing(model.forward)
+        model.forward = _showing(model.forward, layers is not model)
         if hasattr(model, "generate"):
             model.generate = _with_ids(model, bank)
             model._get_candidate_generator = _with_own_ids(model, bank)
@@ -49,21 +62,13 @@ class PrefixIdsArgument:
             setattr(self._model, name, value)
 
 
-def check_hands_on(model: nn.Module) -> None:
-    """NotImplementedError for a model whose forward hands no further arguments to its layers, which a bank needs."""
-    for module in {model, model.base_model}:
-        kinds = {parameter.kind for parameter in inspect.signature(module.forward).parameters.values()}
-        if inspect.Parameter.VAR_KEYWORD not in kinds:
-            raise NotImplementedError(
-                f"model: a bank is not served, as forward of {type(module).__name__} hands no further arguments to its layers"
-            )
-
-
 def row_ids(bank: PrefixBank, given: Any, rows: int, device: torch.device) -> Tensor:
     """What a call's prefix_ids say of its rows: int32 [rows] on `device`.
 
     Values of a tensor are checked where that stops no device: on the CPU, outside of torch.compile.
     """
+    if isinstance(given, Given):
+        given = given.take()
     if given is BANK_DEFAULT:
         if bank.default is None:
             raise ValueError(f"prefix_ids: got none, and the bank has no default; expected {EXPECTED}")
@@ -83,10 +88,16 @@ def row_ids(bank: PrefixBank, given: Any, rows: int, device: torch.device) -> Te
     return given.to(device, torch.int32)
 
 
-def _showing(forward: Callable) -> Callable:
+def _showing(forward: Callable, hands_on: bool) -> Callable:
     @functools.wraps(forward)
     def with_prefix_ids(*args, **kwargs):
-        return forward(*args, **kwargs)
+        if not hands_on or "prefix_ids" not in kwargs:
+            return forward(*args, **kwargs)
+        given = kwargs["prefix_ids"] = Given(kwargs["prefix_ids"])
+        outputs = forward(*args, **kwargs)
+        if not given.taken:
+            raise NotImplementedError("prefix_ids: this model's forward hands no further arguments on; attach a Prefix instead")
+        return outputs
 
     signature = inspect.signature(forward)
     added = inspect.Parameter("prefix_ids", inspect.Parameter.KEYWORD_ONLY, default=BANK_DEFAULT)

@@ -38,13 +38,16 @@ def attach(model, kind, **options):
     }
 
 
-@pytest.fixture(params=("gpt2", "llama", "mistral"))
+@pytest.fixture(params=("gpt2", "llama", "mistral", "gemma3"))
 def model(request):
     return tiny_model(request.param)
 
 
-def window_of(model):
-    return model.config.sliding_window if model.config.model_type == "mistral" else None
+def windows_of(model):
+    """Of each layer its sliding window; gemma3 has layers with and without."""
+    kinds = getattr(model.config, "layer_types", None) or ["sliding_attention"] * model.config.num_hidden_layers
+    window = getattr(model.config, "sliding_window", None)
+    return [window if kind == "sliding_attention" else None for kind in kinds]
 
 
 @pytest.mark.parametrize("kind", WITH_BANK)
@@ -58,12 +61,11 @@ def test_a_cache_handed_in_holds_sequence_tokens_only(model, cache, kind):
         got = model.generate(input_ids=input_ids, max_new_tokens=5, **{CACHE: made}, **given(2), **OPTIONS)
     assert torch.equal(got, expected)
     assert made.get_seq_length() == 7 + 4, "the last token is never run"
-    lengths = {layer.keys.shape[2] for layer in made.layers}
-    window = window_of(model)
+    lengths = [layer.keys.shape[2] for layer in made.layers]
     if cache is StaticCache:
-        assert lengths == {min(20, window or 20)}
+        assert lengths == [20 if window is None else window for window in windows_of(model)]
     else:
-        assert lengths == {min(11, window - 1) if window else 11}
+        assert lengths == [11 if window is None else window - 1 for window in windows_of(model)]
     assert made.layers[0].keys.shape[0] == 2
 
 
@@ -222,8 +224,9 @@ def test_what_generate_refuses(kind):
 
 @pytest.mark.parametrize("length", (4, 12), ids=("within the window", "beyond it"))
 @pytest.mark.parametrize("window", ("pinned", "peft"))
-def test_sliding_window_caches(window, length):
-    model = tiny_model("mistral")
+@pytest.mark.parametrize("family", ("mistral", "gemma3"))
+def test_sliding_window_caches(family, window, length):
+    model = tiny_model(family)
     input_ids = ids(2, length)
     call = {"input_ids": input_ids, "attention_mask": left_padded(input_ids), "max_new_tokens": 14} | OPTIONS
     with attach_prefix(model, random_prefix(model, PREFIX_LEN), prefix_window=window):
