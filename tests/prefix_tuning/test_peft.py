@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 import prefix_tuning.attention
 from prefix_tuning import Prefix, accelerate_peft, attach_prefix, restore_peft
+from support.encoder_decoders import labels, source, tiny_encoder_decoder
 from support.models import FAMILIES, random_prefix, tiny_model
 from support.peft_models import peft_model, twins
 
@@ -104,8 +105,7 @@ def test_padded_rows_with_positions_are_peft_s(pair, side):
 def test_positional_arguments_and_tuples(pair):
     _, model = pair
     mask = padding("right")
-    labels = ids().masked_fill(mask == 0, -100)
-    expected, got = (side(ids(), mask, None, labels, return_dict=False) for side in pair)
+    expected, got = (side(ids(), mask, None, ids().masked_fill(mask == 0, -100), return_dict=False) for side in pair)
     assert isinstance(got, tuple)
     torch.testing.assert_close(got[0], expected[0], **TOLERANCE)
     embedded = model.get_input_embeddings()(ids())
@@ -322,9 +322,9 @@ def test_a_classifier_s_head(tmp_path):
     torch.manual_seed(2)
     rival, model = twins(transformers.LlamaForSequenceClassification(config).eval(), PREFIX_LEN, task_type="SEQ_CLS")
     accelerate_peft(model)
-    mask, labels = padding("right"), torch.tensor([2, 0])
+    mask, classes = padding("right"), torch.tensor([2, 0])
     padded = ids().masked_fill(mask == 0, config.pad_token_id)
-    expected, got = (side(input_ids=padded, attention_mask=mask, labels=labels) for side in (rival, model))
+    expected, got = (side(input_ids=padded, attention_mask=mask, labels=classes) for side in (rival, model))
     torch.testing.assert_close(got.logits, expected.logits, **TOLERANCE)
     grads = gradients(model, got.loss)
     assert_same_gradients(grads, gradients(rival, expected.loss))
@@ -333,6 +333,69 @@ def test_a_classifier_s_head(tmp_path):
         side.save_pretrained(tmp_path / name)
     first, second = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("peft", "ours"))
     assert all(torch.equal(first[name], second[name]) for name in first) and len(first) == 2
+
+
+@pytest.mark.parametrize("layers", (3, 4))
+@pytest.mark.parametrize("name", ("bart", "m2m_100", "marian", "mbart", "mt5", "pegasus", "t5"))
+def test_encoder_decoders(name, layers):
+    if "t5" in name:
+        sizes = {"num_layers": layers, "num_decoder_layers": layers, "d_kv": 8}
+    else:
+        sizes = {"encoder_layers": layers, "decoder_layers": layers, "decoder_attention_heads": 4}
+    plain = tiny_encoder_decoder(name, **sizes)
+    rival, model = twins(plain, PREFIX_LEN, task_type="SEQ_2_SEQ_LM")
+    accelerate_peft(model)
+    given = source(plain, side="right")
+    expected, got, without = (side(**given, labels=labels()) for side in (rival, model, plain))
+    torch.testing.assert_close(got.logits, expected.logits, **TOLERANCE)
+    assert (got.logits - without.logits).abs().max() > 1e-3
+    grads = gradients(model, got.loss)
+    assert_same_gradients(grads, gradients(rival, expected.loss))
+    (grad,) = grads.values()
+    unread = grad.view(PREFIX_LEN, layers, -1)[:, 1::2] if layers == 4 else grad[:0]  # PEFT's doubling and splitting by fours
+    assert not unread.any()
+    for beams in (1, 3):
+        options = {**given, "max_new_tokens": 6, "num_beams": beams, "do_sample": False}
+        assert torch.equal(model.generate(**options), rival.generate(**options))
+    cache = model(**given, decoder_input_ids=labels().clamp(min=3), use_cache=True).past_key_values.self_attention_cache
+    assert {layer.keys.shape[2] for layer in cache.layers} == {5}
+    with model.disable_adapter():
+        torch.testing.assert_close(model(**given, labels=labels()).logits, without.logits, **TOLERANCE)
+    restore_peft(model)
+    assert torch.equal(model(**given, labels=labels()).logits, expected.logits)
+
+
+@pytest.mark.parametrize("task", ("SequenceClassification", "TokenClassification", "QuestionAnswering"))
+@pytest.mark.parametrize("name", ("Bert", "Electra", "Roberta", "XLMRoberta"))
+def test_encoders(name, task):
+    import transformers
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48, "vocab_size": 100}
+    config = getattr(transformers, f"{name}Config")(**sizes, max_position_embeddings=64, initializer_range=0.2)
+    torch.manual_seed(2)
+    task_type, given = {
+        "SequenceClassification": ("SEQ_CLS", {"labels": torch.tensor([1, 0])}),
+        "TokenClassification": ("TOKEN_CLS", {"labels": (ids() % 2).masked_fill(padding("right") == 0, -100)}),
+        "QuestionAnswering": ("QUESTION_ANS", {"start_positions": torch.tensor([0, 1]), "end_positions": torch.tensor([2, 3])}),
+    }[task]
+    rival, model = twins(getattr(transformers, f"{name}For{task}")(config).eval(), PREFIX_LEN, task_type=task_type)
+    accelerate_peft(model)
+    if task == "QuestionAnswering":  # its loss compares all positions, and what padding scores is any model's guess
+        given |= {"input_ids": ids()}
+    else:
+        given |= {"attention_mask": padding("right")}
+        given |= {"input_ids": ids().masked_fill(padding("right") == 0, config.pad_token_id)}
+    expected, got = (side(**given) for side in (rival, model))
+    torch.testing.assert_close(got.loss, expected.loss, **TOLERANCE)
+    grads = gradients(rival, expected.loss)
+    assert len(grads) > 1  # the head's too
+    assert_same_gradients(gradients(model, got.loss), grads)
+    (getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable)({"use_reentrant": False})
+    model.train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    assert_same_gradients(gradients(model, model(**given).loss), grads)
 
 
 def test_token_types_are_ignored_as_peft_does():
