@@ -117,7 +117,7 @@ class Attachment:
             raise NotImplementedError("enable: with a bank attached, rows run without a prefix where prefix_ids has None")
         if enabled:
             for layer, held in self._hidden:
-                layer.key, layer.value, layer.bias = held
+                layer.key, layer.value, layer.bias, layer.position_offset = held
             if self._hidden and self._heads is not None:
                 self._heads.insert()
             self._hidden = []
@@ -125,9 +125,11 @@ class Attachment:
             if self._heads is not None:
                 self._heads.remove()
             self._hidden = [
-                (layer, (layer.key, layer.value, layer.bias)) for layers in self._layers.values() for layer in layers
+                (layer, (layer.key, layer.value, layer.bias, layer.position_offset))
+                for layers in self._layers.values()
+                for layer in layers
             ]
-            for layer, (key, value, _) in self._hidden:
+            for layer, (key, value, *_) in self._hidden:
                 layer.key, layer.value = key[:, :0], value[:, :0]
 
     def __enter__(self) -> Attachment:

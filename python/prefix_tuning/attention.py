@@ -62,30 +62,23 @@ def prefix_attention_forward(
         indices = torch.arange(-query.shape[2], 0, device=query.device)[None] + last + mask.key_offset
         factor = layer.query_scale(module, indices, layer.position_offset)
         query = query if factor is None else (query * factor[:, None, :, None]).to(query.dtype)
-    if layer.slides and mask.local:
-        raise NotImplementedError("prefix_window: 'peft' is not served for packed rows under a window or chunks")
-    first_key_position = None
-    if layer.slides and mask.causal and mask.window is not None:
-        if isinstance(mask.key_offset, Tensor):
-            raise NotImplementedError("prefix_window: 'peft' is not served with a static sliding-window cache")
-        first_key_position = mask.key_offset
     prefix_key, prefix_value = layer.key, layer.value
     if prefix_key.dtype not in (query.dtype, torch.float32) or query.dtype == torch.float64:
         prefix_key, prefix_value = prefix_key.to(query.dtype), prefix_value.to(query.dtype)
     if layer.bias is not None:
         bias = torch.cat([layer.bias, position_bias.detach()], dim=-1)
-    if layer.slides and mask.chunk is not None:
-        if layer.lens is not None:
-            raise NotImplementedError("prefix_window: 'peft' is not served for a bank under chunked attention")
-        mask_bias = mask.chunks_over(prefix_key.shape[-2], query.shape[2], key.shape[2])
+    prefix_len, prefix_ids = prefix_key.shape[-2], kwargs.get("prefix_ids")
+    if layer.slides:
+        own_len = prefix_len if layer.lens is None else (layer.lens[prefix_ids.clamp(min=0)] * (prefix_ids >= 0))[:, None]
+        first_key_position, mask_bias = mask.sliding(prefix_len, own_len, query.shape[2], key.shape[2], query.device)
     else:
-        mask_bias = mask.bias_over(prefix_key.shape[-2])
+        first_key_position, mask_bias = None, mask.bias_over(prefix_len)
     if mask_bias is not None:
         bias = mask_bias if bias is None else bias + mask_bias
     out = prefix_attention(
         query, key, value, prefix_key, prefix_value, causal=mask.causal, scale=scaling, key_mask=mask.key_mask,
         key_lens=mask.key_lens, window=mask.window, softcap=softcap, bias=bias,
-        prefix_ids=kwargs.get("prefix_ids"), prefix_lens=layer.lens, first_key_position=first_key_position,
+        prefix_ids=prefix_ids, prefix_lens=layer.lens, first_key_position=first_key_position,
         backend=layer.backend, return_lse=s_aux is not None,
     )  # fmt: skip
     if s_aux is not None:

@@ -36,6 +36,7 @@ class MaskStructure:
     bias: Tensor | None = None  # float32 [batch or 1, heads or 1, q_len, kv_len], for every other pattern
     chunk: int | None = None  # the bias is one of chunks of that many tokens
     local: bool = False  # the bias is one of a window or of chunks that are not told in any field
+    tokens: Tensor | None = None  # bool [batch, tokens seen so far]: which are real; None where all are
     ndim: int = 4
 
     @property
@@ -45,8 +46,10 @@ class MaskStructure:
     def contiguous(self) -> MaskStructure:
         return self
 
-    def to(self, *_) -> MaskStructure:
-        return self
+    def to(self, *args, **kwargs) -> MaskStructure:
+        """As a tensor's: accelerate brings a layer's arguments to where the layer computes."""
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **{name: tensor.to(*args, **kwargs) for name, tensor in tensors.items()}) if tensors else self
 
     def __getitem__(self, index: tuple[slice, ...]) -> MaskStructure:
         """The mask of the last queries alone: mask[:, :, -n:, :], as models drop queries whose output nobody asks for."""
@@ -60,15 +63,46 @@ class MaskStructure:
         """The bias with prefix_len columns of 0 in front: the prefix is visible to every query."""
         return None if self.bias is None else pad(self.bias, (prefix_len, 0))
 
-    def chunks_over(self, prefix_len: int, q_len: int, kv_len: int) -> Tensor:
-        """The bias where chunks count from the first position of the prefix, [batch or 1, 1, q_len, prefix_len + kv_len]."""
+    def sliding(
+        self, prefix_len: int, own_len: int | Tensor, q_len: int, kv_len: int, device: torch.device
+    ) -> tuple[int | None, Tensor | None]:
+        """How a prefix slides out of sight, as under PEFT: prefix_attention's first_key_position, and its bias.
+
+        The prefix stands right before each row's first real token: padding in front of that counts to no window or chunk.
+
+        own_len: how long each row's prefix is, [batch, 1], or all of them.
+        """
+        if self.local:
+            raise NotImplementedError("prefix_window: 'peft' is not served for packed rows under a window or chunks")
+        stays = self.chunk is None and (self.window is None or not self.causal or self._within_window(prefix_len, kv_len))
+        if stays or prefix_len == 0:
+            return None, self.bias_over(prefix_len)
+        starts = self._starts()
+        if self.chunk is None and starts is None and not isinstance(self.key_offset, Tensor):
+            return self.key_offset, self.bias_over(prefix_len)
         exists = kv_len if self.key_lens is None else self.key_lens[:, None]
-        first = prefix_len + self.key_offset
-        queries = first + exists + torch.arange(-q_len, 0, device=self.bias.device)[None]
-        keys = torch.arange(kv_len, device=self.bias.device) + first
-        keys = torch.cat([torch.arange(prefix_len, device=self.bias.device), keys])
-        same = (queries // self.chunk)[:, None, :, None] == keys // self.chunk
-        return torch.zeros(same.shape, device=same.device).masked_fill(~same, -torch.inf)
+        first = own_len + self.key_offset - (0 if starts is None else starts[:, None])
+        queries = torch.arange(-q_len, 0, device=device)[None] + exists + first
+        columns = torch.arange(prefix_len, device=device)
+        if self.chunk is None:
+            hidden = queries[:, :, None] - columns >= self.window
+            bias = pad(torch.zeros(hidden.shape, device=device).masked_fill(hidden, -torch.inf), (0, kv_len))[:, None]
+            return None, bias if self.bias is None else bias + self.bias_over(prefix_len)
+        keys = torch.arange(kv_len, device=device)[None] + first
+        columns = torch.cat([columns.expand(len(keys), -1), keys], dim=-1)
+        other = (queries // self.chunk)[:, :, None] != (columns // self.chunk)[:, None]
+        return None, torch.zeros(other.shape, device=device).masked_fill(other, -torch.inf)[:, None]
+
+    def _within_window(self, prefix_len: int, kv_len: int) -> bool:
+        """Whether the first column of a prefix can be seen from all tokens there can be."""
+        return not isinstance(self.key_offset, Tensor) and prefix_len + self.key_offset + kv_len <= self.window
+
+    def _starts(self) -> Tensor | None:
+        """The index of each row's first real token, [batch]; None where it is 0 in all and that is cheap to see."""
+        if self.tokens is None:
+            return None
+        starts = self.tokens.to(torch.uint8).argmax(-1)
+        return None if starts.device.type == "cpu" and not torch.compiler.is_compiling() and not starts.any() else starts
 
 
 def mask_structure(
@@ -107,7 +141,8 @@ def mask_structure(
             )
     fill = _fill(batch_size, q_length, kv_length, q_offset, kv_offset, attention_mask) if causal else None
     if known or chunk is not None:
-        structure = MaskStructure(causal, window, _key_mask(attention_mask, kv_length, kv_offset), fill, kv_offset)
+        key_mask = _key_mask(attention_mask, kv_length, kv_offset)
+        structure = MaskStructure(causal, window, key_mask, fill, kv_offset, tokens=attention_mask)
     if known:
         return structure
     options.pop("allow_is_causal_skip", None)

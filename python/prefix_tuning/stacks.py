@@ -72,10 +72,16 @@ def stacks(model: nn.Module) -> list[Stack]:
     family = family_of(model)
     return [
         Stack(
-            model.get_decoder(), {"decoder": attention_modules(model)}, learned_positions=family.learned_positions,
+            _decoder(model), {"decoder": attention_modules(model)}, learned_positions=family.learned_positions,
             query_scale=family.query_scale, while_attached=family.while_attached, shared=shared_attention(model),
         )
     ]  # fmt: skip
+
+
+def _decoder(model: nn.Module) -> nn.Module:
+    """The model without its head; Llama 4's does not know itself by its base_model_prefix."""
+    decoder = model.get_decoder()
+    return getattr(model, "model", model) if decoder is model else decoder
 
 
 def _encoder_decoder(model: nn.Module) -> list[Stack]:

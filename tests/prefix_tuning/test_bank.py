@@ -134,21 +134,27 @@ def test_sampled_tokens_equal_a_batch_with_one_prefix(setup):
         assert torch.equal(sample(prefix_ids=NAMES), expected)
 
 
+@pytest.mark.parametrize("padded", (False, True), ids=("full", "padded"))
 @pytest.mark.parametrize("window", ("pinned", "peft"))
-def test_sliding_window(window):
-    model = tiny_model("mistral")
+@pytest.mark.parametrize("family", ("mistral", "llama4"))
+def test_windows_and_chunks(family, window, padded):
+    model = tiny_model(family)
     prefixes = prefixes_of(model)
-    ids, _ = inputs_of(length=14)
-    assert model.config.sliding_window < 14
+    ids, mask = inputs_of(length=14)
+    if not padded:
+        mask[:] = 1
 
     def logits(row):
+        given = {"input_ids": ids[row : row + 1], "attention_mask": mask[row : row + 1]}
+        if NAMES[row] is None:
+            return model(**given).logits
         with attach_prefix(model, prefixes[NAMES[row]], prefix_window=window):
-            return model(input_ids=ids[row : row + 1]).logits
+            return model(**given).logits
 
     with attach_prefix(model, PrefixBank(prefixes), prefix_window=window):
-        got = model(input_ids=ids, prefix_ids=NAMES).logits
-    for row in (0, 2):
-        torch.testing.assert_close(got[row : row + 1], logits(row), **TOLERANCE)
+        got = model(input_ids=ids, attention_mask=mask, prefix_ids=NAMES).logits
+    for row, real in enumerate(mask.bool()):
+        torch.testing.assert_close(got[row, real], logits(row)[0, real], **TOLERANCE)
 
 
 def test_loss_and_gradients_of_the_model_reach_through_a_bank():
@@ -364,10 +370,6 @@ def test_wrong_calls_raise():
 
 
 def test_what_a_bank_does_not_serve():
-    model = tiny_model("llama4")
-    refusal = pytest.raises(NotImplementedError, match="prefix_window: 'peft' is not served for a bank under chunked")
-    with attach_prefix(model, PrefixBank(prefixes_of(model)), prefix_window="peft"), refusal:
-        model(input_ids=inputs_of()[0], prefix_ids=NAMES)
     model = tiny_model("llama")
     bank = PrefixBank(prefixes_of(model), "short")
     with attach_prefix(model, bank) as attachment, pytest.raises(NotImplementedError, match="enable: .* prefix_ids has None"):

@@ -1,5 +1,6 @@
 """An accelerated PeftModel against PEFT itself, and, where PEFT is wrong, against PEFT on each row alone."""
 
+import itertools
 import subprocess
 import sys
 
@@ -70,11 +71,19 @@ def pair(family):
     return rival, accelerate_peft(model)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+# The other families that PEFT serves; it has no prefix for latent attention, Falcon's MQA, MPT and Qwen3-Next.
+OTHERS = (
+    "bloom", "cohere2", "falcon", "falcon_alibi", "gemma", "gemma2", "gemma3", "glm4", "gpt_bigcode", "gpt_neo", "gpt_neox",
+    "gpt_oss", "gptj", "granite", "llama4", "mixtral", "olmo2", "opt", "phi", "phi3", "qwen2_moe", "qwen3_moe", "stablelm",
+)  # fmt: skip
+WINDOWED = ("cohere2", "gemma2", "gemma3", "gpt_neo", "gpt_oss", "llama4", "mistral")  # PEFT counts padding to the window
+
+
+@pytest.mark.parametrize("family, kind", [*itertools.product(FAMILIES, KINDS), *((name, "flat") for name in OTHERS)])
 def test_logits_loss_gradients_and_tokens_are_peft_s(family, kind):
     rival, model = twins(tiny_model(family), PREFIX_LEN, **KINDS[kind])
     assert accelerate_peft(model) is model
-    expected, got = (side(input_ids=ids(), labels=ids()) for side in (rival, model))
+    expected, got = (side(input_ids=ids(2, 12), labels=ids(2, 12)) for side in (rival, model))
     assert got.logits.shape == expected.logits.shape
     torch.testing.assert_close(got.logits, expected.logits, **TOLERANCE)
     torch.testing.assert_close(got.loss, expected.loss, **TOLERANCE)
@@ -85,13 +94,15 @@ def test_logits_loss_gradients_and_tokens_are_peft_s(family, kind):
     expected = generated(rival, do_sample=True)
     torch.manual_seed(3)
     assert torch.equal(generated(model, do_sample=True), expected)
+    with torch.no_grad(), model.disable_adapter():
+        torch.testing.assert_close(model(ids(2, 12)).logits, rival.base_model(ids(2, 12)).logits, **TOLERANCE)
 
 
 @pytest.mark.parametrize("side", ("left", "right"))
 def test_padded_rows_with_positions_are_peft_s(pair, side):
     rival, model = pair
-    if model.config.model_type == "mistral" and side == "left":
-        pytest.skip("PEFT counts left padding to the window; compared with single rows below")
+    if model.config.model_type in WINDOWED and side == "left":
+        model.config.sliding_window = rival.config.sliding_window = 64
     mask = padding(side)
     given = {"attention_mask": mask, "position_ids": positions_of(mask), "labels": ids().masked_fill(mask == 0, -100)}
     expected, got = (model(input_ids=ids(), **given) for model in pair)
@@ -103,7 +114,7 @@ def test_padded_rows_with_positions_are_peft_s(pair, side):
 
 
 def test_positional_arguments_and_tuples(pair):
-    _, model = pair
+    model = pair[1]
     mask = padding("right")
     expected, got = (side(ids(), mask, None, ids().masked_fill(mask == 0, -100), return_dict=False) for side in pair)
     assert isinstance(got, tuple)
@@ -128,21 +139,22 @@ def test_three_steps_of_training_are_peft_s(pair):
 # Where PEFT is wrong
 
 
-def rows_alone(rival, mask):
-    """PEFT's logits for the real tokens of each row, without padding and without neighbours."""
-    return [rival(input_ids=row[real.bool()][None]).logits[0] for row, real in zip(ids(), mask, strict=True)]
-
-
-def test_left_padding_without_positions(pair):
-    rival, model = pair
-    if model.config.model_type == "mistral":
-        pytest.skip("left padding counts to a window that the prefix slides out of")
+@pytest.mark.parametrize("family", (*FAMILIES, *OTHERS))
+def test_left_padding_without_positions(family):
+    rival, model = twins(tiny_model(family), PREFIX_LEN)
+    accelerate_peft(model)
     mask = padding()
-    expected, got = rows_alone(rival, mask), model(input_ids=ids(), attention_mask=mask).logits
-    for row, real, alone in zip(got, mask.bool(), expected, strict=True):
-        torch.testing.assert_close(row[real], alone, **TOLERANCE)
-    wrong = rival(input_ids=ids(), attention_mask=mask).logits[0, 3:]
-    assert (wrong - expected[0]).abs().max() > 1e-3  # else there would be nothing to be right about
+    rows = [row[real.bool()][None] for row, real in zip(ids(), mask, strict=True)]
+    got = model(input_ids=ids(), attention_mask=mask).logits
+    for padded, real, row in zip(got, mask.bool(), rows, strict=True):
+        torch.testing.assert_close(padded[real], rival(input_ids=row).logits[0], **TOLERANCE)
+    options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    for tokens, row in zip(generated(model, mask), rows, strict=True):
+        alone = rival.generate(input_ids=row, attention_mask=torch.ones_like(row), **options)
+        assert torch.equal(tokens[7:], alone[0, row.shape[1] :])
+    if family not in ("bloom", "opt", "falcon_alibi"):  # which count positions from the mask themselves
+        wrong = rival(input_ids=ids(), attention_mask=mask).logits[0, 3:]
+        assert (wrong - rival(input_ids=rows[0]).logits[0]).abs().max() > 1e-3  # else there is nothing to be right about
 
 
 def test_packed_rows_do_not_see_each_other():
@@ -153,6 +165,9 @@ def test_packed_rows_do_not_see_each_other():
     expected = torch.cat([rival(input_ids=part).logits for part in parts], 1)
     torch.testing.assert_close(model(**given, use_cache=False).logits, expected, **TOLERANCE)
     assert (rival(**given).logits - expected).abs().max() > 1e-2
+    windowed = accelerate_peft(peft_model(tiny_model("mistral"), PREFIX_LEN))
+    with pytest.raises(NotImplementedError, match="'peft' is not served for packed rows under a window"):
+        windowed(**given, use_cache=False)
 
 
 def test_several_turns(pair):
