@@ -9,8 +9,8 @@ import pytest
 import torch
 import transformers
 
-from support.models import tiny_model
-from support.tokenizer import tiny_tokenizer
+from support.models import random_prefix, tiny_model
+from support.tokenizer import CHAT_TEMPLATE, tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")] + sorted((ROOT / "docs").glob("*.md"))
@@ -76,6 +76,21 @@ def test_readme_example_runs(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "runs/mine/prefix/prefix.safetensors").exists()
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert "name : Aromi" in capsys.readouterr().out
+
+
+def test_serving_examples_run(tmp_path, monkeypatch):
+    source = "".join(re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "serving.md").read_text(), re.DOTALL))
+    model = tiny_model("llama", max_position_embeddings=256)
+    tokenizer = tiny_tokenizer(bos=True, chat_template=CHAT_TEMPLATE)
+    tokenizer.padding_side = "left"
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", lambda name: model)
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda name, padding_side: tokenizer)
+    monkeypatch.chdir(tmp_path)
+    for prefix_len, name in enumerate(("pubs", "food", "wine"), start=3):
+        random_prefix(model, prefix_len).save(f"runs/{name}/prefix")
+    names = {}
+    exec(compile(source, "serving.md", "exec"), names)
+    assert names["logits"].shape[0] == 3 and names["tokens"].shape[0] == 1 and names["bank"].capacity == 8
 
 
 def test_commands_of_the_readme_exist():

@@ -83,7 +83,7 @@ def test_a_bank_of_prefixes_whose_layers_differ():
 
 def test_a_bank_is_refused_where_layers_do_not_hand_on_its_ids():
     model = tiny_model("bloom")
-    with pytest.raises(NotImplementedError, match="layers of BloomForCausalLM hand on no prefix_ids"):
+    with pytest.raises(NotImplementedError, match="a bank is not served, as BloomForCausalLM hands no further"):
         attach_prefix(model, PrefixBank({"a": random_prefix(model)}))
     attach_prefix(model, random_prefix(model)).detach()
 
