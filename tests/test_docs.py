@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 
+from prefix_tuning.encoder_families import ENCODER_DECODERS, ENCODERS
 from support.models import random_prefix, tiny_model
 from support.tokenizer import CHAT_TEMPLATE, tiny_tokenizer
 
@@ -63,6 +64,12 @@ def test_readme_quotes_the_committed_results():
     text = (ROOT / "README.md").read_text()
     assert report.render(text) == text, "run python benchmarks/report.py"
     assert report.render(text.replace("| slots left", "| slots found")) == text
+
+
+def test_readme_names_every_encoder_and_encoder_decoder():
+    rows = [line for line in (ROOT / "README.md").read_text().lower().splitlines() if line.startswith("| ") and "✓" in line]
+    named = {re.sub(r"[^a-z0-9]", "", name) for row in rows for name in re.split(r"[,(:|]", row)}
+    assert {re.sub("[-_]", "", name) for name in (*ENCODER_DECODERS, *ENCODERS)} <= named
 
 
 def test_readme_example_runs(tmp_path, monkeypatch, capsys):

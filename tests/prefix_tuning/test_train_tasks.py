@@ -219,12 +219,12 @@ def test_a_classifier_equals_a_plain_loop(tmp_path):
     prefix = random_prefix(model, PREFIX_LEN)
     plain = copy.deepcopy(prefix)
     trainer = make_trainer(
-        tmp_path, model, prefix, rows, train_sampling_strategy="sequential", optim="adamw_torch", weight_decay=0.0,
+        tmp_path, model, prefix, rows, train_sampling_strategy="sequential", optim="sgd", learning_rate=0.3,
         max_grad_norm=0, gradient_accumulation_steps=3, per_device_train_batch_size=2,
     )  # fmt: skip
     trainer.train()
     trainer.detach()
-    optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-2, weight_decay=0.0)
+    optimizer = torch.optim.SGD(plain.parameters(), lr=0.3)
     with attach_prefix(model, plain):
         for step in range(4):
             batch = rows[6 * step : 6 * step + 6]
