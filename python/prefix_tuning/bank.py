@@ -186,3 +186,5 @@ def _check_prefix(name: str, prefix: Prefix) -> None:
         raise TypeError(f"prefix: expected a Prefix as {name!r}, got {type(prefix).__name__}")
     if list(prefix.parts) != ["decoder"]:
         raise NotImplementedError(f"prefix: a bank serves decoders; {name!r} has the parts {', '.join(prefix.parts)}")
+    if prefix.heads:
+        raise NotImplementedError(f"prefix: a bank has no heads, but {name!r} comes with {', '.join(prefix.heads)}")

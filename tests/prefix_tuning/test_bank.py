@@ -7,7 +7,9 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM, StaticCache
 
+from prefix_kernels import prefix_attention
 from prefix_tuning import Prefix, PrefixBank, attach_prefix
+from prefix_tuning.prefix_ids import row_ids
 from support.models import MODELS, tiny_model
 
 TOLERANCE = {"atol": 2e-5, "rtol": 1e-4}
@@ -315,6 +317,20 @@ def test_add_and_remove_touch_no_other_name():
         torch.testing.assert_close(model(input_ids=ids).logits, expected, **TOLERANCE)
 
 
+def test_two_models_share_a_bank():
+    models = [tiny_model("llama"), tiny_model("llama")]
+    ids, _ = inputs_of(1)
+    prefix = prefix_of(models[0], 9, 1)
+    bank = PrefixBank({"a": prefix_of(models[0], 3, 2)})
+    with attach_prefix(models[0], bank), attach_prefix(models[1], bank):
+        first = [model(input_ids=ids, prefix_ids=["a"]).logits for model in models]
+        bank.add("b", prefix)
+        second = [model(input_ids=ids, prefix_ids=["b"]).logits for model in models]
+    assert torch.equal(*first) and torch.equal(*second)
+    with attach_prefix(models[0], prefix):
+        torch.testing.assert_close(models[0](input_ids=ids).logits, second[0], **TOLERANCE)
+
+
 def test_a_bank_holds_copies_in_the_models_dtype():
     model = tiny_model("llama").bfloat16()
     prefixes = prefixes_of(model)
@@ -337,8 +353,12 @@ def test_wrong_calls_raise():
         ({"a": "b"}, TypeError, "prefix: expected a Prefix as 'a', got str"),
         ({3: prefixes["short"]}, TypeError, "name: expected a string, got 3"),
         ({"a": Prefix({"encoder": prefixes["short"].layers()})}, NotImplementedError, "'a' has the parts encoder"),
+        (
+            {"a": Prefix({"decoder": prefixes["short"].layers()}, heads={"score": {"weight": torch.zeros(2, 3)}})},
+            NotImplementedError, "a bank has no heads, but 'a' comes with score",
+        ),
         ({"a": prefixes["short"], "b": prefix_of(tiny_model("gpt2"), 3, 1)}, ValueError, "'b' has 3 layers, 4 kv_heads"),
-    ):
+    ):  # fmt: skip
         with pytest.raises(error, match=message):
             PrefixBank(given)
     with pytest.raises(ValueError, match="capacity: got 0"):
@@ -421,3 +441,47 @@ def test_learned_positions_count_each_rows_own_prefix():
         model(input_ids=ids, prefix_ids=["short", None])
         with pytest.raises(ValueError, match=f"take {table + 17} positions, more than the model's {table} position"):
             model(input_ids=ids, prefix_ids=["short", "long"])
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_rows_equal_each_alone_and_no_id_is_read():
+    model = tiny_model("llama").cuda()
+    prefixes = prefixes_of(model)
+    ids, mask = (tensor.cuda() for tensor in inputs_of())
+    expected = alone(model, prefixes, NAMES, lambda i: model(input_ids=ids[i : i + 1], attention_mask=mask[i : i + 1]).logits)
+    bank = PrefixBank(prefixes)
+    with attach_prefix(model, bank):
+        given = bank.ids(NAMES)
+        assert given.is_cuda
+        got = model(input_ids=ids, attention_mask=mask, prefix_ids=given).logits
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            bank.position_offsets(row_ids(bank, given, 3, given.device))
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    torch.testing.assert_close(got[mask.bool()], expected[mask.bool()], atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_a_captured_graph_sees_a_prefix_that_is_added():
+    model = tiny_model("llama").cuda()
+    bank = PrefixBank(prefixes_of(model), capacity=4, max_prefix_len=8)
+    bank.to(torch.device("cuda"), torch.float32)
+    q, k, v = (torch.randn(3, heads, 5, 16, device="cuda") for heads in (4, 2, 2))
+    chosen = bank.ids(NAMES)
+
+    def attend():
+        return prefix_attention(q, k, v, bank.keys[0], bank.values[0], prefix_ids=chosen, prefix_lens=bank.prefix_lens)
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        attend()  # compiles
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = attend()
+    bank.add("added", prefix_of(model, 7, 9))
+    chosen.copy_(bank.ids(["added", "short", "added"]))
+    graph.replay()
+    assert torch.equal(out, attend())
