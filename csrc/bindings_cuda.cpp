@@ -1,4 +1,4 @@
-// The operators prefix_kernels_cuda::{decode, part_values, code}. The only file of the CUDA library that includes torch, through
+// The operators prefix_kernels_cuda::{decode, part_values, code, machine_code}. The only file of the CUDA library that includes torch, through
 // its stable ABI; it builds against a torch without CUDA. prefix_kernels/backends/cuda.py is the caller; it has checked the
 // problem, made every last stride 1 and every index and mask contiguous.
 #include <dlfcn.h>
@@ -12,6 +12,7 @@
 
 #include <algorithm>
 #include <optional>
+#include <string>
 #include <vector>
 
 #include "cuda/decode.h"
@@ -127,6 +128,14 @@ std::vector<int64_t> code(int64_t head_dim, bool bfloat16) {
   return {info.binary_version, info.ptx_version, info.registers, info.spilled_bytes, info.shared_bytes};
 }
 
+// What the current device runs: code for its architecture, or PTX for an older one that its driver has compiled.
+std::string machine_code() {
+  const std::vector<int64_t> versions = code(128, true);
+  const std::string runs = "sm_" + std::to_string(versions[0]);
+  if (versions[0] == versions[1]) return runs;
+  return runs + ", compiled by the driver from PTX for sm_" + std::to_string(versions[1]);
+}
+
 }  // namespace
 }  // namespace prefix_kernels::cuda
 
@@ -139,6 +148,7 @@ OPERATORS(PREFIX_KERNELS_OPERATORS, m) {
       "part_values(int batch, int heads, int kv_heads, int q_len, int kv_len, int head_dim, int prefixes, int prefix_len, "
       "int window, bool causal, bool bank) -> int");
   m.def("code(int head_dim, bool bfloat16) -> int[]");
+  m.def("machine_code() -> str");
 }
 
 OPERATORS_FOR(PREFIX_KERNELS_OPERATORS, PREFIX_KERNELS_DEVICE, m) {
@@ -148,4 +158,5 @@ OPERATORS_FOR(PREFIX_KERNELS_OPERATORS, PREFIX_KERNELS_DEVICE, m) {
 OPERATORS_FOR(PREFIX_KERNELS_OPERATORS, CompositeExplicitAutograd, m) {
   m.impl("part_values", TORCH_BOX(&prefix_kernels::cuda::values_of_parts));
   m.impl("code", TORCH_BOX(&prefix_kernels::cuda::code));
+  m.impl("machine_code", TORCH_BOX(&prefix_kernels::cuda::machine_code));
 }

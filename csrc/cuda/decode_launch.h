@@ -3,6 +3,8 @@
 
 #include <cuda_runtime.h>
 
+#include <atomic>
+
 #include "device.h"
 
 #include "decode_kernel.h"
@@ -17,36 +19,58 @@ __global__ void __launch_bounds__(THREADS, TileSizes<DIM>::BLOCKS_ON_MULTIPROCES
   decode_item<Element>(call, *reinterpret_cast<SharedMemory<DIM>*>(dynamic_shared));
 }
 
-// Gives the kernel of a head_dim and its shared memory to `use`, as f(kernel, bytes).
-template <typename Element, typename Use>
-int with_kernel(int head_dim, const Use& use) {
+// Once on each device: dynamic shared memory beyond 48 KiB has to be asked for.
+template <typename Element, int DIM>
+int prepare() {
+  static std::atomic<uint64_t> prepared{0};
+  int device;
+  if (const int error = cudaGetDevice(&device)) return error;
+  const uint64_t bit = uint64_t(1) << device % 64;
+  if (device < 64 && prepared & bit) return cudaSuccess;
+  const auto limit = cudaFuncAttributeMaxDynamicSharedMemorySize;
+  if (const int error = cudaFuncSetAttribute(decode_kernel<Element, DIM>, limit, int(sizeof(SharedMemory<DIM>)))) return error;
+  prepared |= bit;
+  return cudaSuccess;
+}
+
+template <typename Element, int DIM>
+int launch(const DecodeCall& call, void* stream) {
+  if (const int error = prepare<Element, DIM>()) return error;
+  const unsigned blocks = unsigned(call.schedule.items());
+  decode_kernel<Element, DIM><<<blocks, THREADS, sizeof(SharedMemory<DIM>), static_cast<cudaStream_t>(stream)>>>(call);
+  return cudaGetLastError();
+}
+
+template <typename Element, int DIM>
+int describe(KernelInfo* info) {
+  cudaFuncAttributes found;
+  if (const int error = cudaFuncGetAttributes(&found, decode_kernel<Element, DIM>)) return error;
+  *info = {found.numRegs, int(found.localSizeBytes), int(sizeof(SharedMemory<DIM>)), found.binaryVersion, found.ptxVersion};
+  return cudaSuccess;
+}
+
+template <typename Element>
+int launch(const DecodeCall& call, int head_dim, void* stream) {
   switch (head_dim) {
-    case 64: return use(decode_kernel<Element, 64>, sizeof(SharedMemory<64>));
-    case 80: return use(decode_kernel<Element, 80>, sizeof(SharedMemory<80>));
-    case 96: return use(decode_kernel<Element, 96>, sizeof(SharedMemory<96>));
-    case 128: return use(decode_kernel<Element, 128>, sizeof(SharedMemory<128>));
-    case 256: return use(decode_kernel<Element, 256>, sizeof(SharedMemory<256>));
+    case 64: return launch<Element, 64>(call, stream);
+    case 80: return launch<Element, 80>(call, stream);
+    case 96: return launch<Element, 96>(call, stream);
+    case 128: return launch<Element, 128>(call, stream);
+    case 256: return launch<Element, 256>(call, stream);
   }
   return cudaErrorInvalidValue;
 }
 
 template <typename Element>
-int launch(const DecodeCall& call, int head_dim, void* stream) {
-  return with_kernel<Element>(head_dim, [&](auto kernel, size_t bytes) -> int {
-    if (const int error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes))) return error;
-    kernel<<<unsigned(call.schedule.items()), THREADS, bytes, static_cast<cudaStream_t>(stream)>>>(call);
-    return cudaGetLastError();
-  });
-}
-
-template <typename Element>
 int describe(int head_dim, KernelInfo* info) {
-  return with_kernel<Element>(head_dim, [&](auto kernel, size_t bytes) -> int {
-    cudaFuncAttributes found;
-    if (const int error = cudaFuncGetAttributes(&found, kernel)) return error;
-    *info = {found.numRegs, int(found.localSizeBytes), int(bytes), found.binaryVersion, found.ptxVersion};
-    return cudaSuccess;
-  });
+  switch (head_dim) {
+    case 64: return describe<Element, 64>(info);
+    case 80: return describe<Element, 80>(info);
+    case 96: return describe<Element, 96>(info);
+    case 128: return describe<Element, 128>(info);
+    case 256: return describe<Element, 256>(info);
+  }
+  return cudaErrorInvalidValue;
 }
 
 }  // namespace prefix_kernels::cuda

@@ -23,23 +23,23 @@ int multiprocessors() {
 // may be replayed on any stream, beside any call.
 unsigned* take_counters(int64_t count, void* stream) {
   struct Ranges {
+    void* base = nullptr;
     int64_t taken = 0;
     std::map<void*, std::pair<int64_t, int64_t>> of_stream;  // first, count
   };
   static std::mutex mutex;
   static std::map<int, Ranges> of_device;
   int device;
-  void* base;
   cudaStreamCaptureStatus status;
   if (cudaGetDevice(&device) || cudaStreamIsCapturing(static_cast<cudaStream_t>(stream), &status)) return nullptr;
-  if (cudaGetSymbolAddress(&base, counters)) return nullptr;
   const std::lock_guard<std::mutex> lock(mutex);
   Ranges& ranges = of_device[device];
+  if (!ranges.base && cudaGetSymbolAddress(&ranges.base, counters)) return nullptr;
+  unsigned* base = static_cast<unsigned*>(ranges.base);
   const bool captured = status != cudaStreamCaptureStatusNone;
   if (!captured) {
     const auto found = ranges.of_stream.find(stream);
-    if (found != ranges.of_stream.end() && found->second.second >= count)
-      return static_cast<unsigned*>(base) + found->second.first;
+    if (found != ranges.of_stream.end() && found->second.second >= count) return base + found->second.first;
     int64_t rounded = 1024;  // a batch that grows takes a new range now and then alone
     while (rounded < count) rounded *= 2;
     count = rounded;
@@ -48,7 +48,7 @@ unsigned* take_counters(int64_t count, void* stream) {
   const int64_t first = ranges.taken;
   ranges.taken += count;
   if (!captured) ranges.of_stream[stream] = {first, count};
-  return static_cast<unsigned*>(base) + first;
+  return base + first;
 }
 
 // Each in the file that compiles its dtype.

@@ -34,22 +34,11 @@ def _missing() -> str | None:
         torch.ops.load_library(LIBRARY)
     except OSError as error:
         return f"the CUDA kernels in {LIBRARY} cannot be loaded: {error}"
-    return _no_code()
-
-
-def _no_code() -> str | None:
-    """Why the device cannot run the library's machine code, or None."""
     try:
-        machine_code()
+        _operator("machine_code")()
     except RuntimeError as error:
         return str(error).splitlines()[0].split(", ", 2)[-1]  # less the place in the source
     return None
-
-
-def machine_code() -> str:
-    """What the current device runs: code for its architecture, or PTX for an older one that its driver has compiled."""
-    binary, virtual, *_ = _operator("code")(128, True)
-    return f"sm_{binary}" if binary == virtual else f"sm_{binary}, compiled by the driver from PTX for sm_{virtual}"
 
 
 def why_not(problem: AttentionProblem) -> str | None:

@@ -8,13 +8,12 @@ import torch
 import prefix_kernels
 from prefix_kernels import api
 from prefix_kernels.backends import cuda
+from support import decoding
 from support.building import needs_compiler
 from support.cases import Case
-from support.compare import DTYPES, expectation
-from support.cuda_cases import CUDA_CASES
+from support.cuda_cases import CUDA_CASES, aligned_inputs
 from support.emulated_gpu import EmulatedGpu
 from support.inputs import make_inputs
-from support.tolerance import assert_close
 
 pytestmark = [needs_compiler, pytest.mark.usefixtures("uninitialized_memory_is_nan")]
 
@@ -32,14 +31,7 @@ def gpu(built):
 
 
 def check(case, dtype, inputs=None):
-    inputs = inputs or make_inputs(case, *DTYPES[dtype])
-    got = inputs.call(backend="cuda", return_lse=True)
-    with torch.enable_grad():
-        _, _, wide, eager = expectation(case, *DTYPES[dtype])
-    assert got[0].dtype == DTYPES[dtype][0]
-    for name, value, expected, yardstick in zip(("out", "lse"), got, wide, eager, strict=False):
-        assert_close(value, expected, yardstick, name)
-    return got
+    return decoding.check(case, dtype, backend="cuda", inputs=inputs)
 
 
 @pytest.mark.parametrize("case", CUDA_CASES, ids=str)
@@ -63,16 +55,8 @@ def test_other_dtypes(gpu, case, dtype):
 @pytest.mark.parametrize("case", CUDA_CASES[::3], ids=str)
 def test_aligned(gpu, case):
     """Tokens at multiples of 16 bytes are copied asynchronously; those of the other tests are not."""
-    inputs = make_inputs(case, torch.bfloat16)
-    inputs.tensors = tuple(aligned(tensor.detach()) for tensor in inputs.tensors)
     gpu.set(2)
-    check(case, "bfloat16", inputs)
-
-
-def aligned(tensor):
-    """The same values, each token at a multiple of 16 bytes, NaN between them."""
-    buffer = tensor.new_full((*tensor.shape[:-1], tensor.shape[-1] + 8), torch.nan)
-    return buffer[..., 8:].copy_(tensor)
+    check(case, "bfloat16", aligned_inputs(case, "bfloat16"))
 
 
 def test_what_a_call_takes(gpu):
@@ -177,9 +161,7 @@ NOTICED_BY = (
 
 def noticed():
     for case in NOTICED_BY:
-        inputs = make_inputs(case, torch.bfloat16)
-        inputs.tensors = tuple(aligned(tensor.detach()) for tensor in inputs.tensors)
-        check(case, "bfloat16", inputs)
+        check(case, "bfloat16", aligned_inputs(case, "bfloat16"))
 
 
 def test_nothing_is_noticed_without_a_mutation(gpu):

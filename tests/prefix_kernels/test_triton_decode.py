@@ -12,7 +12,7 @@ import torch
 
 import prefix_kernels
 from support.cases import Case
-from support.decoding import DECODE_CASES, check
+from support.decoding import DECODE_CASES, LARGE_DECODE_CASES, check
 from support.inputs import make_inputs
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -70,24 +70,15 @@ def test_on_the_gpu(case, dtype):
     check(case, dtype, "cuda")
 
 
-LLAMA = {"heads": 32, "kv_heads": 8, "head_dim": 128}
-LARGE = (
-    Case("large, short cache", **LLAMA, batch=8, q_len=1, kv_len=128, prefix_len=2048),
-    Case("large, fill", **LLAMA, batch=8, q_len=4, kv_len=900, prefix_len=500, key_lens=(900, 0, 4, 100, 640, 64, 65, 899)),
-    Case("large, one row", **LLAMA, batch=1, q_len=1, kv_len=3000, prefix_len=700),
-    Case("large, many rows", **LLAMA | {"heads": 8, "kv_heads": 2}, batch=80, q_len=1, kv_len=200, prefix_len=300),
-)
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("case", LARGE, ids=str)
+@pytest.mark.parametrize("case", LARGE_DECODE_CASES, ids=str)
 def test_large_ones_on_the_gpu(case, dtype):
     check(case, dtype, "cuda")
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("case", LARGE, ids=str)
+@pytest.mark.parametrize("case", LARGE_DECODE_CASES, ids=str)
 def test_the_same_bits_on_the_gpu(case):
     inputs = make_inputs(case, torch.bfloat16, device="cuda")
     runs = [inputs.call(backend="triton", return_lse=True) for _ in range(3)]

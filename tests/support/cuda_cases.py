@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
+
 from prefix_kernels.backends.cuda import HEAD_DIMS
 from support.cases import Case
+from support.compare import DTYPES
 from support.decoding import DECODE_CASES
+from support.inputs import Inputs, make_inputs
 
 
 def fitted(case: Case) -> Case:
@@ -42,3 +46,14 @@ CUDA_CASES = (
     Case("holes, sixteen queries", **_ROWS | {"kv_len": 190, "heads": 64, "q_len": 2}, padding="holes", window=100),
     Case("split with nothing in it", **_ROWS | {"kv_len": 900, "batch": 2}, key_lens=(5, 130)),
 )  # fmt: skip
+
+
+def aligned_inputs(case: Case, dtype: str, device: str = "cpu") -> Inputs:
+    """The case's inputs, each token at a multiple of 16 bytes and NaN between them; those of make_inputs lie anywhere."""
+    inputs = make_inputs(case, *DTYPES[dtype])
+    tensors = []
+    for tensor in inputs.tensors:
+        buffer = torch.full((*tensor.shape[:-1], tensor.shape[-1] + 8), torch.nan, dtype=tensor.dtype, device=device)
+        tensors.append(buffer[..., 8:].copy_(tensor.detach()))
+    options = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in inputs.options.items()}
+    return Inputs(tuple(tensors), options)

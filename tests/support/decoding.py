@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import torch
+from torch import Tensor
+
 from support.cases import Case
 from support.compare import DTYPES, expectation
-from support.inputs import make_inputs
+from support.inputs import Inputs, make_inputs
 from support.tolerance import assert_close
 
 _ONE = {"q_len": 1, "kv_len": 60, "prefix_len": 40}
@@ -48,12 +51,24 @@ DECODE_CASES = (
     Case("decode, head_dim 256", **_ONE | {"heads": 2, "kv_heads": 1}, head_dim=256, value_dim=160),
 )  # fmt: skip
 
+_LLAMA = {"heads": 32, "kv_heads": 8, "head_dim": 128}
+LARGE_DECODE_CASES = (
+    Case("large, short cache", **_LLAMA, batch=8, q_len=1, kv_len=128, prefix_len=2048),
+    Case("large, fill", **_LLAMA, batch=8, q_len=4, kv_len=900, prefix_len=500, key_lens=(900, 0, 4, 100, 640, 64, 65, 899)),
+    Case("large, one row", **_LLAMA, batch=1, q_len=1, kv_len=3000, prefix_len=700),
+    Case("large, many rows", **_LLAMA | {"heads": 8, "kv_heads": 2}, batch=80, q_len=1, kv_len=200, prefix_len=300),
+)
 
-def check(case: Case, dtype: str, device: str = "cpu") -> None:
-    """out and lse of the Triton backend are as good as eager attention's."""
-    inputs = make_inputs(case, *DTYPES[dtype], device=device)
-    got = inputs.call(backend="triton", return_lse=True)
-    _, _, wide, eager = expectation(case, *DTYPES[dtype])
+
+def check(
+    case: Case, dtype: str, device: str = "cpu", backend: str = "triton", inputs: Inputs | None = None
+) -> tuple[Tensor, Tensor]:
+    """out and lse of a backend, as good as eager attention's. inputs: instead of the case's own, with the same values."""
+    inputs = inputs or make_inputs(case, *DTYPES[dtype], device=device)
+    got = inputs.call(backend=backend, return_lse=True)
+    with torch.enable_grad():
+        _, _, wide, eager = expectation(case, *DTYPES[dtype])
     assert got[0].dtype == DTYPES[dtype][0]
     for name, value, expected, yardstick in zip(("out", "lse"), got, wide, eager, strict=False):
         assert_close(value, expected, yardstick, name)
+    return got
