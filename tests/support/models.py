@@ -41,7 +41,9 @@ MODELS = {
     "falcon_mqa": ("FalconForCausalLM", FALCON | {"multi_query": True}),
     "falcon_alibi": ("FalconForCausalLM", FALCON | {"multi_query": False, "alibi": True}),
     "gemma": ("GemmaForCausalLM", LLAMA),
-    "gemma2": ("Gemma2ForCausalLM", LLAMA | HYBRID | {"attn_logit_softcapping": 5.0}),
+    "gemma2": (  # torch's own attention would leave out the softcap
+        "Gemma2ForCausalLM", LLAMA | HYBRID | {"attn_logit_softcapping": 5.0, "attn_implementation": "eager"},
+    ),
     "gemma3": ("Gemma3ForCausalLM", LLAMA | HYBRID),
     "gemma4": (
         "Gemma4ForCausalLM",
