@@ -69,19 +69,19 @@ def stacks(model: nn.Module) -> list[Stack]:
         raise NotImplementedError(
             f"model: a prefix can be attached to {known}; got model type {model_type!r} ({type(model).__name__})"
         )
-    family = family_of(model)
+    family, modules = family_of(model), attention_modules(model)
     return [
         Stack(
-            _decoder(model), {"decoder": attention_modules(model)}, learned_positions=family.learned_positions,
+            _innermost_model(model, modules[0]), {"decoder": modules}, learned_positions=family.learned_positions,
             query_scale=family.query_scale, while_attached=family.while_attached, shared=shared_attention(model),
         )
     ]  # fmt: skip
 
 
-def _decoder(model: nn.Module) -> nn.Module:
-    """The model without its head; Llama 4's does not know itself by its base_model_prefix."""
-    decoder = model.get_decoder()
-    return getattr(model, "model", model) if decoder is model else decoder
+def _innermost_model(model: nn.Module, inside: nn.Module) -> nn.Module:
+    """The transformers model right around a module: whoever calls that module calls this one's forward pass."""
+    models = (module for module in model.modules() if hasattr(module, "base_model_prefix"))
+    return [module for module in models if any(inner is inside for inner in module.modules())][-1]
 
 
 def _encoder_decoder(model: nn.Module) -> list[Stack]:

@@ -34,6 +34,11 @@ class NotPossible(Exception):
     """The plain model cannot do it either."""
 
 
+def mean_loss(logits, rows):
+    """Cross-entropy of each token that another precedes, given the logits [tokens, vocabulary] of rows [1, tokens]."""
+    return cross_entropy(torch.cat([row[:-1] for row in logits]), torch.cat([row[0, 1:] for row in rows]))
+
+
 class Case:
     """A family's tiny model, a random prefix, a batch with and without padding, and what they must give."""
 
@@ -57,7 +62,7 @@ class Case:
     def expect(self, reference, rows, **options):
         """The reference's logits of each row, and tokens that follow them with the logits they were taken from."""
         logits = [reference.forward(self.model, self.prefix, row, **options).logits[0] for row in rows]
-        loss = cross_entropy(torch.cat([row[:-1] for row in logits]), torch.cat([row[0, 1:] for row in rows]))
+        loss = mean_loss(logits, rows)
         return logits, loss, self.gradients(loss)
 
     def greedy(self, reference, rows):
@@ -97,6 +102,7 @@ def forward(case: Case) -> None:
     logits, loss, gradients = case.expect(case.reference, rows)
     before, state = case.model(input_ids=case.input_ids).logits, list(case.model.state_dict())
     attributes = {module: dict(vars(module)) for module in case.model.modules()}
+    configs = [getattr(module, "config", None) for module in case.model.modules()]
     with case.attached(case.reference):
         got = case.model(input_ids=case.input_ids, labels=case.input_ids)
         case.equal(got.logits, torch.stack(logits))
@@ -114,6 +120,7 @@ def forward(case: Case) -> None:
     assert all(gradient.abs().max() > 1e-4 for gradient in found)
     assert (got.logits - zeroed).abs().max() > 1e-2 and (got.logits - before).abs().max() > 1e-2
     assert attributes == {module: dict(vars(module)) for module in case.model.modules()}
+    assert all(getattr(m, "config", None) is config for m, config in zip(case.model.modules(), configs, strict=True))
     assert torch.equal(case.model(input_ids=case.input_ids).logits, before)
 
 
@@ -232,6 +239,20 @@ def packing(case: Case) -> None:
     case.equal(got.loss, loss)
 
 
+def compiling(case: Case) -> None:
+    """A forward pass over a padded batch in one graph, and its gradients."""
+    padded = not case.counts_padding
+    rows, mask = (case.rows, case.mask) if padded else (case.input_ids[:, None], torch.ones_like(case.input_ids))
+    reference = case.padded_reference if padded else case.reference
+    logits, _, gradients = case.expect(reference, rows)
+    torch._dynamo.reset()
+    with case.attached(reference):
+        compiled = torch.compile(case.model.forward, backend="eager", fullgraph=True)
+        got = compiled(input_ids=case.input_ids, attention_mask=mask, use_cache=False).logits[mask.bool()]
+        case.equal(got, torch.cat(logits))
+        case.equal(case.gradients(mean_loss(got.split([row.shape[1] for row in rows]), rows)), gradients)
+
+
 CAPABILITIES = {
     "forward, loss, gradients": forward,
     "greedy": greedy,
@@ -243,4 +264,5 @@ CAPABILITIES = {
     "use_cache=False": without_cache,
     "gradient checkpointing": checkpointing,
     "packing": packing,
+    "torch.compile": compiling,
 }
