@@ -92,6 +92,23 @@ def test_turns_of_a_chat_equal_one_shot(model, kind, padded, static):
 
 
 @pytest.mark.parametrize("kind", WITH_BANK)
+@pytest.mark.parametrize("static", (False, True), ids=("dynamic", "static"))
+def test_a_turn_of_new_tokens_alone(model, kind, static):
+    """What the cache lacks, with the mask of the whole conversation: the last answer's last token and the next question."""
+    first = ids(2, 6)
+    mask, (attachment, given) = left_padded(first), attach(model, kind)
+    with attachment:
+        cache = StaticCache(config=model.config, max_cache_len=20) if static else DynamicCache(config=model.config)
+        options = {"max_new_tokens": 4} | given(2) | OPTIONS
+        answered = model.generate(input_ids=first, attention_mask=mask, **{CACHE: cache}, **options)
+        whole, mask = torch.cat([answered, ids(2, 3, seed=2)], 1), torch.cat([mask, mask.new_ones(2, 4 + 3)], 1)
+        expected = model.generate(input_ids=whole, attention_mask=mask, **options)
+        new = whole[:, cache.get_seq_length() :]
+        got = model.generate(input_ids=new, attention_mask=mask, **{CACHE: cache}, **options)
+    assert new.shape[1] == 4 and torch.equal(got[:, 4:], expected[:, whole.shape[1] :])
+
+
+@pytest.mark.parametrize("kind", WITH_BANK)
 def test_returned_cache_goes_on(model, kind):
     input_ids, more = ids(), ids(2, 3, seed=4)
     attachment, given = attach(model, kind)
