@@ -4,8 +4,8 @@
 
 #include <map>
 #include <mutex>
-#include <utility>
 
+#include "counters.h"
 #include "decode.h"
 
 namespace prefix_kernels::cuda {
@@ -19,36 +19,21 @@ int multiprocessors() {
   return count;
 }
 
-// One range for all calls of a stream, which run one after the other. A captured call has a range of its own for ever: its graph
-// may be replayed on any stream, beside any call.
 unsigned* take_counters(int64_t count, void* stream) {
-  struct Ranges {
-    void* base = nullptr;
-    int64_t taken = 0;
-    std::map<void*, std::pair<int64_t, int64_t>> of_stream;  // first, count
+  struct Device {
+    void* first = nullptr;
+    CounterRanges ranges{COUNTERS};
   };
   static std::mutex mutex;
-  static std::map<int, Ranges> of_device;
-  int device;
+  static std::map<int, Device> devices;
+  int number;
   cudaStreamCaptureStatus status;
-  if (cudaGetDevice(&device) || cudaStreamIsCapturing(static_cast<cudaStream_t>(stream), &status)) return nullptr;
+  if (cudaGetDevice(&number) || cudaStreamIsCapturing(static_cast<cudaStream_t>(stream), &status)) return nullptr;
   const std::lock_guard<std::mutex> lock(mutex);
-  Ranges& ranges = of_device[device];
-  if (!ranges.base && cudaGetSymbolAddress(&ranges.base, counters)) return nullptr;
-  unsigned* base = static_cast<unsigned*>(ranges.base);
-  const bool captured = status != cudaStreamCaptureStatusNone;
-  if (!captured) {
-    const auto found = ranges.of_stream.find(stream);
-    if (found != ranges.of_stream.end() && found->second.second >= count) return base + found->second.first;
-    int64_t rounded = 1024;  // a batch that grows takes a new range now and then alone
-    while (rounded < count) rounded *= 2;
-    count = rounded;
-  }
-  if (ranges.taken + count > COUNTERS) return nullptr;
-  const int64_t first = ranges.taken;
-  ranges.taken += count;
-  if (!captured) ranges.of_stream[stream] = {first, count};
-  return base + first;
+  Device& device = devices[number];
+  if (!device.first && cudaGetSymbolAddress(&device.first, counters)) return nullptr;
+  const int64_t first = device.ranges.take(stream, status != cudaStreamCaptureStatusNone, count);
+  return first < 0 ? nullptr : static_cast<unsigned*>(device.first) + first;
 }
 
 // Each in the file that compiles its dtype.

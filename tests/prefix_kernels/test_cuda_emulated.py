@@ -46,6 +46,18 @@ def test_bfloat16(gpu, case):
                 assert torch.equal(value, first)
 
 
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("longest prefix", heads=2, kv_heads=1, q_len=1, kv_len=5, prefix_len=65536, head_dim=64),
+        Case("256 rows", batch=256, heads=2, kv_heads=1, q_len=1, kv_len=40, prefix_len=70, head_dim=64),
+    ],
+    ids=str,
+)
+def test_sizes(gpu, case):
+    check(case, "bfloat16")
+
+
 @pytest.mark.parametrize("case", CUDA_CASES[::4], ids=str)
 @pytest.mark.parametrize("dtype", ["float16", "float32 prefix"])
 def test_other_dtypes(gpu, case, dtype):
