@@ -1,4 +1,4 @@
-"""The command `prefix-tuning train | evaluate | generate | doctor`.
+"""The command `prefix-tuning train | evaluate | generate | convert | doctor`.
 
 Errors of the user's making are one line on stderr and exit status 2; --traceback shows where they arose.
 """
@@ -27,6 +27,7 @@ from prefix_tuning.evaluate import e2e_reference_scores, evaluate_e2e, evaluate_
 from prefix_tuning.files import write_json
 from prefix_tuning.generate import generate_texts
 from prefix_tuning.offline_model import OFFLINE_MODEL, load_model_and_tokenizer
+from prefix_tuning.peft_adapters import TASK_TYPES
 from prefix_tuning.plot import save_loss_curve
 from prefix_tuning.prefix import Prefix
 from prefix_tuning.recipe import TrainSettings, train_prefix, write_metrics
@@ -125,6 +126,14 @@ def generate(args: argparse.Namespace) -> None:
         print(text)
 
 
+def convert(args: argparse.Namespace) -> None:
+    if args.to == "peft":
+        Prefix.load(args.source).to_peft(args.target, task_type=args.task_type)
+    else:
+        Prefix.from_peft(args.source, part=args.part).save(args.target)
+    print(f"written: {args.target}")
+
+
 def doctor(args: argparse.Namespace) -> None:
     print(report())
 
@@ -177,10 +186,11 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="prefix-tuning", description="Train, score and use prefixes of frozen language models.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="train | evaluate | generate | doctor")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="train | evaluate | generate | convert | doctor")
     _train_options(_command(commands, train, "train a prefix on a file of prompts and completions, or conversations"))
     _evaluate_options(_command(commands, evaluate, "score a model, with or without a prefix, on a file"))
     _generate_options(_command(commands, generate, "write the answers to prompts"))
+    _convert_options(_command(commands, convert, "turn an adapter of the package peft into a prefix, or a prefix into one"))
     _command(commands, doctor, "say what this machine can run, and why not the rest")
     return parser
 
@@ -267,6 +277,15 @@ def _generate_options(parser: argparse.ArgumentParser) -> None:
     add("--sample", action="store_true", help="draw tokens instead of taking the likeliest")
     add("--temperature", type=float, default=1.0, help="for --sample")
     add("--top-p", type=float, default=1.0, help="for --sample: draw from the likeliest tokens of this total probability")
+
+
+def _convert_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("source", metavar="SOURCE", help="folder or hub id of the adapter, or of the prefix")
+    add("target", metavar="FOLDER", help="where the other is written")
+    add("--to", choices=("prefix", "peft"), required=True, help="what is written")
+    add("--task-type", choices=TASK_TYPES, default="CAUSAL_LM", help="for --to peft: what the model does, in PEFT's words")
+    add("--part", choices=("decoder", "encoder"), default="decoder", help="for --to prefix: encoder for BERT and its like")
 
 
 if __name__ == "__main__":

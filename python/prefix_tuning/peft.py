@@ -188,8 +188,19 @@ def _forward(self, *args: Any, **kwargs: Any) -> Any:
     arguments = acceleration.signature.bind(self, *args, **kwargs).arguments
     arguments = {**arguments, **arguments.pop("kwargs", {})}
     del arguments["self"]
+    if _may_be_packed(arguments, self.training):
+        arguments["use_cache"] = False  # transformers tells packed rows apart only where there is no cache
     with acceleration.running():
         return self.base_model(**_as_peft_hands_on(self, arguments))
+
+
+def _may_be_packed(arguments: dict[str, Any], training: bool) -> bool:
+    """Whether position_ids may start anew within a row. In training nobody asks for a cache, so the values need no reading."""
+    positions = arguments.get("position_ids")
+    cache = arguments.get("cache", arguments.get("past_key_values"))
+    if positions is None or cache is not None or arguments.get("attention_mask") is not None:
+        return False
+    return training or (not torch.compiler.is_compiling() and bool((positions.diff(dim=-1) != 1).any()))
 
 
 def _generate(self, *args: Any, **kwargs: Any) -> Any:

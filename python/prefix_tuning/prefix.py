@@ -276,7 +276,7 @@ class Prefix(nn.Module):
         cls,
         source: str | os.PathLike | nn.Module,
         *,
-        part: str = "decoder",
+        part: str | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> Prefix:
@@ -284,7 +284,8 @@ class Prefix(nn.Module):
         with the head that was trained with it (its modules_to_save).
 
         source         a folder or hub repository that PEFT wrote, or a PeftModel, whose active adapter is copied
-        part           "encoder" for an adapter of an encoder such as BERT, which its files do not tell from a causal model's
+        part           "decoder" or "encoder", whose self-attention it is for. None: that of the PeftModel's model; from files,
+                       which do not tell an encoder such as BERT from a causal model, "decoder"
         device, dtype  where it goes and what it is converted to; None: as it is, from files on the CPU
 
         With attach_prefix(model, prefix, prefix_window="peft") a model then computes what it computes under PEFT. For a
@@ -294,6 +295,9 @@ class Prefix(nn.Module):
         """
         if dtype is not None:
             check_dtype(dtype)
+        if part is None:
+            encoder = isinstance(source, nn.Module) and list(part_shapes(source.config)) == ["encoder"]
+            part = "encoder" if encoder else "decoder"
         if part not in ("decoder", "encoder"):
             raise ValueError(f"part: got {part!r}, expected 'decoder' or 'encoder'")
         layers, heads, base_model = read_adapter(source)

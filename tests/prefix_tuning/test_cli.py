@@ -304,6 +304,20 @@ def test_without_matplotlib_all_but_the_picture_is_written(run, tmp_path, monkey
     assert {path.name for path in tmp_path.iterdir()} == {"prefix", "metrics.json"} and "loss.png" not in out
 
 
+def test_convert_there_and_back(run, folder, tmp_path):
+    adapter, back, encoder = tmp_path / "adapter", tmp_path / "back", tmp_path / "encoder"
+    status, out, _ = run("convert", "prefix", adapter, "--to", "peft", "--task-type", "SEQ_CLS")
+    assert status == 0 and out == f"written: {adapter}\n"
+    assert json.loads((adapter / "adapter_config.json").read_text())["task_type"] == "SEQ_CLS"
+    assert run("convert", adapter, back, "--to", "prefix")[0] == 0
+    pairs = zip(Prefix.load(back).parameters(), Prefix.load(folder / "prefix").parameters(), strict=True)
+    assert all(torch.equal(one, other) for one, other in pairs)
+    assert run("convert", adapter, encoder, "--to", "prefix", "--part", "encoder")[0] == 0
+    assert list(Prefix.load(encoder).parts) == ["encoder"]
+    status, _, err = run("convert", back, adapter, "--to", "prefix")
+    assert status == 2 and err.startswith("prefix-tuning convert: error: ") and "adapter_config.json: no such file" in err
+
+
 def test_doctor_names_versions_devices_backends_and_the_model(run):
     status, out, _ = run("doctor")
     assert status == 0
@@ -431,7 +445,7 @@ def test_traceback_shows_where(folder, monkeypatch):
         cli.main(["train", "--traceback", "--model", "model", "--train-file", "none.jsonl", "--output", "x"])
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate", "generate", "doctor"])
+@pytest.mark.parametrize("command", ["train", "evaluate", "generate", "convert", "doctor"])
 def test_help(run, command):
     status, out, _ = run(command, "--help")
     assert status == 0 and f"prefix-tuning {command}" in out

@@ -163,7 +163,10 @@ def test_packed_rows_do_not_see_each_other():
     parts = ids(1, 4), ids(1, 3, seed=5)
     given = {"input_ids": torch.cat(parts, 1), "position_ids": torch.tensor([[0, 1, 2, 3, 0, 1, 2]])}
     expected = torch.cat([rival(input_ids=part).logits for part in parts], 1)
-    torch.testing.assert_close(model(**given, use_cache=False).logits, expected, **TOLERANCE)
+    for options in ({}, {"use_cache": True}, {"use_cache": False}):
+        torch.testing.assert_close(model(**given, **options).logits, expected, **TOLERANCE)
+    one_row = {"input_ids": given["input_ids"], "position_ids": torch.arange(7)[None]}
+    assert model(**one_row).past_key_values.get_seq_length() == 7
     assert (rival(**given).logits - expected).abs().max() > 1e-2
     windowed = accelerate_peft(peft_model(tiny_model("mistral"), PREFIX_LEN))
     with pytest.raises(NotImplementedError, match="'peft' is not served for packed rows under a window"):
