@@ -47,11 +47,16 @@ class ActiveAdapter:
         if self._held is not None:
             return self._held
         config = self._model.active_peft_config
-        layout = _layout(config, self.parts[part])
+        shape = self.parts[part]
+        layout = _layout(config, shape)
         embeddings = prompt_embeddings(self.reparametrization, config)
         if not torch.is_grad_enabled():
             embeddings = embeddings.to(self._model.base_model.dtype)  # once, as PEFT does; else each layer's call would
-        return layout.split(embeddings)
+        pairs = layout.split(embeddings)
+        if layout.shape == shape:
+            return pairs
+        sizes = [shape.of(index) for index in range(shape.layers)]
+        return [(k[:heads, :, :dim], v[:heads, :, :dim]) for (k, v), (heads, dim, _) in zip(pairs, sizes, strict=False)]
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -176,9 +181,11 @@ def _expected(model: nn.Module) -> dict[str, ModelShape]:
 
 
 def _layout(config, shape: ModelShape):
-    """The layout of an adapter that must have the model's shape."""
+    """The layout of an adapter that must have the model's shape, or, as PEFT has it for Gemma 4, the largest of its layers'."""
     layout = adapter_layout(vars(config))
-    if layout.shape != shape:
+    largest = [max(sizes) for sizes in zip(*map(shape.of, range(shape.layers)), strict=True)]
+    fits = layout.shape.layers >= shape.layers and list(layout.shape.of(0)) == largest
+    if layout.shape != shape and (shape.uniform or not fits):
         raise ValueError(f"peft_model: its adapter has {layout.shape}, expected {shape} as the model")
     return layout
 

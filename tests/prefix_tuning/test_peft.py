@@ -1,8 +1,10 @@
 """An accelerated PeftModel against PEFT itself, and, where PEFT is wrong, against PEFT on each row alone."""
 
 import itertools
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -73,10 +75,10 @@ def pair(family):
 
 # The other families that PEFT serves; it has no prefix for latent attention, Falcon's MQA, MPT and Qwen3-Next.
 OTHERS = (
-    "bloom", "cohere2", "falcon", "falcon_alibi", "gemma", "gemma2", "gemma3", "glm4", "gpt_bigcode", "gpt_neo", "gpt_neox",
-    "gpt_oss", "gptj", "granite", "llama4", "mixtral", "olmo2", "opt", "phi", "phi3", "qwen2_moe", "qwen3_moe", "stablelm",
+    "bloom", "cohere2", "falcon", "falcon_alibi", "gemma", "gemma2", "gemma3", "gemma4", "glm4", "gpt_bigcode", "gpt_neo",
+    "gpt_neox", "gpt_oss", "gptj", "granite", "llama4", "mixtral", "olmo2", "opt", "phi", "phi3", "qwen2_moe", "qwen3_moe",
+    "stablelm",
 )  # fmt: skip
-WINDOWED = ("cohere2", "gemma2", "gemma3", "gpt_neo", "gpt_oss", "llama4", "mistral")  # PEFT counts padding to the window
 
 
 @pytest.mark.parametrize("family, kind", [*itertools.product(FAMILIES, KINDS), *((name, "flat") for name in OTHERS)])
@@ -101,7 +103,7 @@ def test_logits_loss_gradients_and_tokens_are_peft_s(family, kind):
 @pytest.mark.parametrize("side", ("left", "right"))
 def test_padded_rows_with_positions_are_peft_s(pair, side):
     rival, model = pair
-    if model.config.model_type in WINDOWED and side == "left":
+    if model.config.model_type == "mistral" and side == "left":  # PEFT counts padding to the window
         model.config.sliding_window = rival.config.sliding_window = 64
     mask = padding(side)
     given = {"attention_mask": mask, "position_ids": positions_of(mask), "labels": ids().masked_fill(mask == 0, -100)}
@@ -500,3 +502,14 @@ def test_prefix_tuning_needs_no_peft():
     code = "import sys; sys.modules['peft'] = None; import prefix_tuning; print(prefix_tuning.accelerate_peft.__name__)"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert shown.stdout == "accelerate_peft\n"
+
+
+def test_the_examples_of_the_document_run(tmp_path, monkeypatch):
+    blocks = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[2] / "docs" / "peft.md").read_text(), re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    names = {"model": tiny_model("llama"), "plain_model": tiny_model("llama"), "ids": ids()}
+    for block in blocks:
+        exec(block, names)
+    assert len(blocks) == 2 and {file.name for file in (tmp_path / "runs").iterdir()} == {"adapter", "back"}
+    assert torch.equal(load_file("runs/adapter/adapter_model.safetensors")["prompt_embeddings"],
+                       load_file("runs/back/adapter_model.safetensors")["prompt_embeddings"])  # fmt: skip
