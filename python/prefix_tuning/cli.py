@@ -204,7 +204,7 @@ def _command(commands, run, text: str) -> argparse.ArgumentParser:
 
 
 def _model_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", metavar="NAME", help=f"hub id or folder of a causal model; {OFFLINE_MODEL} if not given")
+    parser.add_argument("--model", metavar="NAME", help=f"hub id or folder; {OFFLINE_MODEL} if not given")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the model; a prefix is always float32")
     parser.add_argument("--device", help="cpu, cuda or cuda:N; a GPU where there is one if not given")
     parser.add_argument("--backend", choices=available_backends(), help="attention backend; chosen per call if not given")

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase
 
 from prefix_tuning.e2e import load_e2e, to_examples
 from prefix_tuning.files import open_text
@@ -190,6 +190,11 @@ class PromptCompletionCollator:
             attention_mask[i, :end] = 1
             labels[i, :end] = torch.tensor(example["labels"])
         return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+
+
+def pair_collator(tokenizer: PreTrainedTokenizerBase) -> DataCollatorForSeq2Seq:
+    """Examples of `tokenize_pair` -> a batch, padded as the tokenizer pads, with labels −100 on padding."""
+    return DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED)
 
 
 def without_idle_mask(batch: dict[str, Tensor]) -> dict[str, Tensor]:

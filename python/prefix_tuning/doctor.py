@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from prefix_kernels import available_backends, explain_backends
-from prefix_tuning.families import model_shape
 from prefix_tuning.offline_model import OFFLINE_MODEL, cache_folder, shipped_gguf
+from prefix_tuning.stacks import part_shapes, stacks
 
 PACKAGES = ("prefix-kernels", "torch", "transformers", "accelerate", "triton", "sacrebleu", "matplotlib", "gguf")
 
@@ -42,23 +42,27 @@ def report() -> str:
 def explain_training(
     model: nn.Module, prefix_dtype: torch.dtype, *, batch: int, length: int, prefix_len: int, backend: str | None = None
 ) -> dict[str, str]:
-    """`explain_backends` for a training step of this model: a padded batch of `length` tokens behind a prefix."""
-    (kv_heads, head_dim, _), parameter = model_shape(model.config).of(0), next(model.parameters())
+    """`explain_backends` for a training step of this model: a padded batch of `length` tokens behind a prefix; of an
+    encoder-decoder, the decoder's self-attention."""
+    stack, parameter = stacks(model)[-1], next(model.parameters())
+    kv_heads, head_dim, _ = part_shapes(model.config)[stack.self_attention].of(0)
+    config = getattr(model.config, "decoder", model.config).get_text_config()
+    heads = getattr(config, "decoder_attention_heads", None) or config.num_attention_heads
     return _explain(
-        parameter.device, parameter.dtype, prefix_dtype, heads=model.config.get_text_config().num_attention_heads,
-        kv_heads=kv_heads, head_dim=head_dim, batch=batch, q_len=length, kv_len=length,
-        prefix_len=prefix_len, backend=backend,
+        parameter.device, parameter.dtype, prefix_dtype, heads=heads, kv_heads=kv_heads, head_dim=head_dim, batch=batch,
+        q_len=length, kv_len=length, prefix_len=prefix_len, with_bias=stack.positions == "relative", backend=backend,
     )  # fmt: skip
 
 
 def _explain(
-    device, dtype, prefix_dtype, *, heads, kv_heads, head_dim, batch, q_len, kv_len, prefix_len, backend=None
+    device, dtype, prefix_dtype, *, heads, kv_heads, head_dim, batch, q_len, kv_len, prefix_len, with_bias=False, backend=None
 ) -> dict[str, str]:
     q = torch.empty(batch, heads, q_len, head_dim, device=device, dtype=dtype)
     k, v = (torch.empty(batch, kv_heads, kv_len, head_dim, device=device, dtype=dtype) for _ in range(2))
     prefix = [torch.empty(kv_heads, prefix_len, head_dim, device=device, dtype=prefix_dtype) for _ in range(2)]
     key_mask = torch.ones(batch, kv_len, device=device, dtype=torch.bool)
-    return explain_backends(q, k, v, *prefix, key_mask=key_mask, backend=backend)
+    bias = torch.empty(1, heads, q_len, prefix_len + kv_len, device=device, dtype=dtype) if with_bias else None
+    return explain_backends(q, k, v, *prefix, key_mask=key_mask, bias=bias, backend=backend)
 
 
 def _reasons(device: str, dtype: torch.dtype, **sizes: int) -> list[str]:

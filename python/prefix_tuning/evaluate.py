@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from prefix_tuning.data import PromptCompletionCollator, tokenize_rows
+from prefix_tuning.data import PromptCompletionCollator, pair_collator, tokenize_rows
 from prefix_tuning.e2e import (
     corpus_bleu,
     reference_slot_error_rate,
@@ -18,7 +18,8 @@ from prefix_tuning.e2e import (
     to_examples,
 )
 from prefix_tuning.generate import Prompt, first_line, generate_texts
-from prefix_tuning.loss import target_loss
+from prefix_tuning.loss import encoder_decoder_loss, target_loss
+from prefix_tuning.task import Task, task_of
 
 
 def evaluate_e2e(
@@ -84,13 +85,16 @@ def mean_loss(
 ) -> tuple[float, int]:
     """Mean cross-entropy over all target tokens of the rows, and their number."""
     _check_some(rows)
-    collate, device = PromptCompletionCollator(tokenizer), next(model.parameters()).device
-    examples = sorted(tokenize_rows(rows, tokenizer, max_length), key=lambda example: len(example["input_ids"]))
+    pairs, device = task_of(model) is Task.ENCODER_DECODER, next(model.parameters()).device
+    collate = pair_collator(tokenizer) if pairs else PromptCompletionCollator(tokenizer)
+    loss_of = encoder_decoder_loss if pairs else target_loss
+    examples = tokenize_rows(rows, tokenizer, max_length, encoder_decoder=pairs)
+    examples.sort(key=lambda example: len(example["input_ids"]))
     total, tokens = 0.0, 0
     with torch.no_grad():
         for start in range(0, len(examples), batch_size):
             batch = collate(examples[start : start + batch_size])
-            loss, count = target_loss(model, **{name: tensor.to(device) for name, tensor in batch.items()})
+            loss, count, *_ = loss_of(model, **{name: tensor.to(device) for name, tensor in batch.items()})
             total, tokens = total + loss.item(), tokens + count
     return total / tokens, tokens
 

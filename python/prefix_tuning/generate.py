@@ -1,4 +1,4 @@
-"""Texts from a model, with or without a prefix attached: batches padded on the left, the answers alone returned."""
+"""Texts from a model, with or without a prefix attached: prompts in padded batches, the answers alone returned."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from prefix_tuning.prompts import encode_prompt
+from prefix_tuning.task import Task, task_of
 
 Prompt = str | Sequence[Mapping[str, Any]]
 
@@ -32,34 +33,43 @@ def generate_texts(
     seed: int | None = None,
     progress: str | None = None,
 ) -> list[str]:
-    """The model's continuation of each prompt, without the prompt and without special tokens, in the prompts' order.
+    """The model's continuation of each prompt, or an encoder-decoder's answer, without the prompt and without special tokens,
+    in the prompts' order.
 
     Args:
-        prompts: texts, or conversations up to the answer (through the tokenizer's chat template).
+        prompts: texts, or conversations up to the answer (through the tokenizer's chat template), which encoder-decoders
+            do not take.
         prefix_ids: with a PrefixBank attached, the name of each prompt's prefix, None for no prefix.
         special_tokens: whether texts get the tokenizer's beginning of a text; not where a prefix made of a text has it.
         max_new_tokens: a text ends there, or before an end-of-text token of the tokenizer or of the model's generation config.
         batch_size: prompts of similar length are run together.
         num_beams: above 1, beam search.
         sample, temperature, top_p: draw tokens instead of taking the likeliest. Nothing else bends the distribution: of the
-            model's generation config only the end-of-text tokens and the kind of cache count.
+            model's generation config only the end-of-text tokens, those that open an encoder-decoder's text and the kind of
+            cache count.
         seed: of the drawing; None draws from torch's generator.
         progress: title of a progress bar on stderr; None for no bar.
 
     Raises ValueError for a prompt without tokens and for numbers out of range.
     """
     _check(max_new_tokens, batch_size, num_beams, temperature, top_p)
-    encoded = [encode_prompt(prompt, tokenizer, special_tokens=special_tokens) for prompt in prompts]
+    pairs = task_of(model) is Task.ENCODER_DECODER
+    if pairs:
+        encoded = [list(tokenizer(_text(prompt), add_special_tokens=special_tokens)["input_ids"]) for prompt in prompts]
+    else:
+        encoded = [encode_prompt(prompt, tokenizer, special_tokens=special_tokens) for prompt in prompts]
     if prefix_ids is not None and len(prefix_ids) != len(prompts):
         raise ValueError(f"prefix_ids: expected one for each of {len(prompts)} prompts, got {len(prefix_ids)}")
     empty = next((i for i, ids in enumerate(encoded) if not ids), None)
     if empty is not None:
         raise ValueError(f"prompts[{empty}]: {prompts[empty]!r} has no tokens, expected at least one")
     stop_ids, pad_id = _stop_ids(model, tokenizer), _pad_id(tokenizer)
+    own = model.generation_config
+    start = {name: getattr(own, name) for name in ("decoder_start_token_id", "forced_bos_token_id")} if pairs else {}
     drawing = {"top_k": 0, "temperature": temperature, "top_p": top_p} if sample else {}
     config = GenerationConfig(
         max_new_tokens=max_new_tokens, num_beams=num_beams, do_sample=sample, eos_token_id=stop_ids or None,
-        pad_token_id=pad_id, cache_implementation=model.generation_config.cache_implementation, **drawing,
+        pad_token_id=pad_id, cache_implementation=own.cache_implementation, **start, **drawing,
     )  # fmt: skip
     order = sorted(range(len(prompts)), key=lambda i: len(encoded[i]))
     texts = [""] * len(prompts)
@@ -71,16 +81,23 @@ def generate_texts(
     ):
         if seed is not None:
             torch.manual_seed(seed)
-        for start in range(0, len(order), batch_size):
-            rows = order[start : start + batch_size]
-            input_ids, mask = _pad_left([encoded[i] for i in rows], pad_id)
+        for begin in range(0, len(order), batch_size):
+            rows = order[begin : begin + batch_size]
+            input_ids, mask = _padded([encoded[i] for i in rows], pad_id, left=not pairs)
             chosen = {} if prefix_ids is None else {"prefix_ids": [prefix_ids[i] for i in rows]}
             generated = model.generate(input_ids=input_ids.to(device), attention_mask=mask.to(device), **chosen)
-            for i, ids in zip(rows, generated[:, input_ids.shape[1] :].tolist(), strict=True):
+            first = 1 if pairs else input_ids.shape[1]
+            for i, ids in zip(rows, generated[:, first:].tolist(), strict=True):
                 end = next((at for at, token in enumerate(ids) if token in stop_ids), None)
                 texts[i] = tokenizer.decode(ids[:end], skip_special_tokens=True)
             bar.update(len(rows))
     return texts
+
+
+def _text(prompt: Prompt) -> str:
+    if not isinstance(prompt, str):
+        raise ValueError(f"prompts: expected texts for an encoder-decoder, got the conversation {prompt!r}")
+    return prompt
 
 
 def first_line(text: str) -> str:
@@ -98,14 +115,15 @@ def _configured(model: nn.Module, config: GenerationConfig) -> Iterator[None]:
         model.generation_config = own
 
 
-def _pad_left(encoded: Sequence[Sequence[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """input_ids and attention_mask, int64 [rows, longest]."""
+def _padded(encoded: Sequence[Sequence[int]], pad_id: int, left: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """input_ids and attention_mask, int64 [rows, longest]. An encoder may count positions from the row's first column."""
     longest = max(map(len, encoded))
     input_ids = torch.full((len(encoded), longest), pad_id)
     mask = torch.zeros_like(input_ids)
     for i, ids in enumerate(encoded):
-        input_ids[i, longest - len(ids) :] = torch.tensor(ids)
-        mask[i, longest - len(ids) :] = 1
+        columns = slice(longest - len(ids), None) if left else slice(len(ids))
+        input_ids[i, columns] = torch.tensor(ids)
+        mask[i, columns] = 1
     return input_ids, mask
 
 

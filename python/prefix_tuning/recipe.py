@@ -162,7 +162,7 @@ def train_prefix(
         "seconds_per_step": clock.seconds / clock.steps if clock.steps else math.nan,
         "trainable_parameters": trained,
         "trainable_share": trained / (trained + frozen),
-        "prefix_parameters": sum(t.numel() for pair in prefix.layers() for t in pair),
+        "prefix_parameters": sum(t.numel() for part in prefix.parts for pair in prefix.layers(part) for t in pair),
         "backend": next(name for name, reason in reasons.items() if reason == "chosen"),
         "steps": trainer.state.global_step,
         "settings": dataclasses.asdict(settings),

@@ -8,7 +8,6 @@ import inspect
 import logging
 from collections.abc import Mapping
 from contextlib import nullcontext
-from enum import Enum
 from typing import Any
 
 import torch
@@ -16,7 +15,6 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import (
     DataCollator,
-    DataCollatorForSeq2Seq,
     DataCollatorForTokenClassification,
     DataCollatorWithPadding,
     PreTrainedModel,
@@ -28,10 +26,11 @@ from transformers.utils import find_labels
 
 from prefix_tuning.attach import Attachment, attach_prefix
 from prefix_tuning.checkpointing import LayerCheckpointing
-from prefix_tuning.data import IGNORED, PromptCompletionCollator, tokenize_rows, without_idle_mask
-from prefix_tuning.loss import sum_loss, target_loss
+from prefix_tuning.data import IGNORED, PromptCompletionCollator, pair_collator, tokenize_rows, without_idle_mask
+from prefix_tuning.loss import encoder_decoder_loss, sum_loss, target_loss
 from prefix_tuning.prefix import Prefix
-from prefix_tuning.stacks import part_shapes, stacks
+from prefix_tuning.stacks import stacks
+from prefix_tuning.task import Task, task_of
 
 logger = logging.getLogger(__name__)
 
@@ -40,22 +39,6 @@ _REFUSED = (
     "label_smoothing_factor", "neftune_noise_alpha", "use_liger_kernel", "bf16_full_eval", "fp16_full_eval", "fsdp",
     "deepspeed", "push_to_hub",
 )  # fmt: skip
-
-
-class Task(Enum):
-    """What a model learns: to write text, or whatever its own loss says."""
-
-    CAUSAL = "causal"
-    ENCODER_DECODER = "encoder-decoder"
-    OWN_LOSS = "own loss"
-
-
-def task_of(model: PreTrainedModel) -> Task:
-    """A model with an output embedding writes text, unless it is an encoder alone."""
-    parts = part_shapes(model.config)
-    if "decoder" not in parts or model.get_output_embeddings() is None:
-        return Task.OWN_LOSS
-    return Task.ENCODER_DECODER if "cross" in parts else Task.CAUSAL
 
 
 class PrefixedModel(nn.Module):
@@ -100,20 +83,19 @@ class PrefixedModel(nn.Module):
             if self.task is Task.OWN_LOSS:
                 outputs = self.model(**inputs, labels=labels) if labels is not None else self.model(**inputs)
                 return {name: outputs[name] for name in ("loss", "logits", "start_logits", "end_logits") if name in outputs}
-            if self.task is Task.CAUSAL and labels is not None and not return_logits:
-                loss, count = target_loss(self.model, inputs.pop("input_ids"), labels, **inputs)
+            if labels is None:
+                return {"logits": self.model(**inputs, use_cache=False, return_dict=True).logits}
+            if self.task is Task.ENCODER_DECODER:
+                loss, count, logits = encoder_decoder_loss(self.model, labels=labels, **inputs)
+                outputs = {"logits": logits} if return_logits else {}
+            elif not return_logits:
+                loss, count = target_loss(self.model, labels=labels, **inputs)
                 outputs = {}
             else:
-                if self.task is Task.ENCODER_DECODER and labels is not None:
-                    inputs["labels"] = labels  # from which the model makes its decoder's input
                 logits = self.model(**inputs, use_cache=False, return_dict=True).logits
-                outputs = {"logits": logits} if return_logits or labels is None else {}
-                if labels is None:
-                    return outputs
-                if self.task is Task.CAUSAL:
-                    logits, labels = logits[:, :-1], labels[:, 1:]
-                wanted = labels != IGNORED
-                loss, count = sum_loss(logits[wanted], labels[wanted]), int(wanted.sum())
+                wanted = labels[:, 1:] != IGNORED
+                loss, count = sum_loss(logits[:, :-1][wanted], labels[:, 1:][wanted]), int(wanted.sum())
+                outputs = {"logits": logits}
         return {"loss": loss / (max(count, 1) if num_items_in_batch is None else num_items_in_batch), **outputs}
 
     def activation_checkpointing_enable(
@@ -326,7 +308,7 @@ def _default_collator(model: PreTrainedModel, task: Task, tokenizer: PreTrainedT
     if task is Task.CAUSAL:
         return PromptCompletionCollator(tokenizer)
     if task is Task.ENCODER_DECODER:
-        return DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED)
+        return pair_collator(tokenizer)
     if "TokenClassification" in type(model).__name__:
         return DataCollatorForTokenClassification(tokenizer, label_pad_token_id=IGNORED)
     return DataCollatorWithPadding(tokenizer)

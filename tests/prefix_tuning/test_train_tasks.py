@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import json
 import random
 from pathlib import Path
 
@@ -12,8 +13,11 @@ from torch.nn.functional import cross_entropy
 from transformers import PrinterCallback, T5Config, T5ForConditionalGeneration, TrainingArguments
 
 from prefix_tuning import Prefix, PrefixTrainer, attach_prefix
+from prefix_tuning.cli import main
 from prefix_tuning.data import tokenize_pair, tokenize_rows
 from prefix_tuning.e2e import ATTRIBUTES, load_e2e, parse_mr
+from prefix_tuning.evaluate import mean_loss
+from prefix_tuning.generate import generate_texts
 from support.encoder_decoders import tiny_encoder_decoder
 from support.encoders import tiny_encoder
 from support.models import random_prefix, tiny_model
@@ -318,3 +322,74 @@ def test_three_prefixes_take_the_place_of_an_instruction(tmp_path):
         )
     right = [row["labels"] == ids[1 : len(row["labels"]) + 1] for row, ids in zip(untold, generated.tolist(), strict=True)]
     assert np.mean(right) > 0.7
+
+
+def test_sound_and_classes_of_encoder_decoders_are_trained(tmp_path):
+    from transformers import BartForSequenceClassification
+
+    model = tiny_encoder_decoder("whisper")
+    generator = torch.Generator().manual_seed(0)
+    sounds = [{"input_features": torch.randn(8, 24, generator=generator), "labels": [5 + i, 9, 7, 2]} for i in range(4)]
+
+    def collate(rows):
+        return {"input_features": torch.stack([torch.as_tensor(row["input_features"]) for row in rows]),
+                "labels": torch.tensor([row["labels"] for row in rows])}  # fmt: skip
+
+    trainer = make_trainer(
+        tmp_path, model, Prefix.for_model(model, PREFIX_LEN, seed=0), sounds, {"data_collator": collate}, max_steps=8,
+        learning_rate=3e-2,
+    )  # fmt: skip
+    trainer.train()
+    trainer.detach()
+    assert losses(trainer)[-1] < 0.7 * losses(trainer)[0]
+
+    config = tiny_encoder_decoder("bart").config
+    config.num_labels = 3
+    model = BartForSequenceClassification(config).eval()
+    rows = [{"input_ids": [10 + i, 20, 2], "label": i % 3} for i in range(4)]
+    prefix = Prefix.for_model(model, PREFIX_LEN, seed=0)
+    assert list(prefix.heads) == ["classification_head"]
+    trainer = make_trainer(tmp_path, model, prefix, rows, max_steps=8)
+    trainer.train()
+    assert losses(trainer)[-1] < 0.7 * losses(trainer)[0]
+
+
+@pytest.mark.parametrize("family", ("bart", "t5"))
+def test_an_encoder_decoder_from_the_command_line(family, tmp_path, capsys):
+    model = tiny_encoder_decoder(family, vocab_size=128)
+    model.config.num_beams = None
+    model.save_pretrained(tmp_path / "model")
+    tokenizer = tiny_tokenizer(adds_eos=True)
+    tokenizer.save_pretrained(tmp_path / "model")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    shared = ["--model", str(tmp_path / "model"), "--quiet", "--device", "cpu"]
+    run = ["train", "--train-file", str(rows), "--output", str(tmp_path / "run"), "--steps", "3", "--prefix-len", "4", *shared]
+    assert main(run) == 0
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    prefix = Prefix.load(tmp_path / "run" / "prefix")
+    assert set(prefix.parts) == {"encoder", "decoder", "cross"}
+    assert metrics["prefix_parameters"] == sum(parameter.numel() for parameter in prefix.parameters())
+    assert metrics["backend"] != "cpu" or family == "bart", "T5's bias needs another backend"
+    attached = ["--prefix", str(tmp_path / "run" / "prefix"), *shared]
+    assert main(["evaluate", "--file", str(rows), "--max-new-tokens", "5", *attached]) == 0
+    capsys.readouterr()
+    prompts = [ROWS[0]["prompt"], ROWS[1]["prompt"]]
+    generate = ["generate", "--prompt", prompts[0], "--prompt", prompts[1], "--max-new-tokens", "6", "--num-beams", "2"]
+    assert main([*generate, *attached]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    with attach_prefix(model, prefix):
+        loss, tokens = mean_loss(model, tokenizer, ROWS)
+        alone = []
+        for prompt in prompts:
+            ids = model.generate(
+                input_ids=tokenizer(prompt, return_tensors="pt")["input_ids"], max_new_tokens=6, num_beams=2, do_sample=False,
+                eos_token_id=2, forced_eos_token_id=None, no_repeat_ngram_size=0,
+            )  # fmt: skip
+            alone.append(tokenizer.decode(ids[0], skip_special_tokens=True))
+        one_by_one = [model(**batch_of([tokenize_pair(row, tokenizer)])).loss for row in ROWS]
+    assert shown == "\n".join(alone).splitlines()
+    counts = [len(tokenize_pair(row, tokenizer)["labels"]) for row in ROWS]
+    assert (loss, tokens) == (pytest.approx(np.average([x.item() for x in one_by_one], weights=counts), rel=1e-5), sum(counts))
+    with pytest.raises(ValueError, match="prompts: expected texts for an encoder-decoder"):
+        generate_texts(model, tokenizer, [[{"role": "user", "content": "a"}]])
