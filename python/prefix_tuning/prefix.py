@@ -181,8 +181,8 @@ class Prefix(nn.Module):
         """A real text as a frozen prefix (requires_grad False): its keys and values in the model's own dtype and device.
 
         Attached, it gives what putting the text in front of every row gives, to the tokens of float32 greedy decoding. Where
-        attention has a sliding window attach it with prefix_window="peft": a text slides out of the window, a pinned prefix
-        does not; and do not pad on the left there, as padding between prefix and row would count in the window.
+        attention has a sliding window or chunks attach it with prefix_window="peft": a text slides out of the window, a
+        pinned prefix does not.
 
         Exactly one of these gives the text; prefix_len is its number of tokens:
         text       tokenised with the tokenizer's special tokens, but for one that closes it. Where that adds a

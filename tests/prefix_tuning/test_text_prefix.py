@@ -27,9 +27,7 @@ def padded(rows):
 
 
 def continued(model, rows):
-    """Greedy tokens of all rows at once; one after the other where padding would count in a sliding window."""
-    if getattr(model.config, "sliding_window", None) and len(rows) > 1:
-        return torch.cat([continued(model, [row]) for row in rows])
+    """Greedy tokens."""
     ids, mask = padded(rows)
     return model.generate(input_ids=ids, attention_mask=mask, **OPTIONS)[:, ids.shape[1] :]
 
