@@ -63,8 +63,9 @@ class Attachment:
         if any(hasattr(modules[0], "layer_prefix") for stack in every for modules in stack.attention.values()):
             raise ValueError("model: it already has a prefix attached; detach that first")
         self.stacks = [stack for stack in every if any(part in self._parts for part in stack.attention)]
+        slides, warned = prefix_window == "peft", set()
         self._layers = {
-            part: [LayerPrefix(backend, prefix_window == "peft", execution_device(m), stack.query_scale) for m in modules]
+            part: [LayerPrefix(backend, slides, warned, execution_device(m), stack.query_scale) for m in modules]
             for stack in self.stacks
             for part, modules in stack.attention.items()
         }
@@ -206,9 +207,8 @@ class Attachment:
             offset = None
         else:
             offset = self._take_prefix(stack, kwargs) if self._bank is None else self._take_rows(stack, kwargs)
-        if stack.query_scale is not None:
-            for layer in self._layers[stack.self_attention]:
-                layer.position_offset = 0 if offset is None else offset
+        for layer in self._layers[stack.self_attention]:
+            layer.position_offset = 0 if offset is None else offset
         if stack.positions == "ids" and "position_ids" in names and offset is not None:
             positions = kwargs.get("position_ids")
             if positions is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable
 
@@ -19,16 +20,27 @@ ATTENTION_NAME = "prefix_tuning"
 class LayerPrefix:
     """What one attention module holds: its layer's key and value, refreshed each forward pass while reparametrised."""
 
-    def __init__(self, backend: str | None, slides: bool, device: torch.device, query_scale: Callable | None = None):
+    def __init__(
+        self, backend: str | None, slides: bool, warned: set[str], device: torch.device, query_scale: Callable | None = None
+    ):
         self.backend = backend
         self.slides = slides
+        self.warned = warned  # of what, one set for all layers of a model
         self.device = device  # where the layer computes
         self.query_scale = query_scale  # of the family
-        self.position_offset: int | Tensor = 0  # of this call, or of each of its rows [batch, 1], for query_scale
+        self.position_offset: int | Tensor = 0  # of this call, or of each of its rows [batch, 1]
         self.key: Tensor | None = None  # [kv_heads, prefix_len, head_dim], of a bank [prefixes, …]
         self.value: Tensor | None = None
         self.lens: Tensor | None = None  # of a bank: int32 [prefixes]
         self.bias: Tensor | None = None  # [1, heads, q_len, prefix_len]: where positions are a bias, that of the prefix
+
+    def __deepcopy__(self, memo: dict) -> LayerPrefix:
+        """A copy of the model has its own; what was produced for a forward pass is not a part of that pass any more."""
+        memo[id(self)] = copied = copy.copy(self)
+        for name, value in vars(self).items():
+            produced = isinstance(value, Tensor) and not value.is_leaf
+            setattr(copied, name, copy.deepcopy(value.detach() if produced else value, memo))
+        return copied
 
 
 def prefix_attention_forward(
@@ -50,8 +62,9 @@ def prefix_attention_forward(
         (out [batch, q_len, heads, head_dim], None).
     """
     layer: LayerPrefix = module.layer_prefix
-    if dropout:
-        _warn_no_dropout()
+    if dropout and "dropout" not in layer.warned:
+        layer.warned.add("dropout")
+        warnings.warn("attention dropout is not applied where a prefix is attached", UserWarning, stacklevel=2)
     mask = attention_mask
     if mask is None:
         mask = MaskStructure(causal=kwargs.get("is_causal") is not False and getattr(module, "is_causal", True))
@@ -70,7 +83,11 @@ def prefix_attention_forward(
     prefix_len, prefix_ids = prefix_key.shape[-2], kwargs.get("prefix_ids")
     if layer.slides:
         own_len = prefix_len if layer.lens is None else (layer.lens[prefix_ids.clamp(min=0)] * (prefix_ids >= 0))[:, None]
-        first_key_position, mask_bias = mask.sliding(prefix_len, own_len, query.shape[2], key.shape[2], query.device)
+        positions = kwargs.get("position_ids")
+        positions = None if positions is None else positions - layer.position_offset
+        first_key_position, mask_bias = mask.sliding(
+            prefix_len, own_len, positions, query.shape[2], key.shape[2], query.device
+        )
     else:
         first_key_position, mask_bias = None, mask.bias_over(prefix_len)
     if mask_bias is not None:
@@ -85,10 +102,6 @@ def prefix_attention_forward(
         out, lse = out
         out = (out * torch.sigmoid(lse - s_aux[:, None])[..., None]).to(query.dtype)
     return out.transpose(1, 2), None
-
-
-def _warn_no_dropout() -> None:
-    warnings.warn("attention dropout is not applied where a prefix is attached", UserWarning, stacklevel=3)
 
 
 AttentionInterface.register(ATTENTION_NAME, prefix_attention_forward)

@@ -35,7 +35,7 @@ class MaskStructure:
     key_offset: int | Tensor = 0  # absolute index of the first key, for a window that slides over the prefix
     bias: Tensor | None = None  # float32 [batch or 1, heads or 1, q_len, kv_len], for every other pattern
     chunk: int | None = None  # the bias is one of chunks of that many tokens
-    local: bool = False  # the bias is one of a window or of chunks that are not told in any field
+    local: int | None = None  # the bias is one of a causal window of that many tokens, and of packed rows or the like
     tokens: Tensor | None = None  # bool [batch, tokens seen so far]: which are real; None where all are
     ndim: int = 4
 
@@ -64,38 +64,40 @@ class MaskStructure:
         return None if self.bias is None else pad(self.bias, (prefix_len, 0))
 
     def sliding(
-        self, prefix_len: int, own_len: int | Tensor, q_len: int, kv_len: int, device: torch.device
+        self, prefix_len: int, own_len: int | Tensor, positions: Tensor | None, q_len: int, kv_len: int, device: torch.device
     ) -> tuple[int | None, Tensor | None]:
         """How a prefix slides out of sight, as under PEFT: prefix_attention's first_key_position, and its bias.
 
         The prefix stands right before each row's first real token: padding in front of that counts to no window or chunk.
 
         own_len: how long each row's prefix is, [batch, 1], or all of them.
+        positions: of the queries in their sequences, [batch or 1, q_len], which packed rows need.
         """
-        if self.local:
-            raise NotImplementedError("prefix_window: 'peft' is not served for packed rows under a window or chunks")
-        stays = self.chunk is None and (self.window is None or not self.causal or self._within_window(prefix_len, kv_len))
+        window = self.local or (self.window if self.causal else None)
+        stays = self.chunk is None and (window is None or self._within_window(window, prefix_len, kv_len))
         if stays or prefix_len == 0:
             return None, self.bias_over(prefix_len)
+        columns = torch.arange(prefix_len, device=device)
+        if self.chunk is None and self.bias is not None:
+            if positions is None:
+                raise NotImplementedError("prefix_window: 'peft' is not served for packed rows under this model's window")
+            return None, self.bias_over(prefix_len) + _slid_out(own_len + positions, columns, window, kv_len)
         starts = self._starts()
         if self.chunk is None and starts is None and not isinstance(self.key_offset, Tensor):
             return self.key_offset, self.bias_over(prefix_len)
         exists = kv_len if self.key_lens is None else self.key_lens[:, None]
         first = own_len + self.key_offset - (0 if starts is None else starts[:, None])
         queries = torch.arange(-q_len, 0, device=device)[None] + exists + first
-        columns = torch.arange(prefix_len, device=device)
         if self.chunk is None:
-            hidden = queries[:, :, None] - columns >= self.window
-            bias = pad(torch.zeros(hidden.shape, device=device).masked_fill(hidden, -torch.inf), (0, kv_len))[:, None]
-            return None, bias if self.bias is None else bias + self.bias_over(prefix_len)
+            return None, _slid_out(queries, columns, window, kv_len)
         keys = torch.arange(kv_len, device=device)[None] + first
         columns = torch.cat([columns.expand(len(keys), -1), keys], dim=-1)
         other = (queries // self.chunk)[:, :, None] != (columns // self.chunk)[:, None]
         return None, torch.zeros(other.shape, device=device).masked_fill(other, -torch.inf)[:, None]
 
-    def _within_window(self, prefix_len: int, kv_len: int) -> bool:
+    def _within_window(self, window: int, prefix_len: int, kv_len: int) -> bool:
         """Whether the first column of a prefix can be seen from all tokens there can be."""
-        return not isinstance(self.key_offset, Tensor) and prefix_len + self.key_offset + kv_len <= self.window
+        return not isinstance(self.key_offset, Tensor) and prefix_len + self.key_offset + kv_len <= window
 
     def _starts(self) -> Tensor | None:
         """The index of each row's first real token, [batch]; None where it is 0 in all and that is cheap to see."""
@@ -103,6 +105,12 @@ class MaskStructure:
             return None
         starts = self.tokens.to(torch.uint8).argmax(-1)
         return None if starts.device.type == "cpu" and not torch.compiler.is_compiling() and not starts.any() else starts
+
+
+def _slid_out(queries: Tensor, columns: Tensor, window: int, kv_len: int) -> Tensor:
+    """The bias that hides what of a prefix lies outside of the window of queries that stand at [batch or 1, q_len]."""
+    hidden = queries[:, :, None] - columns >= window
+    return pad(torch.zeros(hidden.shape, device=hidden.device).masked_fill(hidden, -torch.inf), (0, kv_len))[:, None]
 
 
 def mask_structure(
@@ -154,7 +162,7 @@ def mask_structure(
     dense = dense_structure(visible)
     if chunk is not None:
         return replace(structure, bias=dense.bias, chunk=chunk)
-    return replace(dense, local=local_size is not None)
+    return replace(dense, local=local_size, key_offset=kv_offset)
 
 
 def dense_structure(mask: Tensor) -> MaskStructure:

@@ -1,9 +1,11 @@
 """An accelerated PeftModel against PEFT itself, and, where PEFT is wrong, against PEFT on each row alone."""
 
+import copy
 import itertools
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -159,20 +161,26 @@ def test_left_padding_without_positions(family):
         assert (wrong - rival(input_ids=rows[0]).logits[0]).abs().max() > 1e-3  # else there is nothing to be right about
 
 
-def test_packed_rows_do_not_see_each_other():
-    rival, model = twins(tiny_model("llama"), PREFIX_LEN)
+@pytest.mark.parametrize("family", ("llama", "mistral", "gemma2", "cohere2"))
+def test_packed_rows_do_not_see_each_other(family):
+    rival, model = twins(tiny_model(family), PREFIX_LEN)
     accelerate_peft(model)
-    parts = ids(1, 4), ids(1, 3, seed=5)
-    given = {"input_ids": torch.cat(parts, 1), "position_ids": torch.tensor([[0, 1, 2, 3, 0, 1, 2]])}
+    parts = ids(1, 4), ids(1, 9, seed=5)
+    given = {"input_ids": torch.cat(parts, 1), "position_ids": torch.tensor([[*range(4), *range(9)]])}
     expected = torch.cat([rival(input_ids=part).logits for part in parts], 1)
     for options in ({}, {"use_cache": True}, {"use_cache": False}):
         torch.testing.assert_close(model(**given, **options).logits, expected, **TOLERANCE)
-    one_row = {"input_ids": given["input_ids"], "position_ids": torch.arange(7)[None]}
-    assert model(**one_row).past_key_values.get_seq_length() == 7
     assert (rival(**given).logits - expected).abs().max() > 1e-2
-    windowed = accelerate_peft(peft_model(tiny_model("mistral"), PREFIX_LEN))
-    with pytest.raises(NotImplementedError, match="'peft' is not served for packed rows under a window"):
-        windowed(**given, use_cache=False)
+    one_row = {"input_ids": given["input_ids"], "position_ids": torch.arange(13)[None]}
+    assert model(**one_row).past_key_values.get_seq_length() == 13
+
+
+def test_packed_rows_that_are_refused():
+    given = {"input_ids": ids(1, 13), "position_ids": torch.tensor([[*range(4), *range(9)]])}
+    for family, message in (("gpt_neo", "packed rows under this model's window"), ("llama4", "packed rows are not served")):
+        model = accelerate_peft(peft_model(tiny_model(family), PREFIX_LEN))
+        with pytest.raises(NotImplementedError, match=message):
+            model(**given)
 
 
 def test_several_turns(pair):
@@ -248,26 +256,29 @@ def test_gradient_checkpointing(pair, monkeypatch):
     assert_same_gradients(gradients(model, loss), expected)
 
 
-def test_attention_dropout_is_not_applied_and_said_so():
+def test_attention_dropout_is_not_applied_and_said_so_once():
     model = accelerate_peft(peft_model(tiny_model("gpt2", attn_pdrop=0.5, resid_pdrop=0.0, embd_pdrop=0.0), PREFIX_LEN))
     expected = model(input_ids=ids()).logits
     model.train()
-    with pytest.warns(UserWarning, match="dropout is not applied"):
-        got = model(input_ids=ids()).logits
-    torch.testing.assert_close(got, expected)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            torch.testing.assert_close(model(input_ids=ids()).logits, expected)
+    assert sum("dropout is not applied" in str(warning.message) for warning in caught) == 1
 
 
-def test_compiled():
+@pytest.mark.parametrize("family", ("llama", "mistral"))
+def test_compiled(family):
     from torch._dynamo.testing import CompileCounterWithBackend
 
-    rival, model = twins(tiny_model("llama"), PREFIX_LEN)
+    rival, model = twins(tiny_model(family), PREFIX_LEN)
     accelerate_peft(model)
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, backend=counter)
-    for length in (7, 7, 6):
-        expected, got = (side(input_ids=ids(2, length), labels=ids(2, length)) for side in (rival, compiled))
-        torch.testing.assert_close(got.logits, expected.logits, **TOLERANCE)
+    expected, got = (side(input_ids=ids(2, 9), labels=ids(2, 9)) for side in (rival, compiled))
+    torch.testing.assert_close(got.logits, expected.logits, **TOLERANCE)
+    if family == "llama":
         assert_same_gradients(gradients(model, got.loss), gradients(rival, expected.loss))
     assert counter.frame_count > 0
 
@@ -456,6 +467,39 @@ def test_restored_it_is_bitwise_what_it_was(family, kind):
     assert state() == contents and dict(vars(model)) == attributes
     assert model.config is config and all(getattr(m, "config", config) is config for m in model.base_model.modules())
     accelerate_peft(model)
+
+
+def test_a_copy_is_accelerated_by_itself(pair):
+    rival, model = pair
+    model(input_ids=ids(), labels=ids()).loss.backward()
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in model.prompt_encoder.parameters():
+            parameter.zero_()
+    expected, got = (side(input_ids=ids(), labels=ids()) for side in (rival, twin))
+    torch.testing.assert_close(got.logits, expected.logits, **TOLERANCE)
+    twin.zero_grad()
+    assert_same_gradients(gradients(twin, got.loss), gradients(rival, expected.loss))
+    assert (model(input_ids=ids()).logits - expected.logits).abs().max() > 1e-2
+
+
+def test_mixed_precision_of_trainer_and_back(tmp_path):
+    import transformers
+
+    rows = [{"input_ids": row.tolist(), "labels": row.tolist()} for row in ids(6)]
+    args = transformers.TrainingArguments(
+        tmp_path, max_steps=2, bf16=True, use_cpu=True, learning_rate=0.1, report_to=[], save_strategy="no"
+    )
+    model = accelerate_peft(peft_model(tiny_model("llama"), PREFIX_LEN))
+    before = model.prompt_encoder["default"].embedding.weight.detach().clone()
+    trainer = transformers.Trainer(model, args, train_dataset=rows)
+    trainer.train()
+    assert (model.prompt_encoder["default"].embedding.weight - before).abs().max() > 0.05
+    with pytest.raises(ValueError, match="its forward has been replaced since accelerate_peft"):
+        restore_peft(model)
+    trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    after = model(input_ids=ids()).logits
+    torch.testing.assert_close(restore_peft(model)(input_ids=ids()).logits, after, **TOLERANCE)
 
 
 def test_a_model_that_was_changed_again_is_not_restored():
