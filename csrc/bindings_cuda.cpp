@@ -90,7 +90,8 @@ void decode(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& pre
   }
   call.batch = int(batch), call.heads = int(heads), call.q_len = int(q_len), call.kv_len = int(k.size(2));
   call.prefixes = int(prefix_k.size(0)), call.prefix_len = int(prefix_k.size(2));
-  call.causal = causal, call.scale = float(scale), call.softcap = float(softcap);
+  call.causal = causal;
+  call.scale = float(softcap > 0 ? scale / softcap : scale * LOG2_E), call.softcap = float(softcap * LOG2_E);
   call.window = int(std::min(window, FAR));
   call.slides = window > 0 && first_key_position >= 0;
   call.slide = int(std::clamp(first_key_position - window, -FAR, FAR));

@@ -7,6 +7,8 @@
 
 namespace prefix_kernels::cuda {
 
+constexpr float LOG2_E = 1.4426950408889634f;
+
 // Element (row, head, token, 0) lies at data + row · row_index + head · head_index + token · token_index; 16-bit elements.
 struct Tokens {
   const void* data;
@@ -34,7 +36,8 @@ struct DecodeCall {
   int window;   // 0: none
   bool slides;  // the window passes over the prefix too:
   int slide;    // the query at position t sees column p of a prefix of length L if p > L + t + slide
-  float scale, softcap;  // softcap 0: none
+  // Scores, in units of log 2: products · scale, or where softcap is not 0 tanh(products · scale) · softcap.
+  float scale, softcap;
   Schedule schedule;
   float* parts;        // part_values(…)
   unsigned* counters;  // [kv_heads · units], 0 before and after every call

@@ -12,9 +12,8 @@ DEVICE const uint16_t* start_of(const Tokens& tokens, int64_t row, int64_t head)
   return static_cast<const uint16_t*>(tokens.data) + row * tokens.row + head * tokens.head;
 }
 
-DEVICE uint32_t pair_at(const uint16_t* from, bool aligned) {
-  return aligned ? *reinterpret_cast<const uint32_t*>(from) : from[0] | uint32_t(from[1]) << 16;
-}
+// Two elements that may lie at an odd address.
+DEVICE uint32_t pair_at(const uint16_t* from) { return from[0] | uint32_t(from[1]) << 16; }
 
 // [KEYS, DIM] from token `first` on, zeros from `exists` on. from: the row's token 0.
 template <int DIM>
@@ -37,24 +36,29 @@ DEVICE void copy_tokens(uint16_t (&to)[TileSizes<DIM>::KEYS][TileSizes<DIM>::PIT
     for (int i = 0; i < COPIES; ++i, source += step, target += TOKENS * Sizes::PITCH) {
       uint4 words{0, 0, 0, 0};
       if (i * TOKENS < left)
-        words = {pair_at(source, false), pair_at(source + 2, false), pair_at(source + 4, false), pair_at(source + 6, false)};
+        words = {pair_at(source), pair_at(source + 2), pair_at(source + 4), pair_at(source + 6)};
       *reinterpret_cast<uint4*>(target) = words;
     }
   }
 }
 
-// Fragments of 16 queries; zeros for those that do not exist.
+// Fragments of 16 queries; those that do not exist have the numbers of the first one.
 template <int DIM>
 DEVICE void load_queries(WarpState<DIM>& state, const Tokens& q, const Query (&queries)[2], int lane) {
+  const uint16_t* from[2];
 #pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    const uint16_t* from = start_of(q, queries[r].row, queries[r].head) + queries[r].query * q.token + lane % 4 * 2;
+  for (int r = 0; r < 2; ++r)
+    from[r] = start_of(q, queries[r].row, queries[r].head) + queries[r].query * q.token + lane % 4 * 2;
+  const auto load = [&](auto pair) {
 #pragma unroll
     for (int step = 0; step < DIM / 16; ++step)
 #pragma unroll
-      for (int half = 0; half < 2; ++half)
-        state.queries[step][2 * half + r] = queries[r].exists ? pair_at(from + step * 16 + half * 8, q.aligned) : 0;
-  }
+      for (int i = 0; i < 4; ++i) state.queries[step][i] = pair(from[i % 2] + step * 16 + i / 2 * 8);
+  };
+  if (q.aligned)
+    load([](const uint16_t* at) { return *reinterpret_cast<const uint32_t*>(at); });
+  else
+    load(pair_at);
 }
 
 // Bit i: whether the key mask shows key i of a block. Each lane reads two bytes, a block before they are needed.
@@ -165,7 +169,6 @@ DEVICE void decode_item(const DecodeCall& call, SharedMemory<DIM>& shared) {
     for (int r = 0; r < 2; ++r) seen[r] = keys_seen(call, own_queries[r], own_keys);
   };
   if (share.begin > prefix_blocks) look_at_keys();
-  const ScoreFactors factors(call);
   MaskOfBlock mask{nullptr, own_keys, 0, 0};
   if (!item.shared && call.key_mask) mask.mask = call.key_mask + row * call.key_mask_row;
   if (share.begin >= prefix_blocks) mask.read(first_column(share.begin), lane);
@@ -182,7 +185,7 @@ DEVICE void decode_item(const DecodeCall& call, SharedMemory<DIM>& shared) {
 #pragma unroll 1
       for (int key = key_warp * CHUNK; key < KEYS; key += WARPS / query_warps * CHUNK)
         state.template attend<Element>(from.keys[key], from.values[key], first_column(block) + key, seen,
-                                       int(shown >> key) & EVERY_KEY, factors, lane);
+                                       int(shown >> key) & EVERY_KEY, call, lane);
     }
     sync_threads();
     fetch(block + STAGES);

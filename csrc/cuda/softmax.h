@@ -11,17 +11,8 @@
 namespace prefix_kernels::cuda {
 
 constexpr float INFINITE = __builtin_huge_valf();
-constexpr float LOG2_E = 1.4426950408889634f, LN_2 = 0.6931471805599453f;
+constexpr float LN_2 = 0.6931471805599453f;
 constexpr int EVERY_KEY = (1 << CHUNK) - 1;
-
-// From products to scores in units of log 2.
-struct ScoreFactors {
-  float inner, outer;
-  bool softcap;
-  DEVICE explicit ScoreFactors(const DecodeCall& call)
-      : inner(call.softcap > 0 ? call.scale / call.softcap : call.scale * LOG2_E),
-        outer(call.softcap * LOG2_E), softcap(call.softcap > 0) {}
-};
 
 // To 1e-7 relative: a polynomial near 0, where 1 − 2 / (e²ˣ + 1) cancels.
 DEVICE float tanh_of(float x) {
@@ -87,15 +78,15 @@ struct WarpState {
   // Goes on with the chunk that begins at column `column`; of its keys `shown` names those that the key mask leaves.
   template <typename Element>
   DEVICE void attend(const uint16_t* keys, const uint16_t* values, int column, const Range (&seen)[2], int shown,
-                     const ScoreFactors& factors, int lane) {
+                     const DecodeCall& call, int lane) {
     float scores[2][4];
     multiply_keys<Element>(scores, keys, lane);
 #pragma unroll
     for (int i = 0; i < 2; ++i)
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        scores[i][j] *= factors.inner;
-        if (factors.softcap) scores[i][j] = tanh_of(scores[i][j]) * factors.outer;
+        scores[i][j] *= call.scale;
+        if (call.softcap > 0) scores[i][j] = tanh_of(scores[i][j]) * call.softcap;
       }
     bool edge = shown != EVERY_KEY;
 #pragma unroll

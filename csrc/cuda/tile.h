@@ -47,11 +47,15 @@ DEVICE Query query_of(const DecodeCall& call, int unit, int kv_head, int index) 
           kv_head * int(s.by_group.by) + number % s.by_group};
 }
 
+// One that does not exist has the place of the first one.
 template <int DIM>
 DEVICE Query query_of_slot(const DecodeCall& call, const Tile& tile, const SharedMemory<DIM>& shared, int kv_head, int slot) {
   const int i = slot / call.schedule.by_unit_queries;
-  if (i >= tile.count) return {false, 0, 0, 0};
-  return query_of(call, tile.unit(i, shared), kv_head, slot % call.schedule.by_unit_queries);
+  if (i < tile.count) {
+    const Query at = query_of(call, tile.unit(i, shared), kv_head, slot % call.schedule.by_unit_queries);
+    if (at.exists) return at;
+  }
+  return {false, 0, 0, 0};
 }
 
 // The tile of a shared item, of a bank: the rows of each prefix in order, cut into tiles, prefix by prefix. All threads.
