@@ -163,6 +163,7 @@ class PrefixBank:
         def moved(old: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
             new = torch.zeros(shape, device=device, dtype=dtype)
             new[tuple(slice(size) for size in old.shape)] = old.to(device)
+            torch._dynamo.mark_static_address(new)  # else torch.compile's CUDA graphs would copy the bank for every call
             return new
 
         with torch.inference_mode(False), torch.no_grad():  # tensors of inference mode could not be written outside of it
