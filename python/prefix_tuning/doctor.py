@@ -11,7 +11,7 @@ from torch import nn
 
 from prefix_kernels import available_backends, explain_backends
 from prefix_tuning.offline_model import OFFLINE_MODEL, cache_folder, shipped_gguf
-from prefix_tuning.stacks import part_shapes, stacks
+from prefix_tuning.stacks import part_shapes, stacks, text_config
 
 PACKAGES = ("prefix-kernels", "torch", "transformers", "accelerate", "triton", "sacrebleu", "matplotlib", "gguf")
 
@@ -46,7 +46,7 @@ def explain_training(
     encoder-decoder, the decoder's self-attention."""
     stack, parameter = stacks(model)[-1], next(model.parameters())
     kv_heads, head_dim, _ = part_shapes(model.config)[stack.self_attention].of(0)
-    config = getattr(model.config, "decoder", model.config).get_text_config()
+    config = text_config(model.config)
     heads = getattr(config, "decoder_attention_heads", None) or config.num_attention_heads
     return _explain(
         parameter.device, parameter.dtype, prefix_dtype, heads=heads, kv_heads=kv_heads, head_dim=head_dim, batch=batch,

@@ -17,8 +17,9 @@ from prefix_tuning.prefix_files import read_prefix, write_prefix
 from prefix_tuning.prompts import encode_conversation, encode_prompt
 from prefix_tuning.reparametrization import MLPReparametrization
 from prefix_tuning.shapes import PARTS, Layers, ModelShape, check_dtype, check_int, check_layers
-from prefix_tuning.stacks import part_shapes
+from prefix_tuning.stacks import part_shapes, text_config
 from prefix_tuning.text_cache import cached_layers
+from prefix_tuning.text_layers import computed_layers
 
 RANDOM_STD = 0.02
 
@@ -110,7 +111,8 @@ class Prefix(nn.Module):
                            prefix_len − 1, tokenised without special tokens, repeated where too short and cut where too
                            long (the paper's section 7.4; any words do, those of the task do best). "random": normal with
                            standard deviation 0.02. Training that directly is unstable, as the paper says of its own
-                           random start: take a text, or the MLP. Only causal models cache a text; others start random
+                           random start: take a text, or the MLP. An encoder-decoder reads the text with its encoder and
+                           again with its decoder
         reparametrization  "mlp": the parameters are those of an MLP that produces the keys and values (section 4.3). With
                            init="text" it is first fitted to the text's; with "random" its own random start is the prefix's
         hidden_size        of the MLP; each part has its own
@@ -141,19 +143,22 @@ class Prefix(nn.Module):
         if init == "text":
             if text is None or tokenizer is None:
                 raise ValueError(f"{'text' if text is None else 'tokenizer'}: init='text' needs it, got None")
-            if list(part_shapes(model.config)) != ["decoder"]:
-                raise ValueError(f"init: 'text' reads a causal model's cache, got {type(model).__name__}; expected 'random'")
             ids = tokenizer(text, add_special_tokens=False)["input_ids"]
             if not ids:
                 raise ValueError(f"text: {text!r} has no tokens, expected one or more")
-            source["decoder"] = cached_layers(model, (ids * -(-prefix_len // len(ids)))[:prefix_len])
+            ids = (ids * -(-prefix_len // len(ids)))[:prefix_len]
+            if list(part_shapes(model.config)) == ["decoder"]:
+                source["decoder"] = cached_layers(model, ids)
+            else:
+                computed = computed_layers(model, ids)
+                source = {part: computed[part] for part in shapes}
         elif reparametrization is None:
             with _seeded(seed):
                 source = {part: _random_layers(shape, prefix_len) for part, shape in shapes.items()}
         if reparametrization == "mlp":
             if not all(shape.uniform for shape in shapes.values()):
                 raise NotImplementedError(f"reparametrization: 'mlp' needs layers that are alike, got {shapes}")
-            embedding_dim = getattr(model.config, "decoder", model.config).get_text_config().hidden_size
+            embedding_dim = text_config(model.config).hidden_size
             with _seeded(seed):
                 mlps = {
                     part: MLPReparametrization(prefix_len, embedding_dim, hidden_size, **asdict(shape), device="cpu")

@@ -55,6 +55,11 @@ def part_shapes(config) -> dict[str, ModelShape]:
     return {"encoder" if config.model_type in ENCODERS else "decoder": model_shape(config)}
 
 
+def text_config(config):
+    """The config of what writes text, or of all there is: of a composite model its text part, its decoder."""
+    return getattr(config, "decoder", config).get_text_config()
+
+
 def stacks(model: nn.Module) -> list[Stack]:
     """The model's stacks in the order they run; NotImplementedError for a model that is not served, saying why."""
     model_type = getattr(getattr(model, "config", None), "model_type", None)

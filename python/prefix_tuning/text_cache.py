@@ -12,7 +12,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from prefix_tuning.families import FAMILIES, model_shape
 from prefix_tuning.shapes import Layers, check_layers
-from prefix_tuning.stacks import part_shapes, stacks
+from prefix_tuning.stacks import part_shapes, stacks, text_config
 
 CHUNK = 1024  # tokens run at once: beside the cache, memory grows with CHUNK × tokens and not with tokens²
 
@@ -23,18 +23,7 @@ def cached_layers(model: nn.Module, input_ids: Tensor | Sequence[int]) -> Layers
     The tokens run in chunks over the model's own cache and no logits are computed, so that a text of 65536 tokens takes
     little more than its cache.
     """
-    ids = torch.as_tensor(input_ids)
-    ids = ids[0] if ids.dim() == 2 and len(ids) == 1 else ids
-    if ids.dim() != 1 or not len(ids) or ids.is_floating_point() or ids.dtype == torch.bool:
-        raise ValueError(f"input_ids: got {ids.dtype} of shape {list(ids.shape)}, expected one or more ints [tokens]")
-    known = model.get_input_embeddings().weight.shape[0]
-    if ids.min() < 0 or ids.max() >= known:
-        raise ValueError(f"input_ids: got {ids.min()} … {ids.max()}, expected 0 … {known - 1}: is it another tokenizer's?")
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if positions is not None and len(ids) > positions:
-        raise ValueError(f"input_ids: got {len(ids)} tokens, but the model has only {positions} positions")
-    if any(hasattr(module, "layer_prefix") for module in model.modules()):
-        raise ValueError("model: it has a prefix attached, which the text would see; detach that first")
+    ids = checked_ids(model, input_ids)
     if list(part_shapes(model.config)) != ["decoder"]:
         raise NotImplementedError(f"model: the keys and values of a text are a causal model's, got {type(model).__name__}")
 
@@ -55,6 +44,24 @@ def cached_layers(model: nn.Module, input_ids: Tensor | Sequence[int]) -> Layers
     if found != (expected, len(ids)):
         raise ValueError(f"model: caches {found[1]} tokens, {found[0]}, but its config says {len(ids)} tokens, {expected}")
     return layers
+
+
+def checked_ids(model: nn.Module, input_ids: Tensor | Sequence[int]) -> Tensor:
+    """The tokens as ints [tokens]; ValueError for such as the model does not know or has no room for, and where a prefix is
+    attached to it."""
+    ids = torch.as_tensor(input_ids)
+    ids = ids[0] if ids.dim() == 2 and len(ids) == 1 else ids
+    if ids.dim() != 1 or not len(ids) or ids.is_floating_point() or ids.dtype == torch.bool:
+        raise ValueError(f"input_ids: got {ids.dtype} of shape {list(ids.shape)}, expected one or more ints [tokens]")
+    known = model.get_input_embeddings().weight.shape[0]
+    if ids.min() < 0 or ids.max() >= known:
+        raise ValueError(f"input_ids: got {ids.min()} … {ids.max()}, expected 0 … {known - 1}: is it another tokenizer's?")
+    positions = getattr(text_config(model.config), "max_position_embeddings", None)
+    if positions is not None and len(ids) > positions:
+        raise ValueError(f"input_ids: got {len(ids)} tokens, but the model has only {positions} positions")
+    if any(hasattr(module, "layer_prefix") for module in model.modules()):
+        raise ValueError("model: it has a prefix attached, which the text would see; detach that first")
+    return ids
 
 
 def _cache_of(model: nn.Module, ids: Tensor) -> DynamicCache:

@@ -7,12 +7,14 @@ import inspect
 import pytest
 import torch
 from transformers import DynamicCache, EncoderDecoderCache, T5Config, T5EncoderModel
+from transformers.modeling_outputs import BaseModelOutput
 
 import prefix_tuning.attention
 from prefix_tuning import Prefix, PrefixBank, attach_prefix
 from support.encoder_decoders import FAMILIES, PARTS, labels, parts_of, source, tiny_encoder_decoder
 from support.expanded_prefix import expanded_prefix
 from support.models import random_prefix
+from support.tokenizer import tiny_tokenizer
 
 PREFIX_LEN = 5
 TOLERANCE = {"atol": 2e-5, "rtol": 1e-4}
@@ -232,14 +234,50 @@ def test_a_trainable_table_of_relative_positions_is_warned_of():
         model(**source(model), labels=labels()).loss.backward()
 
 
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "whisper"])
+def test_a_text_as_the_start(name):
+    """The keys and values of the text: in cross-attention as if the encoder's states for it stood before the others."""
+    model, tokenizer, text = tiny_encoder_decoder(name), tiny_tokenizer(), "MAX"
+    ids = torch.tensor([(tokenizer(text)["input_ids"] * 5)[:PREFIX_LEN]])
+    configs = {m: (m.config, m.config._attn_implementation) for m in model.modules() if hasattr(m, "config")}
+    prefix = Prefix.for_model(model.train(), PREFIX_LEN, init="text", text=text, tokenizer=tokenizer)
+    assert model.training and not any("recorded" in vars(module) for module in model.modules())
+    assert all((module.config, module.config._attn_implementation) == found for module, found in configs.items())
+    model.eval()
+    assert set(prefix.parts) == set(PARTS) and all(parameter.requires_grad for parameter in prefix.parameters())
+    seen = {}
+    for part, modules in parts_of(model).items():
+        for index, module in enumerate(modules):
+            for projection in ("k_proj", "k"):
+                if hasattr(module, projection):
+                    getattr(module, projection).register_forward_hook(
+                        lambda _, args, out, place=(part, index): seen.__setitem__(place, out[0])
+                    )
+    encoded = model.base_model.encoder(input_ids=ids)[0]
+    model(encoder_outputs=BaseModelOutput(encoded), decoder_input_ids=ids, use_cache=False)
+    for part in PARTS if name != "t5gemma" else ("cross",):  # its self-attention turns keys by their positions
+        for index, (key, _) in enumerate(prefix.layers(part)):
+            torch.testing.assert_close(key.transpose(0, 1).flatten(1), seen[part, index], **TOLERANCE)
+    inputs, tokens = source(model), labels().clamp(min=3)
+    states = model.base_model.encoder(input_ids=inputs["input_ids"])[0]
+    both = torch.cat([encoded.expand(2, -1, -1), states], 1)
+    expected = model(encoder_outputs=BaseModelOutput(both), decoder_input_ids=tokens, use_cache=False).logits
+    crossing = Prefix.for_model(model, PREFIX_LEN, parts=("cross",), init="text", text=text, tokenizer=tokenizer)
+    with attach_prefix(model, crossing):
+        got = model(encoder_outputs=BaseModelOutput(states), decoder_input_ids=tokens, use_cache=False).logits
+    torch.testing.assert_close(got, expected, **TOLERANCE)
+
+
 def test_wrong_calls_raise():
     model = tiny_encoder_decoder("bart")
     inputs = source(model) | {"labels": labels()}
+    with pytest.raises(ValueError, match="expected 0 … 95: is it another tokenizer's"):
+        Prefix.for_model(model, PREFIX_LEN, init="text", text="the", tokenizer=tiny_tokenizer())
     for parts in ((), ("middle",), "encoder"):
         with pytest.raises(ValueError, match="parts: got .*expected one or more of encoder, decoder, cross"):
             Prefix.for_model(model, PREFIX_LEN, parts=parts)
-    with pytest.raises(ValueError, match="init: 'text' reads a causal model's cache, got BartForConditionalGeneration"):
-        Prefix.for_model(model, PREFIX_LEN, init="text", text="a", tokenizer=object())
+    with pytest.raises(NotImplementedError, match="init: the encoder of WhisperForConditionalGeneration reads input_features"):
+        Prefix.for_model(tiny_encoder_decoder("whisper"), PREFIX_LEN, init="text", text="a", tokenizer=tiny_tokenizer())
     with pytest.raises(NotImplementedError, match="keys and values of a text are a causal model's"):
         Prefix.from_text(model, None, input_ids=[5, 6])
     with pytest.raises(ValueError, match="made for a model with 3 layers, 4 kv_heads, head_dim 12, expected one for Bart"):

@@ -11,6 +11,7 @@ from prefix_tuning import Prefix, attach_prefix
 from support.encoders import FAMILIES, TASKS, attention_of, inputs_of, logits_of, positions_of, tiny_encoder
 from support.expanded_prefix import expanded_prefix
 from support.models import random_prefix, randomize, tiny_model
+from support.tokenizer import tiny_tokenizer
 
 PREFIX_LEN = 5
 TOLERANCE = {"atol": 2e-5, "rtol": 1e-4}
@@ -161,6 +162,23 @@ def test_float32_heads_behind_models_of_16_bit(dtype):
         assert got.logits.dtype == torch.float32
         assert all(p.dtype == p.grad.dtype == torch.float32 for p in prefix.parameters())
         assert (got.logits - expected).abs().mean() / expected.abs().mean() < 0.1
+
+
+def test_a_text_as_the_start(family):
+    model, tokenizer = tiny_encoder(family, vocab_size=128), tiny_tokenizer()
+    ids = torch.tensor([(tokenizer("the end")["input_ids"] * 5)[:PREFIX_LEN]])
+    prefix = Prefix.for_model(model, PREFIX_LEN, init="text", text="the end", tokenizer=tokenizer, reparametrization=None)
+    seen = []
+    for module in attention_of(model):
+        name = next(name for name in ("key", "k_lin", "Wqkv") if hasattr(module, name))
+        getattr(module, name).register_forward_hook(lambda _, args, out: seen.append(out[0]))
+    model(input_ids=ids)
+    for (key, value), projected in zip(prefix.layers("encoder"), seen, strict=True):
+        if family == "modernbert":  # which turns its keys by their positions
+            torch.testing.assert_close(value.transpose(0, 1).flatten(1), projected[:, -value.shape[0] * value.shape[2] :])
+        else:
+            torch.testing.assert_close(key.transpose(0, 1).flatten(1), projected)
+    assert model.config._attn_implementation == "sdpa"
 
 
 def test_modules_to_save_by_name():
