@@ -47,7 +47,9 @@ class MaskStructure:
         return self
 
     def to(self, *args, **kwargs) -> MaskStructure:
-        """As a tensor's: accelerate brings a layer's arguments to where the layer computes."""
+        """As a tensor's: accelerate brings a layer's arguments to where the layer computes. MPT asks for a dtype: unheeded."""
+        if args and isinstance(args[0], torch.dtype):
+            return self
         tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
         return replace(self, **{name: tensor.to(*args, **kwargs) for name, tensor in tensors.items()}) if tensors else self
 

@@ -13,6 +13,7 @@ from unittest import mock
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
+from transformers import StaticCache
 
 import prefix_tuning.attention
 from prefix_tuning import attach_prefix
@@ -21,7 +22,7 @@ from support.reference import Concatenation, PastInsideTheWindow, PastKeyValues
 
 PREFIX_LEN, NEW_TOKENS = 5, 8
 TOLERANCE = {"atol": 1e-4, "rtol": 1e-4}
-GREEDY = {"max_new_tokens": NEW_TOKENS, "eos_token_id": None, "pad_token_id": 0, "do_sample": False}
+GREEDY = {"max_new_tokens": NEW_TOKENS, "eos_token_id": None, "pad_token_id": 0, "do_sample": False, "use_cache": True}
 # Their caches hold other things than the keys and values of every layer.
 NO_PAST_KEY_VALUES = ("deepseek_v2", "deepseek_v3", "qwen3_next")
 
@@ -137,7 +138,7 @@ def sampling(case: Case) -> None:
 
 
 def _same_generation(case: Case, **options) -> None:
-    options, mask = GREEDY | {"use_cache": True} | options, torch.ones_like(case.input_ids)
+    options, mask = GREEDY | options, torch.ones_like(case.input_ids)
     torch.manual_seed(3)
     expected = case.reference.generate(case.model, case.prefix, case.input_ids, **options)
     torch.manual_seed(3)
@@ -191,8 +192,11 @@ def _generation(case: Case, padded: bool = True, **options) -> None:
     tokens, logits = case.greedy(reference, rows)
     with case.attached(reference):
         got = case.model.generate(
-            input_ids=case.input_ids, attention_mask=mask, output_logits=True, return_dict_in_generate=True, **GREEDY, **options
-        )
+            input_ids=case.input_ids, attention_mask=mask, output_logits=True, return_dict_in_generate=True,
+            **GREEDY | options,
+        )  # fmt: skip
+    cache = got.get("cache", got.get("past_key_values"))  # renamed in transformers 5.24
+    assert isinstance(cache, StaticCache) if "cache_implementation" in options else (cache is None) is ("use_cache" in options)
     assert torch.equal(got.sequences[:, -NEW_TOKENS:], tokens)
     case.equal(torch.stack(got.logits), logits)
 
