@@ -11,6 +11,7 @@ import torch
 import transformers
 
 from prefix_tuning import Prefix, PrefixBank, attach_prefix
+from prefix_tuning.masks import MaskStructure
 from support.capabilities import CAPABILITIES, TOLERANCE, Case, NotPossible, ids
 from support.models import MODELS, random_prefix, tiny_model
 
@@ -122,3 +123,16 @@ def test_another_attention_implementation_afterwards_is_refused():
             model(input_ids=ids())
     model(input_ids=ids())
     assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("packed", (False, True), ids=("one sequence", "packed"))
+def test_queries_that_are_dropped_before_shared_layers(packed):
+    """Gemma 4 cuts its masks to the queries whose logits are asked for."""
+    model, input_ids = tiny_model("gemma4"), ids()
+    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2]] * 2) if packed else None
+    with attach_prefix(model, random_prefix(model)):
+        whole = model(input_ids=input_ids, position_ids=positions, use_cache=False).logits
+        last = model(input_ids=input_ids, position_ids=positions, use_cache=False, logits_to_keep=2).logits
+    torch.testing.assert_close(last, whole[:, -2:], **TOLERANCE)
+    with pytest.raises(NotImplementedError, match="cannot be taken apart"):
+        MaskStructure(causal=True)[:, :, :1, :]
