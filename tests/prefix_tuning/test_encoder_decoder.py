@@ -248,16 +248,17 @@ def test_a_text_as_the_start(name):
     seen = {}
     for part, modules in parts_of(model).items():
         for index, module in enumerate(modules):
-            for projection in ("k_proj", "k"):
-                if hasattr(module, projection):
-                    getattr(module, projection).register_forward_hook(
-                        lambda _, args, out, place=(part, index): seen.__setitem__(place, out[0])
-                    )
+            for which, names in enumerate((("k_proj", "k"), ("v_proj", "v"))):
+                projection = next(getattr(module, name) for name in names if hasattr(module, name))
+                place = (part, index, which)
+                projection.register_forward_hook(lambda _, args, out, place=place: seen.__setitem__(place, out[0]))
     encoded = model.base_model.encoder(input_ids=ids)[0]
     model(encoder_outputs=BaseModelOutput(encoded), decoder_input_ids=ids, use_cache=False)
-    for part in PARTS if name != "t5gemma" else ("cross",):  # its self-attention turns keys by their positions
-        for index, (key, _) in enumerate(prefix.layers(part)):
-            torch.testing.assert_close(key.transpose(0, 1).flatten(1), seen[part, index], **TOLERANCE)
+    for part in PARTS:
+        for index, pair in enumerate(prefix.layers(part)):
+            for which, tensor in enumerate(pair):
+                if name != "t5gemma" or part == "cross" or which == 1:  # its self-attention turns keys by their positions
+                    torch.testing.assert_close(tensor.transpose(0, 1).flatten(1), seen[part, index, which], **TOLERANCE)
     inputs, tokens = source(model), labels().clamp(min=3)
     states = model.base_model.encoder(input_ids=inputs["input_ids"])[0]
     both = torch.cat([encoded.expand(2, -1, -1), states], 1)
