@@ -1,4 +1,4 @@
-"""Which model family does what with a prefix: the outcomes of tests/prefix_tuning/test_families.py beside PEFT's."""
+"""Which model family does what with a prefix: the outcomes of tests in tests/prefix_tuning beside PEFT's."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import tables
 
 FOLDER = Path(__file__).resolve().parents[1] / "tests" / "prefix_tuning"
-OURS, PEFT = FOLDER / "family_support.json", FOLDER / "peft_support.json"
+OURS, ENCODERS, PEFT = (FOLDER / f"{name}_support.json" for name in ("family", "encoder", "peft"))
 
 TITLES = {
     "bloom": "Bloom", "cohere2": "Cohere2", "deepseek_v2": "DeepSeek V2", "deepseek_v3": "DeepSeek V3", "falcon": "Falcon",
@@ -20,6 +20,9 @@ TITLES = {
     "mistral_full": "Mistral", "mixtral": "Mixtral", "mpt": "MPT", "olmo2": "OLMo2", "opt": "OPT", "phi": "Phi",
     "phi3": "Phi3", "qwen2": "Qwen2", "qwen2_moe": "Qwen2-MoE", "qwen3": "Qwen3", "qwen3_moe": "Qwen3-MoE",
     "qwen3_next": "Qwen3-Next", "smollm3": "SmolLM3", "stablelm": "StableLM",
+    "bart": "BART", "m2m_100": "M2M100", "marian": "Marian", "mbart": "mBART", "mt5": "mT5", "pegasus": "Pegasus", "t5": "T5",
+    "t5gemma": "T5Gemma", "whisper": "Whisper", "bert": "BERT", "deberta-v2": "DeBERTa-v2", "distilbert": "DistilBERT",
+    "electra": "ELECTRA", "modernbert": "ModernBERT", "roberta": "RoBERTa", "xlm-roberta": "XLM-RoBERTa",
 }  # fmt: skip
 # Of each column the capabilities that it stands for; a mark for all of them.
 COLUMNS = {
@@ -33,20 +36,62 @@ COLUMNS = {
     "packing": ["packing"],
     "`torch.compile`": ["torch.compile"],
 }
+PARTS = ("encoder", "decoder", "cross", "encoder, decoder, cross")
+ENCODER_DECODER_COLUMNS = {
+    "forward, loss, gradients: the decoder's prefix": ["forward, loss, gradients: decoder"],
+    "… the encoder's, cross-attention's, all three": [f"forward, loss, gradients: {p}" for p in PARTS if p != "decoder"],
+    "left, right padding": [f"left and right padding: {part}" for part in PARTS],
+    "greedy, beams": ["greedy", "beams"],
+    "static cache": ["static cache"],
+    "`use_cache=False`": ["use_cache=False"],
+    "gradient checkpointing": ["gradient checkpointing"],
+    "`init=\"text\"`": ["init='text'"],
+}
+TASKS = ("SequenceClassification", "TokenClassification", "QuestionAnswering")
+ENCODER_COLUMNS = {
+    **dict(zip(
+        ("forward, loss, gradients: sequence classification", "… token classification", "… question answering"),
+        ([f"forward, loss, gradients: {task}"] for task in TASKS), strict=True,
+    )),
+    "the head trained, saved, loaded": [f"head: {task}" for task in TASKS],
+    "left, right padding": [f"left and right padding: {task}" for task in TASKS],
+    "gradient checkpointing": ["gradient checkpointing"],
+    "`init=\"text\"`": ["init='text'"],
+}  # fmt: skip
 MARKS = {"yes": "✓", "wrong": "✗", "fails": "fails", "refused": "refused", "not possible": "–"}
 
 
 def family_table() -> str:
-    """One row for the families that have the same marks, first those that have them all."""
+    """Causal models."""
     ours, peft = (json.loads(path.read_text(encoding="utf-8")) for path in (OURS, PEFT))
+    return f"{_table('model family', COLUMNS, ours['families'], peft)}\n\n{_legend(ours, peft)}"
+
+
+def encoder_tables() -> str:
+    """Encoder-decoders, then encoders: whoever has a decoder's prefix is one of the former."""
+    ours, peft = (json.loads(path.read_text(encoding="utf-8")) for path in (ENCODERS, PEFT))
+    both = {name: outcomes for name, outcomes in ours["families"].items() if "greedy" in outcomes}
+    alone = {name: outcomes for name, outcomes in ours["families"].items() if name not in both}
+    shown = [
+        _table("encoder-decoder", ENCODER_DECODER_COLUMNS, both, peft), _table("encoder", ENCODER_COLUMNS, alone, peft),
+        _legend(ours, peft) + " PEFT knows the decoder's prefix alone, and is wrong where the number of layers is even.",
+    ]  # fmt: skip
+    return "\n\n".join(shown)
+
+
+def _table(kind: str, columns: dict[str, list[str]], families: dict[str, dict[str, str]], peft: dict[str, Any]) -> str:
+    """One row for the families that have the same marks, first those that have them all."""
     of_peft = {name: group["marks"] for group in peft["groups"] for name in group["families"]}
     rows: dict[tuple[str, ...], list[str]] = {}
-    for name, outcomes in ours["families"].items():
-        marks = [(_mark(outcomes, names), _mark(of_peft.get(name, {}), names)) for names in COLUMNS.values()]
+    for name, outcomes in families.items():
+        marks = [(_mark(outcomes, names), _mark(of_peft.get(name, {}), names)) for names in columns.values()]
         rows.setdefault(tuple(" · ".join(filter(None, both)) for both in marks), []).append(TITLES[name])
     ordered = sorted(rows.items(), key=lambda row: (-len(row[1]), row[1]))
+    return tables.table((kind, *columns), [(", ".join(names), *cells) for cells, names in ordered])
+
+
+def _legend(ours: dict[str, Any], peft: dict[str, Any]) -> str:
     return (
-        f"{tables.table(('model family', *COLUMNS), [(', '.join(names), *cells) for cells, names in ordered])}\n\n"
         f"First ours (transformers {ours['transformers']}), then PEFT's ({peft['source']}). ✓ right, ✗ silently wrong; fails: "
         "with an error from within; refused: with the reason; –: the plain model cannot do it either. One mark is ours."
     )

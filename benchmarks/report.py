@@ -1,13 +1,13 @@
 """Committed results into documents: python benchmarks/report.py [--check].
 
-    README.md              between its markers: <!-- results: demo --> … <!-- end -->, and with cpu, gpu and families
+    README.md              between its markers: <!-- results: demo --> … <!-- end -->, and with cpu, gpu, families and encoders
     docs/benchmarks.md     whole
     benchmarks/results/cpu/{forward,forward_backward,decode}.png
 
 From benchmarks/results: demo/metrics.json, which `make demo` writes to runs/demo; cpu/prefix_attention*.json and
 cpu/whole*.json, which `make bench` writes; {any GPU}/{tests,op,decode,e2e}.json, which run_gpu.sh writes. The families come
-from tests/prefix_tuning: family_support.json, which its tests write, and peft_support.json. What has no results has no
-section. --check writes nothing and fails where a document says something else than the results.
+from tests/prefix_tuning: family_support.json and encoder_support.json, which its tests write, and peft_support.json. What
+has no results has no section. --check writes nothing and fails where a document says something else than the results.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def render(readme: str) -> str:
     """The README with the text between its markers made anew."""
     blocks = {
         "demo": demo_table(tables.load(RESULTS / "demo" / "metrics.json")), "cpu": cpu_table(), "gpu": gpu_table(),
-        "families": family_table.family_table(),
+        "families": family_table.family_table(), "encoders": family_table.encoder_tables(),
     }  # fmt: skip
     for name, content in blocks.items():
         block = f"<!-- results: {name} -->\n" + (f"{content}\n" if content else "") + "<!-- end -->"

@@ -5,6 +5,7 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"  # read by huggingface_hub when it is imported
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import json
 import random
 import sys
 import types
@@ -13,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
 
 # `from support.cases import …` works in every test. tests/ itself must stay off sys.path: its folders prefix_kernels/
 # and prefix_tuning/ would hide the packages of the same names.
@@ -30,7 +32,7 @@ torch.set_num_threads(min(4, torch.get_num_threads()))
 
 
 def pytest_addoption(parser):
-    parser.addoption("--update-support", action="store_true", help="write tests/prefix_tuning/family_support.json anew")
+    parser.addoption("--update-support", action="store_true", help="write tests/prefix_tuning/*_support.json anew")
 
 
 @pytest.fixture(autouse=True)
@@ -38,6 +40,30 @@ def fixed_seeds():
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def proven(request):
+    """Called at the end of a test of an encoder or encoder-decoder: proven(family, what the test has shown, …).
+
+    README's table is made of what is written down in encoder_support.json, and a test fails that shows anything else. With
+    --update-support the file is written, which takes both files of such tests run whole.
+    """
+    file = Path(__file__).parent / "prefix_tuning" / "encoder_support.json"
+    update = request.config.getoption("--update-support")
+    recorded, found = json.loads(file.read_text()) if file.exists() else {}, {}
+
+    def prove(family: str, *capabilities: str, outcome: str = "yes") -> None:
+        found.setdefault(family, {}).update(dict.fromkeys(capabilities, outcome))
+        if not update and recorded["transformers"] == transformers.__version__:
+            assert recorded["families"][family].items() >= dict.fromkeys(capabilities, outcome).items()
+
+    yield prove
+    if update and not request.session.testsfailed:
+        families = {family: dict(sorted(found[family].items())) for family in sorted(found)}
+        temporary = file.with_suffix(".tmp")
+        temporary.write_text(json.dumps({"transformers": transformers.__version__, "families": families}, indent=2) + "\n")
+        temporary.replace(file)
 
 
 @pytest.fixture

@@ -40,7 +40,7 @@ def model(request):
 
 
 @pytest.mark.parametrize("parts", SUBSETS, ids="-".join)
-def test_logits_loss_and_gradients_equal_expanded_prefixes(model, parts):
+def test_logits_loss_and_gradients_equal_expanded_prefixes(model, parts, proven):
     prefix = random_parts(model, parts)
     assert (set(prefix.parts), prefix.position_offset) == (set(parts), 0)
     for side in (None,) if model.config.model_type == "whisper" else (None, "left", "right"):
@@ -55,6 +55,9 @@ def test_logits_loss_and_gradients_equal_expanded_prefixes(model, parts):
         torch.testing.assert_close(got.loss, expected.loss, **TOLERANCE)
         torch.testing.assert_close(grads, expected_grads, atol=1e-6, rtol=1e-4)
         assert min(grad.abs().max() for grad in grads) > 1e-4
+    padding = "not possible: sound is not padded" if model.config.model_type == "whisper" else "yes"
+    proven(model.config.model_type, f"forward, loss, gradients: {', '.join(parts)}")
+    proven(model.config.model_type, f"left and right padding: {', '.join(parts)}", outcome=padding)
 
 
 def test_each_part_alone_is_seen_and_detach_restores(model):
@@ -81,7 +84,7 @@ def test_each_part_alone_is_seen_and_detach_restores(model):
 
 
 @pytest.mark.parametrize("options", ({}, {"num_beams": 3}, {"cache_implementation": "static"}, {"use_cache": False}), ids=str)
-def test_generated_tokens_equal_expanded_prefixes(model, options):
+def test_generated_tokens_equal_expanded_prefixes(model, options, proven):
     prefix, inputs = random_parts(model), source(model, side="right")
     eager = {name: value for name, value in options.items() if name == "num_beams"}
     with expanded_prefix(model, prefix, parts_of(model)):
@@ -90,6 +93,8 @@ def test_generated_tokens_equal_expanded_prefixes(model, options):
         got = model.generate(**inputs, **GREEDY, **options)
     assert torch.equal(got, expected)
     assert len(got[0].unique()) >= 8
+    names = {"num_beams": "beams", "cache_implementation": "static cache", "use_cache": "use_cache=False"}
+    proven(model.config.model_type, next((names[option] for option in options), "greedy"))
 
 
 @pytest.mark.parametrize("parts", (("encoder",), ("cross",)), ids="-".join)
@@ -137,7 +142,7 @@ def test_positions_past_a_table_are_refused():
             model(**source(model, length=5), decoder_input_ids=labels(length=3).clamp(min=0))
 
 
-def test_gradient_checkpointing_recomputes_and_changes_nothing(model, monkeypatch):
+def test_gradient_checkpointing_recomputes_and_changes_nothing(model, monkeypatch, proven):
     model, calls = copy.deepcopy(model), []
     original = prefix_tuning.attention.prefix_attention
     monkeypatch.setattr(prefix_tuning.attention, "prefix_attention", lambda *a, **k: calls.append(1) or original(*a, **k))
@@ -156,6 +161,7 @@ def test_gradient_checkpointing_recomputes_and_changes_nothing(model, monkeypatc
         grads = torch.autograd.grad(model(**inputs).loss, list(prefix.parameters()))
     assert len(calls) == 2 * once
     torch.testing.assert_close(grads, expected, atol=1e-6, rtol=1e-4)
+    proven(model.config.model_type, "gradient checkpointing")
 
 
 def test_an_mlp_for_each_part_is_evaluated_once_a_forward_pass(tmp_path):
@@ -235,7 +241,7 @@ def test_a_trainable_table_of_relative_positions_is_warned_of():
 
 
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name != "whisper"])
-def test_a_text_as_the_start(name):
+def test_a_text_as_the_start(name, proven):
     """The keys and values of the text: in cross-attention as if the encoder's states for it stood before the others."""
     model, tokenizer, text = tiny_encoder_decoder(name), tiny_tokenizer(), "MAX"
     ids = torch.tensor([(tokenizer(text)["input_ids"] * 5)[:PREFIX_LEN]])
@@ -267,9 +273,10 @@ def test_a_text_as_the_start(name):
     with attach_prefix(model, crossing):
         got = model(encoder_outputs=BaseModelOutput(states), decoder_input_ids=tokens, use_cache=False).logits
     torch.testing.assert_close(got, expected, **TOLERANCE)
+    proven(name, "init='text'")
 
 
-def test_wrong_calls_raise():
+def test_wrong_calls_raise(proven):
     model = tiny_encoder_decoder("bart")
     inputs = source(model) | {"labels": labels()}
     with pytest.raises(ValueError, match="expected 0 … 95: is it another tokenizer's"):
@@ -279,6 +286,7 @@ def test_wrong_calls_raise():
             Prefix.for_model(model, PREFIX_LEN, parts=parts)
     with pytest.raises(NotImplementedError, match="init: the encoder of WhisperForConditionalGeneration reads input_features"):
         Prefix.for_model(tiny_encoder_decoder("whisper"), PREFIX_LEN, init="text", text="a", tokenizer=tiny_tokenizer())
+    proven("whisper", "init='text'", outcome="refused: its encoder reads sound")
     with pytest.raises(NotImplementedError, match="keys and values of a text are a causal model's"):
         Prefix.from_text(model, None, input_ids=[5, 6])
     with pytest.raises(ValueError, match="made for a model with 3 layers, 4 kv_heads, head_dim 12, expected one for Bart"):

@@ -31,7 +31,7 @@ def assert_same_weights(model, state):
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_logits_loss_and_gradients_equal_an_expanded_prefix(family, task):
+def test_logits_loss_and_gradients_equal_an_expanded_prefix(family, task, proven):
     model = tiny_encoder(family, task)
     prefix = random_prefix(model, PREFIX_LEN, modules_to_save=())
     assert (list(prefix.parts), prefix.position_offset, prefix.heads) == (["encoder"], PREFIX_LEN, {})
@@ -51,6 +51,7 @@ def test_logits_loss_and_gradients_equal_an_expanded_prefix(family, task):
         torch.testing.assert_close(got.loss, expected.loss, **TOLERANCE)
         torch.testing.assert_close(grads, expected_grads, atol=1e-6, rtol=1e-4)
         assert min(grad.abs().max() for grad in grads) > 1e-5
+    proven(family, f"forward, loss, gradients: {task}", f"left and right padding: {task}")
 
 
 def test_zeroed_prefix_differs_and_detach_restores(family):
@@ -72,7 +73,7 @@ def test_zeroed_prefix_differs_and_detach_restores(family):
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_a_head_is_trained_saved_and_loaded_with_the_prefix(family, task, tmp_path):
+def test_a_head_is_trained_saved_and_loaded_with_the_prefix(family, task, tmp_path, proven):
     model = tiny_encoder(family, task)
     inputs, state = inputs_of(model, "right"), copy.deepcopy(model.state_dict())
     prefix = Prefix.for_model(model, PREFIX_LEN, seed=0)
@@ -107,9 +108,10 @@ def test_a_head_is_trained_saved_and_loaded_with_the_prefix(family, task, tmp_pa
                 parameter.mul_(-1)
     with attach_prefix(model, loaded):
         assert (logits_of(model(**inputs)) - trained).abs().max() > 1e-2
+    proven(family, f"head: {task}")
 
 
-def test_gradient_checkpointing_keeps_the_prefix(family, monkeypatch):
+def test_gradient_checkpointing_keeps_the_prefix(family, monkeypatch, proven):
     model, calls = tiny_encoder(family), []
     original = prefix_tuning.attention.prefix_attention
     monkeypatch.setattr(prefix_tuning.attention, "prefix_attention", lambda *a, **k: calls.append(1) or original(*a, **k))
@@ -127,6 +129,7 @@ def test_gradient_checkpointing_keeps_the_prefix(family, monkeypatch):
         grads = torch.autograd.grad(model(**inputs).loss, list(prefix.parameters()))
     assert len(calls) == 2 * once
     torch.testing.assert_close(grads, expected, atol=1e-6, rtol=1e-4)
+    proven(family, "gradient checkpointing")
 
 
 def test_a_causal_models_score_is_a_head(tmp_path):
@@ -164,7 +167,7 @@ def test_float32_heads_behind_models_of_16_bit(dtype):
         assert (got.logits - expected).abs().mean() / expected.abs().mean() < 0.1
 
 
-def test_a_text_as_the_start(family):
+def test_a_text_as_the_start(family, proven):
     model, tokenizer = tiny_encoder(family, vocab_size=128), tiny_tokenizer()
     ids = torch.tensor([(tokenizer("the end")["input_ids"] * 5)[:PREFIX_LEN]])
     prefix = Prefix.for_model(model, PREFIX_LEN, init="text", text="the end", tokenizer=tokenizer, reparametrization=None)
@@ -179,6 +182,7 @@ def test_a_text_as_the_start(family):
         else:
             torch.testing.assert_close(key.transpose(0, 1).flatten(1), projected)
     assert model.config._attn_implementation == "sdpa"
+    proven(family, "init='text'")
 
 
 def test_modules_to_save_by_name():
@@ -210,7 +214,7 @@ def test_positions_past_the_table_are_refused(family):
                 model(input_ids=torch.cat([ids, ids[:, :1]], 1))
 
 
-def test_wrong_calls_raise(tmp_path):
+def test_wrong_calls_raise(tmp_path, proven):
     model = tiny_encoder("bert")
     prefix = random_prefix(model, PREFIX_LEN)
     with pytest.raises(ValueError, match="holds a trained module classifier, which BertModel does not have"):
@@ -230,6 +234,7 @@ def test_wrong_calls_raise(tmp_path):
         attach_prefix(BertLMHeadModel(BertConfig(**sizes, is_decoder=True)), prefix)
     with pytest.raises(NotImplementedError, match="cannot be attached to deberta-v2: its attention scores contents"):
         attach_prefix(DebertaV2Model(DebertaV2Config(**sizes)), prefix)
+    proven("deberta-v2", *(f"forward, loss, gradients: {task}" for task in TASKS), outcome="refused: disentangled attention")
     with pytest.raises(ValueError, match="heads: got torch.bfloat16, torch.float32, expected one dtype"):
         Prefix({"encoder": prefix.layers("encoder")}, heads={"classifier": {"weight": torch.ones(2, 2).bfloat16()}})
     randomize(prefix).save(tmp_path)
