@@ -142,7 +142,7 @@ DEVICE void decode_item(const DecodeCall& call, SharedMemory<DIM>& shared) {
     commit_copies();  // an empty group where there is no block: wait_for_copies counts groups
   };
   if (item.shared) sync_threads();  // what grouped_tile counted lies where the blocks come
-#pragma unroll
+#pragma unroll 1
   for (int stage = 0; stage < STAGES; ++stage) fetch(share.begin + stage);
 
   WarpState<DIM> state;

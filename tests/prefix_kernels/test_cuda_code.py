@@ -1,13 +1,16 @@
 """What can be said of the CUDA C++ kernels by compiling them: their code for every GPU, and how a call is cut into items."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from prefix_kernels import select
 from support.building import ROOT, cuda_compiler, cxx_compiler
 
+RESULTS = ROOT / "benchmarks" / "results"
 TABLE = Path(__file__).with_name("cuda_code.json")
 
 
@@ -16,6 +19,14 @@ def test_every_kernel_compiles_and_spills_nothing():
     """Half a minute: 30 kernels. tools/compile_cuda.py --write writes the table anew."""
     run = subprocess.run((sys.executable, "tools/compile_cuda.py", str(TABLE)), cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0 and "30 kernels, 0 problems" in run.stdout, f"{run.stdout}\n{run.stderr}"
+
+
+def test_measured_is_what_was_measured():
+    """It comes after the backends that were measured as long as it was not; then the order is to be looked at again."""
+    rows = [row for file in RESULTS.glob("*/*.json") for row in json.loads(file.read_text()).get("rows", [])]
+    measured = [row["key"] for row in rows if "median" in row.get("ways", {}).get("cuda", {})]
+    assert select.REASONS["cuda"].startswith("measured") == bool(measured), measured
+    assert measured or select.BACKENDS.index("cuda") > max(map(select.BACKENDS.index, ("triton", "sdpa")))
 
 
 @pytest.mark.skipif(cxx_compiler() is None, reason="needs a C++ compiler, and none is found")

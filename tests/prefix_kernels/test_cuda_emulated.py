@@ -146,6 +146,19 @@ def test_what_it_refuses(gpu):
             make_inputs(good, torch.bfloat16).call(backend="cuda")
 
 
+def test_inside_the_operator(gpu):
+    """torch.compile calls the operator, in which autograd is off whatever is asked for: the tensors say whether it is."""
+    inputs = make_inputs(Case("operator", q_len=2, kv_len=9, head_dim=64), torch.bfloat16)
+    attention = api._dense_inputs(*inputs.tensors, **inputs.options)
+    expected = inputs.call(backend="cuda", return_lse=True)
+    with pytest.raises(NotImplementedError, match="no backward pass"):
+        torch.ops.prefix_kernels.attention(*attention, "cuda", True)
+    inputs.tensors = tuple(tensor.detach() for tensor in inputs.tensors)
+    attention = api._dense_inputs(*inputs.tensors, **inputs.options)
+    for value, other in zip(torch.ops.prefix_kernels.attention(*attention, "cuda", True), expected, strict=True):
+        assert torch.equal(value, other)
+
+
 MUTATIONS = {  # each breaks one thing that a case below must notice
     "causal mask": ("visibility.h", "clamped(position + 1, 0, keys)", "clamped(position + 2, 0, keys)"),
     "window": ("visibility.h", "- call.window + 1, 0", "- call.window, 0"),
