@@ -32,6 +32,7 @@ COLUMNS = {
     "… with `position_ids`": ["left padding, position_ids given"],
     "static cache": ["static cache"],
     "`use_cache=False`": ["use_cache=False"],
+    "several turns": ["several turns"],
     "gradient checkpointing": ["gradient checkpointing"],
     "packing": ["packing"],
     "`torch.compile`": ["torch.compile"],

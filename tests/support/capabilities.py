@@ -201,6 +201,19 @@ def _generation(case: Case, padded: bool = True, **options) -> None:
     case.equal(torch.stack(got.logits), logits)
 
 
+def turns(case: Case) -> None:
+    """A call that goes on from the cache of an earlier one, with a prefix that slides and with one that stays."""
+    input_ids = ids(2, 12)
+    for reference in [case.reference] if case.counts_padding else [case.reference, case.padded_reference]:
+        logits, _, _ = case.expect(reference, list(input_ids[:, None]))
+        with case.attached(reference):
+            first = case.model(input_ids=input_ids[:, :6], use_cache=True)
+            name = "cache" if "cache" in first else "past_key_values"  # renamed in transformers 5.24
+            assert first[name].get_seq_length() == 6
+            second = case.model(input_ids=input_ids[:, 6:], use_cache=True, **{name: first[name]})
+        case.equal(torch.cat([first.logits, second.logits], 1), torch.stack(logits))
+
+
 def checkpointing(case: Case) -> None:
     """Every attention call is computed anew in the backward pass, with the same loss and gradients."""
     original, calls = prefix_tuning.attention.prefix_attention, []
@@ -266,6 +279,7 @@ CAPABILITIES = {
     "left padding, position_ids given": padding_with_position_ids,
     "static cache": static_cache,
     "use_cache=False": without_cache,
+    "several turns": turns,
     "gradient checkpointing": checkpointing,
     "packing": packing,
     "torch.compile": compiling,
