@@ -144,7 +144,8 @@ def accelerate_peft(peft_model: nn.Module) -> nn.Module:
         TypeError: it is no PeftModel.
         NotImplementedError: another kind of adapter, one without a task type (whose prefix PEFT never uses), or a model of a
             family that is not served.
-        ValueError: it is accelerated already, or its model has a prefix attached; an adapter for another shape.
+        ValueError: it is accelerated already, its forward is replaced by another, or its model has a prefix attached; an
+            adapter for another shape.
     """
     from peft import PeftModel
 
@@ -152,6 +153,8 @@ def accelerate_peft(peft_model: nn.Module) -> nn.Module:
         raise TypeError(f"peft_model: expected a PeftModel, got {type(peft_model).__name__}")
     if hasattr(peft_model, STATE):
         raise ValueError("peft_model: it is accelerated already")
+    if getattr(peft_model.forward, "__func__", None) is not type(peft_model).forward:
+        raise ValueError("peft_model: its forward is not PEFT's own, as within disable_adapter or after accelerate's prepare")
     for config in peft_model.peft_config.values():
         adapter_layout(vars(config))
     if type(peft_model) is PeftModel:

@@ -102,6 +102,19 @@ def test_logits_loss_gradients_and_tokens_are_peft_s(family, kind):
         torch.testing.assert_close(model(ids(2, 12)).logits, rival.base_model(ids(2, 12)).logits, **TOLERANCE)
 
 
+def test_a_model_of_16_bit(family):
+    exact, rival, model = (peft_model(tiny_model(family), PREFIX_LEN) for _ in range(3))
+    rival.base_model.to(torch.bfloat16)
+    model.base_model.to(torch.bfloat16)
+    accelerate_peft(model)
+    assert model.prompt_encoder["default"].embedding.weight.dtype == torch.float32
+    outs = [side(input_ids=ids(), labels=ids()) for side in (exact, rival, model)]
+    grads = [gradients(side, out.loss) for side, out in zip((exact, rival, model), outs, strict=True)]
+    for expected, theirs, ours in ((out.logits.float() for out in outs), *zip(*(grad.values() for grad in grads), strict=True)):
+        assert ours.dtype == torch.float32 and (ours - expected).norm() <= 1.2 * (theirs - expected).norm()
+    assert generated(model).shape == (2, 13)
+
+
 @pytest.mark.parametrize("side", ("left", "right"))
 def test_padded_rows_with_positions_are_peft_s(pair, side):
     rival, model = pair
@@ -532,6 +545,10 @@ def test_what_is_refused(monkeypatch):
     model = accelerate_peft(peft_model(tiny_model("llama"), PREFIX_LEN))
     with pytest.raises(ValueError, match="it is accelerated already"):
         accelerate_peft(model)
+    other = peft_model(tiny_model("llama"), PREFIX_LEN)
+    with other.disable_adapter(), pytest.raises(ValueError, match="its forward is not PEFT's own"):
+        accelerate_peft(other)
+    accelerate_peft(other)
     with pytest.raises(NotImplementedError, match="output_attentions"):
         model(input_ids=ids(), output_attentions=True)
     with pytest.raises(ValueError, match="its PEFT adapter is a prefix or prompt already"):
