@@ -25,7 +25,8 @@ def head_parameters(model: nn.Module, modules_to_save: Sequence[str] | None) -> 
     of the model share.
     """
     if modules_to_save is None:
-        paths = [name for name, _ in model.named_children() if name.endswith(HEAD_NAMES)]
+        children = [(name, child) for name, child in model.named_children() if name.endswith(HEAD_NAMES)]
+        paths = [name for name, child in children if not hasattr(child, "modules_to_save")]  # PEFT trains such
     else:
         if isinstance(modules_to_save, str):
             raise TypeError(f"modules_to_save: expected a list of names, got {modules_to_save!r}")

@@ -202,6 +202,19 @@ def test_modules_to_save_by_name():
         Prefix.for_model(tiny_model("gpt2"), PREFIX_LEN, modules_to_save=["lm_head"])
 
 
+def test_a_head_that_peft_trains_beside_lora_stays_its():
+    peft = pytest.importorskip("peft")
+    lora = peft.get_peft_model(tiny_encoder("bert"), peft.LoraConfig(task_type="SEQ_CLS", target_modules=["query"]))
+    for target in (lora, lora.get_base_model()):
+        prefix = random_prefix(target, PREFIX_LEN)
+        assert prefix.heads == {}
+        with attach_prefix(target, prefix):
+            lora(**inputs_of(target)).loss.backward()
+        assert all(parameter.grad is not None for parameter in prefix.parameters())
+    trained = [name for name, parameter in lora.named_parameters() if parameter.grad is not None]
+    assert any("lora_A" in name for name in trained) and any("classifier" in name for name in trained)
+
+
 def test_positions_past_the_table_are_refused(family):
     model = tiny_encoder(family)
     table = model.config.max_position_embeddings

@@ -1,7 +1,6 @@
 """PrefixTrainer trains the prefix alone, as a plain loop would, and keeps what Trainer promises around the step."""
 
 import copy
-import dataclasses
 import json
 import os
 import random
@@ -14,45 +13,27 @@ import numpy as np
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
-from transformers import DynamicCache, EarlyStoppingCallback, PrinterCallback, TrainerCallback, TrainingArguments
+from transformers import DynamicCache, EarlyStoppingCallback, TrainerCallback
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from prefix_tuning import Prefix, PrefixTrainer, attach_prefix
 from prefix_tuning.data import PromptCompletionCollator, tokenize_rows
 from support.models import FAMILIES, random_prefix, tiny_model
 from support.tokenizer import tiny_tokenizer
+from support.training import CHECKPOINTING, ROWS, arguments, losses, silent_trainer
 
 # All versions of transformers take the old name.
 pytestmark = pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")
 
 PREFIX_LEN = 5
-NAMES = ("Aromi", "Browns Cambridge", "Cotto", "Fitzbillies", "Green Man", "Loch Fyne", "Strada", "Wildwood")
-ROWS = [{"prompt": f"name : {name}\n", "completion": f"{name} is a pub." * (1 + i % 3)} for i, name in enumerate(NAMES)]
 TOLERANCE = {"atol": 2e-5, "rtol": 1e-4}
-# Newer versions of transformers call it activation checkpointing, and warn of the old name.
-CHECKPOINTING = next(
-    field.name for field in dataclasses.fields(TrainingArguments)
-    if field.name in ("activation_checkpointing", "gradient_checkpointing")
-)  # fmt: skip
-
-
-def arguments(folder, **changes):
-    defaults = {
-        "max_steps": 4, "per_device_train_batch_size": 4, "per_device_eval_batch_size": 4, "learning_rate": 1e-2,
-        "logging_steps": 1, "save_strategy": "no", "report_to": "none", "use_cpu": True, "dataloader_pin_memory": False,
-        "disable_tqdm": True,
-    }  # fmt: skip
-    return TrainingArguments(str(folder), **defaults | changes)
 
 
 def make_trainer(folder, model=None, prefix=None, rows=ROWS, options=None, **changes):
     """A silent trainer on the rows; `changes` go to TrainingArguments, `options` to PrefixTrainer."""
     model = tiny_model("llama") if model is None else model
     prefix = random_prefix(model, PREFIX_LEN) if prefix is None else prefix
-    options = {"processing_class": tiny_tokenizer()} | (options or {})
-    trainer = PrefixTrainer(model, prefix, arguments(folder, **changes), train_dataset=rows, **options)
-    trainer.remove_callback(PrinterCallback)
-    return trainer
+    return silent_trainer(folder, model, prefix, rows, options, **changes)
 
 
 def trained(folder, *args, **kwargs):
@@ -64,10 +45,6 @@ def trained(folder, *args, **kwargs):
 
 def mlp_prefix(model, seed=0, **changes):
     return Prefix.for_model(model, PREFIX_LEN, reparametrization="mlp", hidden_size=8, seed=seed, **changes)
-
-
-def losses(trainer):
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
 def assert_prefixes_close(actual, expected, **tolerance):

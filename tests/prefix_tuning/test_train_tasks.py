@@ -1,7 +1,6 @@
 """PrefixTrainer for encoder-decoders, classification and question answering: what a plain loop gives, heads included."""
 
 import copy
-import dataclasses
 import json
 import random
 from pathlib import Path
@@ -10,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
-from transformers import PrinterCallback, T5Config, T5ForConditionalGeneration, TrainingArguments
+from transformers import T5Config, T5ForConditionalGeneration
 
-from prefix_tuning import Prefix, PrefixTrainer, attach_prefix
+from prefix_tuning import Prefix, attach_prefix
 from prefix_tuning.cli import main
 from prefix_tuning.data import tokenize_pair, tokenize_rows
 from prefix_tuning.e2e import ATTRIBUTES, load_e2e, parse_mr
@@ -22,39 +21,18 @@ from support.encoder_decoders import tiny_encoder_decoder
 from support.encoders import tiny_encoder
 from support.models import random_prefix, tiny_model
 from support.tokenizer import tiny_tokenizer
+from support.training import CHECKPOINTING, ROWS, losses, silent_trainer
 
 ROOT = Path(__file__).resolve().parents[2]
 PREFIX_LEN = 5
-NAMES = ("Aromi", "Browns Cambridge", "Cotto", "Fitzbillies", "Green Man", "Loch Fyne", "Strada", "Wildwood")
-ROWS = [{"prompt": f"name : {name}", "completion": f"{name} is a pub." * (1 + i % 3)} for i, name in enumerate(NAMES)]
-CHECKPOINTING = next(
-    field.name for field in dataclasses.fields(TrainingArguments)
-    if field.name in ("activation_checkpointing", "gradient_checkpointing")
-)  # fmt: skip
-
-
-def arguments(folder, **changes):
-    defaults = {
-        "max_steps": 4, "per_device_train_batch_size": 4, "per_device_eval_batch_size": 4, "learning_rate": 1e-2,
-        "logging_steps": 1, "save_strategy": "no", "report_to": "none", "use_cpu": True, "dataloader_pin_memory": False,
-        "disable_tqdm": True, "lr_scheduler_type": "constant",
-    }  # fmt: skip
-    return TrainingArguments(str(folder), **defaults | changes)
 
 
 def make_trainer(folder, model, prefix, rows, options=None, **changes):
-    options = {"processing_class": tiny_tokenizer()} | (options or {})
-    trainer = PrefixTrainer(model, prefix, arguments(folder, **changes), train_dataset=rows, **options)
-    trainer.remove_callback(PrinterCallback)
-    return trainer
+    return silent_trainer(folder, model, prefix, rows, options, lr_scheduler_type="constant", **changes)
 
 
 def tiny_t5(**changes):
     return tiny_encoder_decoder("t5", vocab_size=128, **changes)
-
-
-def losses(trainer):
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
 def test_pairs_are_tokenised_as_the_tokenizer_does_it():
