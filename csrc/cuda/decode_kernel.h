@@ -141,7 +141,6 @@ DEVICE void decode_item(const DecodeCall& call, SharedMemory<DIM>& shared) {
     }
     commit_copies();  // an empty group where there is no block: wait_for_copies counts groups
   };
-  if (item.shared) sync_threads();  // what grouped_tile counted lies where the blocks come
 #pragma unroll 1
   for (int stage = 0; stage < STAGES; ++stage) fetch(share.begin + stage);
 
@@ -187,7 +186,7 @@ DEVICE void decode_item(const DecodeCall& call, SharedMemory<DIM>& shared) {
         state.template attend<Element>(from.keys[key], from.values[key], first_column(block) + key, seen,
                                        int(shown >> key) & EVERY_KEY, call, lane);
     }
-    sync_threads();
+    if (block + STAGES < share.end) sync_threads();  // it takes the place of this block
     fetch(block + STAGES);
   }
   gather_warps(state, shared, query_warps);

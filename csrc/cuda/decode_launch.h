@@ -19,7 +19,8 @@ __global__ void __launch_bounds__(THREADS, TileSizes<DIM>::BLOCKS_ON_MULTIPROCES
   decode_item<Element>(call, *reinterpret_cast<SharedMemory<DIM>*>(dynamic_shared));
 }
 
-// Once on each device: dynamic shared memory beyond 48 KiB has to be asked for.
+// Once on each device: dynamic shared memory beyond 48 KiB has to be asked for, and as much of it as there is, so that several
+// thread blocks are on a multiprocessor.
 template <typename Element, int DIM>
 int prepare() {
   static std::atomic<uint64_t> prepared{0};
@@ -29,6 +30,8 @@ int prepare() {
   if (device < 64 && prepared & bit) return cudaSuccess;
   const auto limit = cudaFuncAttributeMaxDynamicSharedMemorySize;
   if (const int error = cudaFuncSetAttribute(decode_kernel<Element, DIM>, limit, int(sizeof(SharedMemory<DIM>)))) return error;
+  const auto carveout = cudaFuncAttributePreferredSharedMemoryCarveout;
+  if (const int error = cudaFuncSetAttribute(decode_kernel<Element, DIM>, carveout, cudaSharedmemCarveoutMaxShared)) return error;
   prepared |= bit;
   return cudaSuccess;
 }

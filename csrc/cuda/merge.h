@@ -43,7 +43,7 @@ template <int DIM>
 DEVICE void gather_warps(WarpState<DIM>& state, SharedMemory<DIM>& shared, int query_warps) {
   const int thread = thread_index(), warp = thread / LANES, lane = thread % LANES;
   state.finish();
-  sync_threads();  // the sums take the place of keys and values
+  sync_threads();  // sums take the place of keys and values
 #pragma unroll
   for (int r = 0; r < 2; ++r)
     if (lane % 4 == 0) {
