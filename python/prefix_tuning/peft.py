@@ -23,7 +23,7 @@ from prefix_tuning.shapes import Layers, ModelShape
 from prefix_tuning.stacks import part_shapes
 
 STATE = "_prefix_tuning"  # where an accelerated PeftModel keeps its Acceleration
-PATCHED = ("forward", "generate", "prepare_inputs_for_generation")
+PATCHED = ("forward", "generate", "disable_adapter", "prepare_inputs_for_generation")
 
 
 class ActiveAdapter:
@@ -84,7 +84,7 @@ class Acceleration:
             before = stack.module.register_forward_pre_hook(self._before_stack, prepend=True)  # before the Attachment's own
             self._hooks += [before, stack.module.register_forward_hook(self._after_stack)]
         self._before = {name: vars(model)[name] for name in PATCHED if name in vars(model)}
-        self._patches = {"forward": _forward, "generate": _generate}
+        self._patches = {"forward": _forward, "generate": _generate, "disable_adapter": _disable_adapter}
         if hasattr(model, "base_model_prepare_inputs_for_generation"):
             self._patches["prepare_inputs_for_generation"] = _prepare_inputs_for_generation
         for name, function in self._patches.items():
@@ -186,10 +186,10 @@ def _expected(model: nn.Module) -> dict[str, ModelShape]:
 def _layout(config, shape: ModelShape):
     """The layout of an adapter that must have the model's shape, or, as PEFT has it for Gemma 4, the largest of its layers'."""
     layout = adapter_layout(vars(config))
-    largest = [max(sizes) for sizes in zip(*map(shape.of, range(shape.layers)), strict=True)]
-    fits = layout.shape.layers >= shape.layers and list(layout.shape.of(0)) == largest
-    if layout.shape != shape and (shape.uniform or not fits):
-        raise ValueError(f"peft_model: its adapter has {layout.shape}, expected {shape} as the model")
+    if layout.shape != shape:
+        largest = [max(sizes) for sizes in zip(*map(shape.of, range(shape.layers)), strict=True)]
+        if shape.uniform or layout.shape.layers < shape.layers or list(layout.shape.of(0)) != largest:
+            raise ValueError(f"peft_model: its adapter has {layout.shape}, expected {shape} as the model")
     return layout
 
 
@@ -219,6 +219,13 @@ def _generate(self, *args: Any, **kwargs: Any) -> Any:
     acceleration = getattr(self, STATE)
     with acceleration.running(), acceleration.adapter.held():
         return type(self).generate(self, *args, **kwargs)
+
+
+@contextmanager
+def _disable_adapter(self) -> Iterator[None]:
+    with type(self).disable_adapter(self):
+        self.forward = self.base_model.__call__  # PEFT puts its forward here, which passes hooks by
+        yield
 
 
 def _prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:

@@ -442,6 +442,23 @@ def test_encoders(name, task):
     assert_same_gradients(gradients(model, model(**given).loss), grads)
 
 
+@pytest.mark.parametrize("bare", ("llama", "bert"))
+def test_models_without_a_head(bare):
+    import transformers
+
+    if bare == "llama":
+        plain = tiny_model("llama").model
+    else:
+        sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48}
+        plain = transformers.BertModel(transformers.BertConfig(**sizes, vocab_size=100, initializer_range=0.2)).eval()
+    rival, model = twins(plain, PREFIX_LEN, task_type="FEATURE_EXTRACTION")
+    accelerate_peft(model)
+    expected, got = (side(input_ids=ids()).last_hidden_state for side in (rival, model))
+    torch.testing.assert_close(got, expected, **TOLERANCE)
+    torch.testing.assert_close(model.base_model(ids()).last_hidden_state, plain(ids()).last_hidden_state, **TOLERANCE)
+    torch.testing.assert_close(model(input_ids=ids()).last_hidden_state, expected, **TOLERANCE)
+
+
 def test_token_types_are_ignored_as_peft_does():
     rival, model = twins(tiny_model("gpt2"), PREFIX_LEN)
     accelerate_peft(model)
