@@ -21,7 +21,7 @@ from prefix_kernels import available_backends
 from prefix_tuning.attach import attach_prefix
 from prefix_tuning.bank import PrefixBank
 from prefix_tuning.data import is_e2e, read_rows
-from prefix_tuning.doctor import report
+from prefix_tuning.doctor import model_report, report
 from prefix_tuning.e2e import load_e2e
 from prefix_tuning.evaluate import e2e_reference_scores, evaluate_e2e, evaluate_rows
 from prefix_tuning.files import write_json
@@ -135,7 +135,7 @@ def convert(args: argparse.Namespace) -> None:
 
 
 def doctor(args: argparse.Namespace) -> None:
-    print(report())
+    print(report() if args.model is None else model_report(args.model))
 
 
 def _model(args: argparse.Namespace):
@@ -191,7 +191,9 @@ def _parser() -> argparse.ArgumentParser:
     _evaluate_options(_command(commands, evaluate, "score a model, with or without a prefix, on a file"))
     _generate_options(_command(commands, generate, "write the answers to prompts"))
     _convert_options(_command(commands, convert, "turn an adapter of the package peft into a prefix, or a prefix into one"))
-    _command(commands, doctor, "say what this machine can run, and why not the rest")
+    _command(commands, doctor, "say what this machine can run, and why not the rest").add_argument(
+        "--model", metavar="NAME", help="hub id or folder: say what a prefix for it is and which backends serve its layers"
+    )
     return parser
 
 

@@ -1,17 +1,20 @@
-"""What this machine can run: versions, devices, compiled kernels, attention backends with their reasons, the default model."""
+"""What this machine can run: versions, devices, kernels, attention backends with their reasons, for a model too."""
 
 from __future__ import annotations
 
 import importlib.metadata
+import itertools
 import platform
 from pathlib import Path
 
 import torch
 from torch import nn
+from transformers import AutoConfig
 
 from prefix_kernels import available_backends, explain_backends
 from prefix_tuning.offline_model import OFFLINE_MODEL, cache_folder, shipped_gguf
-from prefix_tuning.stacks import part_shapes, stacks, text_config
+from prefix_tuning.shapes import ModelShape
+from prefix_tuning.stacks import attention_kinds, part_shapes, text_config
 
 PACKAGES = ("prefix-kernels", "torch", "transformers", "accelerate", "triton", "sacrebleu", "matplotlib", "gguf")
 
@@ -29,45 +32,76 @@ def report() -> str:
         "compiled kernels": _compiled_kernels(),
         "backends on this machine": [", ".join(available_backends()) + " (in order of preference)"],
     }
-    devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
-    for device in devices:
-        dtype = torch.bfloat16 if device == "cuda" else torch.float32
-        kind = f"{str(dtype).removeprefix('torch.')} on {device}, prefix of 128"
+    for device, dtype, kind in _devices_and_dtypes():
         sections[f"training, batch 8 × 256, {kind}"] = _reasons(device, dtype, batch=8, q_len=256, kv_len=256)
         sections[f"decoding, batch 8, cache of 512, {kind}"] = _reasons(device, dtype, batch=8, q_len=1, kv_len=512)
     sections["default model"] = _offline_model()
-    return "\n".join(line for title, lines in sections.items() for line in (title, *(f"  {text}" for text in lines)))
+    return _text(sections)
+
+
+def model_report(name: str) -> str:
+    """What attach_prefix does with a model, from its config alone: the shape of a prefix, and which backends serve its calls.
+
+    name: hub id or folder. NotImplementedError for a family that is not served.
+    """
+    config = AutoConfig.from_pretrained(name)
+    kinds, shapes = attention_kinds(config), part_shapes(config)
+    sections = {f"{name}, {config.model_type}": [f"{part}: {shape}" for part, shape in shapes.items()]}
+    heads, shape = _heads(config), list(shapes.values())[-1]
+    for (device, dtype, kind), (title, options) in itertools.product(_devices_and_dtypes(), kinds.items()):
+        for use, sizes in {"training": {"q_len": 256, "kv_len": 256}, "decoding": {"q_len": 1, "kv_len": 512}}.items():
+            reasons = _explain(device, dtype, torch.float32, shape, heads=heads, batch=8, prefix_len=128, **sizes, **options)
+            sections[f"{title}, {use}, {kind}"] = _lines(reasons)
+    return _text(sections)
 
 
 def explain_training(
     model: nn.Module, prefix_dtype: torch.dtype, *, batch: int, length: int, prefix_len: int, backend: str | None = None
 ) -> dict[str, str]:
     """`explain_backends` for a training step of this model: a padded batch of `length` tokens behind a prefix; of an
-    encoder-decoder, the decoder's self-attention."""
-    stack, parameter = stacks(model)[-1], next(model.parameters())
-    kv_heads, head_dim, _ = part_shapes(model.config)[stack.self_attention].of(0)
-    config = text_config(model.config)
-    heads = getattr(config, "decoder_attention_heads", None) or config.num_attention_heads
+    encoder-decoder, the decoder's self-attention; where layers are of several kinds, that of the first."""
+    parameter, shapes = next(model.parameters()), part_shapes(model.config)
+    shape, options = shapes["decoder" if "decoder" in shapes else "encoder"], next(iter(attention_kinds(model.config).values()))
     return _explain(
-        parameter.device, parameter.dtype, prefix_dtype, heads=heads, kv_heads=kv_heads, head_dim=head_dim, batch=batch,
-        q_len=length, kv_len=length, prefix_len=prefix_len, with_bias=stack.positions == "relative", backend=backend,
+        parameter.device, parameter.dtype, prefix_dtype, shape, heads=_heads(model.config), batch=batch, q_len=length,
+        kv_len=length, prefix_len=prefix_len, backend=backend, **options,
     )  # fmt: skip
 
 
+def _heads(config) -> int:
+    config = text_config(config)
+    return getattr(config, "decoder_attention_heads", None) or config.num_attention_heads
+
+
 def _explain(
-    device, dtype, prefix_dtype, *, heads, kv_heads, head_dim, batch, q_len, kv_len, prefix_len, with_bias=False, backend=None
+    device, dtype, prefix_dtype, shape: ModelShape, *, heads, batch, q_len, kv_len, prefix_len, layer=0, bias=False, **options
 ) -> dict[str, str]:
+    kv_heads, head_dim, value_dim = shape.of(layer)
     q = torch.empty(batch, heads, q_len, head_dim, device=device, dtype=dtype)
-    k, v = (torch.empty(batch, kv_heads, kv_len, head_dim, device=device, dtype=dtype) for _ in range(2))
-    prefix = [torch.empty(kv_heads, prefix_len, head_dim, device=device, dtype=prefix_dtype) for _ in range(2)]
+    k, v = (torch.empty(batch, kv_heads, kv_len, dim, device=device, dtype=dtype) for dim in (head_dim, value_dim))
+    prefix = [torch.empty(kv_heads, prefix_len, dim, device=device, dtype=prefix_dtype) for dim in (head_dim, value_dim)]
     key_mask = torch.ones(batch, kv_len, device=device, dtype=torch.bool)
-    bias = torch.empty(1, heads, q_len, prefix_len + kv_len, device=device, dtype=dtype) if with_bias else None
-    return explain_backends(q, k, v, *prefix, key_mask=key_mask, bias=bias, backend=backend)
+    columns = torch.empty(1, heads, q_len, prefix_len + kv_len, device=device, dtype=dtype) if bias else None
+    return explain_backends(q, k, v, *prefix, key_mask=key_mask, bias=columns, **options)
+
+
+def _devices_and_dtypes() -> list[tuple[str, torch.dtype, str]]:
+    """Each device with the dtype that is explained for it, and both in words."""
+    found = {"cpu": torch.float32} | ({"cuda": torch.bfloat16} if torch.cuda.is_available() else {})
+    return [(on, dtype, f"{str(dtype).removeprefix('torch.')} on {on}, prefix of 128") for on, dtype in found.items()]
+
+
+def _text(sections: dict[str, list[str]]) -> str:
+    return "\n".join(line for title, lines in sections.items() for line in (title, *(f"  {text}" for text in lines)))
+
+
+def _lines(reasons: dict[str, str]) -> list[str]:
+    return [f"{name:<12}{reason}" for name, reason in reasons.items()]
 
 
 def _reasons(device: str, dtype: torch.dtype, **sizes: int) -> list[str]:
-    reasons = _explain(device, dtype, torch.float32, heads=12, kv_heads=4, head_dim=64, prefix_len=128, **sizes)
-    return [f"{name:<12}{reason}" for name, reason in reasons.items()]
+    shape = ModelShape(layers=1, kv_heads=4, head_dim=64, value_dim=64)
+    return _lines(_explain(device, dtype, torch.float32, shape, heads=12, prefix_len=128, **sizes))
 
 
 def _versions() -> list[str]:

@@ -27,6 +27,7 @@ class Family:
         says what replaces the method in which they do without.
     shape: from its config the ModelShape of its prefix: what its attention modules' keys and values are.
     learned_positions: position embeddings are a table of max_position_embeddings rows, so prefix and text must fit in it.
+    alibi: positions are a bias that falls with distance (Falcon: where its config says so).
     query_scale: (module, indices of the queries, position_offset) → a factor of the queries that the model lacks, or None.
     while_attached: attributes of the module with the layers that are set meanwhile.
     hands_on: further arguments of a call arrive at its attention modules, as a bank's prefix_ids must.
@@ -35,6 +36,7 @@ class Family:
     attention: str
     shape: Callable[..., ModelShape] = standard_shape
     learned_positions: bool = False
+    alibi: bool = False
     query_scale: Callable[..., Tensor | None] | None = None
     while_attached: Mapping[str, Any] = field(default_factory=dict)
     hands_on: bool = True
@@ -42,7 +44,7 @@ class Family:
 
 # by config.model_type
 FAMILIES = {
-    "bloom": Family("BloomAttention"),
+    "bloom": Family("BloomAttention", alibi=True),
     "cohere2": Family("Cohere2Attention"),
     "deepseek_v2": Family("DeepseekV2Attention", mla_shape),
     "deepseek_v3": Family("DeepseekV3Attention", mla_shape),
@@ -63,7 +65,7 @@ FAMILIES = {
     "llama4_text": Family("Llama4TextAttention", query_scale=llama4_query_scale),
     "mistral": Family("MistralAttention"),
     "mixtral": Family("MixtralAttention"),
-    "mpt": Family("MptAttention"),
+    "mpt": Family("MptAttention", alibi=True),
     "olmo2": Family("Olmo2Attention"),
     "opt": Family("OPTAttention", learned_positions=True),
     "phi": Family("PhiAttention"),

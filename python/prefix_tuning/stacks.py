@@ -60,20 +60,50 @@ def text_config(config):
     return getattr(config, "decoder", config).get_text_config()
 
 
-def stacks(model: nn.Module) -> list[Stack]:
-    """The model's stacks in the order they run; NotImplementedError for a model that is not served, saying why."""
-    model_type = getattr(getattr(model, "config", None), "model_type", None)
-    if model_type in ENCODER_DECODERS:
-        return _encoder_decoder(model)
-    if model_type in ENCODERS:
-        return [_encoder(model)]
+def attention_kinds(config) -> dict[str, dict[str, Any]]:
+    """What a prefix's attention calls have in a model with this config, for each kind of its layers; of its decoder's, if any.
+
+    softcap and window as prefix_attention takes them; bias: True where there is one, for ALiBi, chunks and T5's positions;
+    layer: the first of that kind, where kinds differ.
+    NotImplementedError for a family that is not served, saying why.
+    """
+    check_served(config)
+    if config.model_type in ENCODER_DECODERS and ENCODER_DECODERS[config.model_type].positions == "relative":
+        return {"relative positions": {"bias": True}}
+    config = text_config(config)
+    family, window = FAMILIES.get(config.model_type), getattr(config, "sliding_window", None)
+    common = {"softcap": getattr(config, "attn_logit_softcapping", None)}
+    if family is not None and (family.alibi or getattr(config, "alibi", False)):
+        return {"ALiBi": common | {"bias": True}}
+    kinds = {
+        "full_attention": ("full attention", {}),
+        "sliding_attention": (f"a window of {window}", {"window": window}),
+        "chunked_attention": (f"chunks of {getattr(config, 'attention_chunk_size', None)}", {"bias": True}),
+        "global": ("full attention", {}),
+        "local": (f"a window of {getattr(config, 'window_size', None)}", {"window": getattr(config, "window_size", None)}),
+    }
+    types = getattr(config, "layer_types", None) or getattr(config, "attention_layers", None)  # the latter GPT-Neo's
+    found = types or ["sliding_attention" if window else "full_attention"]
+    return {kinds[name][0]: common | kinds[name][1] | {"layer": found.index(name)} for name in kinds if name in found}
+
+
+def check_served(config) -> None:
+    """NotImplementedError for a config of a family without a row, saying why."""
+    model_type = getattr(config, "model_type", None)
     if model_type in REFUSED:
         raise NotImplementedError(f"model: a prefix cannot be attached to {model_type}: {REFUSED[model_type]}")
-    if model_type not in FAMILIES:
+    if model_type not in FAMILIES.keys() | ENCODER_DECODERS.keys() | ENCODERS.keys():
         known = ", ".join(sorted([*FAMILIES, *ENCODER_DECODERS, *ENCODERS]))
-        raise NotImplementedError(
-            f"model: a prefix can be attached to {known}; got model type {model_type!r} ({type(model).__name__})"
-        )
+        raise NotImplementedError(f"model: a prefix can be attached to {known}; got model type {model_type!r}")
+
+
+def stacks(model: nn.Module) -> list[Stack]:
+    """The model's stacks in the order they run; NotImplementedError for a model that is not served, saying why."""
+    check_served(getattr(model, "config", None))
+    if model.config.model_type in ENCODER_DECODERS:
+        return _encoder_decoder(model)
+    if model.config.model_type in ENCODERS:
+        return [_encoder(model)]
     family, modules = family_of(model), attention_modules(model)
     return [
         Stack(

@@ -8,12 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
 import prefix_kernels
 from prefix_kernels import available_backends, explain_backends
-from prefix_tuning import doctor
+from prefix_tuning import attach_prefix, attention, doctor
+from prefix_tuning.stacks import part_shapes
 from support.building import copy_tree, needs_compiler, run
-from support.models import tiny_model
+from support.encoder_decoders import tiny_encoder_decoder
+from support.models import MODELS, random_prefix, tiny_model
 
 
 def sections(text):
@@ -109,3 +112,35 @@ def test_a_training_step_is_explained_in_the_models_own_shapes(family, heads, kv
     assert list(reasons.values()).count("chosen") == 1 and reasons["reference"] != "chosen"
     chosen = doctor.explain_training(model, torch.float32, batch=3, length=7, prefix_len=5, backend="reference")
     assert chosen["reference"] == "chosen" != chosen["sdpa"]
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_a_model_s_own_calls_are_those_that_are_explained(family, monkeypatch, tmp_path):
+    model, calls, original = tiny_model(family), set(), attention.prefix_attention
+
+    def spy(q, k, v, *prefix, window, softcap, bias, **options):
+        calls.add((q.shape[1], k.shape[1], q.shape[-1], v.shape[-1], window, softcap, bias is not None))
+        return original(q, k, v, *prefix, window=window, softcap=softcap, bias=bias, **options)
+
+    monkeypatch.setattr(attention, "prefix_attention", spy)
+    with attach_prefix(model, random_prefix(model)):
+        model(input_ids=torch.randint(3, 100, (1, 12)))
+    explained, explain = set(), doctor.explain_backends
+
+    def explain_spy(q, k, v, *prefix, window=None, softcap=None, bias=None, **options):
+        explained.add((q.shape[1], k.shape[1], q.shape[-1], v.shape[-1], window, softcap, bias is not None))
+        return explain(q, k, v, *prefix, window=window, softcap=softcap, bias=bias, **options)
+
+    monkeypatch.setattr(doctor, "explain_backends", explain_spy)
+    model.config.save_pretrained(tmp_path)
+    lines = sections(doctor.model_report(str(tmp_path)))
+    assert explained == calls
+    assert f"decoder: {part_shapes(model.config)['decoder']}" in lines[f"{tmp_path}, {model.config.model_type}"]
+
+
+def test_a_model_that_is_not_served_is_refused(tmp_path):
+    transformers.XLMConfig().save_pretrained(tmp_path)
+    with pytest.raises(NotImplementedError, match="got model type 'xlm'"):
+        doctor.model_report(str(tmp_path))
+    tiny_encoder_decoder("t5").config.save_pretrained(tmp_path)
+    assert "relative positions, decoding, float32 on cpu, prefix of 128" in sections(doctor.model_report(str(tmp_path)))

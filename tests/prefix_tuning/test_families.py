@@ -89,14 +89,6 @@ def test_a_bank_is_refused_where_layers_do_not_hand_on_its_ids():
     attach_prefix(model, random_prefix(model)).detach()
 
 
-def test_packed_rows_under_a_window_that_slides_over_the_prefix_are_refused():
-    """Where the layers are not told where their tokens stand; the others are served (test_peft.py)."""
-    model = tiny_model("gpt_neo")
-    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2]] * 2)
-    with attach_prefix(model, random_prefix(model), prefix_window="peft"), pytest.raises(NotImplementedError, match="packed"):
-        model(input_ids=ids(), position_ids=positions, use_cache=False)
-
-
 @pytest.mark.parametrize("name", ("gpt2", "gpt_bigcode", "gpt_neo", "gptj", "opt"))
 def test_a_table_of_positions_that_is_too_short_is_refused(name):
     model = tiny_model(name)
