@@ -14,7 +14,6 @@ struct float16 {};
 DEVICE int thread_index() { return threadIdx.x; }
 DEVICE int block_index() { return blockIdx.x; }
 DEVICE void sync_threads() { __syncthreads(); }
-DEVICE void sync_warp() { __syncwarp(); }
 DEVICE float shuffle_xor(float value, int mask) { return __shfl_xor_sync(~0u, value, mask); }
 DEVICE int shuffle_xor(int value, int mask) { return __shfl_xor_sync(~0u, value, mask); }
 DEVICE int shuffle_up(int value, int distance) { return __shfl_up_sync(~0u, value, distance); }
