@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedConfig
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from prefix_tuning.attention import ATTENTION_NAME, LayerPrefix
 from prefix_tuning.bank import PrefixBank
@@ -149,7 +150,9 @@ class Attachment:
 
     def _hook(self, stack: Stack) -> RemovableHandle:
         names = list(inspect.signature(type(stack.module).forward).parameters)[1:]
-        return stack.module.register_forward_pre_hook(partial(self._before_forward, stack, names), with_kwargs=True)
+        layers = (module for module in stack.module.modules() if isinstance(module, GradientCheckpointingLayer))
+        before = partial(self._before_forward, stack, names, next(layers, stack.module))
+        return stack.module.register_forward_pre_hook(before, with_kwargs=True)
 
     def _refresh(self, parts: Iterable[str]) -> None:
         for part in parts:
@@ -191,13 +194,13 @@ class Attachment:
             self._refresh(part for part in parts if self._rounded.pop(part, None))
 
     def _before_forward(
-        self, stack: Stack, names: list[str], module: nn.Module, args: tuple, kwargs: dict
+        self, stack: Stack, names: list[str], first_layer: nn.Module, module: nn.Module, args: tuple, kwargs: dict
     ) -> tuple[tuple, dict]:
         """Shift the positions behind the prefix; evaluate a reparametrisation, once."""
         kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
         if kwargs.get("output_attentions") or module.config.output_attentions:
             raise NotImplementedError("output_attentions: attention weights are never built; detach the prefix to see them")
-        self._check_checkpointing(module)
+        _check_checkpointing(first_layer)
         if module.config._attn_implementation != ATTENTION_NAME:
             raise ValueError(
                 f"attn_implementation: set to {module.config._attn_implementation!r} while a prefix is attached, which it "
@@ -244,13 +247,14 @@ class Attachment:
                 layer.key, layer.value, layer.lens = key, value, self._bank.prefix_lens
         return self._bank.position_offsets(kwargs["prefix_ids"])
 
-    def _check_checkpointing(self, module: nn.Module) -> None:
-        keywords = getattr(getattr(module, "_gradient_checkpointing_func", None), "keywords", None) or {}
-        if getattr(module, "gradient_checkpointing", False) and module.training and keywords.get("use_reentrant"):
-            raise ValueError(
-                "gradient_checkpointing: expected use_reentrant=False; the reentrant kind gives a prefix under a frozen model "
-                "no gradient"
-            )
+
+def _check_checkpointing(layer: nn.Module) -> None:
+    keywords = getattr(getattr(layer, "_gradient_checkpointing_func", None), "keywords", None) or {}
+    if getattr(layer, "gradient_checkpointing", False) and layer.training and keywords.get("use_reentrant"):
+        raise ValueError(
+            "gradient_checkpointing: expected use_reentrant=False; the reentrant kind gives a prefix under a frozen model "
+            "no gradient"
+        )
 
 
 def _replace_configs(model: nn.Module, untouched: Sequence[Stack]) -> list[tuple[nn.Module, PreTrainedConfig]]:

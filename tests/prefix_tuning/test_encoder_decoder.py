@@ -164,6 +164,16 @@ def test_gradient_checkpointing_recomputes_and_changes_nothing(model, monkeypatc
     proven(model.config.model_type, "gradient checkpointing")
 
 
+@pytest.mark.parametrize("parts", SUBSETS, ids="-".join)
+def test_reentrant_checkpointing_is_refused(model, parts):
+    model = copy.deepcopy(model)
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": True})
+    model.train()
+    with attach_prefix(model, random_parts(model, parts)), pytest.raises(ValueError, match="use_reentrant=False"):
+        model(**source(model), labels=labels(), use_cache=False)
+
+
 def test_an_mlp_for_each_part_is_evaluated_once_a_forward_pass(tmp_path):
     model = tiny_encoder_decoder("bart")
     prefix = Prefix.for_model(model, PREFIX_LEN, reparametrization="mlp", hidden_size=8, seed=0)

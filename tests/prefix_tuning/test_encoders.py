@@ -132,6 +132,15 @@ def test_gradient_checkpointing_keeps_the_prefix(family, monkeypatch, proven):
     proven(family, "gradient checkpointing")
 
 
+def test_reentrant_checkpointing_is_refused(family):
+    model = tiny_encoder(family)
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": True})
+    model.train()
+    with attach_prefix(model, random_prefix(model, PREFIX_LEN)), pytest.raises(ValueError, match="use_reentrant=False"):
+        model(**inputs_of(model))
+
+
 def test_a_causal_models_score_is_a_head(tmp_path):
     from transformers import LlamaForSequenceClassification
 
