@@ -16,37 +16,23 @@ import prefix_tuning.attention
 from prefix_tuning import Prefix, accelerate_peft, attach_prefix, restore_peft
 from support.encoder_decoders import labels, source, tiny_encoder_decoder
 from support.models import FAMILIES, random_prefix, tiny_model
-from support.peft_models import peft_model, twins
+from support.peft_models import (
+    KINDS,
+    PREFIX_LEN,
+    TOLERANCE,
+    generated,
+    ids,
+    padding,
+    peft_model,
+    train_with_checkpointing,
+    twins,
+)
 
 peft = pytest.importorskip("peft")
-
-PREFIX_LEN = 5
-TOLERANCE = {"atol": 2e-5, "rtol": 1e-4}
-KINDS = {
-    "flat": {},
-    "projection": {"prefix_projection": True, "encoder_hidden_size": 24},
-    "cartridge": {"cartridge": True, "num_frozen_tokens": 2},
-}
-
-
-def ids(batch=2, length=7, seed=1):
-    return torch.randint(3, 100, (batch, length), generator=torch.Generator().manual_seed(seed))
-
-
-def padding(side="left"):
-    mask = torch.ones(2, 7, dtype=torch.long)
-    mask[0, slice(3) if side == "left" else slice(-3, None)] = 0
-    return mask
 
 
 def positions_of(mask):
     return (mask.cumsum(-1) - 1).clamp(min=0)
-
-
-def generated(model, mask=None, **options):
-    mask = torch.ones_like(ids()) if mask is None else mask
-    options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0, **options}
-    return model.generate(input_ids=ids(), attention_mask=mask, **options)
 
 
 def gradients(model, loss):
@@ -251,12 +237,7 @@ def test_gradient_checkpointing(pair, monkeypatch):
         prefix_tuning.attention, "prefix_attention", lambda *args, **kwargs: calls.append(1) or original(*args, **kwargs)
     )
     expected = gradients(rival, rival(input_ids=ids(), labels=ids()).loss)
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
-    model.train()
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
+    train_with_checkpointing(model)
     loss = model(input_ids=ids(), labels=ids(), use_cache=False).loss
     with torch.no_grad(), model.disable_adapter():  # as for the reference of a preference loss
         model(input_ids=ids(), use_cache=False)
@@ -434,11 +415,7 @@ def test_encoders(name, task):
     grads = gradients(rival, expected.loss)
     assert len(grads) > 1  # the head's too
     assert_same_gradients(gradients(model, got.loss), grads)
-    (getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable)({"use_reentrant": False})
-    model.train()
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
+    train_with_checkpointing(model)
     assert_same_gradients(gradients(model, model(**given).loss), grads)
 
 

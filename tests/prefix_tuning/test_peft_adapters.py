@@ -14,32 +14,9 @@ from prefix_tuning.shapes import ModelShape
 from support.encoder_decoders import labels, source, tiny_encoder_decoder
 from support.encoders import inputs_of, logits_of, tiny_encoder
 from support.models import FAMILIES, random_prefix, tiny_model
-from support.peft_models import name_the_cache, peft_model
+from support.peft_models import KINDS, PREFIX_LEN, TOLERANCE, generated, ids, name_the_cache, padding, peft_model
 
 peft = pytest.importorskip("peft")
-
-PREFIX_LEN = 5
-TOLERANCE = {"atol": 2e-5, "rtol": 1e-4}
-KINDS = {
-    "flat": {},
-    "projection": {"prefix_projection": True, "encoder_hidden_size": 24},
-    "cartridge": {"cartridge": True, "num_frozen_tokens": 2},
-}
-
-
-def ids(batch=2, length=7, seed=1):
-    return torch.randint(3, 100, (batch, length), generator=torch.Generator().manual_seed(seed))
-
-
-def padding():
-    mask = torch.ones(2, 7, dtype=torch.long)
-    mask[0, :3] = 0
-    return mask
-
-
-def generated(model, mask, **options):
-    options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0, **options}
-    return model.generate(input_ids=ids(), attention_mask=mask, **options)
 
 
 def assert_same_outputs(model, prefix, rival):

@@ -12,16 +12,8 @@ from transformers import DynamicCache
 from prefix_tuning import Prefix, accelerate_peft, attach_prefix
 from prefix_tuning.devices import execution_device
 from support.models import random_prefix, tiny_model
-from support.peft_models import peft_model, twins
+from support.peft_models import PREFIX_LEN, TOLERANCE, generated, ids, peft_model, twins
 from support.tokenizer import tiny_tokenizer
-
-PREFIX_LEN = 5
-TOLERANCE = {"atol": 2e-5, "rtol": 1e-4}
-GREEDY = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-
-
-def ids(batch=2, length=7, seed=1):
-    return torch.randint(3, 100, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
 def past_key_values_loss(model, prefix):
@@ -67,12 +59,12 @@ def test_lora_and_prefix_are_trained_together(lora):
             losses[-1].backward()
             optimizer.step()
         assert losses[-1] < losses[0] - 0.1
-        tokens = lora.generate(input_ids=ids(), attention_mask=torch.ones_like(ids()), **GREEDY)
+        tokens = generated(lora)
         with lora.disable_adapter():
             prefix_alone = lora(input_ids=ids()).logits
     merged = lora.merge_and_unload()
     with attach_prefix(merged, prefix):
-        assert torch.equal(merged.generate(input_ids=ids(), attention_mask=torch.ones_like(ids()), **GREEDY), tokens)
+        assert torch.equal(generated(merged), tokens)
     plain = tiny_model("llama")
     with attach_prefix(plain, prefix):
         torch.testing.assert_close(plain(input_ids=ids()).logits, prefix_alone, **TOLERANCE)
@@ -108,13 +100,13 @@ def test_weights_offloaded_to_disk(tmp_path):
     with attach_prefix(split, prefix):
         out = split(input_ids=ids(), labels=ids())
         out.loss.backward()
-        tokens = split.generate(input_ids=ids(), attention_mask=torch.ones_like(ids()), **GREEDY)
+        tokens = generated(split)
     expected = rival(input_ids=ids(), labels=ids())
     expected.loss.backward()
     torch.testing.assert_close(out.logits, expected.logits, **TOLERANCE)
     flat = torch.stack([tensor.grad for pair in prefix.layers() for tensor in pair]).permute(2, 0, 1, 3).flatten(1)
     torch.testing.assert_close(flat, rival.prompt_encoder["default"].embedding.weight.grad, **TOLERANCE)
-    assert torch.equal(tokens, rival.generate(input_ids=ids(), attention_mask=torch.ones_like(ids()), **GREEDY))
+    assert torch.equal(tokens, generated(rival))
     accelerated = peft_model(dispatched(model, tmp_path / "again", ("cpu", "disk", "disk")), PREFIX_LEN)
     accelerated.prompt_encoder.load_state_dict(rival.prompt_encoder.state_dict())
     torch.testing.assert_close(accelerate_peft(accelerated)(input_ids=ids()).logits, expected.logits, **TOLERANCE)
@@ -161,7 +153,7 @@ def test_bitsandbytes(bits, tmp_path):
         got = model(input_ids=ids(), labels=ids()).loss
         grads = torch.autograd.grad(got, parameters)
         model.eval()
-        assert model.generate(input_ids=ids(), attention_mask=torch.ones_like(ids()), **GREEDY).shape == (2, 13)
+        assert generated(model).shape == (2, 13)
     torch.testing.assert_close(got, loss, atol=1e-3, rtol=1e-3)
     for grad, reference in zip(grads, expected, strict=True):
         torch.testing.assert_close(grad, reference, atol=1e-3, rtol=1e-2)

@@ -9,6 +9,42 @@ from typing import Any
 import torch
 from torch import nn
 
+PREFIX_LEN = 5
+TOLERANCE = {"atol": 2e-5, "rtol": 1e-4}
+KINDS = {
+    "flat": {},
+    "projection": {"prefix_projection": True, "encoder_hidden_size": 24},
+    "cartridge": {"cartridge": True, "num_frozen_tokens": 2},
+}
+
+
+def ids(batch: int = 2, length: int = 7, seed: int = 1) -> torch.Tensor:
+    return torch.randint(3, 100, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def padding(side: str = "left") -> torch.Tensor:
+    """The mask of two rows of 7, the first with three tokens of padding."""
+    mask = torch.ones(2, 7, dtype=torch.long)
+    mask[0, slice(3) if side == "left" else slice(-3, None)] = 0
+    return mask
+
+
+def generated(model: nn.Module, mask: torch.Tensor | None = None, **options: Any) -> torch.Tensor:
+    """ids() and 6 tokens more, the likeliest if the options don't say otherwise."""
+    mask = torch.ones_like(ids()) if mask is None else mask
+    options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0, **options}
+    return model.generate(input_ids=ids(), attention_mask=mask, **options)
+
+
+def train_with_checkpointing(model: nn.Module) -> None:
+    """Training mode and gradient checkpointing, without any dropout."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable  # until 5.23
+    enable({"use_reentrant": False})
+    model.train()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+
 
 def peft_model(model: nn.Module, prefix_len: int = 5, *, cartridge: bool = False, task_type: str = "CAUSAL_LM", **options):
     """`model` under PEFT's prefix tuning or cartridge, in eval mode; without a projection keys and values are from N(0, 1)."""
