@@ -195,6 +195,26 @@ def test_an_mlp_for_each_part_is_evaluated_once_a_forward_pass(tmp_path):
         assert torch.equal(model.generate(**source(model), **GREEDY), after)
 
 
+def test_every_family_takes_an_mlp(model):
+    prefix = Prefix.for_model(model, PREFIX_LEN, reparametrization="mlp", hidden_size=8, seed=0)
+    with attach_prefix(model, prefix):
+        model(**source(model), labels=labels()).loss.backward()
+    assert all(parameter.grad.abs().max() > 0 for parameter in prefix.parameters())
+
+
+def test_padding_of_the_decoders_input(model):
+    prefix, tokens = random_parts(model), labels(length=6).clamp(min=3)
+    mask = torch.ones_like(tokens)
+    mask[0, -2:], mask[1, :2] = 0, 0
+    inputs = source(model) | {"decoder_input_ids": tokens, "decoder_attention_mask": mask}
+    told = {"decoder_position_ids": (mask.cumsum(-1) - 1).clamp(min=0)} if model.config.model_type == "t5gemma" else {}
+    with expanded_prefix(model, prefix, parts_of(model)):
+        expected = model(**inputs, **told).logits
+    with attach_prefix(model, prefix):
+        got = model(**inputs).logits
+    torch.testing.assert_close(got[mask.bool()], expected[mask.bool()], **TOLERANCE)
+
+
 def test_saved_parts_come_back(tmp_path):
     model = tiny_encoder_decoder("t5")
     prefix = random_parts(model, ("cross", "encoder"))
