@@ -188,6 +188,12 @@ def test_several_turns(pair):
     first = model(input_ids=ids()[:, :4], use_cache=True)
     second = model(input_ids=ids()[:, 4:], past_key_values=first.past_key_values)
     torch.testing.assert_close(torch.cat([first.logits, second.logits], 1), expected, **TOLERANCE)
+    turn = generated(model, return_dict_in_generate=True)
+    asked = torch.cat([turn.sequences, ids(2, 3, seed=9)], 1)
+    given = {"input_ids": asked, "attention_mask": torch.ones_like(asked), "max_new_tokens": 5, "do_sample": False}
+    options = {"eos_token_id": None, "pad_token_id": 0}
+    answer = model.generate(**given, past_key_values=turn.past_key_values, **options)
+    assert torch.equal(answer, rival.generate(**given, **options))
     first = rival(input_ids=ids()[:, :4], use_cache=True)
     wrong = rival(input_ids=ids()[:, 4:], past_key_values=first.past_key_values).logits
     assert (wrong - expected[:, 4:]).abs().max() > 1e-2
