@@ -10,7 +10,10 @@ import pytest
 import torch
 import transformers
 
+from prefix_tuning import Prefix
 from prefix_tuning.encoder_families import ENCODER_DECODERS, ENCODERS
+from support.encoder_decoders import tiny_encoder_decoder
+from support.encoders import tiny_encoder
 from support.models import random_prefix, tiny_model
 from support.tokenizer import CHAT_TEMPLATE, tiny_tokenizer
 
@@ -98,6 +101,23 @@ def test_serving_examples_run(tmp_path, monkeypatch):
     names = {}
     exec(compile(source, "serving.md", "exec"), names)
     assert names["logits"].shape[0] == 3 and names["tokens"].shape[0] == 1 and names["bank"].capacity == 8
+
+
+def test_examples_for_encoders_run(tmp_path, monkeypatch):
+    source = "".join(re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "encoders.md").read_text(), re.DOTALL))
+    models = {
+        "Seq2SeqLM": tiny_encoder_decoder("t5", vocab_size=128),
+        "SequenceClassification": tiny_encoder("modernbert", vocab_size=128),
+    }
+    for name, model in models.items():
+        auto = getattr(transformers, f"AutoModelFor{name}")
+        monkeypatch.setattr(auto, "from_pretrained", lambda *_, model=model, **__: model)
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda name: tiny_tokenizer(adds_eos=True))
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(compile(source.replace("max_steps=100", "max_steps=2"), "encoders.md", "exec"), names)
+    assert names["tokens"].shape[0] == 1 and names["logits"].shape == (1, 3) and list(names["prefix"].heads) == ["classifier"]
+    assert set(Prefix.load("runs/flan/prefix").parts) == {"encoder", "cross"}
 
 
 def test_commands_of_the_readme_exist():
