@@ -266,10 +266,10 @@ class PrefixTrainer(Trainer):
         self._load_from_checkpoint(self.state.best_model_checkpoint)
 
 
-def _collate(data_collator: DataCollator, positions: int, examples: list) -> dict[str, Any]:
-    """positions: that the model has; without a mask padding takes some too."""
+def _collate(data_collator: DataCollator, positions: int | None, examples: list) -> dict[str, Any]:
+    """positions: that the model has, None for any number; without a mask padding takes some too."""
     batch = data_collator(examples)
-    fits = "input_ids" in batch and batch["input_ids"].shape[1] <= positions
+    fits = "input_ids" in batch and (positions is None or batch["input_ids"].shape[1] <= positions)
     return without_idle_mask(batch) if fits else batch
 
 

@@ -79,7 +79,7 @@ class Draws(TrainerCallback):
 
 
 @pytest.mark.parametrize("reparametrization", (None, "mlp"))
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", (*FAMILIES, "bloom", "deepseek_v2", "qwen3_next"))
 def test_the_prefix_alone_is_trained(family, reparametrization, tmp_path):
     model = tiny_model(family)
     prefix = Prefix.for_model(model, PREFIX_LEN, reparametrization=reparametrization, hidden_size=8, seed=0)
