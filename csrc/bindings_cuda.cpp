@@ -1,6 +1,6 @@
-// The operators prefix_kernels_cuda::{decode, part_values, code, machine_code}. The only file of the CUDA library that includes torch, through
-// its stable ABI; it builds against a torch without CUDA. prefix_kernels/backends/cuda.py is the caller; it has checked the
-// problem, made every last stride 1 and every index and mask contiguous.
+// The operators prefix_kernels_cuda::{decode, part_values, code, machine_code}. The only file of the CUDA library that includes
+// torch, through its stable ABI; it builds against a torch without CUDA. prefix_kernels/backends/cuda.py is the caller; it has
+// checked the problem, made every last stride 1 and every index and mask contiguous.
 #include <dlfcn.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>

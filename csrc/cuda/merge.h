@@ -99,7 +99,7 @@ DEVICE void store_item(const DecodeCall& call, const Item& item, const Tile& til
     } else {
       const int split = item.shared ? item.split : s.shared_splits + item.split;
       const int64_t place = s.place(split, item.kv_head, unit, number);
-      *reinterpret_cast<float4*>(parts.sums + place * DIM + dim) = sums;
+      if (total != 0) *reinterpret_cast<float4*>(parts.sums + place * DIM + dim) = sums;
       if (dim == 0) parts.states[place] = float2{largest, total};
     }
   }
@@ -132,20 +132,22 @@ DEVICE void merge_query(const DecodeCall& call, const Query& at, int64_t place, 
     const int here = splits - from < LANES ? splits - from : LANES;
     for (int first = 0; first < here; first += LOADS_AHEAD) {
       float4 ahead[LOADS_AHEAD][ROUNDS];
+      float weights[LOADS_AHEAD];
 #pragma unroll
-      for (int j = 0; j < LOADS_AHEAD; ++j)
+      for (int j = 0; j < LOADS_AHEAD; ++j) {
+        weights[j] = shuffle(weight, (first + j) % LANES);
+        const float4* part = reinterpret_cast<const float4*>(parts.sums + (place + (from + first + j) * step) * DIM);
+        const bool there = first + j < here && weights[j] != 0;  // a split that saw nothing left no sums
 #pragma unroll
         for (int i = 0; i < ROUNDS; ++i) {
           ahead[j][i] = float4{0, 0, 0, 0};
-          const float4* part = reinterpret_cast<const float4*>(parts.sums + (place + (from + first + j) * step) * DIM);
-          if (first + j < here && lane + i * LANES < VECTORS) ahead[j][i] = load_written(part + lane + i * LANES);
+          if (there && lane + i * LANES < VECTORS) ahead[j][i] = load_written(part + lane + i * LANES);
         }
-#pragma unroll
-      for (int j = 0; j < LOADS_AHEAD; ++j) {
-        const float its_weight = shuffle(weight, (first + j) % LANES);
-#pragma unroll
-        for (int i = 0; i < ROUNDS; ++i) sums[i] = plus(sums[i], its_weight, ahead[j][i]);
       }
+#pragma unroll
+      for (int j = 0; j < LOADS_AHEAD; ++j)
+#pragma unroll
+        for (int i = 0; i < ROUNDS; ++i) sums[i] = plus(sums[i], weights[j], ahead[j][i]);
     }
   }
   for (int mask = 1; mask < LANES; mask *= 2) total += shuffle_xor(total, mask);
