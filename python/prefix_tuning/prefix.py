@@ -156,8 +156,6 @@ class Prefix(nn.Module):
             with _seeded(seed):
                 source = {part: _random_layers(shape, prefix_len) for part, shape in shapes.items()}
         if reparametrization == "mlp":
-            if not all(shape.uniform for shape in shapes.values()):
-                raise NotImplementedError(f"reparametrization: 'mlp' needs layers that are alike, got {shapes}")
             embedding_dim = text_config(model.config).hidden_size
             with _seeded(seed):
                 mlps = {

@@ -22,7 +22,7 @@ class MLPReparametrization(nn.Module):
     """Embedding(prefix_len, embedding_dim) → Linear(hidden_size) → Tanh → Linear: the keys, then the values, of all layers.
 
     The weights start as torch's layers do (embeddings from N(0, 1), linear layers uniform), in float32. Calling the module
-    runs the MLP once over the prefix_len positions, whatever the batch.
+    runs the MLP once over the prefix_len positions, whatever the batch. A size that differs between layers is a tuple.
     """
 
     def __init__(
@@ -32,9 +32,9 @@ class MLPReparametrization(nn.Module):
         hidden_size: int,
         *,
         layers: int,
-        kv_heads: int,
-        head_dim: int,
-        value_dim: int,
+        kv_heads: int | tuple[int, ...],
+        head_dim: int | tuple[int, ...],
+        value_dim: int | tuple[int, ...],
         device: torch.device | str | None = None,
     ):
         super().__init__()
@@ -43,13 +43,22 @@ class MLPReparametrization(nn.Module):
         options = {"device": device, "dtype": torch.float32}
         self.embedding = nn.Embedding(prefix_len, embedding_dim, **options)
         self.hidden = nn.Linear(embedding_dim, hidden_size, **options)
-        self.output = nn.Linear(hidden_size, layers * kv_heads * (head_dim + value_dim), **options)
+        sizes = [[size] * layers if isinstance(size, int) else size for size in (kv_heads, head_dim, value_dim)]
+        self._pieces = [(heads, heads * dim) for dims in sizes[1:] for heads, dim in zip(sizes[0], dims, strict=True)]
+        self.output = nn.Linear(hidden_size, sum(width for _, width in self._pieces), **options)
 
     def forward(self) -> list[tuple[Tensor, Tensor]]:
         """Of each layer the key [kv_heads, prefix_len, head_dim] and the value [kv_heads, prefix_len, value_dim].
 
         They are contiguous views of one evaluation: the way back gathers the gradients of all layers in one step.
         """
+        if not all(isinstance(size, int) for size in (self.kv_heads, self.head_dim, self.value_dim)):
+            flat = self._flat().split([width for _, width in self._pieces], dim=-1)
+            tensors = [
+                piece.unflatten(-1, (heads, -1)).transpose(0, 1).contiguous()
+                for (heads, _), piece in zip(self._pieces, flat, strict=True)
+            ]
+            return list(zip(tensors[: self.layers], tensors[self.layers :], strict=True))
         widths = [self.layers * self.kv_heads * dim for dim in (self.head_dim, self.value_dim)]
         keys, values = self._flat().split(widths, dim=-1)
         return list(zip(self._by_layer(keys, self.head_dim), self._by_layer(values, self.value_dim), strict=True))
@@ -62,9 +71,8 @@ class MLPReparametrization(nn.Module):
         """
         from tqdm import tqdm
 
-        keys, values = (torch.stack([pair[i].detach() for pair in layers]) for i in (0, 1))
-        target = torch.cat([part.permute(2, 0, 1, 3).flatten(1) for part in (keys, values)], dim=-1)
-        target = target.to(self.output.weight)
+        flat = [pair[i].detach().transpose(0, 1).flatten(1) for i in (0, 1) for pair in layers]
+        target = torch.cat(flat, dim=-1).to(self.output.weight)
         optimizer = torch.optim.Adam(self.parameters(), lr=FIT_LEARNING_RATE, fused=True)
         with torch.enable_grad():
             for _ in tqdm(range(FIT_STEPS), desc="fitting the prefix to its text", delay=2, disable=None):

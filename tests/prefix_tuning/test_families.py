@@ -78,8 +78,6 @@ def test_a_bank_of_prefixes_whose_layers_differ():
         expected = model(input_ids=input_ids).logits
     with attach_prefix(model, PrefixBank({"a": prefix})):
         torch.testing.assert_close(model(input_ids=input_ids, prefix_ids=["a", "a"]).logits, expected, **TOLERANCE)
-    with pytest.raises(NotImplementedError, match="'mlp' needs layers that are alike"):
-        Prefix.for_model(model, 5, reparametrization="mlp")
 
 
 def test_a_bank_is_refused_where_layers_do_not_hand_on_its_ids():

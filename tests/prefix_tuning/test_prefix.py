@@ -326,6 +326,23 @@ def test_constructor_refuses(parts, options, error, match):
         Prefix(parts, **options)
 
 
+def test_an_mlp_for_layers_that_differ(tmp_path):
+    model, tokenizer = tiny_model("gemma4"), tiny_tokenizer()
+    prefix = Prefix.for_model(model, 5, init="text", text="a cat&dog", tokenizer=tokenizer, reparametrization="mlp")
+    assert prefix.parts["decoder"] == model_shape(model.config) and not prefix.parts["decoder"].uniform
+    text = Prefix.for_model(model, 5, init="text", text="a cat&dog", tokenizer=tokenizer)
+    for pair, expected in zip(prefix.layers(), text.layers(), strict=True):
+        for tensor, wanted in zip(pair, expected, strict=True):
+            assert tensor.is_contiguous() and tensor.shape == wanted.shape
+            assert (tensor - wanted).norm() < 0.1 * wanted.norm()
+    prefix.save(tmp_path, keep_reparametrization=True)
+    for one, other in zip(Prefix.load(tmp_path).parameters(), prefix.parameters(), strict=True):
+        assert torch.equal(one, other)
+    with attach_prefix(model, prefix):
+        model(input_ids=torch.tensor([[5, 6, 7]]), labels=torch.tensor([[5, 6, 7]])).loss.backward()
+    assert all(parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in prefix.parameters())
+
+
 def test_layers_may_differ_in_heads_and_dims(tmp_path):
     prefix = Prefix({"decoder": pairs(1, 2, 3, 4, 4) + pairs(2, 1, 3, 8, 8)})
     assert prefix.parts["decoder"] == ModelShape(3, (2, 1, 1), (4, 8, 8), [4, 8, 8])
