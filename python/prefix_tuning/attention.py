@@ -32,7 +32,7 @@ class LayerPrefix:
         self.key: Tensor | None = None  # [kv_heads, prefix_len, head_dim], of a bank [prefixes, …]
         self.value: Tensor | None = None
         self.lens: Tensor | None = None  # of a bank: int32 [prefixes]
-        self.bias: Tensor | None = None  # [1, heads, q_len, prefix_len]: where positions are a bias, that of the prefix
+        self.bias: Tensor | None = None  # [batch or 1, heads, q_len, prefix_len]: where positions are a bias, the prefix's
 
     def __deepcopy__(self, memo: dict) -> LayerPrefix:
         """A copy of the model has its own; what was produced for a forward pass is not a part of that pass any more."""
@@ -79,7 +79,7 @@ def prefix_attention_forward(
     if prefix_key.dtype not in (query.dtype, torch.float32) or query.dtype == torch.float64:
         prefix_key, prefix_value = prefix_key.to(query.dtype), prefix_value.to(query.dtype)
     if layer.bias is not None:
-        bias = torch.cat([layer.bias, position_bias.detach()], dim=-1)
+        bias = torch.cat([layer.bias, position_bias.detach().expand(len(layer.bias), -1, -1, -1)], dim=-1)
     prefix_len, prefix_ids = prefix_key.shape[-2], kwargs.get("prefix_ids")
     if layer.slides:
         own_len = prefix_len if layer.lens is None else (layer.lens[prefix_ids.clamp(min=0)] * (prefix_ids >= 0))[:, None]

@@ -1,4 +1,4 @@
-"""T5's relative position bias, extended over a prefix that stands right before the sequence."""
+"""T5's relative position bias, extended over a prefix that stands right before each row."""
 
 from __future__ import annotations
 
@@ -7,32 +7,35 @@ import warnings
 import torch
 from torch import Tensor, nn
 
+from prefix_tuning.positions import new_tokens
+
 
 def prefix_bias(attention: nn.Module, arguments: dict, prefix_len: int) -> Tensor:
-    """The bias of a prefix's columns at −prefix_len … −1 for a stack's new tokens, [1, heads, q_len, prefix_len].
+    """The bias of a prefix's columns for a stack's new tokens, [batch or 1, heads, q_len, prefix_len].
 
-    The bias depends on distances alone, so it is the same for a prefix at 0 … prefix_len − 1 and a sequence behind it.
+    The columns stand right before each row's first real token. The bias depends on distances alone, so it is the same for
+    columns at −prefix_len … −1 and at 0 … prefix_len − 1 with the sequence behind them.
 
     attention: the self-attention of the first layer, whose table all layers share.
     arguments: of the stack's forward pass, by name.
     """
-    tokens = arguments.get("input_ids")
-    if tokens is None:
-        tokens = arguments["inputs_embeds"]
     table = attention.relative_attention_bias
     if table.weight.requires_grad and torch.is_grad_enabled():
         _warn_no_gradient()
     cache = arguments.get("cache", arguments.get("past_key_values"))
     seen = 0 if cache is None else cache.get_seq_length()
     columns = torch.arange(-prefix_len, 0, device=table.weight.device)
-    queries = torch.arange(tokens.shape[1], device=table.weight.device) + seen
+    queries = (torch.arange(new_tokens(arguments).shape[1], device=table.weight.device) + seen)[None]
+    mask = arguments.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.dim() == 2 and (torch.compiler.is_compiling() or not bool(mask[:, 0].all())):
+        queries = queries - mask.to(queries.device, torch.uint8).argmax(-1)[:, None]
     buckets = attention._relative_position_bucket(
-        columns[None] - queries[:, None],
+        columns - queries[:, :, None],
         bidirectional=not attention.is_decoder,
         num_buckets=attention.relative_attention_num_buckets,
         max_distance=attention.relative_attention_max_distance,
     )
-    return table(buckets).detach().permute(2, 0, 1)[None]
+    return table(buckets).detach().permute(0, 3, 1, 2)
 
 
 def _warn_no_gradient() -> None:

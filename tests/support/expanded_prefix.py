@@ -10,16 +10,17 @@ NAME = "expanded_prefix"
 
 
 @contextmanager
-def expanded_prefix(model, prefix, modules):
+def expanded_prefix(model, prefix, modules, **starts):
     """The plain model with the prefix in front of every layer's keys and values.
 
     modules: of each part its attention modules in the order of the layers.
+    starts: of "encoder" and "decoder" where the first real token is in each row of its input, if that is not 0 in all.
     """
     configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}.values()
     before = [config._attn_implementation for config in configs]
     for part in prefix.parts:
         for module, pair in zip(modules[part], prefix.layers(part), strict=True):
-            module.expanded_prefix = pair
+            module.expanded_prefix, module.starts = pair, starts.get(part, (0,))
     for config in configs:
         config._attn_implementation = NAME
     try:
@@ -29,7 +30,7 @@ def expanded_prefix(model, prefix, modules):
             config._attn_implementation = name
         for part in prefix.parts:
             for module in modules[part]:
-                del module.expanded_prefix
+                del module.expanded_prefix, module.starts
 
 
 def _attention(module, query, key, value, attention_mask, scaling=None, position_bias=None, softcap=None, **kwargs):
@@ -46,10 +47,13 @@ def _attention(module, query, key, value, attention_mask, scaling=None, position
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     if position_bias is not None and prefix_len:
-        table = getattr(module, "bias_table", None)  # as if the prefix stood in the cache; cross-attention has no table
-        position_bias = 0 if table is None else table.compute_bias(
-            q_len, prefix_len + kv_len, past_seen_tokens=prefix_len + (kv_len - q_len if module.is_decoder else 0)
-        )  # fmt: skip
+        table = getattr(module, "bias_table", None)  # cross-attention has none, and no positions
+        if table is None:
+            position_bias = 0
+        else:  # as if the prefix stood in the cache, and each row right behind it
+            behind = prefix_len + (kv_len - q_len if module.is_decoder else 0)
+            before = [table.compute_bias(q_len, prefix_len, past_seen_tokens=behind - start) for start in module.starts]
+            position_bias = torch.cat([torch.cat(before), position_bias.expand(len(before), -1, -1, -1)], -1)
     if position_bias is not None:
         scores = scores + position_bias
     if attention_mask is not None:
