@@ -9,9 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from transformers.models.bloom import modeling_bloom
+from transformers.models.mpt import modeling_mpt
 
 from prefix_tuning import Prefix, PrefixBank, attach_prefix
 from prefix_tuning.masks import MaskStructure
+from prefix_tuning.patched_attention import alibi_slopes
 from support.capabilities import CAPABILITIES, TOLERANCE, Case, NotPossible, ids
 from support.models import MODELS, random_prefix, tiny_model
 
@@ -127,3 +130,10 @@ def test_queries_that_are_dropped_before_shared_layers(packed):
     torch.testing.assert_close(last, whole[:, -2:], **TOLERANCE)
     with pytest.raises(NotImplementedError, match="cannot be taken apart"):
         MaskStructure(causal=True)[:, :, :1, :]
+
+
+@pytest.mark.parametrize("heads", (1, 6, 8, 12, 14))
+def test_slopes_are_those_of_the_models(heads):
+    slopes = alibi_slopes(heads, torch.device("cpu"))
+    torch.testing.assert_close(slopes, modeling_bloom.build_alibi_tensor(torch.ones(1, 2), heads, torch.float32)[:, 0, 1])
+    torch.testing.assert_close(-slopes, modeling_mpt.build_mpt_alibi_tensor(heads, 2)[:, 0, 0])
