@@ -185,7 +185,7 @@ def _bank(prefix: Tensor) -> Tensor:
 def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Under torch.autocast q, k and v take its dtype, as torch's own attention does; the prefix keeps float32."""
     device = q.device.type if isinstance(q, Tensor) else "cpu"
-    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+    if not ops.autocasts(device):
         return q, k, v
     dtype, floats = torch.get_autocast_dtype(device), (torch.float16, torch.bfloat16, torch.float32)
     return tuple(t.to(dtype) if isinstance(t, Tensor) and t.dtype in floats else t for t in (q, k, v))

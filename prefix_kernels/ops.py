@@ -6,6 +6,7 @@ Eager calls on ordinary tensors pass the operators by: they cost some 250 µs a 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from types import ModuleType
 from typing import get_type_hints
 
 import torch
@@ -23,26 +24,33 @@ _INPUT_COUNT = len(AttentionInputs._fields)
 _DIFFERENTIABLE = 5  # q, k, v, prefix_k, prefix_v: the first five inputs
 
 
-def _backend_for(inputs: AttentionInputs, backend: str | None, gradients: bool):
+def _backend_for(inputs: AttentionInputs, backend: str | None, gradients: bool) -> ModuleType:
     return load_backend(choose_backend(inputs.problem(gradients), backend))
+
+
+def autocasts(device: str) -> bool:
+    """Whether torch.autocast is on for this type of device."""
+    if not torch._C._is_any_autocast_enabled():
+        return False
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def _without_autocast(device: torch.device) -> AbstractContextManager:
     """A backend chooses its dtypes itself: autocast would round the float32 products of the reference."""
-    active = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
-    return torch.autocast(device.type, enabled=False) if active else nullcontext()
+    return torch.autocast(device.type, enabled=False) if autocasts(device.type) else nullcontext()
 
 
 def _token_major(tensor: Tensor) -> Tensor:
     """The memory order that the fake implementations promise."""
-    if tensor.dim() == 4:
-        return tensor.transpose(1, 2).contiguous().transpose(1, 2)
-    return tensor.contiguous()
+    if tensor.dim() != 4:
+        return tensor.contiguous()
+    by_token = tensor.transpose(1, 2)
+    return tensor if by_token.is_contiguous() else by_token.contiguous().transpose(1, 2)
 
 
-def _forward(inputs: AttentionInputs, backend: str | None, gradients: bool) -> tuple[Tensor, Tensor]:
+def _forward(inputs: AttentionInputs, backend: ModuleType) -> tuple[Tensor, Tensor]:
     with _without_autocast(inputs.q.device):
-        out, lse = _backend_for(inputs, backend, gradients).forward(inputs)
+        out, lse = backend.forward(inputs)
     return _token_major(out), lse.contiguous()
 
 
@@ -52,7 +60,8 @@ def _forward(inputs: AttentionInputs, backend: str | None, gradients: bool) -> t
 def attention(*args):
     """(out, lse) of one call; arguments are those of AttentionInputs, then backend, then return_lse (for the backward pass)."""
     inputs = AttentionInputs(*args[:_INPUT_COUNT])
-    return _forward(inputs, args[_INPUT_COUNT], any(tensor.requires_grad for tensor in inputs.tensors))
+    gradients = any(tensor.requires_grad for tensor in inputs.tensors)
+    return _forward(inputs, _backend_for(inputs, args[_INPUT_COUNT], gradients))
 
 
 @attention.register_fake
@@ -73,13 +82,13 @@ def _(*args):
 def attention_backward(grad_out, grad_lse, out, lse, wanted, *args):
     """Gradients of q, k, v, prefix_k, prefix_v; one that is not wanted comes back as an empty tensor and is not computed."""
     inputs = AttentionInputs(*args[:_INPUT_COUNT])
-    grads = _gradients(inputs, args[_INPUT_COUNT], out, lse, grad_out, grad_lse, wanted)
+    grads = _gradients(inputs, _backend_for(inputs, args[_INPUT_COUNT], True), out, lse, grad_out, grad_lse, wanted)
     return tuple(inputs.q.new_empty(0) if grad is None else grad for grad in grads)
 
 
-def _gradients(inputs: AttentionInputs, backend: str | None, out, lse, grad_out, grad_lse, wanted) -> list[Tensor | None]:
+def _gradients(inputs: AttentionInputs, backend: ModuleType, out, lse, grad_out, grad_lse, wanted) -> list[Tensor | None]:
     with _without_autocast(inputs.q.device):
-        grads = _backend_for(inputs, backend, True).backward(inputs, out, lse, grad_out, grad_lse, tuple(wanted))
+        grads = backend.backward(inputs, out, lse, grad_out, grad_lse, tuple(wanted))
     own = [_token_major(grad) if needed else None for grad, needed in zip(grads[:3], wanted[:3], strict=True)]
     return own + [grad.contiguous() if needed else None for grad, needed in zip(grads[3:], wanted[3:], strict=True)]
 
@@ -130,7 +139,9 @@ class _Recorded(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *args):
-        output = _forward(AttentionInputs(*args[:_INPUT_COUNT]), args[_INPUT_COUNT], True)
+        inputs = AttentionInputs(*args[:_INPUT_COUNT])
+        ctx.backend = _backend_for(inputs, args[_INPUT_COUNT], True)
+        output = _forward(inputs, ctx.backend)
         _setup_context(ctx, args, output)
         ctx.set_materialize_grads(False)
         return output
@@ -138,9 +149,9 @@ class _Recorded(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_out, grad_lse):
-        inputs, backend, return_lse, out, lse, wanted = _saved(ctx)
+        inputs, _, return_lse, out, lse, wanted = _saved(ctx)
         grad_out = torch.zeros_like(out) if grad_out is None else grad_out
-        grads = _gradients(inputs, backend, out, lse, grad_out, grad_lse if return_lse else None, wanted)
+        grads = _gradients(inputs, ctx.backend, out, lse, grad_out, grad_lse if return_lse else None, wanted)
         return (*grads, *[None] * (_INPUT_COUNT - _DIFFERENTIABLE + 2))
 
 
@@ -150,7 +161,7 @@ def run(inputs: AttentionInputs, backend: str | None, return_lse: bool) -> tuple
         return attention(*inputs, backend, return_lse)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs.tensors):
         return _Recorded.apply(*inputs, backend, return_lse)
-    return _forward(inputs, backend, False)
+    return _forward(inputs, _backend_for(inputs, backend, False))
 
 
 def _plain(inputs: AttentionInputs) -> bool:

@@ -11,13 +11,8 @@ import torch
 from torch import Tensor
 
 
-class AttentionInputs(NamedTuple):
-    """The validated arguments of one call, in the order of the operator's schema.
-
-    Dense: q [batch, heads, q_len, head_dim], k [batch, kv_heads, kv_len, head_dim], v [batch, kv_heads, kv_len, value_dim].
-    Varlen (cu_seqlens_q is set): q [q_tokens, heads, head_dim], k and v [k_tokens, kv_heads, ...].
-    The prefix always has its bank axis here: [prefixes, kv_heads, prefix_len, ...]; prefix_ids None means prefix 0 for all.
-    """
+class _Arguments(NamedTuple):
+    """The fields of AttentionInputs."""
 
     q: Tensor
     k: Tensor
@@ -40,6 +35,15 @@ class AttentionInputs(NamedTuple):
     max_seqlen_q: int | None
     max_seqlen_k: int | None
 
+
+class AttentionInputs(_Arguments):
+    """The validated arguments of one call, in the order of the operator's schema.
+
+    Dense: q [batch, heads, q_len, head_dim], k [batch, kv_heads, kv_len, head_dim], v [batch, kv_heads, kv_len, value_dim].
+    Varlen (cu_seqlens_q is set): q [q_tokens, heads, head_dim], k and v [k_tokens, kv_heads, ...].
+    The prefix always has its bank axis here: [prefixes, kv_heads, prefix_len, ...]; prefix_ids None means prefix 0 for all.
+    """
+
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """q, k, v, prefix_k, prefix_v: what has a gradient."""
@@ -50,10 +54,16 @@ class AttentionInputs(NamedTuple):
         return self.cu_seqlens_q is not None
 
     def problem(self, gradients: bool | None = None) -> AttentionProblem:
-        """The shape of this call; reads no tensor values. gradients: None asks autograd, which must not be off for another
-        reason than the caller's (inside an operator it is)."""
-        if gradients is None:
-            gradients = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in self.tensors)
+        """The shape of this call, made once; reads no tensor values. gradients: None asks autograd the first time, which must
+        not be off for another reason than the caller's (inside an operator it is)."""
+        found = self.__dict__.get("_problem")
+        if found is None or gradients not in (None, found.gradients):
+            if gradients is None:
+                gradients = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in self.tensors)
+            found = self._problem = self._describe(gradients)
+        return found
+
+    def _describe(self, gradients: bool) -> AttentionProblem:
         if self.varlen:
             q_tokens, heads, head_dim = self.q.shape
             k_tokens, kv_heads, value_dim = self.v.shape

@@ -15,12 +15,31 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INDEX_DTYPES = (torch.int32, torch.int64)
 
 
+MOST_PASSED = 4096
+_passed: set[tuple] = set()  # shapes, dtypes and devices that check_tensors has found right
+
+
 def shape_of(tensor: Tensor) -> str:
     return f"{list(tensor.shape)}"
 
 
 def check_tensors(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, varlen: bool) -> None:
-    """Ranks, dtypes, devices and the sizes that q, k, v and the prefix must agree on."""
+    """Ranks, dtypes, devices and the sizes that q, k, v and the prefix must agree on: looked at once, then remembered."""
+    if torch.compiler.is_compiling():
+        return _check_tensors(q, k, v, prefix_k, prefix_v, varlen)
+    try:
+        key = (varlen, *[(type(t), t.shape, t.dtype, t.device) for t in (q, k, v, prefix_k, prefix_v)])
+        if key in _passed:
+            return
+    except (AttributeError, TypeError):  # no tensor; or a traced one, whose sizes have no hash
+        return _check_tensors(q, k, v, prefix_k, prefix_v, varlen)
+    _check_tensors(q, k, v, prefix_k, prefix_v, varlen)
+    if len(_passed) >= MOST_PASSED:
+        _passed.clear()
+    _passed.add(key)
+
+
+def _check_tensors(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, varlen: bool) -> None:
     layout = "[tokens, {heads}, head_dim]" if varlen else "[batch, {heads}, {length}, head_dim]"
     for name, tensor, rank in (("q", q, 3 if varlen else 4), ("k", k, 3 if varlen else 4), ("v", v, 3 if varlen else 4)):
         if not isinstance(tensor, Tensor):

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
+from prefix_kernels import api
 from prefix_kernels.backends.triton import launch
-from prefix_kernels.backends.triton.rows import tokens
+from prefix_kernels.backends.triton.rows import Tokens, tokens
 
 CPU = torch.device("cpu")
 
@@ -45,6 +46,27 @@ def test_a_known_key_launches_what_was_compiled_with_arguments_in_order():
     launch.run(kernel, 7, torch.device("meta"), "key", {"BLOCK": 16, "length": 6, "x": "b"})
     launch.run(other, 7, CPU, "key", {"BLOCK": 16, "length": 6, "x": "b"})
     assert len(kernel.calls) == 3 and len(other.calls) == 1
+
+
+def test_what_is_compiled_gets_tensors_and_what_is_launched_again_gets_addresses():
+    kernel, tensor = Kernel(), torch.zeros(1, 2, 64, 16)
+    rows = launch.rows_of(api._dense_inputs(tensor, tensor, tensor, tensor[0], tensor[0], key_lens=torch.tensor([5])))
+    values = {"x": tokens(tensor), "length": rows, "BLOCK": torch.nn.Parameter(tensor)}
+    launch.run(kernel, 1, CPU, "key", values)
+    ((_, compiled_for),) = kernel.calls
+    assert compiled_for["x"] == Tokens(tensor, 2048, 1024, 16) and compiled_for["length"] is rows.value
+    launch.run(kernel, 1, CPU, "key", values)
+    ((_, launched),) = kernel.compiled[0].launches
+    none, address = (None,) * 2, rows.value.key_lens.data_ptr()
+    assert launched == ((tensor.data_ptr(), 2048, 1024, 16), (*none, address, *none, *none), tensor.data_ptr())
+
+
+def test_a_float32_prefix_is_rounded_and_another_is_left_alone():
+    q, prefix = torch.zeros(1, 2, 4, 16, dtype=torch.bfloat16), torch.randn(2, 3, 16)
+    rounded = launch.rounded_prefix(api._dense_inputs(q, q, q, prefix, 2 * prefix))
+    assert all(torch.equal(a, b[None].bfloat16()) for a, b in zip(rounded, (prefix, 2 * prefix), strict=True))
+    same = launch.rounded_prefix(api._dense_inputs(q, q, q, prefix.bfloat16(), rounded[1][0]))
+    assert same[1].data_ptr() == rounded[1].data_ptr()
 
 
 def test_a_kernel_without_result_is_asked_again():

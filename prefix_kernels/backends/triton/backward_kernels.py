@@ -20,7 +20,7 @@ from prefix_kernels.backends.triton.dkeys_kernels import dkeys_kernel, dprefix_k
 from prefix_kernels.backends.triton.dq_kernel import dq_kernel
 from prefix_kernels.backends.triton.launch import LENGTHS, Call, cdiv, key_of, run
 from prefix_kernels.backends.triton.online_softmax import load_tile, start_of
-from prefix_kernels.backends.triton.rows import Tokens, block_of, queries_of, scalars, tokens
+from prefix_kernels.backends.triton.rows import Operand, block_of, queries_of, scalars, tokens
 from prefix_kernels.problem import AttentionInputs, empty_token_major
 
 PROGRAMS = 264  # of the prefix kernel: two for each multiprocessor of a large GPU
@@ -124,7 +124,7 @@ def hopper_kernels(inputs: AttentionInputs) -> dict[str, Callable]:
     return {name: launches[name] for name in names}
 
 
-def _delta(call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None) -> Tokens:
+def _delta(call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None) -> Operand:
     varlen, tile = call.problem.varlen, call.tile("delta")
     delta = scalars(torch.empty_like(lse, memory_format=torch.contiguous_format), varlen)
     programs = cdiv(call.problem.q_len, tile.BLOCK_M) * call.problem.heads * call.problem.batch
@@ -145,7 +145,7 @@ def _children(inputs: AttentionInputs) -> tuple[Tensor | None, Tensor | None]:
 
 
 def _prefix_gradients(
-    call: Call, inputs: AttentionInputs, wanted: tuple[bool, ...], query_side: dict[str, Tokens], hopper: Callable | None
+    call: Call, inputs: AttentionInputs, wanted: tuple[bool, ...], query_side: dict[str, Operand], hopper: Callable | None
 ) -> list[Tensor | None]:
     """Gradients of prefix_k and prefix_v, in the prefix's dtype; hopper: the launch that takes dprefix_kernel's place."""
     problem, tile = call.problem, call.tile("hopper_dprefix" if hopper else "dprefix")

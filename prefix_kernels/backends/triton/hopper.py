@@ -42,7 +42,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from prefix_kernels.backends.triton import tile_sizes
-from prefix_kernels.backends.triton.launch import cdiv, key_of, run
+from prefix_kernels.backends.triton.launch import cdiv, key_of, rounded_prefix, run
 from prefix_kernels.backends.triton.rows import rows_of
 from prefix_kernels.problem import AttentionInputs, empty_token_major
 
@@ -411,12 +411,12 @@ def forward(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
     programs = cdiv(problem.q_len, tile.BLOCK_M) * problem.heads * problem.batch
     if q.numel() == 0 or programs == 0:
         return out, lse
-    prefix = (tensor.to(q.dtype, memory_format=torch.contiguous_format) for tensor in (inputs.prefix_k, inputs.prefix_v))
+    prefix = (tensor.contiguous() for tensor in rounded_prefix(inputs))
     keys = [(inputs.k, packed), (inputs.v, packed), *((tensor, False) for tensor in prefix)]
     # Nothing is read of an empty tensor, but a descriptor cannot be empty: q stands in.
     keys = [descriptor(*((t, tile.BLOCK_N, p) if t.numel() else (q, tile.BLOCK_N, packed))) for t, p in keys]
     rows = descriptor(q, tile.BLOCK_M // 2, packed), descriptor(out, tile.BLOCK_M // 2, packed)
-    index = rows_of(inputs)
+    index = rows_of(inputs).value
     values = {
         "q": rows[0], "k": keys[0], "v": keys[1], "prefix_k": keys[2], "prefix_v": keys[3], "out": rows[1], "lse": lse,
         "cu_seqlens_q": index.cu_seqlens_q, "cu_seqlens_k": index.cu_seqlens_k, "prefix_ids": index.prefix_ids,

@@ -37,7 +37,7 @@ from prefix_kernels.backends.triton.hopper import (
     tokens_of,
 )  # fmt: skip
 from prefix_kernels.backends.triton.launch import Call, cdiv, key_of, run
-from prefix_kernels.backends.triton.rows import Tokens
+from prefix_kernels.backends.triton.rows import Operand
 from prefix_kernels.backends.triton.tile_sizes import Tile
 
 LENGTHS = (
@@ -260,7 +260,9 @@ def hopper_dkeys_kernel(
     )  # fmt: skip
 
 
-def dkeys(call: Call, q: Tokens, k: Tokens, v: Tokens, dk: Tokens | None, dv: Tokens | None, **query_side: Tokens) -> None:
+def dkeys(
+    call: Call, q: Operand, k: Operand, v: Operand, dk: Operand | None, dv: Operand | None, **query_side: Operand
+) -> None:
     """As dkeys_kernel of dkeys_kernels.py."""
     tile, problem = call.tile("hopper_dkeys"), call.problem
     programs = cdiv(problem.kv_len, tile.BLOCK_N) * problem.kv_heads * problem.batch
@@ -268,8 +270,8 @@ def dkeys(call: Call, q: Tokens, k: Tokens, v: Tokens, dk: Tokens | None, dv: To
 
 
 def dprefix(
-    call: Call, programs: int, splits: int, q: Tokens, prefix_k: Tokens, prefix_v: Tokens, dprefix_k: Tokens | None,
-    dprefix_v: Tokens | None, **query_side: Tokens,
+    call: Call, programs: int, splits: int, q: Operand, prefix_k: Operand, prefix_v: Operand, dprefix_k: Operand | None,
+    dprefix_v: Operand | None, **query_side: Operand,
 ) -> None:  # fmt: skip
     """As dprefix_kernel of dkeys_kernels.py."""
     tile = call.tile("hopper_dprefix")
@@ -277,25 +279,26 @@ def dprefix(
 
 
 def _launch(
-    call: Call, tile: Tile, programs: int, splits: int, q: Tokens, columns: tuple[Tokens, Tokens],
-    grads: tuple[Tokens | None, Tokens | None], grad_out: Tokens, lse: Tokens, delta: Tokens, prefix: bool,
+    call: Call, tile: Tile, programs: int, splits: int, q: Operand, columns: tuple[Operand, Operand],
+    grads: tuple[Operand | None, Operand | None], grad_out: Operand, lse: Operand, delta: Operand, prefix: bool,
 ) -> None:  # fmt: skip
     if programs == 0:
         return
     problem, packed = call.problem, call.problem.varlen
-    (strides,) = {grad[1:] for grad in grads if grad is not None}  # of both
-    dk, dv = (None if grad is None else grad.pointer for grad in grads)
-    index = call.rows.cu_seqlens_q, None if prefix else call.rows.cu_seqlens_k, call.rows.prefix_ids if prefix else None
-    q_tiles, grad_tiles = (readable_descriptor(each.pointer, tile.BLOCK_M, packed) for each in (q, grad_out))
-    keys, values = (readable_descriptor(each.pointer, tile.BLOCK_N // 2, packed and not prefix) for each in columns)
+    (strides,) = {grad.value[1:] for grad in grads if grad is not None}  # of both
+    dk, dv = (None if grad is None else grad.value.pointer for grad in grads)
+    rows = call.rows.value
+    index = rows.cu_seqlens_q, None if prefix else rows.cu_seqlens_k, rows.prefix_ids if prefix else None
+    q_tiles, grad_tiles = (readable_descriptor(each.value.pointer, tile.BLOCK_M, packed) for each in (q, grad_out))
+    keys, values = (readable_descriptor(each.value.pointer, tile.BLOCK_N // 2, packed and not prefix) for each in columns)
     arguments = {
-        "q": q_tiles, "grad_out": grad_tiles, "keys": keys, "values": values, "lse": lse.pointer, "delta": delta.pointer,
-        "dk": dk, "dv": dv, "cu_seqlens_q": index[0], "cu_seqlens_k": index[1], "prefix_ids": index[2], "splits": splits,
-        "batch": problem.batch, "heads": problem.heads, "kv_heads": problem.kv_heads, "q_len": problem.q_len,
-        "kv_len": problem.kv_len, "q_tokens": problem.q_tokens, "k_tokens": problem.k_tokens, "prefixes": problem.prefixes,
-        "prefix_len": problem.prefix_len, "lse_row": lse.batch, "lse_head": lse.head, "grad_row": strides[0],
-        "grad_head": strides[1], "grad_token": strides[2], "scale": call.lengths["scale"], "PREFIX": prefix,
-        "CAUSAL": problem.causal and not prefix, "STAGES": tile.num_stages, "CONSUMER": CONSUMER_REGISTERS,
+        "q": q_tiles, "grad_out": grad_tiles, "keys": keys, "values": values, "lse": lse.value.pointer,
+        "delta": delta.value.pointer, "dk": dk, "dv": dv, "cu_seqlens_q": index[0], "cu_seqlens_k": index[1],
+        "prefix_ids": index[2], "splits": splits, "batch": problem.batch, "heads": problem.heads, "kv_heads": problem.kv_heads,
+        "q_len": problem.q_len, "kv_len": problem.kv_len, "q_tokens": problem.q_tokens, "k_tokens": problem.k_tokens,
+        "prefixes": problem.prefixes, "prefix_len": problem.prefix_len, "lse_row": lse.value.batch, "lse_head": lse.value.head,
+        "grad_row": strides[0], "grad_head": strides[1], "grad_token": strides[2], "scale": call.lengths["scale"],
+        "PREFIX": prefix, "CAUSAL": problem.causal and not prefix, "STAGES": tile.num_stages, "CONSUMER": CONSUMER_REGISTERS,
         "PRODUCER": PRODUCER_REGISTERS,
     }  # fmt: skip
     key = tile, prefix, problem.dtype, call.key, tuple(map(key_of, (lse, delta, *grads)))

@@ -37,7 +37,7 @@ from prefix_kernels.backends.triton.hopper import (
 )  # fmt: skip
 from prefix_kernels.backends.triton.hopper_dkeys import load_scalars, store_sums
 from prefix_kernels.backends.triton.launch import Call, cdiv, key_of, run
-from prefix_kernels.backends.triton.rows import Tokens
+from prefix_kernels.backends.triton.rows import Operand
 
 LENGTHS = (
     "heads", "kv_heads", "q_len", "kv_len", "q_tokens", "k_tokens", "prefixes", "prefix_len", "lse_row", "lse_head",
@@ -236,26 +236,27 @@ def hopper_dq_kernel(
 
 
 def dq(
-    call: Call, q: Tokens, k: Tokens, v: Tokens, prefix_k: Tokens, prefix_v: Tokens, dq: Tokens, grad_out: Tokens, lse: Tokens,
-    delta: Tokens,
+    call: Call, q: Operand, k: Operand, v: Operand, prefix_k: Operand, prefix_v: Operand, dq: Operand, grad_out: Operand,
+    lse: Operand, delta: Operand,
 ) -> None:  # fmt: skip
     """As dq_kernel of dq_kernel.py."""
-    tile, problem, rows, packed = call.tile("hopper_dq"), call.problem, call.rows, call.problem.varlen
+    tile, problem, rows, packed = call.tile("hopper_dq"), call.problem, call.rows.value, call.problem.varlen
     programs = cdiv(problem.q_len, tile.BLOCK_M) * problem.heads * problem.batch
-    q_tiles, grad_tiles = (readable_descriptor(each.pointer, tile.BLOCK_M // 2, packed) for each in (q, grad_out))
+    q_tiles, grad_tiles = (readable_descriptor(each.value.pointer, tile.BLOCK_M // 2, packed) for each in (q, grad_out))
     # Nothing is read of an empty tensor, but a descriptor cannot be empty: q stands in.
     columns = ((k, packed), (v, packed), (prefix_k, False), (prefix_v, False))
-    columns = [(each.pointer, of_row) if each.pointer.numel() else (q.pointer, packed) for each, of_row in columns]
+    columns = [(each.value.pointer, of_row) for each, of_row in columns]
+    columns = [(tensor, of_row) if tensor.numel() else (q.value.pointer, packed) for tensor, of_row in columns]
     keys = [readable_descriptor(tensor, tile.BLOCK_N, of_row) for tensor, of_row in columns]
     arguments = {
         "q": q_tiles, "grad_out": grad_tiles, "k": keys[0], "v": keys[1], "prefix_k": keys[2], "prefix_v": keys[3],
-        "lse": lse.pointer, "delta": delta.pointer, "dq": dq.pointer, "cu_seqlens_q": rows.cu_seqlens_q,
-        "cu_seqlens_k": rows.cu_seqlens_k, "prefix_ids": rows.prefix_ids, "heads": problem.heads,
-        "kv_heads": problem.kv_heads, "q_len": problem.q_len, "kv_len": problem.kv_len, "q_tokens": problem.q_tokens,
-        "k_tokens": problem.k_tokens, "prefixes": problem.prefixes, "prefix_len": problem.prefix_len, "lse_row": lse.batch,
-        "lse_head": lse.head, "grad_row": dq.batch, "grad_head": dq.head, "grad_token": dq.token,
-        "scale": call.lengths["scale"], "CAUSAL": problem.causal, "BLOCK_N": tile.BLOCK_N, "STAGES": tile.num_stages,
-        "CONSUMER": CONSUMER_REGISTERS, "PRODUCER": PRODUCER_REGISTERS,
+        "lse": lse.value.pointer, "delta": delta.value.pointer, "dq": dq.value.pointer, "cu_seqlens_q": rows.cu_seqlens_q,
+        "cu_seqlens_k": rows.cu_seqlens_k, "prefix_ids": rows.prefix_ids, "heads": problem.heads, "kv_heads": problem.kv_heads,
+        "q_len": problem.q_len, "kv_len": problem.kv_len, "q_tokens": problem.q_tokens, "k_tokens": problem.k_tokens,
+        "prefixes": problem.prefixes, "prefix_len": problem.prefix_len, "lse_row": lse.value.batch, "lse_head": lse.value.head,
+        "grad_row": dq.value.batch, "grad_head": dq.value.head, "grad_token": dq.value.token, "scale": call.lengths["scale"],
+        "CAUSAL": problem.causal, "BLOCK_N": tile.BLOCK_N, "STAGES": tile.num_stages, "CONSUMER": CONSUMER_REGISTERS,
+        "PRODUCER": PRODUCER_REGISTERS,
     }  # fmt: skip
     key = tile, problem.dtype, call.key, tuple(map(key_of, (lse, delta, dq)))
     run(hopper_dq_kernel, programs, call.device, key, arguments, num_warps=tile.num_warps, maxnreg=REGISTERS)

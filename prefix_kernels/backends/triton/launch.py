@@ -6,17 +6,20 @@ what Triton may compile separately (dtypes, strides, alignment, what is None) fi
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+import functools
+from collections.abc import Callable, Hashable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from operator import itemgetter
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from prefix_kernels.backends.triton import tile_sizes
-from prefix_kernels.backends.triton.rows import Tokens, distances, rows_of, tokens
+from prefix_kernels.backends.triton.rows import Operand, distances, rows_of, tokens
 from prefix_kernels.backends.triton.tile_sizes import Tile
-from prefix_kernels.problem import AttentionInputs
+from prefix_kernels.problem import AttentionInputs, AttentionProblem
 
 # Run-time values: another length never compiles a kernel again.
 LENGTHS = (
@@ -24,7 +27,8 @@ LENGTHS = (
 )  # fmt: skip
 
 MOST_COMPILED = 4096  # keys that are remembered: shapes whose strides differ have keys of their own
-_compiled: dict[Hashable, Any] = {}
+_compiled: dict[Hashable, tuple[Any, Callable, Any]] = {}  # compiled kernel, its arguments in order, and the kernel, kept alive
+_NO_CHANGE = nullcontext()
 
 
 def run(kernel, programs: int, device: torch.device, key: Hashable, values: Mapping[str, Any], **options: Any) -> None:
@@ -32,17 +36,27 @@ def run(kernel, programs: int, device: torch.device, key: Hashable, values: Mapp
 
     key: differs between any two calls of this kernel for which Triton might compile another one.
     """
-    key = kernel, device, key
-    compiled = _compiled.get(key)
+    key = id(kernel), device, key
+    found = _compiled.get(key)
     with _current(device):
-        if compiled is not None:
-            compiled[programs, 1, 1](*[values[name] for name in kernel.arg_names])
+        if found is not None:
+            compiled, in_order, _ = found
+            compiled[programs, 1, 1](*map(_addressed, in_order(values)))
             return
+        values = {name: value.value if type(value) is Operand else value for name, value in values.items()}
         compiled = kernel[(programs,)](**values, enable_fp_fusion=True, **options)
     if compiled is not None:  # the interpreter compiles nothing
         if len(_compiled) >= MOST_COMPILED:
             _compiled.clear()
-        _compiled[key] = compiled
+        _compiled[key] = compiled, itemgetter(*kernel.arg_names), kernel
+
+
+def _addressed(value: Any) -> Any:
+    """An argument with addresses for tensors: a launch asks the driver about each tensor, but takes a number as it is."""
+    kind = type(value)
+    if kind is Tensor or kind is Parameter:
+        return value.data_ptr()
+    return value.addressed if kind is Operand else value
 
 
 def cdiv(a: int, b: int) -> int:
@@ -57,11 +71,34 @@ def next_power_of_2(n: int) -> int:
 
 def key_of(value: Any) -> Hashable:
     """What Triton may look at of an argument. Of a number this is itself: leave out lengths, which are not specialised."""
-    if isinstance(value, Tokens):
-        return value.pointer.dtype, value.pointer.data_ptr() % 16, value.batch, value.head, value.token
+    if isinstance(value, Operand):
+        return value.key
     if isinstance(value, Tensor):
         return value.dtype, value.data_ptr() % 16
     return value
+
+
+@functools.lru_cache(maxsize=MOST_COMPILED)
+def _numbers(
+    problem: AttentionProblem, scale: float, window: int | None, slide: int | None
+) -> tuple[dict[str, Any], dict[str, Any], Hashable]:
+    """What the kernels take besides tensors: lengths, constants; and the key of what Triton may look at of them."""
+    lengths = {
+        "batch": problem.batch, "heads": problem.heads, "kv_heads": problem.kv_heads,
+        "q_len": problem.q_len, "kv_len": problem.kv_len, "q_tokens": problem.q_tokens, "k_tokens": problem.k_tokens,
+        "prefixes": problem.prefixes, "prefix_len": problem.prefix_len, "window": window, "slide": slide,
+        "scale": scale, "softcap": problem.softcap,
+    }  # fmt: skip
+    constants = {
+        "CAUSAL": problem.causal, "HEAD_DIM": problem.head_dim, "VALUE_DIM": problem.value_dim,
+        "BLOCK_DIM": max(16, next_power_of_2(problem.head_dim)),
+        "BLOCK_VALUE_DIM": max(16, next_power_of_2(problem.value_dim)),
+    }  # fmt: skip
+    key = (
+        *constants.values(), window is None, slide is None, type(problem.softcap),
+        max(problem.q_tokens, problem.k_tokens) >> 31,
+    )  # fmt: skip
+    return lengths, constants, key
 
 
 class Call:
@@ -70,33 +107,19 @@ class Call:
     def __init__(self, inputs: AttentionInputs):
         problem = inputs.problem()
         self.problem, self.device = problem, inputs.q.device
-        self.tensors = tuple(tokens(tensor, problem.varlen) for tensor in (inputs.q, inputs.k, inputs.v)) + tuple(
-            tokens(tensor.to(problem.dtype)) for tensor in (inputs.prefix_k, inputs.prefix_v)
-        )  # a float32 prefix is rounded once, and not by every block of queries that reads it
-        self.rows = rows_of(inputs)
-        window, slide = distances(inputs)
-        self.lengths = {
-            "batch": problem.batch, "heads": problem.heads, "kv_heads": problem.kv_heads,
-            "q_len": problem.q_len, "kv_len": problem.kv_len, "q_tokens": problem.q_tokens, "k_tokens": problem.k_tokens,
-            "prefixes": problem.prefixes, "prefix_len": problem.prefix_len, "window": window, "slide": slide,
-            "scale": inputs.scale, "softcap": inputs.softcap,
-        }  # fmt: skip
-        self.constants = {
-            "CAUSAL": problem.causal, "HEAD_DIM": problem.head_dim, "VALUE_DIM": problem.value_dim,
-            "BLOCK_DIM": max(16, next_power_of_2(problem.head_dim)),
-            "BLOCK_VALUE_DIM": max(16, next_power_of_2(problem.value_dim)),
-        }  # fmt: skip
-        self.key = (
-            *self.constants.values(), *map(key_of, self.rows), window is None, slide is None, type(inputs.softcap),
-            max(problem.q_tokens, problem.k_tokens) >> 31,
+        self.tensors = (
+            *(tokens(tensor, problem.varlen) for tensor in inputs.tensors[:3]), *map(tokens, rounded_prefix(inputs)),
         )  # fmt: skip
+        self.rows = rows_of(inputs)
+        self.lengths, self.constants, key = _numbers(problem, inputs.scale, *distances(inputs))
+        self.key = key, self.rows.key
 
     def tile(self, kernel: str) -> Tile:
         """The tile sizes of one kernel for this call."""
         problem = self.problem
         return tile_sizes.find(kernel, self.device, problem.dtype, max(problem.head_dim, problem.value_dim))
 
-    def launch(self, kernel, tile: Tile, programs: int, **arguments: Tokens | Tensor | int | None) -> None:
+    def launch(self, kernel, tile: Tile, programs: int, **arguments: Operand | Tensor | int | None) -> None:
         """Runs `programs` programs of a kernel, or nothing."""
         if programs == 0:
             return
@@ -107,8 +130,18 @@ class Call:
         run(kernel, programs, self.device, key, values, num_warps=tile.num_warps, num_stages=tile.num_stages)
 
 
+def rounded_prefix(inputs: AttentionInputs) -> list[Tensor]:
+    """prefix_k and prefix_v in q's dtype: a float32 prefix is rounded once, and not by every block of queries that reads it."""
+    prefix, dtype = inputs.tensors[3:], inputs.q.dtype
+    if prefix[0].dtype == dtype:
+        return list(prefix)
+    rounded = [tensor.new_empty(tensor.shape, dtype=dtype) for tensor in prefix]
+    torch._foreach_copy_(rounded, list(prefix))
+    return rounded
+
+
 def _current(device: torch.device) -> AbstractContextManager:
     """Triton launches on the current device: makes it this one."""
     if device.type != "cuda" or device.index == torch.cuda.current_device():
-        return nullcontext()
+        return _NO_CHANGE
     return torch.cuda.device(device)

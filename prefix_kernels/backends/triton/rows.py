@@ -7,6 +7,7 @@ and those between need none.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import NamedTuple
 
 import torch
@@ -41,27 +42,44 @@ class Rows(NamedTuple):
     prefix_lens: Tensor | None  # [prefixes]
 
 
-def tokens(tensor: Tensor, varlen: bool = False) -> Tokens:
+class Operand(NamedTuple):
+    """An argument in three forms, made once for all the kernels of a call."""
+
+    value: Tokens | Rows  # for Triton to compile
+    addressed: tuple[int | None, ...]  # for a launch: addresses as numbers, of which the driver need not be asked
+    key: Hashable  # what Triton may look at when it compiles
+
+
+def _operand(tensor: Tensor, batch: int, head: int, token: int) -> Operand:
+    address = tensor.data_ptr()
+    strides = batch, head, token
+    return Operand(Tokens(tensor, *strides), (address, *strides), (tensor.dtype, address % 16, strides))
+
+
+def tokens(tensor: Tensor, varlen: bool = False) -> Operand:
     """[batch or prefixes, heads, tokens, dim], or packed [tokens, heads, dim]; copied where the strides cannot be used."""
-    if tensor.stride(-1) != 1 or tensor.stride(-3 if varlen else -2) > MAX_TOKEN_STRIDE:
+    strides = tensor.stride()
+    if strides[-1] != 1 or strides[-3 if varlen else -2] > MAX_TOKEN_STRIDE:
         tensor = tensor.contiguous()
-    if varlen:
-        return Tokens(tensor, 0, tensor.stride(1), tensor.stride(0))
-    return Tokens(tensor, *tensor.stride()[:3])
+        strides = tensor.stride()
+    return _operand(tensor, 0, strides[1], strides[0]) if varlen else _operand(tensor, *strides[:3])
 
 
-def scalars(tensor: Tensor, varlen: bool) -> Tokens:
+def scalars(tensor: Tensor, varlen: bool) -> Operand:
     """[batch, heads, tokens] or packed [heads, tokens]: one number a token (lse)."""
     tensor = tensor.contiguous()
-    return Tokens(tensor, 0 if varlen else tensor.stride(0), tensor.stride(-2), 1)
+    strides = tensor.stride()
+    return _operand(tensor, 0 if varlen else strides[0], strides[-2], 1)
 
 
-def rows_of(inputs: AttentionInputs) -> Rows:
+def rows_of(inputs: AttentionInputs) -> Operand:
     """The index tensors of a call, each with stride 1."""
     key_mask = None if inputs.key_mask is None else inputs.key_mask.view(torch.uint8)
     index = (inputs.cu_seqlens_q, inputs.cu_seqlens_k, inputs.key_lens, key_mask, inputs.parent)
     index += (inputs.prefix_ids, inputs.prefix_lens)
-    return Rows(*(None if tensor is None else tensor.contiguous() for tensor in index))
+    rows = Rows(*[None if tensor is None else tensor.contiguous() for tensor in index])
+    addressed = tuple([None if tensor is None else tensor.data_ptr() for tensor in rows])
+    return Operand(rows, addressed, tuple([None if t is None else (t.dtype, t.data_ptr() % 16) for t in rows]))
 
 
 def distances(inputs: AttentionInputs) -> tuple[int | None, int | None]:
