@@ -2,7 +2,7 @@
 
     python benchmarks/bench_whole.py          SmolLM2-135M-Instruct on the CPU, to benchmarks/results/cpu/whole.json
         train       as `make demo`: rows of E2E, 4 a step, a prefix of 16 positions; forward, loss, backward, AdamW
-        generate    8 prompts from E2E of one length, 32 new tokens each, prefixes of 16 and 512 positions
+        generate    prompts from E2E of one length, 32 new tokens each: 1, 8, 32 and 64 rows, prefixes of 16 to 2048 positions
 
 `selected` is what attach_prefix does by itself, `sdpa` the same with torch's stock kernels alone, `peft` the package peft with
 the same weights in its prefix. All share the frozen model's weights. Before anything is timed, two training steps must give
@@ -38,10 +38,10 @@ from prefix_tuning.train import PrefixedModel
 
 OUTPUT = Path(__file__).parent / "results" / "cpu" / "whole.json"
 SMOLLM2 = Model(OFFLINE_MODEL, "llama", 30, 576, 9, 3, 64, 1536, 49152)
+GENERATED = ((8, 128), (8, 512), (32, 512), *((b, p) for p in (16, 512, 2048) for b in (1, 8, 64) if (b, p) != (8, 512)))
 RUNS = (
     Run(SMOLLM2, "train", 4, 16),
-    Run(SMOLLM2, "generate", 8, 16, prompt_len=24, new_tokens=32),
-    Run(SMOLLM2, "generate", 8, 512, prompt_len=24, new_tokens=32),
+    *(Run(SMOLLM2, "generate", batch, prefix_len, prompt_len=24, new_tokens=32) for batch, prefix_len in GENERATED),
 )
 BATCHES = 4  # of a training run, in turn
 LEARNING_RATE = 1e-3

@@ -18,7 +18,8 @@ def series(results: dict[str, Any], direction: str) -> dict[str, Any] | None:
     lines: dict[str, dict[str, dict[str, list]]] = {}
     for row in rows:
         case = case_of(row)
-        label = f"{case.heads}/{case.kv_heads} heads, " + (f"{case.batch} rows" if case.decode else f"length {case.q_len}")
+        size = f"{case.batch} rows, cache {case.kv_len}" if case.decode else f"length {case.q_len}"
+        label = f"{case.heads}/{case.kv_heads} heads, {size}"
         for rival, ratio in (("best", row.get("ratio")), ("peft", over(row, "peft"))):
             if ratio is not None:
                 panel = lines.setdefault(case.dtype, {}).setdefault(rival, {})

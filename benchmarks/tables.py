@@ -83,6 +83,28 @@ def grid(rows: list[Row]) -> str:
     return table(head, [(*place, *(found.get(length, "") for length in lengths)) for place, found in lines.items()])
 
 
+def break_even(rows: list[Row]) -> str:
+    """From which prefix length on the shared prefix decodes faster than the best cache that holds it in every row."""
+    lines: dict[tuple, list[tuple[int, float]]] = {}
+    for row in rows:
+        case = case_of(row)
+        times = [time for name in row["ways"] if name.startswith("concat") and (time := median(row, name)) is not None]
+        if case.decode and case.prefix_len and times and ours(row) is not None:
+            place = (case.model, f"{case.heads}/{case.kv_heads}", case.dtype, f"{case.batch}", f"{case.kv_len}")
+            lines.setdefault(place, []).append((case.prefix_len, min(times) / ours(row)))
+    if not lines:
+        return ""
+    body = []
+    for place, found in lines.items():
+        found.sort()
+        slower = [length for length, ratio in found if ratio < 1]
+        faster = [length for length, _ in found if not slower or length > max(slower)]
+        start = f"{faster[0]}" if faster else "–"
+        body.append((*place, start + (" (the shortest measured)" if faster and not slower else ""), ratio_text(found[-1][1])))
+    head = ("model", "heads", "dtype", "batch", "cache", "faster from P =", "at the longest P")
+    return f"Break-even with concatenation:\n\n{table(head, body)}"
+
+
 def losses(rows: list[Row]) -> str:
     """Every point below 1.0x, then those that miss a higher goal, or a sentence that there is none."""
     below, missed = [], []
@@ -129,6 +151,7 @@ def cpu_operator(results: dict[str, Any]) -> str:
         mean = f"Geometric mean over the best rival, {len(ratios)} of {len(rows)} points: {geometric_mean(ratios):.2f}x"
         goals = f"({goal}; 1.0x at every point)"
         parts += [f"### {title}", f"{mean} {goals}; over `peft` {_mean_over(rows, 'peft')}.", grid(rows), losses(rows)]
+        parts += filter(None, [break_even(rows)])
         parts += ["<details><summary>All points</summary>", all_points(rows), "</details>"]
     return "\n\n".join(parts)
 
@@ -180,7 +203,8 @@ def gpu_operator(results: dict[str, Any]) -> str:
     head = ("point", "ours, µs", "TFLOP/s", "of the ceilings: FLOP, bytes", "MiB above inputs: ours, peft", "best rival, µs")
     below = [f"- {row['key']}: {ratio_text(row.get('ratio'))}" for row in rows if (row.get("ratio") or 0) < 1]
     lost = "Points below 1.0x:\n\n" + "\n".join(below) if below else "No point is below 1.0x."
-    return "\n\n".join([*parts, table((*head, "ratio"), [_gpu_line(row, top) for row in rows]), lost])
+    lines = table((*head, "ratio"), [_gpu_line(row, top) for row in rows])
+    return "\n\n".join(filter(None, [*parts, lines, lost, break_even(rows)]))
 
 
 def _gpu_line(row: Row, top: Row | None) -> Sequence[str]:
@@ -220,6 +244,7 @@ def readme_cpu(operator: dict[str, Any], whole: dict[str, Any] | None) -> str:
     kinds: list[tuple[str, str, Callable[[Case], bool]]] = [
         ("forward", "forward", lambda case: True),
         ("forward and gradients", "forward+backward", lambda case: True),
+        ("decoding, 1 row", "decode", lambda case: case.batch == 1),
         ("decoding, 8 rows", "decode", lambda case: case.batch == 8),
         ("decoding, 32 rows", "decode", lambda case: case.batch == 32),
     ]

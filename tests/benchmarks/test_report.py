@@ -13,7 +13,7 @@ import plots
 import report
 import tables
 from attention_row import finish
-from cases import cpu_cases, gpu_decode_cases, gpu_op_cases
+from cases import Case, cpu_cases, gpu_decode_cases, gpu_op_cases
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {
@@ -145,6 +145,19 @@ def test_losses_are_named(measured):
     assert "- forward failed: failed" in page
 
 
+def test_break_even(measured):
+    def line(prefix_len, concat, own, sdpa=1e-3):
+        ways = {"concat": concat, "concat_flash": 2 * concat, "sdpa": sdpa, "cpu": own}
+        return row(Case("M", 8, 12, 4, 64, 1, 128, prefix_len, "float32"), ways, "cpu")
+
+    rows = [line(512, 4e-3, 1e-3), line(16, 1e-3, 2e-3), line(128, 3e-3, 2e-3), line(0, 1e-3, 2e-3)]
+    start = "| M | 12/4 | float32 | 8 | 128 |"
+    assert f"{start} 128 | 4.00x |" in tables.break_even(rows)
+    assert f"{start} 128 (the shortest measured) | 4.00x |" in tables.break_even([rows[0], rows[2]])
+    assert f"{start} – | 0.50x |" in tables.break_even(rows[1:2]) and tables.break_even(rows[3:]) == ""
+    assert tables.break_even(rows) != "" and "Break-even with concatenation" in (measured / "docs/benchmarks.md").read_text()
+
+
 def test_gpu_rows_say_what_they_reach(measured):
     page = (measured / "docs" / "benchmarks.md").read_text()
     first = json.loads((measured / "benchmarks/results/gpu/op.json").read_text())["rows"][1]
@@ -177,7 +190,7 @@ def test_check_fails_where_a_document_or_a_plot_differs(measured, capsys):
     picture = measured / "benchmarks" / "results" / "cpu" / "decode.png"
     assert picture.read_bytes().startswith(b"\x89PNG")
     shown = plots.series(tables.load(measured / "benchmarks/results/cpu/prefix_attention.json"), "decode")
-    shown["lines"]["float32"]["best"]["12/12 heads, 8 rows"][0][1] += 1
+    shown["lines"]["float32"]["best"]["12/12 heads, 8 rows, cache 128"][0][1] += 1
     assert not plots.is_current(picture, shown)
     picture.unlink()
     assert report.main(["--check"]) == 1 and "decode.png" in capsys.readouterr().out
@@ -185,7 +198,7 @@ def test_check_fails_where_a_document_or_a_plot_differs(measured, capsys):
 
 def test_plots_show_every_point(measured):
     results = tables.load(measured / "benchmarks/results/cpu/prefix_attention.json")
-    for direction, count in (("forward", 31), ("forward+backward", 32), ("decode", 32)):
+    for direction, count in (("forward", 31), ("forward+backward", 32), ("decode", 48)):
         lines = plots.series(results, direction)["lines"]
         assert lines.keys() == {"float32", "bfloat16"}
         points = sum(len(points) for panel in lines.values() for points in panel["best"].values())
