@@ -55,7 +55,7 @@ SOURCES = Path(tile_sizes.__file__).parent
 SHARED = ("rows.py", "online_softmax.py", "launch.py")  # what every kernel is made of
 FILES = {
     "forward": ("forward_kernel.py",), "dq": ("dq_kernel.py",), "dkeys": ("dkeys_kernels.py",),
-    "dprefix": ("dkeys_kernels.py",), "delta": ("backward_kernels.py",), "hopper": ("hopper.py",),
+    "dprefix": ("dkeys_kernels.py",), "delta": ("dq_kernel.py", "backward_kernels.py"), "hopper": ("hopper.py",),
     "decode": ("forward_kernel.py", "decode_kernel.py"), "hopper_dq": ("hopper.py", "hopper_dkeys.py", "hopper_dq.py"),
     "hopper_dkeys": ("hopper.py", "hopper_dkeys.py"), "hopper_dprefix": ("hopper.py", "hopper_dkeys.py"),
 }  # fmt: skip

@@ -31,8 +31,9 @@ EVERYTHING = dict.fromkeys(("dq", "dkeys", "dprefix"), tuple(Regime(dim, 1, 1, "
 pytestmark = pytest.mark.usefixtures("uninitialized_memory_is_nan")
 
 
-def delta_of(call, out, lse, grad_out, grad_lse):
+def delta_of(call, **operands):
     """What delta_kernel computes."""
+    out, lse, grad_out, grad_lse = (operands[name].value.pointer for name in ("out", "lse", "grad_out", "grad_lse"))
     delta = (out.float() * grad_out.float()).sum(-1)
     delta = delta.transpose(0, 1) if call.problem.varlen else delta
     return scalars(delta - torch.where(lse == -torch.inf, 0.0, grad_lse), call.problem.varlen)
@@ -60,6 +61,7 @@ def emulate(monkeypatch, change=(), seed=0):
     monkeypatch.setattr(tile_sizes, "HOPPER_BACKWARD_REGIMES", EVERYTHING)
     monkeypatch.setattr(hopper, "why_not", hopper.why_not_on_hopper)
     monkeypatch.setattr(backward_kernels, "_delta", delta_of)
+    monkeypatch.setattr(backward_kernels, "FEW_BLOCKS", 0)  # so that shares are summed
     monkeypatch.setattr(backward_kernels, "sum_splits_kernel", SumSplits())
     return emulated
 

@@ -1,6 +1,4 @@
-"""The backward pass, through the global out and lse: delta, dq, the keys' gradients, the prefix's gradients.
-
-    delta = rowsum(dout ∘ out) − dlse
+"""The backward pass, through the global out and lse: dq and delta, the keys' gradients, the prefix's gradients.
 
 Only kernels that feed a wanted gradient run. The prefix's gradients are summed over the batch in float32: a program sums one
 share of the query blocks, and a last kernel adds the shares in order. Their number depends on sizes alone and has a bound.
@@ -17,15 +15,17 @@ from torch import Tensor
 
 from prefix_kernels.backends.triton import tile_sizes
 from prefix_kernels.backends.triton.dkeys_kernels import dkeys_kernel, dprefix_kernel
-from prefix_kernels.backends.triton.dq_kernel import dq_kernel
+from prefix_kernels.backends.triton.dq_kernel import delta_of_block, dq_kernel
 from prefix_kernels.backends.triton.launch import LENGTHS, Call, cdiv, key_of, run
 from prefix_kernels.backends.triton.online_softmax import load_tile, start_of
 from prefix_kernels.backends.triton.rows import Operand, block_of, queries_of, scalars, tokens
+from prefix_kernels.backends.triton.tile_sizes import Tile
 from prefix_kernels.problem import AttentionInputs, empty_token_major
 
 PROGRAMS = 264  # of the prefix kernel: two for each multiprocessor of a large GPU
 HOPPER_PROGRAMS = 132  # of the one for Hopper: one has all registers of a multiprocessor
 MAX_SPLITS = 32
+FEW_BLOCKS = 8  # of queries, that a program goes through sooner than the shares of several are summed; assumed
 SUM_BLOCK = 1024
 
 
@@ -36,27 +36,21 @@ def delta_kernel(
     BLOCK_DIM: tl.constexpr, BLOCK_VALUE_DIM: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """delta of a block of queries of one head of one row; a query that sees nothing takes no gradient from its lse."""
+    """delta where no dq is wanted: a block of queries of one head of one row."""
     block, head, row = block_of(tl.program_id(0), tl.cdiv(q_len, BLOCK_M), heads)
     q_start, own_q_len = queries_of(rows, row, q_len, q_tokens)
     first_query = block * BLOCK_M
     if first_query >= own_q_len:
         return
     query = first_query + tl.arange(0, BLOCK_M)
-    out_tile = load_tile(
-        start_of(out, row, head, q_start), out.token, first_query, own_q_len, True, VALUE_DIM, BLOCK_M, BLOCK_VALUE_DIM
-    )  # [BLOCK_M, BLOCK_VALUE_DIM]
     grad_tile = load_tile(
         start_of(grad_out, row, head, q_start), grad_out.token, first_query, own_q_len, True, VALUE_DIM, BLOCK_M,
         BLOCK_VALUE_DIM,
     )  # [BLOCK_M, BLOCK_VALUE_DIM]  # fmt: skip
-    result = tl.sum(out_tile.to(tl.float32) * grad_tile.to(tl.float32), 1)
-    exists = query < own_q_len
-    if grad_lse is not None:
-        lse_of = tl.load(start_of(lse, row, head, q_start) + query, mask=exists, other=0.0)  # [BLOCK_M]
-        grad_lse_of = tl.load(start_of(grad_lse, row, head, q_start) + query, mask=exists, other=0.0)  # [BLOCK_M]
-        result = result - tl.where(lse_of == float("-inf"), 0.0, grad_lse_of)
-    tl.store(start_of(delta, row, head, q_start) + query, result, mask=exists)
+    result = delta_of_block(
+        out, grad_tile, lse, grad_lse, row, head, q_start, first_query, own_q_len, VALUE_DIM, BLOCK_M, BLOCK_VALUE_DIM
+    )  # [BLOCK_M]
+    tl.store(start_of(delta, row, head, q_start) + query, result, mask=query < own_q_len)
 
 
 @triton.jit
@@ -89,15 +83,19 @@ def backward(
         for tensor, needed in zip((inputs.q, inputs.k, inputs.v), wanted, strict=False)
     ]
     dq, dk, dv = (None if grad is None else tokens(grad, varlen) for grad in grads)
-    query_side = {
-        "grad_out": tokens(grad_out, varlen), "lse": scalars(lse, varlen), "delta": _delta(call, out, lse, grad_out, grad_lse),
-    }  # fmt: skip
+    query_side = {"grad_out": tokens(grad_out, varlen), "lse": scalars(lse, varlen)}
+    for_delta = {"out": tokens(out, varlen), "grad_lse": None if grad_lse is None else scalars(grad_lse, varlen)}
+    if dq is None or "dq" in hopper:
+        query_side["delta"] = _delta(call, **for_delta, **query_side)
+    else:
+        query_side["delta"] = _empty_delta(call, lse)
+        prefix = {"prefix_k": prefix_k, "prefix_v": prefix_v}
+        tile = call.tile("dq")
+        call.launch(
+            dq_kernel, tile, _query_programs(call, tile), q=q, k=k, v=v, **prefix, dq=dq, **for_delta, **query_side
+        )
     if dq is not None and "dq" in hopper:
         hopper["dq"](call, q, k, v, prefix_k, prefix_v, dq, **query_side)
-    elif dq is not None:
-        tile = call.tile("dq")
-        programs = cdiv(call.problem.q_len, tile.BLOCK_M) * call.problem.heads * call.problem.batch
-        call.launch(dq_kernel, tile, programs, q=q, k=k, v=v, prefix_k=prefix_k, prefix_v=prefix_v, dq=dq, **query_side)
     if (dk is not None or dv is not None) and "dkeys" in hopper:
         hopper["dkeys"](call, q, k, v, dk, dv, **query_side)
     elif dk is not None or dv is not None:
@@ -124,15 +122,19 @@ def hopper_kernels(inputs: AttentionInputs) -> dict[str, Callable]:
     return {name: launches[name] for name in names}
 
 
-def _delta(call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None) -> Operand:
-    varlen, tile = call.problem.varlen, call.tile("delta")
-    delta = scalars(torch.empty_like(lse, memory_format=torch.contiguous_format), varlen)
-    programs = cdiv(call.problem.q_len, tile.BLOCK_M) * call.problem.heads * call.problem.batch
-    call.launch(
-        delta_kernel, tile, programs, out=tokens(out, varlen), grad_out=tokens(grad_out, varlen), lse=scalars(lse, varlen),
-        grad_lse=None if grad_lse is None else scalars(grad_lse, varlen), delta=delta,
-    )  # fmt: skip
+def _delta(call: Call, lse: Operand, **operands: Operand | None) -> Operand:
+    """delta by a kernel of its own."""
+    delta, tile = _empty_delta(call, lse.value.pointer), call.tile("delta")
+    call.launch(delta_kernel, tile, _query_programs(call, tile), lse=lse, delta=delta, **operands)
     return delta
+
+
+def _empty_delta(call: Call, lse: Tensor) -> Operand:
+    return scalars(torch.empty_like(lse, memory_format=torch.contiguous_format), call.problem.varlen)
+
+
+def _query_programs(call: Call, tile: Tile) -> int:
+    return cdiv(call.problem.q_len, tile.BLOCK_M) * call.problem.heads * call.problem.batch
 
 
 def _children(inputs: AttentionInputs) -> tuple[Tensor | None, Tensor | None]:
@@ -152,7 +154,8 @@ def _prefix_gradients(
     q, _, _, prefix_k, prefix_v = call.tensors
     owners = cdiv(problem.prefix_len, tile.BLOCK_N) * problem.kv_heads * problem.prefixes
     query_blocks = cdiv(problem.q_len, tile.BLOCK_M) * problem.batch
-    splits = splits_of(owners, query_blocks, HOPPER_PROGRAMS if hopper else PROGRAMS)
+    few = query_blocks * problem.heads // problem.kv_heads <= FEW_BLOCKS
+    splits = 1 if few else splits_of(owners, query_blocks, HOPPER_PROGRAMS if hopper else PROGRAMS)
     grads = [
         prefix.new_empty(prefix.shape) if needed else None
         for prefix, needed in zip((inputs.prefix_k, inputs.prefix_v), wanted, strict=True)

@@ -1,5 +1,6 @@
 """The gradient of the queries: a program owns a block of queries of one head of one row, as in the forward pass.
 
+    delta   = rowsum(dout ∘ out) − dlse, which it leaves for the gradients of keys and prefix
     weights = tl.exp2(scores − lse)
     dscores = weights ∘ (dout · valuesᵀ − delta)        dq = scale · dscores · [prefix_k ; k]
 """
@@ -79,12 +80,31 @@ def add_segment(
     )  # fmt: skip
 
 
+@triton.jit
+def delta_of_block(
+    out, grad_tile, lse, grad_lse, row, head, q_start, first_query, own_q_len, VALUE_DIM: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_VALUE_DIM: tl.constexpr,
+):  # fmt: skip
+    """delta of a block of queries [BLOCK_M]; one that sees nothing takes no gradient from its lse."""
+    query = first_query + tl.arange(0, BLOCK_M)
+    out_tile = load_tile(
+        start_of(out, row, head, q_start), out.token, first_query, own_q_len, True, VALUE_DIM, BLOCK_M, BLOCK_VALUE_DIM
+    )  # [BLOCK_M, BLOCK_VALUE_DIM]
+    result = tl.sum(out_tile.to(tl.float32) * grad_tile.to(tl.float32), 1)
+    if grad_lse is not None:
+        exists = query < own_q_len
+        lse_of = tl.load(start_of(lse, row, head, q_start) + query, mask=exists, other=0.0)  # [BLOCK_M]
+        grad_lse_of = tl.load(start_of(grad_lse, row, head, q_start) + query, mask=exists, other=0.0)  # [BLOCK_M]
+        result = result - tl.where(lse_of == float("-inf"), 0.0, grad_lse_of)
+    return result
+
+
 @triton.jit(do_not_specialize=LENGTHS)
 def dq_kernel(
-    q, k, v, prefix_k, prefix_v, grad_out, lse, delta, dq, rows, batch, heads, kv_heads, q_len, kv_len, q_tokens, k_tokens,
-    prefixes, prefix_len, window, slide, scale, softcap, CAUSAL: tl.constexpr, HEAD_DIM: tl.constexpr,
-    VALUE_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_VALUE_DIM: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    q, k, v, prefix_k, prefix_v, out, grad_out, lse, grad_lse, delta, dq, rows, batch, heads, kv_heads, q_len, kv_len,
+    q_tokens, k_tokens, prefixes, prefix_len, window, slide, scale, softcap, CAUSAL: tl.constexpr, HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_VALUE_DIM: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     block, head, row = block_of(tl.program_id(0), tl.cdiv(q_len, BLOCK_M), heads)
     kv_head = head // (heads // kv_heads)
@@ -104,7 +124,10 @@ def dq_kernel(
         BLOCK_VALUE_DIM,
     )  # [BLOCK_M, BLOCK_VALUE_DIM]  # fmt: skip
     lse_of = load_log2_lse(start_of(lse, row, head, q_start), query, own_q_len)  # [BLOCK_M]
-    delta_of = tl.load(start_of(delta, row, head, q_start) + query, mask=query < own_q_len, other=0.0)  # [BLOCK_M]
+    delta_of = delta_of_block(
+        out, grad_tile, lse, grad_lse, row, head, q_start, first_query, own_q_len, VALUE_DIM, BLOCK_M, BLOCK_VALUE_DIM
+    )  # [BLOCK_M]
+    tl.store(start_of(delta, row, head, q_start) + query, delta_of, mask=query < own_q_len)
     total = tl.zeros([BLOCK_M, BLOCK_DIM], tl.float32)
 
     prefix, own_prefix_len = prefix_of(rows, row, prefixes, prefix_len)
