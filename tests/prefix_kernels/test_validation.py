@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import prefix_kernels
-from prefix_kernels import api, ops, validate
+from prefix_kernels import api, ops, prefix_attention, validate
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 
@@ -329,3 +329,32 @@ def test_index_values_are_not_read_from_a_device(wrong):
     arguments = wrong.base | wrong.change
     arguments = {name: value.to("meta") if isinstance(value, torch.Tensor) else value for name, value in arguments.items()}
     assert Wrong(wrong.base, arguments, ValueError, "").call().is_meta
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_index_values_that_passed_are_looked_at_again_when_they_change(inference):
+    q, prefix = torch.zeros(2, 1, 1, 16), torch.zeros(3, 1, 4, 16)
+    with torch.inference_mode(inference), torch.no_grad():
+        ids, lens = torch.tensor([2, 0]), torch.tensor([4, 4, 4])
+        call = {"prefix_ids": ids, "prefix_lens": lens}
+        for _ in range(2):
+            prefix_attention(q, q, q, prefix, prefix, **call)
+        with pytest.raises(ValueError, match="prefix_ids: expected values from -1 to 1, got 0 to 2"):
+            prefix_attention(q, q, q, prefix[:2], prefix[:2], prefix_ids=ids)
+        ids[0] = 3
+        with pytest.raises(ValueError, match="prefix_ids: expected values from -1 to 2, got 0 to 3"):
+            prefix_attention(q, q, q, prefix, prefix, **call)
+        with pytest.raises(ValueError, match="prefix_ids: expected values from -1 to 2, got 5 to 5"):
+            prefix_attention(q, q, q, prefix, prefix, prefix_ids=torch.tensor([5, 5]), prefix_lens=lens)
+
+
+def test_shapes_that_passed_are_not_what_others_pass_by():
+    q, prefix = torch.zeros(2, 2, 3, 16), torch.zeros(2, 4, 16)
+    prefix_attention(q, q, q, prefix, prefix)
+    prefix_attention(q, q, q, prefix, prefix)
+    with pytest.raises(TypeError, match="k: expected dtype torch.float32 as q, got torch.float16"):
+        prefix_attention(q, q.half(), q, prefix, prefix)
+    with pytest.raises(TypeError, match="v: expected a tensor, got ndarray"):
+        prefix_attention(q, q, q.numpy(), prefix, prefix)
+    with pytest.raises(ValueError, match="k: expected device cpu as q, got meta"):
+        prefix_attention(q, q.to("meta"), q, prefix, prefix)
