@@ -85,17 +85,17 @@ def backward(
     dq, dk, dv = (None if grad is None else tokens(grad, varlen) for grad in grads)
     query_side = {"grad_out": tokens(grad_out, varlen), "lse": scalars(lse, varlen)}
     for_delta = {"out": tokens(out, varlen), "grad_lse": None if grad_lse is None else scalars(grad_lse, varlen)}
-    if dq is None or "dq" in hopper:
+    # dq leaves delta behind, but for float32: there one more tile spills.
+    if dq is None or "dq" in hopper or call.problem.dtype == torch.float32:
         query_side["delta"] = _delta(call, **for_delta, **query_side)
+        for_delta = {"out": None, "grad_lse": None}
     else:
         query_side["delta"] = _empty_delta(call, lse)
-        prefix = {"prefix_k": prefix_k, "prefix_v": prefix_v}
-        tile = call.tile("dq")
-        call.launch(
-            dq_kernel, tile, _query_programs(call, tile), q=q, k=k, v=v, **prefix, dq=dq, **for_delta, **query_side
-        )
     if dq is not None and "dq" in hopper:
         hopper["dq"](call, q, k, v, prefix_k, prefix_v, dq, **query_side)
+    elif dq is not None:
+        tile, operands = call.tile("dq"), {"prefix_k": prefix_k, "prefix_v": prefix_v, **for_delta, **query_side}
+        call.launch(dq_kernel, tile, _query_programs(call, tile), q=q, k=k, v=v, dq=dq, **operands)
     if (dk is not None or dv is not None) and "dkeys" in hopper:
         hopper["dkeys"](call, q, k, v, dk, dv, **query_side)
     elif dk is not None or dv is not None:

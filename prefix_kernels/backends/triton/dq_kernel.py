@@ -1,6 +1,6 @@
 """The gradient of the queries: a program owns a block of queries of one head of one row, as in the forward pass.
 
-    delta   = rowsum(dout ∘ out) − dlse, which it leaves for the gradients of keys and prefix
+    delta   = rowsum(dout ∘ out) − dlse, which it leaves for the gradients of keys and prefix, or finds where it is given no out
     weights = tl.exp2(scores − lse)
     dscores = weights ∘ (dout · valuesᵀ − delta)        dq = scale · dscores · [prefix_k ; k]
 """
@@ -124,10 +124,13 @@ def dq_kernel(
         BLOCK_VALUE_DIM,
     )  # [BLOCK_M, BLOCK_VALUE_DIM]  # fmt: skip
     lse_of = load_log2_lse(start_of(lse, row, head, q_start), query, own_q_len)  # [BLOCK_M]
-    delta_of = delta_of_block(
-        out, grad_tile, lse, grad_lse, row, head, q_start, first_query, own_q_len, VALUE_DIM, BLOCK_M, BLOCK_VALUE_DIM
-    )  # [BLOCK_M]
-    tl.store(start_of(delta, row, head, q_start) + query, delta_of, mask=query < own_q_len)
+    if out is None:
+        delta_of = tl.load(start_of(delta, row, head, q_start) + query, mask=query < own_q_len, other=0.0)  # [BLOCK_M]
+    else:
+        delta_of = delta_of_block(
+            out, grad_tile, lse, grad_lse, row, head, q_start, first_query, own_q_len, VALUE_DIM, BLOCK_M, BLOCK_VALUE_DIM
+        )  # [BLOCK_M]
+        tl.store(start_of(delta, row, head, q_start) + query, delta_of, mask=query < own_q_len)
     total = tl.zeros([BLOCK_M, BLOCK_DIM], tl.float32)
 
     prefix, own_prefix_len = prefix_of(rows, row, prefixes, prefix_len)
