@@ -28,9 +28,10 @@ SELECTION = ["-m", "gpu", "tests"]
 DRY_SELECTION = ["tests/prefix_kernels/test_problem.py"]
 SECONDS_A_TEST = 60
 MOST_PROCESSES = 15  # each with a CUDA context of its own
-MEMCHECK = "compute-sanitizer"
-MEMCHECK_SELECTION = ["-m", "gpu", "-k", "plain or mqa", "tests/prefix_kernels"]
-MEMCHECK_SECONDS = 40  # left at least, or it is not started
+SANITIZER = "compute-sanitizer"
+SANITIZER_TOOLS = ("memcheck", "racecheck")  # addresses out of bounds; shared memory read and written without a barrier
+SANITIZED = ["-m", "gpu", "-k", "plain or mqa", "tests/prefix_kernels"]
+SANITIZER_SECONDS = 40  # left at least, or it is not started
 LOST_DEVICE = 3  # a worker's exit status
 LINES = 3
 
@@ -112,8 +113,9 @@ def outcome_row(nodeid: str, outcome: str, text: str) -> dict[str, Any]:
 
 
 def counts(results: measure.Results) -> dict[str, Any]:
-    """How many tests passed, failed and were skipped; the memory checker is not one of them."""
-    found = Counter(row["outcome"] for key, row in results.rows.items() if "outcome" in row and key != MEMCHECK)
+    """How many tests passed, failed and were skipped; the sanitizer's tools are not among them."""
+    others = {sanitizer_row(tool) for tool in SANITIZER_TOOLS}
+    found = Counter(row["outcome"] for key, row in results.rows.items() if "outcome" in row and key not in others)
     return {"key": "counts", **{name: found[name] for name in ("passed", "failed", "skipped")}}
 
 
@@ -130,27 +132,32 @@ def run_tests(results: measure.Results, begin: Callable[[str], None], dry_run: b
     return int(pytest.main(arguments, plugins=[Recorder(results, begin, parallel)]))
 
 
-def memory_check(seconds: float) -> dict[str, Any]:
-    """The row of the memory checker: passed, failed with its first lines, or skipped with the reason."""
-    tool = shutil.which(MEMCHECK) or shutil.which(f"/usr/local/cuda/bin/{MEMCHECK}")
+def sanitizer_row(tool: str) -> str:
+    """The key of a tool's row."""
+    return f"{SANITIZER} {tool}"
+
+
+def sanitize(tool: str, seconds: float) -> dict[str, Any]:
+    """The row of one of SANITIZER_TOOLS: passed, failed with its last lines, or skipped with the reason."""
+    key, program = sanitizer_row(tool), shutil.which(SANITIZER) or shutil.which(f"/usr/local/cuda/bin/{SANITIZER}")
     reason = None
     if not torch.cuda.is_available():
         reason = "no CUDA device"
-    elif tool is None:
-        reason = f"{MEMCHECK} is not installed"
-    elif seconds < MEMCHECK_SECONDS:
+    elif program is None:
+        reason = f"{SANITIZER} is not installed"
+    elif seconds < SANITIZER_SECONDS:
         reason = f"{seconds:.0f} s are left"
     if reason is not None:
-        return {"key": MEMCHECK, "outcome": "skipped", "lines": [reason]}
-    command = [tool, "--tool", "memcheck", "--error-exitcode", "9", "--print-limit", "5", sys.executable, "-m", "pytest", "-q",
-               "-x", "-p", "no:cacheprovider", *MEMCHECK_SELECTION]  # fmt: skip
+        return {"key": key, "outcome": "skipped", "lines": [reason]}
+    command = [program, "--tool", tool, "--error-exitcode", "9", "--print-limit", "5", sys.executable, "-m", "pytest", "-q",
+               "-x", "-p", "no:cacheprovider", *SANITIZED]  # fmt: skip
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # else one allocation hides many
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=seconds, env=environment, cwd=Path(__file__).resolve().parents[1]
         )
     except subprocess.TimeoutExpired:
-        return {"key": MEMCHECK, "outcome": "skipped", "lines": [f"not finished within {seconds:.0f} s"]}
+        return {"key": key, "outcome": "skipped", "lines": [f"not finished within {seconds:.0f} s"]}
     said = re.compile(r"=========|\d+ (passed|failed|error)")
     lines = [line for line in done.stdout.splitlines() if said.match(line)]
-    return {"key": MEMCHECK, "outcome": "failed" if done.returncode else "passed", "complete": True, "lines": lines[-8:]}
+    return {"key": key, "outcome": "failed" if done.returncode else "passed", "complete": True, "lines": lines[-8:]}

@@ -1,6 +1,6 @@
 """One stage of the measurements on a GPU: python benchmarks/run_gpu.py RESULTS_DIR STAGE. run_gpu.sh runs all of them.
 
-    tests     the tests marked gpu, then the CUDA memory checker
+    tests     the tests marked gpu, then the CUDA memory and race checkers
     op        attention in training shapes, forward and with the backward pass
     decode    attention of one new token a row
     e2e       whole models: a training step, generation
@@ -29,10 +29,10 @@ import torch
 
 import measure
 from gpu_jobs import jobs, run_job
-from gpu_tests import LOST_DEVICE, MEMCHECK, counts, memory_check, outcome_row, run_tests
+from gpu_tests import LOST_DEVICE, SANITIZER_TOOLS, counts, outcome_row, run_tests, sanitize, sanitizer_row
 
 STAGES = {"tests": 300.0, "op": 300.0, "decode": 240.0, "e2e": 240.0}  # seconds
-MEMCHECK_SHARE = 0.25  # of the stage's time, kept for the memory checker
+SANITIZER_SHARE = 0.4  # of the stage's time, kept for the sanitizer
 CRASHES_OF_A_WAY = 2  # after which a stage goes on without it
 LOG, LOG_BYTES = "workers.log", 2**20
 
@@ -53,13 +53,15 @@ def main(argv: list[str] | None = None) -> int:
     args.results.mkdir(parents=True, exist_ok=True)
     begin = time.monotonic()
     seconds = args.seconds or STAGES[args.stage]
-    share = 1 - MEMCHECK_SHARE if args.stage == "tests" else 1
+    share = 1 - SANITIZER_SHARE if args.stage == "tests" else 1
     environment = measure.environment("cuda" if torch.cuda.is_available() else "cpu")
     supervise(args, environment, begin + share * seconds)
     results = open_results(args, environment)
     if args.stage == "tests":
-        if not results.done(MEMCHECK):
-            results.put(memory_check(0 if args.dry_run else begin + seconds - time.monotonic()))
+        for index, tool in enumerate(SANITIZER_TOOLS):
+            if not results.done(sanitizer_row(tool)):
+                left = 0 if args.dry_run else begin + seconds - time.monotonic()
+                results.put(sanitize(tool, left / (len(SANITIZER_TOOLS) - index)))
         results.put(counts(results))
     shorten(args.results / LOG)
     print("\n".join(table(args.stage, results)))
@@ -156,8 +158,9 @@ def table(stage: str, results: measure.Results) -> list[str]:
         found = results.rows["counts"]
         failed = [row for row in rows if row.get("outcome") == "failed"]
         lines = [f"  FAILED {row['key']}: {' | '.join(row.get('lines', []))[:200]}" for row in failed[:25]]
-        check = results.rows[MEMCHECK]
-        lines.append(f"  {MEMCHECK}: {check['outcome']}: {check['lines'][-1] if check['lines'] else ''}")
+        for key in map(sanitizer_row, SANITIZER_TOOLS):
+            check = results.rows[key]
+            lines.append(f"  {key}: {check['outcome']}: {check['lines'][-1] if check['lines'] else ''}")
         return [f"{found['passed']} passed, {found['failed']} failed, {found['skipped']} skipped", *lines]
     return [_line(row) for row in rows]
 

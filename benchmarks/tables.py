@@ -234,8 +234,8 @@ def gpu_tests(results: dict[str, Any]) -> str:
     counts = rows.get("counts", {})
     text = f"{counts.get('passed', 0)} passed, {counts.get('failed', 0)} failed, {counts.get('skipped', 0)} skipped."
     failed = [f"- {key}: {' '.join(row.get('lines', []))[:200]}" for key, row in rows.items() if row.get("outcome") == "failed"]
-    check = rows.get("compute-sanitizer")
-    checked = f"compute-sanitizer: {check['outcome']}. {' '.join(check['lines'][-1:])}" if check else ""
+    checks = [(key, row) for key, row in rows.items() if key.startswith("compute-sanitizer ")]
+    checked = "\n".join(f"- {key}: {row['outcome']}. {' '.join(row['lines'][-1:])}" for key, row in checks)
     return "\n\n".join(filter(None, [environment_line(results["environment"]), text, "\n".join(failed), checked]))
 
 

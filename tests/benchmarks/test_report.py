@@ -89,7 +89,7 @@ def measured(project):
     train = whole_row("train M", "train", {"selected": 1.0, "peft": 2.0}, peak_bytes=2**31)
     write(results / "gpu" / "e2e.json", GPU, [train, lost])
     tests = [{"key": "test_a", "outcome": "failed", "lines": ["assert 1 == 2"]}, {"key": "test_b", "outcome": "passed"},
-             {"key": "compute-sanitizer", "outcome": "passed", "lines": ["ERROR SUMMARY: 0 errors"]},
+             {"key": "compute-sanitizer memcheck", "outcome": "passed", "lines": ["ERROR SUMMARY: 0 errors"]},
              {"key": "counts", "passed": 1, "failed": 1, "skipped": 4}]  # fmt: skip
     write(results / "gpu" / "tests.json", GPU, tests)
     assert report.main([]) == 0
@@ -127,7 +127,8 @@ def test_sections_and_numbers(measured):
         assert f"| {each['key']} |" in page
     assert "| train M B4 P16 | float32 | cpu | 2.000 s | 2.200 s | 3.000 s | 1.50x |" in page
     assert "| generate M B8 P512 | float32 | cpu | 64.0 tokens/s | 85.3 tokens/s | 32.0 tokens/s | 2.00x |" in page
-    assert "1 passed, 1 failed, 4 skipped." in page and "- test_a: assert 1 == 2" in page and "ERROR SUMMARY: 0 errors" in page
+    assert "1 passed, 1 failed, 4 skipped." in page and "- test_a: assert 1 == 2" in page
+    assert "- compute-sanitizer memcheck: passed. ERROR SUMMARY: 0 errors" in page
     assert "750 TFLOP/s (matrix product), 3.00 TB/s" in page
     assert "2.0 GiB" in page and "- train L: RuntimeError: out of memory" in page
 

@@ -19,7 +19,7 @@ import run_gpu
 
 ROOT = Path(__file__).resolve().parents[2]
 ROWS = {
-    "tests": ("compute-sanitizer", "counts"),
+    "tests": ("compute-sanitizer memcheck", "compute-sanitizer racecheck", "counts"),
     "op": ("ceilings", "forward B3 S8 H4/2 D16 P5 bfloat16", "forward+backward packed 3×7 H4/2 D16 P5 bfloat16"),
     "decode": ("ceilings", "decode B3 S12 H4/2 D16 P8 bfloat16", "decode B1 S12 H4/2 D16 P0 bfloat16"),
     "e2e": ("train tiny B2 P4", "generate tiny B2 P4"),
@@ -248,23 +248,25 @@ def test_tests_in_parallel_outlive_a_crash(tmp_path, monkeypatch):
     assert "crashed" in str(rows["test_crash"]["lines"]) and "no tidying" in str(rows["test_untidy"]["lines"])
 
 
-def test_memory_checker_says_why_it_did_not_run(monkeypatch):
+def test_sanitizer_says_why_it_did_not_run(monkeypatch):
     monkeypatch.setattr(gpu_tests.torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(gpu_tests.shutil, "which", lambda name: None)
-    assert gpu_tests.memory_check(100)["lines"] == ["compute-sanitizer is not installed"]
+    assert gpu_tests.sanitize("memcheck", 100)["lines"] == ["compute-sanitizer is not installed"]
     monkeypatch.setattr(gpu_tests.shutil, "which", lambda name: "/bin/true")
-    assert gpu_tests.memory_check(3)["lines"] == ["3 s are left"]
+    assert gpu_tests.sanitize("memcheck", 3)["lines"] == ["3 s are left"]
 
 
+@pytest.mark.parametrize("tool", gpu_tests.SANITIZER_TOOLS)
 @pytest.mark.parametrize("status, outcome", [(0, "passed"), (9, "failed")])
-def test_memory_checker(monkeypatch, tmp_path, status, outcome):
-    tool = tmp_path / "compute-sanitizer"
-    tool.write_text(f"#!/bin/sh\necho noise\necho '========= ERROR SUMMARY: {status} errors'\nexit {status}\n")
-    tool.chmod(0o755)
+def test_sanitizer(monkeypatch, tmp_path, status, outcome, tool):
+    program = tmp_path / "compute-sanitizer"
+    program.write_text(f"#!/bin/sh\necho noise\necho \"========= $2: {status} errors\"\nexit {status}\n")
+    program.chmod(0o755)
     monkeypatch.setattr(gpu_tests.torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(gpu_tests.shutil, "which", lambda name: str(tool))
-    row = gpu_tests.memory_check(100)
-    assert row["outcome"] == outcome and row["lines"] == [f"========= ERROR SUMMARY: {status} errors"]
+    monkeypatch.setattr(gpu_tests.shutil, "which", lambda name: str(program))
+    row = gpu_tests.sanitize(tool, 100)
+    assert row["outcome"] == outcome and row["lines"] == [f"========= {tool}: {status} errors"]
+    assert row["key"] == f"compute-sanitizer {tool}"
 
 
 def test_a_long_log_keeps_its_end(tmp_path):
