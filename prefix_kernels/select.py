@@ -71,8 +71,14 @@ def explain(problem: AttentionProblem, backend: str | None) -> dict[str, str]:
             explanation[name] = "chosen"
         else:
             why = "was asked for" if requested else f"is preferred ({REASONS[chosen]})"
-            explanation[name] = f"not chosen: {chosen} {why}"
+            explanation[name] = f"not chosen: {chosen} {why}{_code_of(name)}"
     return explanation
+
+
+def _code_of(name: str) -> str:
+    """Of a backend that was compiled for some GPUs, which of its code this one would run."""
+    machine_code = getattr(load_backend(name), "machine_code", None)
+    return "" if machine_code is None else f"; it would run {machine_code()}"
 
 
 def workspace_bytes(problem: AttentionProblem, backend: str | None) -> dict[str, int]:

@@ -35,10 +35,15 @@ def _missing() -> str | None:
     except OSError as error:
         return f"the CUDA kernels in {LIBRARY} cannot be loaded: {error}"
     try:
-        _operator("machine_code")()
+        machine_code()
     except RuntimeError as error:
         return str(error).splitlines()[0].split(", ", 2)[-1]  # less the place in the source
     return None
+
+
+def machine_code() -> str:
+    """What the GPU runs of the library: code for its architecture, or PTX for an older one that its driver compiles."""
+    return _operator("machine_code")()
 
 
 def why_not(problem: AttentionProblem) -> str | None:

@@ -134,7 +134,8 @@ def test_what_it_refuses(gpu):
         return prefix_kernels.explain_backends(*inputs.tensors, **inputs.options, **more)["cuda"]
 
     good = Case("good", q_len=8, kv_len=9, head_dim=64)
-    assert refusal(good) == "not chosen: cpu is preferred (" + prefix_kernels.select.REASONS["cpu"] + ")"
+    preferred = f"not chosen: cpu is preferred ({prefix_kernels.select.REASONS['cpu']}); it would run in an emulation"
+    assert refusal(good) == preferred
     assert "up to 8 queries" in refusal(replace(good, q_len=9))
     assert "got torch.float32" in refusal(good, torch.float32)
     assert "got 32 and 32" in refusal(replace(good, head_dim=32))

@@ -412,6 +412,13 @@ def test_explain_backends(operator_calls, backend_calls, case, more, expected):
     assert not backend_calls and not any(operator_calls.values())
 
 
+def test_explain_backends_says_which_machine_code_a_backend_has(monkeypatch, backend_calls):
+    inputs = make_inputs(Case("plain"))
+    monkeypatch.setattr(select.load_backend("reference"), "machine_code", lambda: "sm_80", raising=False)
+    said = prefix_kernels.explain_backends(*inputs.tensors, **inputs.options)
+    assert said == {"sdpa": "chosen", "reference": f"{PREFERRED}; it would run sm_80"}
+
+
 def test_explain_backends_rejects_wrong_calls_as_the_call_does():
     q, k, v, prefix_k, prefix_v = make_inputs(Case("plain")).tensors
     with pytest.raises(ValueError, match="^k: expected head_dim 32 as in q"):

@@ -70,6 +70,7 @@ class EmulatedGpu:
             patch.setattr(cuda, "DEVICE", "cpu")
             patch.setattr(cuda, "OPERATORS", OPERATORS)
             patch.setattr(cuda, "_missing", lambda: None)
+            patch.setattr(cuda, "machine_code", lambda: "in an emulation")
             cuda._operator.cache_clear()
             self.set()
             self.functions.emulator_clear_counters()
