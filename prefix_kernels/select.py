@@ -15,7 +15,7 @@ BACKENDS = ("cpu", "triton", "sdpa", "cuda", "reference")  # in order of prefere
 WIDE_HEAD = 128  # above it sdpa comes before triton on a GPU
 # Why a backend comes before those after it.
 REASONS = {
-    "cpu": "measured: 1.5 to 7.4 times as fast as sdpa at the 96 points of benchmarks/results/cpu, so there is no threshold",
+    "cpu": "measured: 1.5 to 7.3 times as fast as sdpa at the 112 points of benchmarks/results/cpu, so there is no threshold",
     "triton": "measured on an H200 (benchmarks/results/nvidia-h200): faster than sdpa in training up to head_dim 128",
     "sdpa": "measured on an H200: 1.6 times as fast as triton forward with head_dim 256; on a CPU it copies nothing per row",
     "cuda": "not measured: it has not run on a GPU",  # when it has and is faster, it comes before triton
