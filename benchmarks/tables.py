@@ -88,8 +88,8 @@ def break_even(rows: list[Row]) -> str:
     lines: dict[tuple, list[tuple[int, float]]] = {}
     for row in rows:
         case = case_of(row)
-        times = [time for name in row["ways"] if name.startswith("concat") and (time := median(row, name)) is not None]
-        if case.decode and case.prefix_len and times and ours(row) is not None:
+        times = [time for name in row.get("ways", {}) if name.startswith("concat") and (time := median(row, name)) is not None]
+        if times and case.decode and case.prefix_len and ours(row) is not None:
             place = (case.model, f"{case.heads}/{case.kv_heads}", case.dtype, f"{case.batch}", f"{case.kv_len}")
             lines.setdefault(place, []).append((case.prefix_len, min(times) / ours(row)))
     if not lines:
