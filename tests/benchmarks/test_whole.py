@@ -126,3 +126,6 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     assert [row["key"] for row in rows] == ["train tiny B2 P4", "generate tiny B2 P4"] and rows[1]["tokens"] == 6
     monkeypatch.setattr(bench_whole, "measure_run", lambda *arguments: pytest.fail("measured again"))
     assert bench_whole.main(arguments) == 0
+    capsys.readouterr()
+    assert bench_whole.main([*arguments, "--only", "generate"]) == 0
+    assert "train" not in capsys.readouterr().out
