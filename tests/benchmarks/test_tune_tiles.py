@@ -34,7 +34,7 @@ def test_difference():
 def test_every_kind_of_call_is_compiled_beforehand():
     cases = gpu_op_cases() + gpu_decode_cases()
     kinds = warm_up.kinds_of(cases).values()
-    assert len(kinds) < 40
+    assert len(kinds) < 50
     for case in cases:
         alike = [k for k in kinds if (k.head_dim, k.dtype, k.decode, k.seqlens is None) == (
             case.head_dim, case.dtype, case.decode, case.seqlens is None)]  # fmt: skip
