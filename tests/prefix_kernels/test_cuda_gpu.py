@@ -9,7 +9,7 @@ import prefix_kernels
 from prefix_kernels.backends import cuda
 from support.cases import Case
 from support.cuda_cases import CUDA_CASES, aligned_inputs, fitted
-from support.decoding import LARGE_DECODE_CASES, check
+from support.decoding import LARGE_DECODE_CASES, check, refill
 
 LARGE = tuple(map(fitted, LARGE_DECODE_CASES)) + tuple(
     replace(fitted(case), name=f"{case.name}, bank", prefixes=3, prefix_ids=tuple(row % 4 - 1 for row in range(case.batch)))
@@ -90,11 +90,7 @@ def test_in_a_cuda_graph(prefix_len, bank):
     q, k, v, *_ = inputs.tensors
     graph, captured = graph_of(lambda: inputs.call(backend="cuda", return_lse=True))
     for lengths in ([1, 2, 3, 4], [600, 64, 65, 0], [130, 599, 7, 200]):
-        q.normal_()
-        for row, length in enumerate(lengths):
-            for cache in (k, v):
-                cache[row, :, :length] = torch.randn_like(cache[row, :, :length])
-                cache[row, :, length:] = torch.nan
+        refill(q, k, v, lengths)
         inputs.options["key_lens"].copy_(torch.tensor(lengths))
         if bank:
             inputs.options["prefix_ids"].copy_(torch.tensor([1, -1, 0, 1]))

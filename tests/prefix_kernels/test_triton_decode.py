@@ -12,7 +12,7 @@ import torch
 
 import prefix_kernels
 from support.cases import Case
-from support.decoding import DECODE_CASES, LARGE_DECODE_CASES, check
+from support.decoding import DECODE_CASES, LARGE_DECODE_CASES, check, refill
 from support.inputs import make_inputs
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -112,11 +112,7 @@ def test_in_a_cuda_graph(prefix_len):
     with torch.cuda.graph(graph):
         captured = decode(key_lens)
     for lengths in ([1, 2, 3, 4], [600, 64, 65, 0], [130, 599, 7, 200]):
-        q.normal_()
-        for row, length in enumerate(lengths):
-            for cache in (k, v):
-                cache[row, :, :length] = torch.randn_like(cache[row, :, :length])
-                cache[row, :, length:] = torch.nan
+        refill(q, k, v, lengths)
         key_lens.copy_(torch.tensor(lengths))
         graph.replay()
         for value, other in zip(captured, decode(key_lens.clone()), strict=True):

@@ -10,6 +10,7 @@ from transformers import StaticCache
 from prefix_tuning import Prefix, attach_prefix
 from prefix_tuning.attach import Attachment
 from support.capabilities import ids
+from support.checkpointing import enable_checkpointing
 from support.models import FAMILIES, random_prefix, tiny_model
 from support.reference import PastKeyValues
 
@@ -138,9 +139,7 @@ def test_window_pinned_against_peft():
 
 def test_reentrant_checkpointing_is_refused():
     model = tiny_model("llama")
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": True})
-    model.train()
+    enable_checkpointing(model, use_reentrant=True)
     with attach_prefix(model, random_prefix(model, PREFIX_LEN)), pytest.raises(ValueError, match="use_reentrant=False"):
         model(input_ids=ids(), use_cache=False)
 

@@ -9,8 +9,8 @@ import torch
 from transformers import DynamicCache, EncoderDecoderCache, T5Config, T5EncoderModel
 from transformers.modeling_outputs import BaseModelOutput
 
-import prefix_tuning.attention
 from prefix_tuning import Prefix, PrefixBank, attach_prefix
+from support.checkpointing import counted_attention, enable_checkpointing, train_with_checkpointing
 from support.encoder_decoders import FAMILIES, PARTS, labels, parts_of, source, tiny_encoder_decoder
 from support.expanded_prefix import expanded_prefix
 from support.models import random_prefix
@@ -142,21 +142,13 @@ def test_positions_past_a_table_are_refused():
             model(**source(model, length=5), decoder_input_ids=labels(length=3).clamp(min=0))
 
 
-def test_gradient_checkpointing_recomputes_and_changes_nothing(model, monkeypatch, proven):
-    model, calls = copy.deepcopy(model), []
-    original = prefix_tuning.attention.prefix_attention
-    monkeypatch.setattr(prefix_tuning.attention, "prefix_attention", lambda *a, **k: calls.append(1) or original(*a, **k))
+def test_gradient_checkpointing_recomputes_and_changes_nothing(model, proven):
+    model = copy.deepcopy(model)
     prefix, inputs = random_parts(model), source(model, side="right") | {"labels": labels(), "use_cache": False}
-    with attach_prefix(model, prefix):
+    with attach_prefix(model, prefix), counted_attention() as calls:
         expected = torch.autograd.grad(model(**inputs).loss, list(prefix.parameters()))
         once = len(calls)
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
-        model.train()
-        for module in model.modules():
-            for name in ("p", "dropout", "activation_dropout", "attention_dropout", "layerdrop"):
-                if isinstance(getattr(module, name, None), float):
-                    setattr(module, name, 0.0)
+        train_with_checkpointing(model)
         calls.clear()
         grads = torch.autograd.grad(model(**inputs).loss, list(prefix.parameters()))
     assert len(calls) == 2 * once
@@ -167,9 +159,7 @@ def test_gradient_checkpointing_recomputes_and_changes_nothing(model, monkeypatc
 @pytest.mark.parametrize("parts", SUBSETS, ids="-".join)
 def test_reentrant_checkpointing_is_refused(model, parts):
     model = copy.deepcopy(model)
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": True})
-    model.train()
+    enable_checkpointing(model, use_reentrant=True)
     with attach_prefix(model, random_parts(model, parts)), pytest.raises(ValueError, match="use_reentrant=False"):
         model(**source(model), labels=labels(), use_cache=False)
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import BertConfig, BertLMHeadModel, BertModel, DebertaV2Config, DebertaV2Model
 
-import prefix_tuning.attention
 from prefix_tuning import Prefix, attach_prefix
+from support.checkpointing import counted_attention, enable_checkpointing, train_with_checkpointing
 from support.encoders import FAMILIES, TASKS, attention_of, inputs_of, logits_of, positions_of, tiny_encoder
 from support.expanded_prefix import expanded_prefix
 from support.models import random_prefix, randomize, tiny_model
@@ -111,20 +111,13 @@ def test_a_head_is_trained_saved_and_loaded_with_the_prefix(family, task, tmp_pa
     proven(family, f"head: {task}")
 
 
-def test_gradient_checkpointing_keeps_the_prefix(family, monkeypatch, proven):
-    model, calls = tiny_encoder(family), []
-    original = prefix_tuning.attention.prefix_attention
-    monkeypatch.setattr(prefix_tuning.attention, "prefix_attention", lambda *a, **k: calls.append(1) or original(*a, **k))
+def test_gradient_checkpointing_keeps_the_prefix(family, proven):
+    model = tiny_encoder(family)
     prefix, inputs = random_prefix(model, PREFIX_LEN), inputs_of(model, "right")
-    with attach_prefix(model, prefix):
+    with attach_prefix(model, prefix), counted_attention() as calls:
         expected = torch.autograd.grad(model(**inputs).loss, list(prefix.parameters()))
         once = len(calls)
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
-        model.train()
-        for module in model.modules():
-            if isinstance(module, torch.nn.Dropout):
-                module.p = 0.0
+        train_with_checkpointing(model)
         calls.clear()
         grads = torch.autograd.grad(model(**inputs).loss, list(prefix.parameters()))
     assert len(calls) == 2 * once
@@ -134,9 +127,7 @@ def test_gradient_checkpointing_keeps_the_prefix(family, monkeypatch, proven):
 
 def test_reentrant_checkpointing_is_refused(family):
     model = tiny_encoder(family)
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": True})
-    model.train()
+    enable_checkpointing(model, use_reentrant=True)
     with attach_prefix(model, random_prefix(model, PREFIX_LEN)), pytest.raises(ValueError, match="use_reentrant=False"):
         model(**inputs_of(model))
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import prefix_tuning.attention
 from prefix_tuning import Prefix, accelerate_peft, attach_prefix, restore_peft
+from support.checkpointing import counted_attention, train_with_checkpointing
 from support.encoder_decoders import labels, source, tiny_encoder_decoder
 from support.models import FAMILIES, random_prefix, tiny_model
 from support.peft_models import (
@@ -24,7 +24,6 @@ from support.peft_models import (
     ids,
     padding,
     peft_model,
-    train_with_checkpointing,
     twins,
 )
 
@@ -236,20 +235,17 @@ def test_the_projection_is_evaluated_once(family):
     assert shapes == [(PREFIX_LEN,)]
 
 
-def test_gradient_checkpointing(pair, monkeypatch):
+def test_gradient_checkpointing(pair):
     rival, model = pair
-    calls, original = [], prefix_tuning.attention.prefix_attention
-    monkeypatch.setattr(
-        prefix_tuning.attention, "prefix_attention", lambda *args, **kwargs: calls.append(1) or original(*args, **kwargs)
-    )
     expected = gradients(rival, rival(input_ids=ids(), labels=ids()).loss)
     train_with_checkpointing(model)
-    loss = model(input_ids=ids(), labels=ids(), use_cache=False).loss
-    with torch.no_grad(), model.disable_adapter():  # as for the reference of a preference loss
-        model(input_ids=ids(), use_cache=False)
-    assert len(calls) == 6
-    assert_same_gradients(gradients(model, loss), expected)
-    assert len(calls) == 9
+    with counted_attention() as calls:
+        loss = model(input_ids=ids(), labels=ids(), use_cache=False).loss
+        with torch.no_grad(), model.disable_adapter():  # as for the reference of a preference loss
+            model(input_ids=ids(), use_cache=False)
+        assert len(calls) == 6
+        assert_same_gradients(gradients(model, loss), expected)
+        assert len(calls) == 9
     with model.disable_adapter(), pytest.raises(NotImplementedError, match="compute without; call them under torch.no_grad"):
         model(input_ids=ids(), use_cache=False)
     loss = model(input_ids=ids(), labels=ids(), use_cache=False).loss

@@ -8,15 +8,14 @@ from __future__ import annotations
 import inspect
 import re
 from functools import cached_property
-from unittest import mock
 
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
 from transformers import StaticCache
 
-import prefix_tuning.attention
 from prefix_tuning import attach_prefix
+from support.checkpointing import counted_attention, train_with_checkpointing
 from support.models import random_prefix, tiny_model
 from support.reference import Concatenation, PastInsideTheWindow, PastKeyValues
 
@@ -216,18 +215,9 @@ def turns(case: Case) -> None:
 
 def checkpointing(case: Case) -> None:
     """Every attention call is computed anew in the backward pass, with the same loss and gradients."""
-    original, calls = prefix_tuning.attention.prefix_attention, []
-    counting = mock.patch.object(
-        prefix_tuning.attention, "prefix_attention", lambda *args, **kwargs: calls.append(1) or original(*args, **kwargs)
-    )
     _, loss, gradients = case.expect(case.reference, list(case.input_ids[:, None]))
-    enable = getattr(case.model, "activation_checkpointing_enable", None) or case.model.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
-    case.model.train()
-    for module in case.model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-    with case.attached(case.reference), counting:
+    train_with_checkpointing(case.model)
+    with case.attached(case.reference), counted_attention() as calls:
         got = case.model(input_ids=case.input_ids, labels=case.input_ids, use_cache=False).loss
         layers = len(calls)
         found = case.gradients(got)

@@ -72,3 +72,12 @@ def check(
     for name, value, expected, yardstick in zip(("out", "lse"), got, wide, eager, strict=False):
         assert_close(value, expected, yardstick, name)
     return got
+
+
+def refill(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> None:
+    """Other queries, and caches with so many tokens in each row, in place; NaN behind them."""
+    q.normal_()
+    for cache in (k, v):
+        cache.normal_()
+        for row, length in enumerate(lengths):
+            cache[row, :, length:] = torch.nan

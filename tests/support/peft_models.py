@@ -36,16 +36,6 @@ def generated(model: nn.Module, mask: torch.Tensor | None = None, **options: Any
     return model.generate(input_ids=ids(), attention_mask=mask, **options)
 
 
-def train_with_checkpointing(model: nn.Module) -> None:
-    """Training mode and gradient checkpointing, without any dropout."""
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable  # until 5.23
-    enable({"use_reentrant": False})
-    model.train()
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-
-
 def peft_model(model: nn.Module, prefix_len: int = 5, *, cartridge: bool = False, task_type: str = "CAUSAL_LM", **options):
     """`model` under PEFT's prefix tuning or cartridge, in eval mode; without a projection keys and values are from N(0, 1)."""
     import peft
