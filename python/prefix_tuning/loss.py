@@ -28,19 +28,33 @@ def target_loss(
     The output embedding sees only the hidden states that predict a target, as one contiguous block: its logits, the
     largest tensor of a step, are never built for prompts and padding.
     """
-    wanted = labels[:, 1:] != IGNORED
-    targets = labels[:, 1:][wanted]
+    index, targets = targets_of(labels)
+    return loss_at(model, index, targets, input_ids=input_ids, attention_mask=attention_mask, **inputs), len(targets)
+
+
+def targets_of(labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Of labels [batch, length]: for each labelled token that is predicted the place of the token before it among all
+    batch · length, and its label, both int [targets]. Waits for the device."""
+    predicts = functional.pad(labels[:, 1:] != IGNORED, (0, 1))
+    index = predicts.flatten().nonzero()[:, 0]
+    return index, labels.flatten()[index + 1]
+
+
+def loss_at(model: nn.Module, index: Tensor, targets: Tensor, **inputs: Any) -> Tensor:
+    """Summed cross-entropy of `targets`, predicted by the tokens at `index`; what is IGNORED among them counts nothing."""
     head = model.get_output_embeddings()
     if head is None or head is model.get_input_embeddings():
         raise ValueError(f"model: expected one with an output embedding of its own, got {type(model).__name__}")
-    selected = head.register_forward_pre_hook(lambda module, args: (args[0][:, :-1][wanted].unsqueeze(0), *args[1:]))
+
+    def select(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return args[0].flatten(0, 1).index_select(0, index)[None], *args[1:]
+
+    selected = head.register_forward_pre_hook(select)
     try:
-        logits = model(
-            input_ids=input_ids, attention_mask=attention_mask, use_cache=False, return_dict=True, **inputs
-        ).logits
+        logits = model(use_cache=False, return_dict=True, **inputs).logits
     finally:
         selected.remove()
-    return sum_loss(logits[0], targets), targets.numel()
+    return sum_loss(logits[0], targets)
 
 
 def encoder_decoder_loss(model: nn.Module, labels: Tensor, **inputs: Any) -> tuple[Tensor, int, Tensor]:
@@ -59,6 +73,6 @@ def encoder_decoder_loss(model: nn.Module, labels: Tensor, **inputs: Any) -> tup
 
 
 def sum_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Summed cross-entropy of logits [tokens, vocabulary], in float32, against targets [tokens]."""
+    """Summed cross-entropy of logits [tokens, vocabulary], in float32, against targets [tokens] that are not IGNORED."""
     with torch.autocast(logits.device.type, enabled=False):
-        return functional.cross_entropy(logits.float(), targets, reduction="sum")
+        return functional.cross_entropy(logits.float(), targets, reduction="sum", ignore_index=IGNORED)

@@ -5,7 +5,9 @@ Registered as transformers' mask function for our attention; the model hands its
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 
 import torch
@@ -115,6 +117,23 @@ def _slid_out(queries: Tensor, columns: Tensor, window: int, kv_len: int) -> Ten
     return pad(torch.zeros(hidden.shape, device=hidden.device).masked_fill(hidden, -torch.inf), (0, kv_len))[:, None]
 
 
+_idle_mask: ContextVar[Tensor | None] = ContextVar("idle_mask", default=None)
+
+
+@contextmanager
+def idle_mask(input_ids: Tensor) -> Iterator[Tensor]:
+    """A mask for these tokens that is known to hide nothing: bool [batch, length].
+
+    Without any mask transformers looks into the positions for packed rows, and waits for the device.
+    """
+    mask = torch.ones_like(input_ids, dtype=torch.bool)
+    token = _idle_mask.set(mask)
+    try:
+        yield mask
+    finally:
+        _idle_mask.reset(token)
+
+
 def mask_structure(
     batch_size: int, q_length: int, kv_length: int, q_offset: int | Tensor = 0, kv_offset: int | Tensor = 0,
     mask_function: Callable = causal_mask_function, attention_mask: Tensor | MaskStructure | None = None,
@@ -128,6 +147,8 @@ def mask_structure(
     """
     if isinstance(attention_mask, MaskStructure):  # generate builds it ahead for static caches
         return attention_mask
+    if not torch.compiler.is_compiling() and attention_mask is _idle_mask.get():
+        attention_mask = None
     window, chunk, known = None, None, True
     causal = mask_function is not bidirectional_mask_function and "allow_is_bidirectional_skip" not in options
     if mask_function not in (bidirectional_mask_function, causal_mask_function):

@@ -27,6 +27,7 @@ from transformers.utils import find_labels
 from prefix_tuning.attach import Attachment, attach_prefix
 from prefix_tuning.checkpointing import LayerCheckpointing
 from prefix_tuning.data import IGNORED, PromptCompletionCollator, pair_collator, tokenize_rows, without_idle_mask
+from prefix_tuning.graphed_training import GraphedSteps
 from prefix_tuning.loss import encoder_decoder_loss, sum_loss, target_loss
 from prefix_tuning.prefix import Prefix
 from prefix_tuning.stacks import stacks
@@ -48,9 +49,12 @@ class PrefixedModel(nn.Module):
     encoder-decoder, that is the mean cross-entropy of the target tokens, or their sum divided by num_items_in_batch, and
     with return_logits there are also "logits" [batch, length, vocabulary]. Any other model has its own loss, and its logits
     come with it: "logits", or "start_logits" and "end_logits".
+
+    cuda_graphs: on a GPU a training step of a causal model is replayed as a CUDA graph where it can be (GraphedSteps). The
+    model's code, hooks included, then runs for new shapes of batches alone.
     """
 
-    def __init__(self, model: PreTrainedModel, prefix: Prefix):
+    def __init__(self, model: PreTrainedModel, prefix: Prefix, cuda_graphs: bool = True):
         super().__init__()
         self.task = task_of(model)
         # Trainer passes num_items_in_batch: accumulated steps then add up to one big batch.
@@ -63,6 +67,9 @@ class PrefixedModel(nn.Module):
             parameter.requires_grad_(True)
         self.prefix = prefix
         self.checkpointing: LayerCheckpointing | None = None
+        self.graphs = None
+        if cuda_graphs and self.task is Task.CAUSAL:
+            self.graphs = GraphedSteps(model, prefix, _max_length(model, prefix, None))
         self.train(self.training)
 
     def train(self, mode: bool = True) -> PrefixedModel:
@@ -89,7 +96,7 @@ class PrefixedModel(nn.Module):
                 loss, count, logits = encoder_decoder_loss(self.model, labels=labels, **inputs)
                 outputs = {"logits": logits} if return_logits else {}
             elif not return_logits:
-                loss, count = target_loss(self.model, labels=labels, **inputs)
+                loss, count = self._target_loss(labels, inputs)
                 outputs = {}
             else:
                 logits = self.model(**inputs, use_cache=False, return_dict=True).logits
@@ -97,6 +104,12 @@ class PrefixedModel(nn.Module):
                 loss, count = sum_loss(logits[:, :-1][wanted], labels[:, 1:][wanted]), int(wanted.sum())
                 outputs = {"logits": logits}
         return {"loss": loss / (max(count, 1) if num_items_in_batch is None else num_items_in_batch), **outputs}
+
+    def _target_loss(self, labels: Tensor, inputs: dict[str, Any]) -> tuple[Tensor, int]:
+        replayed = None
+        if self.graphs is not None and self.checkpointing is None and self.graphs.serves(inputs):
+            replayed = self.graphs.loss(inputs["input_ids"], labels)
+        return target_loss(self.model, labels=labels, **inputs) if replayed is None else replayed
 
     def activation_checkpointing_enable(
         self,
@@ -136,6 +149,7 @@ class PrefixTrainer(Trainer):
         processing_class: the tokenizer. data_collator: by default the one that pads for the model's task.
         max_length: cuts prompts so that a row has no more tokens; default, and at most: what the model has positions for.
         backend, prefix_window: as for attach_prefix.
+        cuda_graphs: as for PrefixedModel.
         others: as for Trainer.
 
     A checkpoint holds the prefix with its reparametrisation, and the state of optimiser, schedule and random numbers:
@@ -158,6 +172,7 @@ class PrefixTrainer(Trainer):
         max_length: int | None = None,
         backend: str | None = None,
         prefix_window: str = "pinned",
+        cuda_graphs: bool = True,
         **others: Any,
     ):
         args = copy.copy(args) if args is not None else TrainingArguments(output_dir="prefix-trainer")
@@ -182,7 +197,7 @@ class PrefixTrainer(Trainer):
             self.prefix = prefix
             self.max_length = _max_length(model, prefix, max_length)
             super().__init__(
-                PrefixedModel(model, prefix),
+                PrefixedModel(model, prefix, cuda_graphs),
                 args,
                 data_collator=self._collator(data_collator, model),
                 train_dataset=self._tokenized("train_dataset", train_dataset, processing_class),
@@ -197,6 +212,8 @@ class PrefixTrainer(Trainer):
     def detach(self) -> None:
         """Ends the attachment and gradient checkpointing: the model is the plain model again, still frozen and in eval mode."""
         self.attachment.detach()
+        if self.model.graphs is not None:
+            self.model.graphs.clear()
         if self.model.checkpointing is not None:
             self.model.checkpointing.undo()
             self.model.checkpointing = None

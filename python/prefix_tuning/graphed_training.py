@@ -1,0 +1,170 @@
+"""Training steps as CUDA graphs: the loss of a batch and the prefix's gradients in one replay.
+
+A frozen model of ordinary size computes a step on a few dozen tokens a row faster than the host can issue its kernels. So the
+forward and the backward pass of each shape of batch are recorded together; what is left of backward() is to hand out gradients.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+from prefix_tuning import cuda_graphs
+from prefix_tuning.data import IGNORED
+from prefix_tuning.loss import loss_at, targets_of
+from prefix_tuning.masks import idle_mask
+
+MOST_GRAPHS = 32  # shapes that come later run as they are
+
+logger = logging.getLogger(__name__)
+
+
+class GraphedSteps:
+    """The recorded steps of a causal model with a prefix attached, one for each shape of batch.
+
+    A shape is recorded when it comes for the second time. Its lengths are rounded up, so that there are few: causal attention
+    keeps padding on the right from every token, and no label stands there.
+
+    most_tokens: of a row, that the model has positions for; None for any number.
+    """
+
+    def __init__(self, model: nn.Module, prefix: nn.Module, most_tokens: int | None = None):
+        self._model, self._prefix, self._most_tokens = model, prefix, most_tokens
+        self._steps: dict[tuple, _Step] = {}
+        self._seen: Counter[tuple] = Counter()
+        self._refused = False
+
+    def __deepcopy__(self, memo: dict) -> None:
+        """A copy of the model records steps of its own, if anything asks it to."""
+
+    def clear(self) -> None:
+        """Frees the graphs and their memory."""
+        self._steps.clear()
+        self._seen.clear()
+
+    def serves(self, inputs: Mapping[str, Any]) -> bool:
+        """Whether a step on these arguments of the model, beside labels, may be recorded."""
+        ids = inputs.get("input_ids")
+        if self._refused or len(inputs) != 1 or not isinstance(ids, Tensor) or not self._on_device(ids):
+            return False
+        if not torch.is_grad_enabled() or torch.is_autocast_enabled(ids.device.type) or torch.compiler.is_compiling():
+            return False
+        one_device = len(set(getattr(self._model, "hf_device_map", {}).values())) <= 1
+        # The gradients inside are not scaled, so those of float16 could vanish.
+        return one_device and self._model.dtype != torch.float16 and ids.dim() == 2
+
+    def loss(self, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, int] | None:
+        """As target_loss; None where this step has to run as it is."""
+        rows, length = len(input_ids), rounded(input_ids.shape[1])
+        if self._most_tokens is not None and length > self._most_tokens:
+            length = input_ids.shape[1]
+        index, targets = targets_of(functional.pad(labels, (0, length - labels.shape[1]), value=IGNORED))
+        trained = [parameter for parameter in self._prefix.parameters() if parameter.requires_grad]
+        layers = [module.layer_prefix for module in self._model.modules() if hasattr(module, "layer_prefix")]
+        if not (trained and len(targets) and any(layer.key.shape[-2] for layer in layers)):
+            return None
+        shape = rows, length, rounded(len(targets))
+        addresses = [tensor.data_ptr() for tensor in (*trained, next(self._model.parameters()))]
+        key = shape, *addresses, *((id(layer), layer.key.shape[-2]) for layer in layers)
+        self._seen[key] += 1
+        if key not in self._steps:
+            if self._seen[key] < 2 or len(self._steps) >= MOST_GRAPHS:
+                return None
+            try:
+                pool = next(iter(self._steps.values())).graph.pool if self._steps else None
+                self._steps[key] = _Step(self._model, self._prefix, trained, layers, shape, pool)
+            except cuda_graphs.CaptureError as error:
+                self._refused = True
+                logger.warning(f"training steps run without CUDA graphs: {error}")
+                return None
+        step = self._steps[key]
+        step.load(input_ids, index, targets)
+        return _Replayed.apply(step, *trained), len(targets)
+
+    @staticmethod
+    def _on_device(ids: Tensor) -> bool:
+        return ids.is_cuda
+
+
+class _Step:
+    """The recorded step of one shape: (rows, length, targets)."""
+
+    def __init__(self, model, prefix, trained: list[nn.Parameter], layers: list, shape: tuple[int, int, int], pool):
+        device = trained[0].device
+        self.model, (rows, length, targets) = model, shape
+        self.input_ids = torch.zeros(rows, length, dtype=torch.long, device=device)
+        self.index = torch.zeros(targets, dtype=torch.long, device=device)
+        self.targets = torch.full((targets,), IGNORED, device=device)
+        # Leaves of the graph's own over the same memory: the parameters may still be part of a step that ran as it was.
+        self.leaves = {parameter: nn.Parameter(parameter.detach()) for parameter in trained}
+        self.stand_in = partial(_standing_in, self.leaves, prefix, layers)
+        self.graph = cuda_graphs.Graph(self._run, pool)
+
+    @torch.enable_grad()
+    def _run(self) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+        with self.stand_in(), idle_mask(self.input_ids) as mask:
+            loss = loss_at(self.model, self.index, self.targets, input_ids=self.input_ids, attention_mask=mask)
+            return loss.detach(), torch.autograd.grad(loss, list(self.leaves.values()), allow_unused=True)
+
+    def load(self, input_ids: Tensor, index: Tensor, targets: Tensor) -> None:
+        """The batch of the next replay; what is left of longer rows before it is seen by no target. index: in padded rows."""
+        self.input_ids[:, : input_ids.shape[1]] = input_ids
+        self.index[: len(index)] = index
+        self.targets[: len(targets)] = targets
+        self.targets[len(targets) :] = IGNORED
+
+
+class _Replayed(torch.autograd.Function):
+    """The loss of a replayed step, with the gradients that were computed beside it."""
+
+    @staticmethod
+    def forward(ctx, step: _Step, *trained: Tensor) -> Tensor:
+        step.graph.replay()
+        loss, grads = step.graph.outputs
+        ctx.used = [grad is not None for grad in grads]
+        ctx.grads = torch._foreach_mul([grad for grad in grads if grad is not None], 1.0)  # the next replay writes them anew
+        return loss.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        scaled = iter(torch._foreach_mul(ctx.grads, grad_loss))
+        return None, *(next(scaled) if used else None for used in ctx.used)
+
+
+def rounded(length: int) -> int:
+    """`length` rounded up to a multiple of an eighth of the next power of two, so that at most a fifth is padding."""
+    unit = max(8, (1 << (length - 1).bit_length()) // 8)
+    return -(-length // unit) * unit
+
+
+@contextmanager
+def _standing_in(leaves: Mapping[nn.Parameter, nn.Parameter], prefix: nn.Module, layers: list) -> Iterator[None]:
+    """Within, the leaves are the prefix's parameters."""
+    places = [
+        (module, name, parameter)
+        for module in prefix.modules()
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter in leaves
+    ]
+    held = [(layer, layer.key, layer.value) for layer in layers]
+    try:
+        for module, name, parameter in places:
+            setattr(module, name, leaves[parameter])
+        for layer, key, value in held:
+            layer.key, layer.value = leaves.get(key, key), leaves.get(value, value)
+        yield
+    finally:
+        for module, name, parameter in places:
+            setattr(module, name, parameter)
+        for layer, key, value in held:
+            layer.key, layer.value = key, value

@@ -1,0 +1,269 @@
+"""Replayed training steps give the losses and gradients of the steps as they are. Graphs are emulated where no GPU is."""
+
+import copy
+import itertools
+
+import pytest
+import torch
+
+from prefix_tuning import Prefix, attach_prefix, cuda_graphs
+from prefix_tuning.data import IGNORED
+from prefix_tuning.graphed_training import MOST_GRAPHS, GraphedSteps, rounded
+from prefix_tuning.train import PrefixedModel
+from support.emulated_graphs import EmulatedGraph
+from support.models import VOCABULARY, random_prefix, tiny_model
+from support.training import ROWS, losses, silent_trainer
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+TOLERANCE = {"atol": 1e-5, "rtol": 1e-4}
+SIZES = ((4, 13), (4, 13), (4, 15), (4, 9), (4, 13), (4, 10), (2, 13), (4, 14))  # of batches: rows, tokens
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """Counts what is recorded; emulates it."""
+
+    class Graph(EmulatedGraph):
+        pass
+
+    monkeypatch.setattr(cuda_graphs, "Graph", Graph)
+    monkeypatch.setattr(GraphedSteps, "_on_device", staticmethod(lambda ids: True))
+    return Graph
+
+
+@pytest.fixture
+def device(request, monkeypatch):
+    """Real graphs on a GPU, emulated ones without."""
+    if request.param == "cpu":
+        request.getfixturevalue("graphs")
+    return request.param
+
+
+def batch_of(rows, length, seed=0, device="cpu"):
+    """The first row is full, the others end earlier and earlier; labels are each row's last tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    input_ids = torch.randint(3, VOCABULARY, (rows, length), generator=generator)
+    column, lengths = torch.arange(length), length - torch.arange(rows)[:, None]
+    labels = input_ids.where((column < lengths) & (column >= lengths - 4 - seed % 3), IGNORED)
+    return {"input_ids": input_ids.to(device), "labels": labels.to(device)}
+
+
+def step(trained, batch, **options):
+    """Loss and gradients, which are added to what is there."""
+    loss = trained(**batch, **options)["loss"]
+    loss.backward()
+    return loss.detach(), [None if p.grad is None else p.grad.clone() for p in trained.prefix.parameters()]
+
+
+def without_graphs(trained):
+    other = copy.copy(trained)
+    other.graphs = None
+    return other
+
+
+@pytest.mark.parametrize("device", DEVICES, indirect=True)
+@pytest.mark.parametrize("mlp", (False, True), ids=("prefix", "reparametrised"))
+@pytest.mark.parametrize("family", ("llama", "gpt2", "mistral", "gemma2", "opt", "bloom"))
+def test_steps_equal(device, family, mlp):
+    """Every batch of an odd length and its like, with an optimiser's step between them."""
+    model = tiny_model(family).to(device)
+    prefix = Prefix.for_model(model, 5, seed=0, reparametrization="mlp" if mlp else None).to(device)
+    with attach_prefix(model, prefix):
+        trained = PrefixedModel(model, prefix)
+        optimizer = torch.optim.AdamW(prefix.parameters(), lr=1e-2)
+        for number, size in enumerate(SIZES):
+            batch = batch_of(*size, seed=number, device=device)
+            expected, expected_grads = step(without_graphs(trained), batch)
+            optimizer.zero_grad()
+            loss, grads = step(trained, batch)
+            torch.testing.assert_close(loss, expected, **TOLERANCE)
+            for grad, expected_grad in zip(grads, expected_grads, strict=True):
+                torch.testing.assert_close(grad, expected_grad, **TOLERANCE)
+            optimizer.step()
+            optimizer.zero_grad()
+        assert len(trained.graphs._steps) == 2 and not trained.graphs._refused
+
+
+def test_what_is_recorded(graphs):
+    """A shape at its second time; lengths that are rounded alike are one shape."""
+    model = tiny_model("llama")
+    prefix = random_prefix(model)
+    with attach_prefix(model, prefix):
+        trained = PrefixedModel(model, prefix)
+        for number, (size, recorded) in enumerate(zip(SIZES, (0, 1, 1, 1, 1, 1, 1, 1), strict=True)):
+            step(trained, batch_of(*size, seed=3 * number))
+            assert graphs.recorded == recorded, size
+        trained.graphs.clear()
+        step(trained, batch_of(4, 13))
+        assert graphs.recorded == 1
+
+
+@pytest.mark.parametrize("device", DEVICES, indirect=True)
+def test_accumulation_and_losses_that_are_still_held(device):
+    """Gradients of several batches add up, in any order of backward(); an old loss keeps its own."""
+    model = tiny_model("llama").to(device)
+    prefix = random_prefix(model).to(device)
+    batches = [batch_of(4, 13, seed, device) for seed in (0, 3, 6, 9)]
+    with attach_prefix(model, prefix):
+        trained = PrefixedModel(model, prefix)
+        expected = [step(without_graphs(trained), batch, num_items_in_batch=7)[1] for batch in batches][-1]
+        prefix.zero_grad()
+        held = [trained(**batch, num_items_in_batch=7)["loss"] for batch in batches]
+        for loss in reversed(held):
+            loss.backward(retain_graph=True)
+        for parameter, grad in zip(prefix.parameters(), expected, strict=True):
+            torch.testing.assert_close(parameter.grad, grad, **TOLERANCE)
+        before = [parameter.grad.clone() for parameter in prefix.parameters()]
+        for loss in held:
+            loss.backward()
+        for parameter, grad in zip(prefix.parameters(), before, strict=True):
+            torch.testing.assert_close(parameter.grad, 2 * grad, **TOLERANCE)
+
+
+def test_a_stale_recording_is_not_replayed(graphs):
+    """New memory of the prefix or the model, another attachment, a prefix that is switched off, frozen parameters."""
+    model = tiny_model("llama")
+    prefix = random_prefix(model)
+    batch = batch_of(4, 13)
+    attachment = attach_prefix(model, prefix)
+    trained = PrefixedModel(model, prefix)
+
+    def equals():
+        prefix.zero_grad()
+        expected, expected_grads = step(without_graphs(trained), batch)
+        for _ in range(3):
+            prefix.zero_grad()
+            loss, grads = step(trained, batch)
+            torch.testing.assert_close(loss, expected, **TOLERANCE)
+            for grad, expected_grad in zip(grads, expected_grads, strict=True):
+                torch.testing.assert_close(grad, expected_grad, **TOLERANCE)
+        return graphs.recorded
+
+    assert equals() == 1
+    parameter = next(prefix.parameters())
+    parameter.data = parameter.data * 2
+    assert equals() == 2
+    weight = next(model.parameters())
+    weight.data = weight.data * 2
+    assert equals() == 3
+    attachment.detach()
+    with attach_prefix(model, prefix) as again:
+        assert equals() == 4
+        parameter.requires_grad_(False)
+        assert equals() == 5
+        again.enable(False)
+        assert equals() == 5
+
+
+def test_the_prefix_stays_what_it_was(graphs):
+    """Parameters, what the layers hold and what else hangs on them are the same objects after a recording, a failed one too."""
+    model = tiny_model("llama")
+    prefix = random_prefix(model)
+    with attach_prefix(model, prefix):
+        trained = PrefixedModel(model, prefix)
+        layers = [module.layer_prefix for module in model.modules() if hasattr(module, "layer_prefix")]
+        before = [*prefix.parameters(), *(tensor for layer in layers for tensor in (layer.key, layer.value))]
+        step(trained, batch_of(4, 13)), step(trained, batch_of(4, 13))
+        graphs.refusal = "no"
+        step(trained, batch_of(3, 13)), step(trained, batch_of(3, 13))
+        after = [*prefix.parameters(), *(tensor for layer in layers for tensor in (layer.key, layer.value))]
+        assert graphs.recorded == 1 and all(one is other for one, other in zip(before, after, strict=True))
+
+
+def test_what_cannot_be_recorded_runs_as_it_is(graphs, caplog):
+    model = tiny_model("llama")
+    prefix = random_prefix(model)
+    graphs.refusal = "called a synchronizing CUDA operation"
+    with attach_prefix(model, prefix):
+        trained = PrefixedModel(model, prefix)
+        expected, _ = step(without_graphs(trained), batch_of(4, 13))
+        for _ in range(4):
+            assert torch.equal(step(trained, batch_of(4, 13))[0], expected)
+    assert [record.message for record in caplog.records] == [f"training steps run without CUDA graphs: {graphs.refusal}"]
+
+
+@pytest.mark.parametrize("why", ("mask", "autocast", "no_grad", "float16", "off", "one token", "eval loss"))
+def test_steps_that_are_not_recorded(graphs, why):
+    model = tiny_model("llama")
+    prefix = random_prefix(model)
+    batch = batch_of(4, 13)
+    if why == "mask":
+        batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+    elif why == "float16":
+        model.half()
+    elif why == "one token":
+        batch = {name: tensor[:, :1] for name, tensor in batch.items()}
+    with attach_prefix(model, prefix):
+        trained = PrefixedModel(model, prefix, cuda_graphs=why != "off")
+        with torch.set_grad_enabled(why != "no_grad"), torch.autocast("cpu", torch.bfloat16, enabled=why == "autocast"):
+            for _ in range(3):
+                trained(**batch, return_logits=why == "eval loss")
+    assert graphs.recorded == 0
+
+
+def test_with_checkpointing_nothing_is_recorded(graphs):
+    model = tiny_model("llama")
+    prefix = random_prefix(model)
+    with attach_prefix(model, prefix):
+        trained = PrefixedModel(model, prefix)
+        trained.activation_checkpointing_enable()
+        for _ in range(3):
+            step(trained, batch_of(4, 13))
+    assert graphs.recorded == 0
+
+
+def test_no_more_graphs_than_that(graphs):
+    model = tiny_model("llama")
+    prefix = random_prefix(model)
+    with attach_prefix(model, prefix):
+        trained = PrefixedModel(model, prefix)
+        for rows, _ in itertools.product(range(1, MOST_GRAPHS + 4), range(2)):
+            step(trained, batch_of(rows, 5))
+    assert graphs.recorded == MOST_GRAPHS
+
+
+def test_rows_as_long_as_the_model_has_positions(graphs):
+    """64 learned positions, 5 of them the prefix's: 57 tokens are not padded to 64."""
+    model = tiny_model("gpt2")
+    prefix = random_prefix(model)
+    with attach_prefix(model, prefix):
+        trained = PrefixedModel(model, prefix)
+        longest = 64 - prefix.position_offset
+        for _ in range(3):
+            step(trained, batch_of(4, longest - 2))
+        assert [shape[0][1] for shape in trained.graphs._steps] == [longest - 2]
+
+
+def test_rounding():
+    assert [rounded(n) for n in (1, 8, 9, 63, 65, 100, 128, 129, 2000)] == [8, 8, 16, 64, 80, 112, 128, 160, 2048]
+    assert all(n <= rounded(n) <= max(n + 7, 1.25 * n) for n in range(1, 5000))
+
+
+def test_trainer(graphs, tmp_path):
+    """The losses of a run, with accumulation and rows of many lengths; graphs are freed at the end."""
+    results = []
+    for cuda_graphs_on in (True, False):
+        model = tiny_model("llama")
+        trainer = silent_trainer(
+            tmp_path, model, random_prefix(model), ROWS, {"cuda_graphs": cuda_graphs_on}, max_steps=12,
+            gradient_accumulation_steps=2, per_device_train_batch_size=2,
+        )  # fmt: skip
+        trainer.train()
+        results.append(losses(trainer))
+        recorded = graphs.recorded
+        assert (trainer.model.graphs is not None) == cuda_graphs_on
+        trainer.detach()
+    assert recorded > 1 and len(results[0]) == 12
+    torch.testing.assert_close(torch.tensor(results[0]), torch.tensor(results[1]), **TOLERANCE)
+
+
+def test_a_copy_has_no_graphs(graphs):
+    model = tiny_model("llama")
+    prefix = random_prefix(model)
+    with attach_prefix(model, prefix):
+        trained = PrefixedModel(model, prefix)
+        for _ in range(2):
+            step(trained, batch_of(4, 13))
+        copied = copy.deepcopy(trained)
+        assert copied.graphs is None
+        assert torch.equal(step(copied, batch_of(4, 13))[0], step(trained, batch_of(4, 13))[0])
