@@ -23,6 +23,7 @@ from prefix_tuning.attention import ATTENTION_NAME, LayerPrefix
 from prefix_tuning.bank import PrefixBank
 from prefix_tuning.devices import execution_device
 from prefix_tuning.families import family_of
+from prefix_tuning.graphed_decoding import GraphedDecoding
 from prefix_tuning.heads import AttachedHeads
 from prefix_tuning.patched_attention import replacement
 from prefix_tuning.positions import check_learned_positions, new_tokens, sequence_positions, shift_embeddings
@@ -81,6 +82,8 @@ class Attachment:
             for module, source in stack.shared.items():
                 self._change(module, layer_prefix=source.layer_prefix)
             self._change(stack.module, **stack.while_attached)
+        if hasattr(model, "generate"):
+            self._change(model, get_compiled_call=GraphedDecoding(model, slides, self._recorded_state))
         self._hooks = [self._hook(stack) for stack in self.stacks]
         self._hooks += [
             shift_embeddings(stack.module.embed_positions, lambda: 0 if self._hidden else self.prefix.position_offset)
@@ -147,6 +150,10 @@ class Attachment:
         for name, value in attributes.items():
             self._changed.append((module, name, {name: vars(module)[name]} if name in vars(module) else {}))
             setattr(module, name, value)
+
+    def _recorded_state(self) -> tuple[bool, int | None]:
+        """What decides, beside its arguments, which tensors a forward pass reads."""
+        return bool(self._hidden), None if self._bank is None else self._bank.generation
 
     def _hook(self, stack: Stack) -> RemovableHandle:
         names = list(inspect.signature(type(stack.module).forward).parameters)[1:]

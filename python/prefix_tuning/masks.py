@@ -38,7 +38,8 @@ class MaskStructure:
     bias: Tensor | None = None  # float32 [batch or 1, heads or 1, q_len, kv_len], for every other pattern
     chunk: int | None = None  # the bias is one of chunks of that many tokens
     local: int | None = None  # the bias is one of a causal window of that many tokens, and of packed rows or the like
-    tokens: Tensor | None = None  # bool [batch, tokens seen so far]: which are real; None where all are
+    tokens: Tensor | None = None  # bool [batch, tokens seen so far]: which are real; None where all are, or starts says enough
+    starts: Tensor | None = None  # int [batch]: the index of each row's first real token
     ndim: int = 4
 
     @property
@@ -62,6 +63,18 @@ class MaskStructure:
         if (batch, heads, keys, rows.stop, rows.step) != (everything, everything, everything, None, None):
             raise NotImplementedError(f"attention_mask: cannot be taken apart by {index}")
         return self if self.bias is None else replace(self, bias=self.bias[:, :, rows])
+
+    def unchanging(self, slides: bool, device: torch.device) -> MaskStructure:
+        """The same mask of tensors that keep their shapes from one step with a static cache to the next.
+
+        slides: whether sliding() is to be asked, which alone reads where keys and rows start.
+        """
+        if not slides:
+            return replace(self, key_offset=0, tokens=None)
+        offset = self.key_offset
+        if not isinstance(offset, Tensor) and offset:
+            offset = torch.full((), offset, device=device)
+        return replace(self, key_offset=offset, tokens=None, starts=self._starts())
 
     def bias_over(self, prefix_len: int) -> Tensor | None:
         """The bias with prefix_len columns of 0 in front: the prefix is visible to every query."""
@@ -105,8 +118,8 @@ class MaskStructure:
 
     def _starts(self) -> Tensor | None:
         """The index of each row's first real token, [batch]; None where it is 0 in all and that is cheap to see."""
-        if self.tokens is None:
-            return None
+        if self.starts is not None or self.tokens is None:
+            return self.starts
         starts = self.tokens.to(torch.uint8).argmax(-1)
         return None if starts.device.type == "cpu" and not torch.compiler.is_compiling() and not starts.any() else starts
 

@@ -1,0 +1,236 @@
+"""Decoding with a static cache as CUDA graphs: generate replays its steps where transformers would compile them.
+
+generate asks a model for its get_compiled_call where it decodes with a static cache on a GPU. While a prefix is attached that
+is a GraphedDecoding: the model's plain step is recorded once for each call of generate, and nothing is compiled.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, EncoderDecoderCache, StaticCache, StaticLayer, StaticSlidingWindowLayer
+from transformers.utils import ModelOutput
+
+from prefix_tuning import cuda_graphs
+from prefix_tuning.masks import MaskStructure
+from prefix_tuning.prefix_ids import BANK_DEFAULT, row_ids
+
+KEPT = 4  # recorded steps of one call of generate, whose steps are alike until a sliding window is full
+
+
+def records(model: nn.Module) -> bool:
+    """Whether decoding steps of the model can be recorded: it is on one GPU, and transformers would compile them."""
+    devices = set((getattr(model, "hf_device_map", None) or {}).values())
+    return model.device.type == "cuda" and len(devices) < 2 and "llama4" not in model.config.model_type
+
+
+class GraphedDecoding:
+    """get_compiled_call of a model with a prefix: its decoding steps, recorded and replayed.
+
+    A CompileConfig of the caller's own, and models that cannot be recorded, get what they get without a prefix.
+    """
+
+    def __init__(self, model: nn.Module, slides: bool, state: Callable[[], Hashable]):
+        """slides: whether the prefix slides out of windows. state: what else a step depends on beside its arguments."""
+        self.model, self.slides, self.state = model, slides, state
+        self.failed = False
+        self._compiled_call = model.get_compiled_call
+        self._first: cuda_graphs.Graph | None = None
+
+    def __call__(self, compile_config: Any) -> Callable[..., Any]:
+        if compile_config is not None or not records(self.model):
+            return self._compiled_call(compile_config)
+        return _Steps(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_first": None}
+
+    def pool(self) -> cuda_graphs.Pool:
+        """One memory for the graphs of all calls: a first graph, which does next to nothing, keeps it in between."""
+        if self._first is None:
+            self._first = cuda_graphs.Graph(torch.zeros((), device=self.model.device).zero_)
+        return self._first.pool
+
+    def give_up(self, error: cuda_graphs.CaptureError) -> None:
+        self.failed = True
+        warnings.warn(
+            f"generate: the decoding steps of {type(self.model).__name__} cannot be recorded as a CUDA graph and run one "
+            f"kernel after the other: {error}",
+            UserWarning,
+            stacklevel=2,
+        )
+
+
+class _Steps:
+    """The model as one call of generate calls it: a step that comes for the second time is recorded, later ones replay it.
+
+    Graphs live as long as that call: what becomes of the model afterwards cannot make them wrong.
+    """
+
+    def __init__(self, decoding: GraphedDecoding):
+        self._decoding = decoding
+        self._kept: OrderedDict[Hashable, _Recorded | None] = OrderedDict()
+
+    def __call__(self, **kwargs: Any) -> Any:
+        decoding, cache = self._decoding, next((value for value in kwargs.values() if isinstance(value, Cache)), None)
+        arguments = None if decoding.failed or not _can_be_recorded(cache) else self._unchanging(kwargs, cache)
+        tensors: list[Tensor] = []
+        shape = None if arguments is None else _described(arguments, tensors)
+        if shape is None:
+            return decoding.model(**kwargs)
+        key = (shape, decoding.state(), tuple(map(_addresses, _layers(cache))))
+        known, recorded = key in self._kept, self._kept.pop(key, None)
+        if recorded is not None:
+            outputs = recorded.replay(tensors)
+            _count_token(cache)
+        elif known:
+            outputs, recorded = self._record(arguments, cache)
+        else:
+            outputs = decoding.model(**kwargs)
+        self._kept[key] = recorded
+        if len(self._kept) > KEPT:
+            self._kept.popitem(last=False)
+        return outputs
+
+    def _unchanging(self, kwargs: dict[str, Any], cache: Cache) -> dict[str, Any] | None:
+        """A step's arguments in tensors that keep their shapes from step to step; None for a step that runs as it is."""
+        model = self._decoding.model
+        prefix = "decoder_" if model.config.is_encoder_decoder else ""
+        tokens, mask = kwargs.get(f"{prefix}input_ids"), kwargs.get(f"{prefix}attention_mask")
+        if tokens is None or tokens.shape[1] != 1 or torch.is_grad_enabled():
+            return None
+        kinds = mask if isinstance(mask, dict) else {None: mask}
+        told = all(isinstance(kind, MaskStructure) for kind in kinds.values())
+        if not told and any(isinstance(layer, StaticSlidingWindowLayer) for layer in _layers(cache)):
+            return None  # the step would build the mask from numbers that Python counts
+        arguments = dict(kwargs)
+        if told:
+            kinds = {name: kind.unchanging(self._decoding.slides, tokens.device) for name, kind in kinds.items()}
+            arguments[f"{prefix}attention_mask"] = kinds if isinstance(mask, dict) else kinds[None]
+        bank = getattr(model, "prefix_bank", None)
+        if bank is not None:
+            arguments["prefix_ids"] = row_ids(bank, kwargs.get("prefix_ids", BANK_DEFAULT), len(tokens), tokens.device)
+        return arguments
+
+    def _record(self, arguments: dict[str, Any], cache: Cache) -> tuple[Any, _Recorded | None]:
+        """What this step gives, which recording runs once beforehand; and the recorded step, if that succeeds."""
+        decoding, layers = self._decoding, _layers(cache)
+        device = decoding.model.device
+        buffers = _mapped(arguments, lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device=device).copy_(tensor))
+        lengths = [layer.cumulative_length.clone() for layer in layers]
+        counted = [getattr(layer, "cumulative_length_int", None) for layer in layers]
+        outputs, recorded = [], None
+
+        def step() -> Any:
+            outputs.append(decoding.model(**buffers))
+            return outputs[-1]
+
+        try:
+            with torch.cuda.device_of(next(decoding.model.parameters())):
+                recorded = _Recorded(cuda_graphs.Graph(step, decoding.pool()), buffers)
+        except cuda_graphs.CaptureError as error:
+            decoding.give_up(error)
+        for layer, count in zip(layers, counted, strict=True):
+            if count is not None:
+                layer.cumulative_length_int = count  # Python counted every run, whether the device ran it or not
+        if outputs:
+            _count_token(cache)
+            return outputs[0], recorded
+        for layer, length in zip(layers, lengths, strict=True):
+            layer.cumulative_length.copy_(length)
+        return decoding.model(**arguments), None
+
+
+class _Recorded:
+    """A recorded step, and the tensors that it reads its arguments from."""
+
+    def __init__(self, graph: cuda_graphs.Graph, buffers: dict[str, Any]):
+        self._graph, self._buffers = graph, []
+        _described(buffers, self._buffers)
+
+    def replay(self, tensors: list[Tensor]) -> Any:
+        for buffer, tensor in zip(self._buffers, tensors, strict=True):
+            buffer.copy_(tensor)
+        self._graph.replay()
+        return _mapped(self._graph.outputs, Tensor.clone)  # the caller may keep them, and the next step writes them anew
+
+
+def _can_be_recorded(cache: Cache | None) -> bool:
+    """Whether a step changes nothing in the cache but tensors in place, and what _count_token makes up for."""
+    parts = _parts(cache)
+    return (
+        all(type(part) is StaticCache and not part.offloading for part in parts)
+        and all(type(layer) in (StaticLayer, StaticSlidingWindowLayer) for layer in _layers(cache))
+        and not any(map(_is_full, _layers(cache)))
+    )
+
+
+def _parts(cache: Cache | None) -> list[Cache | None]:
+    return [cache.self_attention_cache, cache.cross_attention_cache] if isinstance(cache, EncoderDecoderCache) else [cache]
+
+
+def _layers(cache: Cache) -> list[StaticLayer]:
+    """Those that hold anything: layers that use the keys of another one have a DummyLayer."""
+    return [layer for part in _parts(cache) for layer in part.layers if type(layer).__name__ != "DummyLayer"]
+
+
+def _is_full(layer: StaticLayer) -> bool:
+    """Whether it is a window that has to drop a token for the next: transformers moves data there that cannot be recorded."""
+    return isinstance(layer, StaticSlidingWindowLayer) and layer.cumulative_length_int >= layer.max_cache_len
+
+
+def _count_token(cache: Cache) -> None:
+    """What Python does in a step besides launching kernels."""
+    for layer in _parts(cache)[0].layers:
+        if isinstance(layer, StaticSlidingWindowLayer):
+            layer.cumulative_length_int += 1
+
+
+def _addresses(layer: StaticLayer) -> tuple[int, ...]:
+    """Where a layer's tensors are; nothing for one that has not been used, of which some models have more than layers."""
+    if not layer.is_initialized:
+        return ()
+    return layer.keys.data_ptr(), layer.values.data_ptr(), layer.cumulative_length.data_ptr()
+
+
+def _described(value: Any, tensors: list[Tensor]) -> Hashable | None:
+    """Everything about a value but the numbers in its tensors, which are appended; None where that is not known."""
+    if isinstance(value, Tensor):
+        tensors.append(value)
+        return value.shape, value.dtype
+    if isinstance(value, Cache):
+        return id(value)
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return type(value), value
+    items = _items(value)
+    described = None if items is None else tuple((name, _described(item, tensors)) for name, item in items)
+    return None if described is None or any(item is None for _, item in described) else (type(value), described)
+
+
+def _items(value: Any) -> list[tuple[Any, Any]] | None:
+    """The names and values in a structure of a step's arguments or outputs; None for anything else."""
+    if isinstance(value, MaskStructure):
+        return list(vars(value).items())
+    if isinstance(value, dict):
+        return list(value.items())
+    return list(enumerate(value)) if type(value) in (list, tuple) else None
+
+
+def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """The same structure with other tensors in it."""
+    if isinstance(value, Tensor):
+        return change(value)
+    items = {name: _mapped(item, change) for name, item in _items(value) or ()}
+    if isinstance(value, MaskStructure):
+        return replace(value, **items)
+    if isinstance(value, ModelOutput):
+        return type(value)(**items)
+    if type(value) in (list, tuple):
+        return type(value)(items.values())
+    return items if isinstance(value, dict) else value

@@ -1,0 +1,441 @@
+"""generate with a static cache replays recorded steps: tokens are those of the plain steps, and no stale one is replayed."""
+
+import copy
+import inspect
+import warnings
+
+import pytest
+import torch
+from transformers import CompileConfig, DynamicCache, GenerationMixin, LlamaForCausalLM, LogitsProcessor, StaticCache
+
+from prefix_tuning import PrefixBank, accelerate_peft, attach_prefix, cuda_graphs, graphed_decoding
+from support.emulated_graphs import EmulatedGraph
+from support.encoder_decoders import tiny_encoder_decoder
+from support.models import random_prefix, tiny_model
+from support.peft_models import peft_model
+
+CACHE = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"
+OPTIONS = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+STATIC = {"cache_implementation": "static"}
+KINDS = ("prefix", "bank")
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """Graphs of the CPU's operators; generate treats the CPU as transformers treats a GPU. Counts what is made and replayed."""
+
+    def would_compile(model, model_kwargs, generation_config):
+        cache = model_kwargs.get(CACHE)
+        dynamic = type(getattr(cache, "self_attention_cache", cache)) is DynamicCache
+        return not generation_config.disable_compile and cache is not None and cache.is_compileable and not dynamic
+
+    class Graph(EmulatedGraph):
+        pass
+
+    monkeypatch.setattr(cuda_graphs, "Graph", Graph)
+    monkeypatch.setattr(graphed_decoding, "records", lambda model: True)
+    monkeypatch.setattr(GenerationMixin, "_valid_auto_compile_criteria", would_compile)
+    return Graph
+
+
+def ids(batch=2, length=7, seed=1):
+    return torch.randint(3, 100, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def padded(batch=2, length=7, seed=1):
+    """input_ids and an attention_mask whose first row is padded on the left."""
+    input_ids = ids(batch, length, seed)
+    mask = torch.ones_like(input_ids)
+    mask[0, :3] = 0
+    return {"input_ids": input_ids, "attention_mask": mask}
+
+
+def bank_of(model, **options):
+    return PrefixBank({"short": random_prefix(model, 3), "long": other_prefix(model, 6)}, **options)
+
+
+def other_prefix(model, prefix_len=5):
+    prefix = random_prefix(model, prefix_len)
+    with torch.no_grad():
+        for parameter in prefix.parameters():
+            parameter.copy_(parameter.flip(-1) * 1.5)
+    return prefix
+
+
+def attach(model, kind, **options):
+    """A prefix attached, alone or in a bank, and what calls of the model then need for so many rows."""
+    if kind == "prefix":
+        return attach_prefix(model, random_prefix(model), **options), lambda rows: {}
+    names = ["long", None, "short"]
+    return attach_prefix(model, bank_of(model), **options), lambda rows: {"prefix_ids": names[:rows]}
+
+
+class AtStep(LogitsProcessor):
+    """Does something in the middle of a call of generate, after so many tokens."""
+
+    def __init__(self, step, action):
+        self.step, self.action, self.calls = step, action, 0
+
+    def __call__(self, input_ids, scores):
+        self.calls += 1
+        if self.calls == self.step:
+            self.action()
+        return scores
+
+
+WINDOW = 12  # filled by prompts of 7 tokens and 5 more
+WINDOWED = ("mistral", "gemma2", "gemma4")
+
+
+def model_of(family):
+    return tiny_model(family, **({"sliding_window": WINDOW} if family in WINDOWED else {}))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", ("gpt2", "llama", "qwen3_moe", *WINDOWED))
+def test_tokens_are_those_of_plain_steps(graphs, family, kind):
+    model = model_of(family)
+    attachment, given = attach(model, kind)
+    call = padded() | {"max_new_tokens": 12} | given(2) | OPTIONS
+    with attachment:
+        expected = model.generate(**call)
+        got = model.generate(**call, **STATIC)
+    assert torch.equal(got, expected)
+    assert graphs.recorded == 2, "one recorded step, beside the one that keeps the memory"
+    assert graphs.replays == (2 if family in WINDOWED else 9)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", ("mistral", "gemma2"))
+def test_a_prefix_slides_out_of_the_window_as_in_plain_steps(graphs, family, kind):
+    model = model_of(family)
+    attachment, given = attach(model, kind, prefix_window="peft")
+    call = padded() | {"max_new_tokens": 12} | given(2) | OPTIONS
+    with attachment:
+        expected = model.generate(**call)
+        assert torch.equal(model.generate(**call, **STATIC), expected)
+    assert graphs.replays == 2
+
+
+def test_calls_of_other_sizes_and_prefixes(graphs):
+    model = tiny_model("llama")
+    for prefix, batch, length, steps in ((random_prefix(model), 2, 7, 9), (other_prefix(model), 3, 5, 6)):
+        call = padded(batch, length) | {"max_new_tokens": steps} | OPTIONS
+        with attach_prefix(model, prefix):
+            expected = model.generate(**call)
+            assert torch.equal(model.generate(**call, **STATIC), expected)
+            assert torch.equal(model.generate(**call, **STATIC), expected)
+    assert graphs.replays == 2 * (9 - 3) + 2 * (6 - 3)
+
+
+def test_rows_choose_other_prefixes_in_the_next_call(graphs):
+    model = tiny_model("llama")
+    bank = bank_of(model, default="short", capacity=4, max_prefix_len=8)
+    call = padded() | {"max_new_tokens": 6} | OPTIONS
+    given = [{}, {"prefix_ids": None}, {"prefix_ids": ["long", "short"]}, {"prefix_ids": bank.ids([None, "long"])}]
+    with attach_prefix(model, bank):
+        for chosen in given:
+            assert torch.equal(model.generate(**call, **chosen, **STATIC), model.generate(**call, **chosen))
+    assert graphs.replays == len(given) * 3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_turns_of_a_chat_with_one_static_cache(graphs, kind):
+    model = tiny_model("llama")
+    attachment, given = attach(model, kind)
+    cache = StaticCache(config=model.config, max_cache_len=40)
+    conversation = ids()[:, :0]
+    with attachment:
+        for seed in (1, 2, 3):
+            conversation = torch.cat([conversation, ids(2, 5, seed)], 1)
+            call = {"input_ids": conversation, "max_new_tokens": 6} | given(2) | OPTIONS
+            expected = model.generate(**call)
+            conversation = model.generate(**call, **{CACHE: cache})
+            assert torch.equal(conversation, expected)
+    assert graphs.replays == 3 * 3
+    assert cache.get_seq_length() == 3 * 11 - 1
+
+
+def test_sampling_draws_the_same(graphs):
+    model = tiny_model("llama")
+    call = padded() | OPTIONS | {"max_new_tokens": 10, "do_sample": True, "num_return_sequences": 2}
+    with attach_prefix(model, random_prefix(model)):
+        torch.manual_seed(5)
+        expected = model.generate(**call)
+        torch.manual_seed(5)
+        assert torch.equal(model.generate(**call, **STATIC), expected)
+    assert graphs.replays == 7
+
+
+def test_beams_run_their_plain_steps(graphs):
+    model = tiny_model("llama")
+    call = padded() | {"max_new_tokens": 6, "num_beams": 3} | OPTIONS
+    with attach_prefix(model, random_prefix(model)):
+        assert torch.equal(model.generate(**call, **STATIC), model.generate(**call))
+    assert graphs.recorded == 0
+
+
+def test_what_a_step_gives_is_the_callers(graphs):
+    """Logits and hidden states of all steps, and the cache, are what they were: later steps do not write over them."""
+    model = tiny_model("llama")
+    wanted = {"return_dict_in_generate": True, "output_logits": True, "output_hidden_states": True}
+    call = padded() | {"max_new_tokens": 7} | wanted | OPTIONS
+    with attach_prefix(model, random_prefix(model)):
+        expected, got = model.generate(**call), model.generate(**call, **STATIC)
+    assert graphs.replays == 4
+    torch.testing.assert_close(got.logits, expected.logits, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(got.hidden_states, expected.hidden_states, atol=1e-4, rtol=1e-4)
+    assert isinstance(got[CACHE], StaticCache) and got[CACHE].get_seq_length() == 7 + 6
+
+
+def switched_off(attachment, bank):
+    attachment.enable(False)
+
+
+def added(attachment, bank):
+    bank.remove("short")
+    bank.add("short", bank.added)
+
+
+def grown(attachment, bank):
+    bank.add("longer", bank.longer)
+    bank.remove("short")
+    bank.add("short", bank.added)
+
+
+def check_change_is_seen(action, device="cpu"):
+    """After some steps of a call the prefix is switched off or another one; a call without that gives other tokens."""
+    model = tiny_model("llama").to(device)
+    given = {} if action is switched_off else {"prefix_ids": ["short", "long"]}
+    tokens = []
+    for options in ({}, STATIC):
+        bank = bank_of(model)
+        bank.added, bank.longer = other_prefix(model, 3), random_prefix(model, 9)
+        attachment = attach_prefix(model, random_prefix(model) if action is switched_off else bank)
+        processor = AtStep(7, lambda attachment=attachment, bank=bank: action(attachment, bank))
+        call = padded() | {"max_new_tokens": 14} | given | OPTIONS
+        call = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in call.items()}
+        with attachment:
+            unchanged = model.generate(**call)
+            tokens.append(model.generate(**call, **options, logits_processor=[processor]))
+    assert torch.equal(*tokens)
+    assert not torch.equal(tokens[0], unchanged)
+
+
+@pytest.mark.parametrize("action", (switched_off, added, grown))
+def test_what_changes_between_steps_is_seen(graphs, action):
+    check_change_is_seen(action)
+    assert graphs.replays == (11 if action is added else 9)
+
+
+def test_switched_off_between_calls_and_detached(graphs):
+    model = tiny_model("llama")
+    call = padded() | {"max_new_tokens": 6} | OPTIONS
+    plain = model.generate(**call)
+    with attach_prefix(model, random_prefix(model)) as attachment:
+        expected = model.generate(**call)
+        assert torch.equal(model.generate(**call, **STATIC), expected)
+        attachment.enable(False)
+        assert torch.equal(model.generate(**call, **STATIC), plain)
+        attachment.enable(True)
+        assert torch.equal(model.generate(**call, **STATIC), expected)
+    assert not torch.equal(plain, expected)
+    assert graphs.replays == 3 * 3
+    assert "get_compiled_call" not in vars(model)
+
+
+@pytest.mark.parametrize("run", (2, 3), ids=("beforehand", "while it is recorded"))
+@pytest.mark.parametrize("family", ("llama", "gemma2"))
+def test_steps_that_cannot_be_recorded_run_as_they_are(graphs, family, run):
+    """The device is left in the middle of the layers; the prompt is run 0, the first step run 1, which nobody records."""
+    model, runs = model_of(family), []
+    call = padded(length=5) | {"max_new_tokens": 6} | OPTIONS
+
+    def stops(module, args):
+        runs.append(None)
+        if len(runs) == run + 1:
+            raise RuntimeError("waits for the device")
+
+    with attach_prefix(model, random_prefix(model)):
+        expected = model.generate(**call)
+        hook = model.model.layers[1].register_forward_pre_hook(stops)
+        with pytest.warns(UserWarning, match="cannot be recorded as a CUDA graph.*waits for the device"):
+            assert torch.equal(model.generate(**call, **STATIC), expected)
+        hook.remove()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert torch.equal(model.generate(**call, **STATIC), expected)
+    assert graphs.replays == 0
+    with attach_prefix(model, random_prefix(model)):
+        assert torch.equal(model.generate(**call, **STATIC), expected)
+    assert graphs.replays == (3 if family == "llama" else 2), "a window's last free place is filled by a step of its own kind"
+
+
+def test_a_compile_config_of_ones_own_is_heeded(graphs):
+    model = tiny_model("llama", num_hidden_layers=2)
+    config = CompileConfig(backend="aot_eager", fullgraph=True, mode=None)
+    call = padded() | {"max_new_tokens": 4} | OPTIONS | STATIC
+    torch._dynamo.reset()
+    with attach_prefix(model, random_prefix(model)):
+        expected = model.generate(**call, disable_compile=True)
+        assert not hasattr(model, "_compiled_call")
+        assert torch.equal(model.generate(**call, compile_config=config), expected)
+    assert hasattr(model, "_compiled_call")
+    assert graphs.recorded == 0
+
+
+def test_only_models_on_one_gpu_are_recorded():
+    model = tiny_model("llama")
+    with attach_prefix(model, random_prefix(model)):
+        assert model.get_compiled_call(None) is model._compiled_call, "transformers' own"
+    assert not graphed_decoding.records(model)
+
+
+def test_a_copy_of_an_attached_model_records_its_own_steps(graphs):
+    model = tiny_model("llama")
+    call = padded() | {"max_new_tokens": 6} | OPTIONS
+    with attach_prefix(model, random_prefix(model)):
+        expected = model.generate(**call, **STATIC)
+        copied = copy.deepcopy(model)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.zero_()
+        assert torch.equal(copied.generate(**call, **STATIC), expected)
+    assert graphs.replays == 2 * 3
+
+
+@pytest.mark.parametrize("family", ("bart", "t5", "t5gemma"))
+def test_encoder_decoders(graphs, family):
+    model = tiny_encoder_decoder(family)
+    call = padded(length=6) | {"max_new_tokens": 9} | OPTIONS
+    with attach_prefix(model, random_prefix(model)):
+        expected = model.generate(**call)
+        assert torch.equal(model.generate(**call, **STATIC), expected)
+    if family == "bart" and CACHE == "past_key_values":
+        assert graphs.replays == 0, "before transformers 5.24 its positions are a number that Python reads"
+    else:
+        assert graphs.replays == (0 if family == "t5gemma" else 6), "T5Gemma's window is full after four tokens"
+
+
+def test_lora_beside_a_prefix_and_a_prefix_of_peft(graphs):
+    peft = pytest.importorskip("peft")
+    call = padded() | {"max_new_tokens": 6} | OPTIONS
+    config = peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    model = peft.get_peft_model(tiny_model("llama"), config)
+    with attach_prefix(model, random_prefix(model.get_base_model())):
+        expected = model.generate(**call)
+        assert torch.equal(model.generate(**call, **STATIC), expected)
+        with model.disable_adapter():
+            assert torch.equal(model.generate(**call, **STATIC), model.generate(**call))
+    model = accelerate_peft(peft_model(tiny_model("llama"), 5))
+    assert torch.equal(model.generate(**call, **STATIC), model.generate(**call))
+    assert graphs.replays == 3 * 3
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """Counts what is recorded and replayed on a GPU; what cannot be recorded is an error."""
+    count = {"made": 0, "replays": 0}
+
+    class Counted(cuda_graphs.Graph):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            count["made"] += 1
+
+        def replay(self):
+            count["replays"] += 1
+            super().replay()
+
+    monkeypatch.setattr(cuda_graphs, "Graph", Counted)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*cannot be recorded")
+        yield count
+
+
+def on_gpu(call):
+    return {name: value.cuda() if isinstance(value, torch.Tensor) else value for name, value in call.items()}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", ("gpt2", "llama", "qwen3_moe", *WINDOWED))
+def test_on_a_gpu_tokens_are_those_of_plain_steps(counted, family, kind):
+    model = model_of(family).cuda()
+    attachment, given = attach(model, kind)
+    with attachment:
+        for batch, length, steps in ((2, 7, 12), (3, 5, 9), (2, 7, 12)):
+            call = on_gpu(padded(batch, length)) | {"max_new_tokens": steps} | given(batch) | OPTIONS
+            expected = model.generate(**call)
+            assert torch.equal(model.generate(**call, **STATIC, disable_compile=True), expected)
+            assert torch.equal(model.generate(**call, **STATIC), expected)
+    assert counted["made"] == 1 + 3
+    assert counted["replays"] == (2 + 3 + 2 if family in WINDOWED else 9 + 6 + 9)
+    assert not hasattr(model, "_compiled_call")
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_rows_choose_and_prefixes_are_added(counted):
+    model = tiny_model("llama").cuda()
+    bank = bank_of(model, default="short", capacity=4, max_prefix_len=8)
+    call = on_gpu(padded()) | {"max_new_tokens": 6} | OPTIONS
+    with attach_prefix(model, bank):
+        for chosen in ({}, {"prefix_ids": None}, {"prefix_ids": ["long", "short"]}, {"prefix_ids": torch.tensor([-1, 1])}):
+            assert torch.equal(model.generate(**call, **chosen, **STATIC), model.generate(**call, **chosen))
+    assert counted["replays"] == 4 * 3
+    for action in (switched_off, added, grown):
+        check_change_is_seen(action, "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_on_a_gpu_a_float32_prefix_a_reparametrisation_and_what_a_step_gives(counted, dtype):
+    model = tiny_model("llama").to("cuda", dtype)
+    wanted = {"return_dict_in_generate": True, "output_logits": True, "output_hidden_states": True}
+    call = on_gpu(padded()) | {"max_new_tokens": 8} | wanted | OPTIONS | STATIC
+    for prefix in (random_prefix(model), random_prefix(model, reparametrization="mlp")):
+        with attach_prefix(model, prefix):
+            expected, got = model.generate(**call, disable_compile=True), model.generate(**call)
+            assert torch.equal(got.sequences, expected.sequences)
+            assert torch.equal(torch.stack(got.logits), torch.stack(expected.logits)), "the same kernels give the same bits"
+            torch.testing.assert_close(got.hidden_states, expected.hidden_states, atol=0, rtol=0)
+    assert counted["replays"] == 2 * 5
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_a_static_cache_goes_on_for_several_turns(counted):
+    model = tiny_model("llama").cuda()
+    cache = StaticCache(config=model.config, max_cache_len=40)
+    conversation = ids()[:, :0].cuda()
+    with attach_prefix(model, random_prefix(model)):
+        for seed in (1, 2, 3):
+            conversation = torch.cat([conversation, ids(2, 5, seed).cuda()], 1)
+            call = {"input_ids": conversation, "max_new_tokens": 6} | OPTIONS
+            expected = model.generate(**call)
+            conversation = model.generate(**call, **{CACHE: cache})
+            assert torch.equal(conversation, expected)
+    assert counted["replays"] == 3 * 3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", ("bart", "t5"))
+def test_on_a_gpu_encoder_decoders(counted, family):
+    if family == "bart" and CACHE == "past_key_values":
+        pytest.skip("before transformers 5.24 its positions are a number that Python reads")
+    model = tiny_encoder_decoder(family).cuda()
+    call = on_gpu(padded(length=6)) | {"max_new_tokens": 9} | OPTIONS
+    with attach_prefix(model, random_prefix(model)):
+        expected = model.generate(**call)
+        assert torch.equal(model.generate(**call, **STATIC), expected)
+    assert counted["replays"] == 6
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_memory_does_not_grow_from_call_to_call(counted):
+    model = tiny_model("llama").cuda()
+    call = on_gpu(padded()) | {"max_new_tokens": 6} | OPTIONS | STATIC
+    with attach_prefix(model, random_prefix(model)):
+        held = []
+        for _ in range(6):
+            model.generate(**call)
+            held.append((torch.cuda.memory_allocated(), torch.cuda.memory_reserved()))
+    assert held[1:] == [held[1]] * 5
