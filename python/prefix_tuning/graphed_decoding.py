@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +24,7 @@ from prefix_tuning.masks import MaskStructure
 from prefix_tuning.prefix_ids import BANK_DEFAULT, row_ids
 
 KEPT = 4  # recorded steps of one call of generate, whose steps are alike until a sliding window is full
+WITHOUT_EFFECTS = ("transformers", "prefix_tuning", "peft")  # packages whose hooks do all they do by kernels
 
 
 def records(model: nn.Module) -> bool:
@@ -33,7 +36,8 @@ def records(model: nn.Module) -> bool:
 class GraphedDecoding:
     """get_compiled_call of a model with a prefix: its decoding steps, recorded and replayed.
 
-    A CompileConfig of the caller's own, and models that cannot be recorded, get what they get without a prefix.
+    A CompileConfig of the caller's own, and models that cannot be recorded, get what they get without a prefix. Steps of a
+    model with hooks of the caller's own run as they are: a replay would pass the hooks by.
     """
 
     def __init__(self, model: nn.Module, slides: bool, state: Callable[[], Hashable]):
@@ -46,7 +50,7 @@ class GraphedDecoding:
     def __call__(self, compile_config: Any) -> Callable[..., Any]:
         if compile_config is not None or not records(self.model):
             return self._compiled_call(compile_config)
-        return _Steps(self)
+        return self.model.__call__ if self.failed or _has_hooks(self.model) else _Steps(self)
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"_first": None}
@@ -67,10 +71,19 @@ class GraphedDecoding:
         )
 
 
-class _Steps:
-    """The model as one call of generate calls it: a step that comes for the second time is recorded, later ones replay it.
+def _has_hooks(model: nn.Module) -> bool:
+    """Whether there are forward hooks that nobody knows here."""
+    hooks = (
+        hook for module in model.modules() for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+    )
+    return any(getattr(getattr(hook, "func", hook), "__module__", "").split(".")[0] not in WITHOUT_EFFECTS for hook in hooks)
 
-    Graphs live as long as that call: what becomes of the model afterwards cannot make them wrong.
+
+class _Steps:
+    """The model as one call of generate calls it: its first step is recorded, and replayed when it comes again.
+
+    A step of another kind, as when a window is full, is recorded when it comes for the second time. Graphs live as long as
+    that call: what becomes of the model afterwards cannot make them wrong.
     """
 
     def __init__(self, decoding: GraphedDecoding):
@@ -84,12 +97,12 @@ class _Steps:
         shape = None if arguments is None else _described(arguments, tensors)
         if shape is None:
             return decoding.model(**kwargs)
-        key = (shape, decoding.state(), tuple(map(_addresses, _layers(cache))))
+        key = (shape, decoding.state(), tuple(map(_state, _layers(cache))))
         known, recorded = key in self._kept, self._kept.pop(key, None)
         if recorded is not None:
             outputs = recorded.replay(tensors)
             _count_token(cache)
-        elif known:
+        elif known or not self._kept:
             outputs, recorded = self._record(arguments, cache)
         else:
             outputs = decoding.model(**kwargs)
@@ -105,14 +118,12 @@ class _Steps:
         tokens, mask = kwargs.get(f"{prefix}input_ids"), kwargs.get(f"{prefix}attention_mask")
         if tokens is None or tokens.shape[1] != 1 or torch.is_grad_enabled():
             return None
-        kinds = mask if isinstance(mask, dict) else {None: mask}
-        told = all(isinstance(kind, MaskStructure) for kind in kinds.values())
-        if not told and any(isinstance(layer, StaticSlidingWindowLayer) for layer in _layers(cache)):
-            return None  # the step would build the mask from numbers that Python counts
-        arguments = dict(kwargs)
-        if told:
+        arguments, kinds = dict(kwargs), mask if isinstance(mask, dict) else {None: mask}
+        if all(isinstance(kind, MaskStructure) for kind in kinds.values()):
             kinds = {name: kind.unchanging(self._decoding.slides, tokens.device) for name, kind in kinds.items()}
             arguments[f"{prefix}attention_mask"] = kinds if isinstance(mask, dict) else kinds[None]
+        elif mask is not None or any(isinstance(layer, StaticSlidingWindowLayer) for layer in _layers(cache)):
+            return None  # it grows, or the step would make it of numbers that Python counts
         bank = getattr(model, "prefix_bank", None)
         if bank is not None:
             arguments["prefix_ids"] = row_ids(bank, kwargs.get("prefix_ids", BANK_DEFAULT), len(tokens), tokens.device)
@@ -123,7 +134,9 @@ class _Steps:
         decoding, layers = self._decoding, _layers(cache)
         device = decoding.model.device
         buffers = _mapped(arguments, lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device=device).copy_(tensor))
-        lengths = [layer.cumulative_length.clone() for layer in layers]
+        written = [layer.cumulative_length for layer in layers]
+        written += [tensor for layer in layers if _is_full(layer) for tensor in (layer.keys, layer.values)]
+        before = [tensor.clone() for tensor in written]
         counted = [getattr(layer, "cumulative_length_int", None) for layer in layers]
         outputs, recorded = [], None
 
@@ -132,7 +145,7 @@ class _Steps:
             return outputs[-1]
 
         try:
-            with torch.cuda.device_of(next(decoding.model.parameters())):
+            with torch.cuda.device_of(next(decoding.model.parameters())), _rolling(layers):
                 recorded = _Recorded(cuda_graphs.Graph(step, decoding.pool()), buffers)
         except cuda_graphs.CaptureError as error:
             decoding.give_up(error)
@@ -142,8 +155,8 @@ class _Steps:
         if outputs:
             _count_token(cache)
             return outputs[0], recorded
-        for layer, length in zip(layers, lengths, strict=True):
-            layer.cumulative_length.copy_(length)
+        for tensor, values in zip(written, before, strict=True):
+            tensor.copy_(values)
         return decoding.model(**arguments), None
 
 
@@ -164,10 +177,8 @@ class _Recorded:
 def _can_be_recorded(cache: Cache | None) -> bool:
     """Whether a step changes nothing in the cache but tensors in place, and what _count_token makes up for."""
     parts = _parts(cache)
-    return (
-        all(type(part) is StaticCache and not part.offloading for part in parts)
-        and all(type(layer) in (StaticLayer, StaticSlidingWindowLayer) for layer in _layers(cache))
-        and not any(map(_is_full, _layers(cache)))
+    return all(type(part) is StaticCache and not part.offloading for part in parts) and all(
+        type(layer) in (StaticLayer, StaticSlidingWindowLayer) for layer in _layers(cache)
     )
 
 
@@ -181,8 +192,28 @@ def _layers(cache: Cache) -> list[StaticLayer]:
 
 
 def _is_full(layer: StaticLayer) -> bool:
-    """Whether it is a window that has to drop a token for the next: transformers moves data there that cannot be recorded."""
+    """Whether it is a window that has to drop a token for the next."""
     return isinstance(layer, StaticSlidingWindowLayer) and layer.cumulative_length_int >= layer.max_cache_len
+
+
+@contextmanager
+def _rolling(layers: list[StaticLayer]) -> Iterator[None]:
+    """Within, full windows take a token without an index that the host would have to send."""
+    full = [layer for layer in layers if _is_full(layer)]
+    for layer in full:
+        layer.update = partial(_roll, layer)
+    try:
+        yield
+    finally:
+        for layer in full:
+            del layer.update
+
+
+def _roll(layer: StaticSlidingWindowLayer, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    for kept, new in ((layer.keys, key), (layer.values, value)):
+        kept.copy_(torch.cat([kept[:, :, 1:], new], dim=2))
+    layer.cumulative_length_int += 1
+    return layer.keys, layer.values
 
 
 def _count_token(cache: Cache) -> None:
@@ -192,11 +223,11 @@ def _count_token(cache: Cache) -> None:
             layer.cumulative_length_int += 1
 
 
-def _addresses(layer: StaticLayer) -> tuple[int, ...]:
-    """Where a layer's tensors are; nothing for one that has not been used, of which some models have more than layers."""
+def _state(layer: StaticLayer) -> tuple[int, ...]:
+    """What a step does with a layer, and where its tensors are; nothing for one that is not used, as T5 may have them."""
     if not layer.is_initialized:
         return ()
-    return layer.keys.data_ptr(), layer.values.data_ptr(), layer.cumulative_length.data_ptr()
+    return _is_full(layer), layer.keys.data_ptr(), layer.values.data_ptr(), layer.cumulative_length.data_ptr()
 
 
 def _described(value: Any, tensors: list[Tensor]) -> Hashable | None:

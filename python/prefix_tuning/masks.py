@@ -215,7 +215,7 @@ def _fill(batch_size, q_length, kv_length, q_offset, kv_offset, attention_mask) 
         if exists == kv_length:
             return None
         device = None if attention_mask is None else attention_mask.device
-        exists = torch.tensor(exists, device=device)
+        exists = torch.full((), exists, device=device)  # a tensor of Python's number would have the host wait for a GPU
     return exists.clamp(max=kv_length).to(torch.int32).reshape(1).expand(batch_size)
 
 
