@@ -54,7 +54,8 @@ VARIANTS: dict[str, tuple[str, str, str] | None] = {  # file in csrc/cuda, its t
     "prefixes of 512 not shared": _constant("SHORT_PREFIX", 64, 512),
     "one tile": ("schedule.h", "ceil_div(units * unit_queries, 2)", "units * unit_queries"),
     "four tiles": ("schedule.h", "ceil_div(units * unit_queries, 2)", "ceil_div(units * unit_queries, 4)"),
-    "two thread blocks, more registers": ("tile_sizes.h", "DIM <= 128 ? 3 : 2", "2"),
+    "four thread blocks": ("tile_sizes.h", "DIM <= 96 ? 3 : 2", "DIM <= 96 ? 4 : 2"),
+    "three stages": ("tile_sizes.h", "STAGES = 2;", "STAGES = 3;"),
     "16 partial results under way": ("merge.h", "LOADS_AHEAD = 8", "LOADS_AHEAD = 16"),
 }  # fmt: skip
 

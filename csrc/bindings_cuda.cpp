@@ -62,7 +62,7 @@ Indices indices(const MaybeTensor& tensor) {
 Schedule checked_schedule(const Sizes& sizes) {
   STD_TORCH_CHECK(sizes.multiprocessors > 0, "the CUDA device cannot be asked for its multiprocessors");
   const Schedule schedule = schedule_of(sizes);
-  STD_TORCH_CHECK(schedule.items() <= INT32_MAX, "too many rows for one call: ", sizes.batch);
+  STD_TORCH_CHECK(std::max(schedule.items(), schedule.merged_queries()) <= INT32_MAX, "too many rows for one call: ", sizes.batch);
   return schedule;
 }
 
@@ -96,16 +96,10 @@ void decode(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& pre
   call.slides = window > 0 && first_key_position >= 0;
   call.slide = int(std::clamp(first_key_position - window, -FAR, FAR));
 
-  std::optional<Tensor> parts, zeros;
+  std::optional<Tensor> parts;
   if (call.schedule.merges()) {
     parts = torch::stable::new_empty(q, {part_values(call.schedule, head_dim)}, ScalarType::Float);
     call.parts = static_cast<float*>(parts->data_ptr());
-    const int64_t count = int64_t(call.schedule.units) * call.schedule.kv_heads;
-    call.counters = take_counters(count, stream);
-    if (!call.counters) {
-      zeros = torch::stable::new_zeros(q, {count}, ScalarType::Int);
-      call.counters = static_cast<unsigned*>(zeros->data_ptr());
-    }
   }
   const int error = launch_decode(call, q.scalar_type() == ScalarType::BFloat16, int(head_dim), stream);
   STD_TORCH_CHECK(error == 0, "the decoding kernel was not launched: ", error_name(error));

@@ -67,22 +67,30 @@ def shared_bytes(folder: Path, head_dims: list[str]) -> dict[str, int]:
 
 
 def compiled(folder: Path, dtype: str, architecture: str) -> dict[str, dict[str, int]]:
-    """For each head_dim: registers, bytes of stack, products on tensor cores in the code."""
+    """For each head_dim, and for its second kernel ("64 merge"): registers, bytes of stack; of the first products on tensor
+    cores in the code."""
     cubin = folder / f"{dtype}-{architecture}.cubin"
     log = run(
         nvcc(), "-std=c++17", f"-gencode=arch=compute_{architecture},code=sm_{architecture}", "-Xptxas=-v", "-cubin",
         "-o", cubin, SOURCES / f"decode_{dtype}.cu",
     )  # fmt: skip
     kernels = {}
-    for head_dim, report in re.findall(r"Compiling entry function '\w+?ELi(\d+)E.*?\n(.*?Used \d+ registers)", log, re.DOTALL):
+    for kernel, head_dim, report in re.findall(
+        r"Compiling entry function '\w+?(decode|merge)_kernel\w+?ELi(\d+)E.*?\n(.*?Used \d+ registers)", log, re.DOTALL
+    ):
         stack, stores, loads = map(int, re.search(r"(\d+) bytes stack frame, (\d+) .*?, (\d+) ", report).groups())
         registers = int(re.search(r"Used (\d+) registers", report).group(1))
-        kernels[head_dim] = {"registers": registers, "stack": stack + stores + loads}
+        kernels[_name(kernel, head_dim)] = {"registers": registers, "stack": stack + stores + loads}
     if tool := disassembler():
         for section in run(tool, "-c", cubin).split(".section\t.text.")[1:]:
-            head_dim = re.match(r"\w+?ELi(\d+)E", section).group(1)
-            kernels[head_dim]["tensor core products"] = len(re.findall(r"\bHMMA\.16816\.F32", section))
+            kernel, head_dim = re.match(r"\w+?(decode|merge)_kernel\w+?ELi(\d+)E", section).groups()
+            if kernel == "decode":
+                kernels[head_dim]["tensor core products"] = len(re.findall(r"\bHMMA\.16816\.F32", section))
     return kernels
+
+
+def _name(kernel: str, head_dim: str) -> str:
+    return head_dim if kernel == "decode" else f"{head_dim} {kernel}"
 
 
 def table() -> dict[str, dict[str, int]]:
@@ -92,11 +100,12 @@ def table() -> dict[str, dict[str, int]]:
         for architecture in SHARED:
             for dtype in DTYPES:
                 found = compiled(folder, dtype, architecture)
-                shared = shared or shared_bytes(folder, list(found))
-                for head_dim, kernel in sorted(found.items(), key=lambda item: int(item[0])):
-                    kernel["shared bytes"] = shared[head_dim]
-                    kernel["blocks on a multiprocessor"] = resident(architecture, kernel)
-                    kernels[f"sm_{architecture} {dtype} {head_dim}"] = kernel
+                shared = shared or shared_bytes(folder, [name for name in found if name.isdecimal()])
+                for which, kernel in sorted(found.items(), key=lambda item: (int(item[0].split()[0]), item[0])):
+                    if which in shared:
+                        kernel["shared bytes"] = shared[which]
+                        kernel["blocks on a multiprocessor"] = resident(architecture, kernel)
+                    kernels[f"sm_{architecture} {dtype} {which}"] = kernel
     return kernels
 
 
@@ -108,10 +117,10 @@ def resident(architecture: str, kernel: dict[str, int], threads: int = 128) -> i
 def problems(kernels: dict[str, dict[str, int]]) -> list[str]:
     found = []
     for name, kernel in kernels.items():
-        architecture, head_dim = re.fullmatch(r"sm_(\w+) \w+ (\d+)", name).groups()
+        architecture, head_dim = re.match(r"sm_(\w+) \w+ (\d+)", name).groups()
         if kernel["stack"]:
             found.append(f"{name}: {kernel['stack']} bytes of stack and spills")
-        if kernel["shared bytes"] > min(SHARED[architecture], DESKTOP_SHARED) * 1024:
+        if kernel.get("shared bytes", 0) > min(SHARED[architecture], DESKTOP_SHARED) * 1024:
             found.append(f"{name}: {kernel['shared bytes']} bytes of shared memory")
         # A chunk of 16 keys: two products of 8 keys, and two of 8 dimensions, for every 16 dimensions.
         if kernel.get("tensor core products", 1e9) < int(head_dim) // 16 * 4:

@@ -39,8 +39,7 @@ struct DecodeCall {
   // Scores, in units of log 2: products · scale, or where softcap is not 0 tanh(products · scale) · softcap.
   float scale, softcap;
   Schedule schedule;
-  float* parts;        // part_values(…)
-  unsigned* counters;  // [kv_heads · units], 0 before and after every call
+  float* parts;  // part_values(…)
 };
 
 // Registers, shared memory and code of the kernel that serves a head_dim on the current device.

@@ -1,4 +1,4 @@
-// The work of one thread block: its queries meet their share of prefix and keys, then the result is stored or merged.
+// The work of one thread block: its queries meet their share of prefix and keys, then the result is stored, or a part of it.
 //
 // Blocks of keys and values come by asynchronous copies; while one is met the next is under way. The warps stand side by side
 // along the queries, as many as these fill, and share the keys of a block among the others.
@@ -112,7 +112,7 @@ DEVICE int blocks_of(Range columns, int keys) {
 
 template <typename Element, int DIM>
 DEVICE void decode_item(const DecodeCall& call, SharedMemory<DIM>& shared) {
-  constexpr int KEYS = TileSizes<DIM>::KEYS;
+  constexpr int KEYS = TileSizes<DIM>::KEYS, STAGES = TileSizes<DIM>::STAGES;
   const Schedule& s = call.schedule;
   const Item item = item_of(s, block_index());
   const int warp = thread_index() / LANES, lane = thread_index() % LANES;
@@ -189,9 +189,9 @@ DEVICE void decode_item(const DecodeCall& call, SharedMemory<DIM>& shared) {
     if (block + STAGES < share.end) sync_threads();  // it takes the place of this block
     fetch(block + STAGES);
   }
+  let_next_kernel_start();
   gather_warps(state, shared, query_warps);
   store_item<Element>(call, item, tile, shared, query_warps);
-  if (s.merges()) arrive<Element>(call, item, tile, shared);
 }
 
 }  // namespace prefix_kernels::cuda

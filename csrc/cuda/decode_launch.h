@@ -19,29 +19,48 @@ __global__ void __launch_bounds__(THREADS, TileSizes<DIM>::BLOCKS_ON_MULTIPROCES
   decode_item<Element>(call, *reinterpret_cast<SharedMemory<DIM>*>(dynamic_shared));
 }
 
-// Once on each device: dynamic shared memory beyond 48 KiB has to be asked for, and as much of it as there is, so that several
-// thread blocks are on a multiprocessor.
 template <typename Element, int DIM>
-int prepare() {
-  static std::atomic<uint64_t> prepared{0};
+__global__ void __launch_bounds__(THREADS, 4) merge_kernel(const __grid_constant__ DecodeCall call) {
+  merge_item<Element, DIM>(call);
+}
+
+// Once on each device: dynamic shared memory beyond 48 KiB has to be asked for, and as much of it as there is, so that several
+// thread blocks are on a multiprocessor. early: whether the code that the device runs may start before the kernel before it ends.
+template <typename Element, int DIM>
+int prepare(bool& early) {
+  static std::atomic<uint64_t> prepared{0}, waiting{0};
   int device;
   if (const int error = cudaGetDevice(&device)) return error;
   const uint64_t bit = uint64_t(1) << device % 64;
+  early = waiting & bit;
   if (device < 64 && prepared & bit) return cudaSuccess;
   const auto limit = cudaFuncAttributeMaxDynamicSharedMemorySize;
   if (const int error = cudaFuncSetAttribute(decode_kernel<Element, DIM>, limit, int(sizeof(SharedMemory<DIM>)))) return error;
   const auto carveout = cudaFuncAttributePreferredSharedMemoryCarveout;
   if (const int error = cudaFuncSetAttribute(decode_kernel<Element, DIM>, carveout, cudaSharedmemCarveoutMaxShared)) return error;
+  cudaFuncAttributes code;
+  if (const int error = cudaFuncGetAttributes(&code, merge_kernel<Element, DIM>)) return error;
+  early = code.ptxVersion >= 90;  // as in wait_for_kernel_before
+  if (early) waiting |= bit;
   prepared |= bit;
   return cudaSuccess;
 }
 
 template <typename Element, int DIM>
 int launch(const DecodeCall& call, void* stream) {
-  if (const int error = prepare<Element, DIM>()) return error;
-  const unsigned blocks = unsigned(call.schedule.items());
-  decode_kernel<Element, DIM><<<blocks, THREADS, sizeof(SharedMemory<DIM>), static_cast<cudaStream_t>(stream)>>>(call);
-  return cudaGetLastError();
+  bool early;
+  if (const int error = prepare<Element, DIM>(early)) return error;
+  cudaLaunchConfig_t config{};
+  config.gridDim = unsigned(call.schedule.items()), config.blockDim = THREADS;
+  config.dynamicSmemBytes = sizeof(SharedMemory<DIM>), config.stream = static_cast<cudaStream_t>(stream);
+  const int error = cudaLaunchKernelEx(&config, decode_kernel<Element, DIM>, call);
+  if (error || !call.schedule.merges()) return error;
+  cudaLaunchAttribute overlap{};
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  config.gridDim = unsigned((call.schedule.merged_queries() + WARPS - 1) / WARPS), config.dynamicSmemBytes = 0;
+  config.attrs = &overlap, config.numAttrs = early ? 1 : 0;
+  return cudaLaunchKernelEx(&config, merge_kernel<Element, DIM>, call);
 }
 
 template <typename Element, int DIM>

@@ -99,12 +99,22 @@ DEVICE float max_of(float a, float b) {
   return result;
 }
 
-// What other thread blocks wrote: past the L1 cache.
+// What another kernel wrote while this one was already there: past the L1 cache.
 DEVICE float4 load_written(const float4* from) { return __ldcg(from); }
 DEVICE float2 load_written(const float2* from) { return __ldcg(from); }
-// Orders this thread's accesses before and after it for the whole device.
-DEVICE void fence() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
-DEVICE unsigned add_one(unsigned* counter) { return atomicAdd(counter, 1u); }
 DEVICE void add_one_shared(int* counter) { atomicAdd(counter, 1); }
+
+// Between two kernels of which the second may start while the first still runs (sm_90 and newer; else it starts after its end):
+// once every thread block has said that it needs little more, and it waits for what the first one wrote.
+DEVICE void let_next_kernel_start() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+DEVICE void wait_for_kernel_before() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
 
 }  // namespace prefix_kernels::cuda

@@ -1,6 +1,6 @@
-// From the state of an item's warps to a result, or to a partial one that the last item of its unit merges with the others.
+// From the state of an item's warps to a result, or to a partial one, which a second kernel merges with those of other splits.
 //
-//     lse = largest + log total        out = sums / total        over splits in their order, whoever comes last
+//     lse = largest + log total        out = sums / total        over splits in their order
 #pragma once
 
 #include "softmax.h"
@@ -157,31 +157,20 @@ DEVICE void merge_query(const DecodeCall& call, const Query& at, int64_t place, 
   if (lane == 0) store_lse(call, at, largest, total);
 }
 
-// Counts this item for each of its units and merges those of which it is the last.
+// A warp of the second kernel: the results of one query of one unit.
 template <typename Element, int DIM>
-DEVICE void arrive(const DecodeCall& call, const Item& item, const Tile& tile, SharedMemory<DIM>& shared) {
+DEVICE void merge_item(const DecodeCall& call) {
   const Schedule& s = call.schedule;
-  const auto first_split = [&](int unit) {  // of a row that has no prefix nobody left a part of it
-    if (s.shared_splits == 0 || !call.prefix_ids.data) return 0;
-    return length_of_prefix(call, prefix_of(call, unit / s.by_row_units)) > 0 ? 0 : s.shared_splits;
-  };
-  fence();
-  sync_threads();
-  for (int i = thread_index(); i < tile.count; i += THREADS) {
-    const int unit = tile.unit(i, shared);
-    unsigned* counter = call.counters + int64_t(item.kv_head) * s.units + unit;
-    const unsigned expected = unsigned(s.shared_splits + s.splits - first_split(unit));
-    shared.merges[i] = add_one(counter) + 1 == expected;
-    if (shared.merges[i]) *counter = 0;  // for the next call; nobody else comes in this one
-  }
-  sync_threads();
-  fence();
-  for (int slot = thread_index() / LANES; slot < tile.count * s.unit_queries; slot += WARPS) {  // a warp merges a query
-    const int i = slot / s.by_unit_queries, number = slot % s.by_unit_queries, unit = tile.unit(i, shared);
-    const Query at = query_of(call, unit, item.kv_head, number);
-    if (shared.merges[i] && at.exists)
-      merge_query<Element, DIM>(call, at, s.place(0, item.kv_head, unit, number), first_split(unit));
-  }
+  const int number = block_index() * WARPS + thread_index() / LANES;
+  wait_for_kernel_before();
+  if (number >= s.merged_queries()) return;
+  const int slot = number / s.by_unit_queries, query = number % s.by_unit_queries;
+  const int kv_head = slot / s.by_units, unit = slot % s.by_units;
+  const Query at = query_of(call, unit, kv_head, query);
+  if (!at.exists) return;
+  // Of a row that has no prefix nobody left a part of it.
+  const bool lacks_prefix = call.prefix_ids.data && length_of_prefix(call, prefix_of(call, at.row)) == 0;
+  merge_query<Element, DIM>(call, at, s.place(0, kv_head, unit, query), lacks_prefix ? s.shared_splits : 0);
 }
 
 }  // namespace prefix_kernels::cuda

@@ -2,38 +2,14 @@
 
 #include <cuda_runtime.h>
 
-#include <map>
-#include <mutex>
-
-#include "counters.h"
 #include "decode.h"
 
 namespace prefix_kernels::cuda {
-
-constexpr int64_t COUNTERS = int64_t(1) << 20;  // 4 MiB on each device
-__device__ unsigned counters[COUNTERS];         // zeros from the start
 
 int multiprocessors() {
   int device, count;
   if (cudaGetDevice(&device) || cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device)) return 0;
   return count;
-}
-
-unsigned* take_counters(int64_t count, void* stream) {
-  struct Device {
-    void* first = nullptr;
-    CounterRanges ranges{COUNTERS};
-  };
-  static std::mutex mutex;
-  static std::map<int, Device> devices;
-  int number;
-  cudaStreamCaptureStatus status;
-  if (cudaGetDevice(&number) || cudaStreamIsCapturing(static_cast<cudaStream_t>(stream), &status)) return nullptr;
-  const std::lock_guard<std::mutex> lock(mutex);
-  Device& device = devices[number];
-  if (!device.first && cudaGetSymbolAddress(&device.first, counters)) return nullptr;
-  const int64_t first = device.ranges.take(stream, status != cudaStreamCaptureStatusNone, count);
-  return first < 0 ? nullptr : static_cast<unsigned*>(device.first) + first;
 }
 
 // Each in the file that compiles its dtype.

@@ -23,7 +23,7 @@ namespace prefix_kernels::cuda {
 constexpr int64_t SHORT_PREFIX = 64;           // columns that a row's own item reads sooner than others help
 constexpr int64_t SHORT_ROW = 256;             // columns of an item that is not worth a split and a merge
 constexpr int64_t LEAST_COLUMNS = 128;         // of a row that are worth an item
-constexpr int64_t LEAST_SHARED_COLUMNS = 256;  // of a prefix: the last split to arrive merges many rows
+constexpr int64_t LEAST_SHARED_COLUMNS = 256;  // of a prefix: each split leaves a part for each of many rows
 constexpr int64_t MAX_SPLITS = 128;            // of each kind: bounds the memory of partial results
 constexpr int64_t ITEMS_ON_MULTIPROCESSOR = 2;
 constexpr int64_t MAX_GROUPED_PREFIXES = 1024;  // of a bank, counted in shared memory
@@ -55,11 +55,12 @@ struct Schedule {
   int tile_units;                 // that one pass over a prefix serves
   int tiles;                      // of a kv head; with a bank an upper bound
   int shared_splits, splits;      // shared_splits 0: row items read the prefix
-  Divisor by_kv_heads, by_group, by_unit_queries, by_row_units, by_tiles, by_shared_splits, by_splits;
+  Divisor by_kv_heads, by_group, by_unit_queries, by_row_units, by_units, by_tiles, by_shared_splits, by_splits;
   HOST_DEVICE int64_t shared_items() const { return int64_t(tiles) * shared_splits * kv_heads; }
   HOST_DEVICE int64_t items() const { return shared_items() + int64_t(units) * splits * kv_heads; }
   HOST_DEVICE bool merges() const { return shared_splits + splits > 1; }
-  HOST_DEVICE int64_t places() const { return int64_t(shared_splits + splits) * kv_heads * units * unit_queries; }
+  HOST_DEVICE int64_t merged_queries() const { return int64_t(kv_heads) * units * unit_queries; }
+  HOST_DEVICE int64_t places() const { return (shared_splits + splits) * merged_queries(); }
   // Of a split (shared ones first) and a query in its unit.
   HOST_DEVICE int64_t place(int split, int kv_head, int unit, int query) const {
     return ((int64_t(split) * kv_heads + kv_head) * units + unit) * unit_queries + query;
@@ -137,7 +138,7 @@ inline Schedule schedule_of(const Sizes& z) {
   if (shared) s.shared_splits = splits(z.prefix_len, std::max(LEAST_SHARED_COLUMNS, 2 * share / s.shared_warps));
   s.splits = !shared && columns <= SHORT_ROW ? 1 : splits(columns, std::max(LEAST_COLUMNS, share));
   s.by_kv_heads = Divisor(z.kv_heads), s.by_group = Divisor(z.heads / z.kv_heads), s.by_unit_queries = Divisor(unit_queries);
-  s.by_row_units = Divisor(row_units), s.by_splits = Divisor(s.splits);
+  s.by_row_units = Divisor(row_units), s.by_units = Divisor(units), s.by_splits = Divisor(s.splits);
   s.by_tiles = Divisor(std::max(1, s.tiles)), s.by_shared_splits = Divisor(std::max(1, s.shared_splits));
   return s;
 }

@@ -12,7 +12,7 @@ struct alignas(16) SharedMemory {
     uint16_t keys[Sizes::KEYS][Sizes::PITCH], values[Sizes::KEYS][Sizes::PITCH];
   };
   union {
-    Block blocks[STAGES];
+    Block blocks[Sizes::STAGES];
     float sums[WARPS][WARP_QUERIES][Sizes::SUM_PITCH];  // of each warp, after its last key
     int rows_of_prefix[MAX_GROUPED_PREFIXES];           // before the first key
   };
@@ -20,7 +20,6 @@ struct alignas(16) SharedMemory {
   float slot_largest[MAX_SLOTS], slot_total[MAX_SLOTS];  // of a query over all warps
   int units[MAX_SLOTS];
   int prefix, unit_count;
-  bool merges[MAX_SLOTS];  // whether this thread block was the last of a unit
 };
 
 // The units whose queries a thread block has, one behind the other; all have one prefix.

@@ -9,7 +9,6 @@ constexpr int LANES = 32, WARPS = 4, THREADS = WARPS * LANES;
 constexpr int WARP_QUERIES = 16;                   // rows of one tensor-core product
 constexpr int MAX_SLOTS = WARPS * WARP_QUERIES;    // queries of one thread block
 constexpr int CHUNK = 16;                          // keys that a warp meets at a time
-constexpr int STAGES = 2;                          // blocks of keys and values in shared memory: one is met, one under way
 constexpr int VECTOR = 8;                          // 16-bit elements in 16 bytes
 
 // Sizes for one head_dim; 64 keys of 256 would not fit the shared memory of a GPU for desktops (99 KiB).
@@ -21,7 +20,8 @@ struct TileSizes {
   static constexpr int SUM_PITCH = DIM + 8;            // floats; rows 8 banks apart
   static constexpr int VECTORS = DIM / VECTOR;         // of a token
   static constexpr int COPIERS = VECTORS <= 8 ? 8 : VECTORS <= 16 ? 16 : 32;  // threads that copy a token, a vector each
-  static constexpr int BLOCKS_ON_MULTIPROCESSOR = DIM <= 128 ? 3 : 2;  // that registers are kept for
+  static constexpr int STAGES = 2;                     // blocks in shared memory: one is met, the others are under way
+  static constexpr int BLOCKS_ON_MULTIPROCESSOR = DIM <= 96 ? 3 : 2;  // that registers are kept for
 };
 
 constexpr int keys_of_block(int64_t dim) { return dim <= 128 ? 64 : 32; }

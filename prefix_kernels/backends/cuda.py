@@ -1,7 +1,7 @@
-"""CUDA C++ kernel (csrc/cuda) for decoding: a few queries a row, forward only.
+"""CUDA C++ kernels (csrc/cuda) for decoding: a few queries a row, forward only.
 
 Queries of many rows meet a shared prefix together on the tensor cores, each row's own keys are split among thread blocks, and
-the last block of a row merges: one launch, whose memory depends on shapes alone.
+a second kernel, which starts while the first one ends, merges what is split. Their memory depends on shapes alone.
 """
 
 from __future__ import annotations
@@ -71,8 +71,7 @@ def workspace_bytes(problem: AttentionProblem) -> tuple[int, int]:
         problem.batch, problem.heads, problem.kv_heads, problem.q_len, problem.kv_len, problem.head_dim, problem.prefixes,
         problem.prefix_len, problem.window or 0, problem.causal, problem.has_prefix_ids,
     )  # fmt: skip
-    counters = 4 * problem.batch * problem.heads if values else 0
-    return rounded + 4 * values + counters, 0
+    return rounded + 4 * values, 0
 
 
 @functools.cache

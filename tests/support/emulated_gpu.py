@@ -53,15 +53,12 @@ class EmulatedGpu:
         built = subprocess.run(command, capture_output=True, text=True)
         assert built.returncode == 0, built.stderr
 
-    def set(self, order: int = 0, multiprocessors: int = 132, counters: bool = True) -> None:
-        """order: in which thread blocks and warps run; counters: whether there are any left."""
-        self.functions.emulator_set(order, multiprocessors, int(counters))
+    def set(self, order: int = 0, multiprocessors: int = 132) -> None:
+        """order: in which thread blocks and warps run."""
+        self.functions.emulator_set(order, multiprocessors)
 
     def launches(self) -> int:
         return self.functions.emulator_launches()
-
-    def counters_are_zero(self) -> bool:
-        return bool(self.functions.emulator_counters_are_zero())
 
     @contextmanager
     def serving(self, kernels=None):
@@ -73,7 +70,6 @@ class EmulatedGpu:
             patch.setattr(cuda, "machine_code", lambda: "in an emulation")
             cuda._operator.cache_clear()
             self.set()
-            self.functions.emulator_clear_counters()
             self.functions.emulator_use(kernels or self.kernels)
             yield self
         cuda._operator.cache_clear()

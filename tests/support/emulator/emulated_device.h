@@ -310,8 +310,8 @@ inline float log2_of(float x) { return std::log2(x); }
 inline float max_of(float a, float b) { return std::isnan(a) || std::isnan(b) ? NAN : a > b ? a : b; }
 inline float4 load_written(const float4* from) { return *from; }
 inline float2 load_written(const float2* from) { return *from; }
-inline void fence() {}
-inline unsigned add_one(unsigned* counter) { return (*counter)++; }
 inline void add_one_shared(int* counter) { ++*counter; }
+inline void let_next_kernel_start() {}
+inline void wait_for_kernel_before() {}
 
 }  // namespace prefix_kernels::cuda

@@ -10,19 +10,28 @@
 
 namespace prefix_kernels::cuda {
 
-template <typename Element, int DIM>
-static const char* run(const DecodeCall& call, unsigned order) {
-  static SharedMemory<DIM> shared;
-  std::vector<int> blocks(call.schedule.items());
+// All thread blocks of a kernel, one after the other.
+static const char* run_grid(int64_t count, unsigned order, void (*prepare)(), const std::function<void()>& body) {
+  std::vector<int> blocks(count);
   std::iota(blocks.begin(), blocks.end(), 0);
   if (order % 3 == 1) std::reverse(blocks.begin(), blocks.end());
   if (order % 3 == 2) std::shuffle(blocks.begin(), blocks.end(), std::mt19937(order));
   for (const int block : blocks) {
-    std::memset(static_cast<void*>(&shared), 0xff, sizeof(shared));
-    const auto decode = [&] { decode_item<Element>(call, shared); };
-    if (const char* failed = emulator::run_block(block, THREADS, order + unsigned(block), decode)) return failed;
+    prepare();
+    if (const char* failed = emulator::run_block(block, THREADS, order + unsigned(block), body)) return failed;
   }
   return nullptr;
+}
+
+template <typename Element, int DIM>
+static const char* run(const DecodeCall& call, unsigned order) {
+  static SharedMemory<DIM> shared;
+  const Schedule& s = call.schedule;
+  const auto decode = [&] { decode_item<Element>(call, shared); };
+  const auto clear = [] { std::memset(static_cast<void*>(&shared), 0xff, sizeof(shared)); };
+  if (const char* failed = run_grid(s.items(), order, clear, decode)) return failed;
+  const auto merge = [&] { merge_item<Element, DIM>(call); };
+  return s.merges() ? run_grid(ceil_div(s.merged_queries(), WARPS), order, [] {}, merge) : nullptr;
 }
 
 template <typename Element>

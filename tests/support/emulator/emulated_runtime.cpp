@@ -1,9 +1,6 @@
 // csrc/cuda/runtime.cu for the host: what the operators call. The kernels come from another library.
 #include "cuda/runtime.h"
 
-#include <algorithm>
-#include <vector>
-
 #include "cuda/decode.h"
 
 namespace prefix_kernels::cuda {
@@ -12,17 +9,11 @@ static struct {
   const char* (*decode)(const DecodeCall*, bool, int, unsigned) = nullptr;
   unsigned order = 0;
   int multiprocessors = 132;
-  bool counters = true;  // whether there are any left
-  std::vector<unsigned> counted = std::vector<unsigned>(1 << 16);
   const char* failed = nullptr;
   int launches = 0;
 } settings;
 
 int multiprocessors() { return settings.multiprocessors; }
-
-unsigned* take_counters(int64_t count, void*) {
-  return settings.counters && count <= int64_t(settings.counted.size()) ? settings.counted.data() : nullptr;
-}
 
 int launch_decode(const DecodeCall& call, bool bfloat16, int head_dim, void*) {
   ++settings.launches;
@@ -39,11 +30,7 @@ using prefix_kernels::cuda::settings;
 #define EXPORTED extern "C" __attribute__((visibility("default")))
 
 EXPORTED void emulator_use(decltype(settings.decode) decode) { settings.decode = decode; }
-EXPORTED void emulator_set(unsigned order, int multiprocessors, int counters) {
-  settings.order = order, settings.multiprocessors = multiprocessors, settings.counters = counters != 0;
+EXPORTED void emulator_set(unsigned order, int multiprocessors) {
+  settings.order = order, settings.multiprocessors = multiprocessors;
 }
 EXPORTED int emulator_launches() { return settings.launches; }
-EXPORTED void emulator_clear_counters() { std::fill(settings.counted.begin(), settings.counted.end(), 0u); }
-EXPORTED int emulator_counters_are_zero() {
-  return std::all_of(settings.counted.begin(), settings.counted.end(), [](unsigned count) { return count == 0; });
-}

@@ -1,9 +1,6 @@
 // What must hold of csrc/cuda/schedule.h, over many sizes: every query meets every column once, partial results lie apart and
-// within what is allocated, and numbers fit 32 bit. And of counters.h: nobody's counters are another's. Prints how many schedules
-// it looked at.
+// within what is allocated, and numbers fit 32 bit. Prints how many schedules it looked at.
 #include "cuda/schedule.h"
-
-#include "cuda/counters.h"
 
 #include <cstdio>
 #include <cstdlib>
@@ -110,29 +107,8 @@ static void check(const Schedule& s, std::mt19937& random) {
   if (s.places() <= 20000) check_places(s);
 }
 
-static void check_counters(std::mt19937& random) {
-  constexpr int64_t ALL = 1 << 17;
-  CounterRanges ranges(ALL);
-  std::vector<int> owners(ALL, -1);  // a stream, or from 1000 on a captured call
-  int refused = 0;
-  for (int call = 0; call < 400; ++call) {
-    const bool captured = random() % 4 == 0;
-    const int owner = captured ? 1000 + call : int(random() % 8);
-    const int64_t count = 1 + random() % (call < 200 ? 1000 : 4000);
-    const int64_t first = ranges.take(reinterpret_cast<void*>(uintptr_t(owner)), captured, count);
-    refused += first < 0;
-    for (int64_t i = first; first >= 0 && i < first + count; ++i) {
-      HOLDS(i < ALL && (owners[i] == -1 || owners[i] == owner));
-      owners[i] = owner;
-    }
-    if (!captured && first >= 0) HOLDS(ranges.take(reinterpret_cast<void*>(uintptr_t(owner)), false, count) == first);
-  }
-  HOLDS(refused > 0);
-}
-
 int main() {
   std::mt19937 random(0);
-  check_counters(random);
   check_divisors(random);
   check_shares();
   int count = 0;
