@@ -40,21 +40,25 @@ def _constant(name: str, old: int, new: int) -> tuple[str, str, str]:
     return "schedule.h", f"constexpr int64_t {name} = {old};", f"constexpr int64_t {name} = {new};"
 
 
+def _items(halves: str) -> tuple[str, str, str]:
+    kept = "blocks_on_multiprocessor(z.head_dim) * z.multiprocessors"
+    return "schedule.h", f"ceil_div(blocks, {kept})", f"ceil_div(2 * blocks, {halves} * {kept})"
+
+
 VARIANTS: dict[str, tuple[str, str, str] | None] = {  # file in csrc/cuda, its text, what takes its place
     OWN: None,
-    "one item a multiprocessor": _constant("ITEMS_ON_MULTIPROCESSOR", 2, 1),
-    "three items a multiprocessor": _constant("ITEMS_ON_MULTIPROCESSOR", 2, 3),
-    "six items a multiprocessor": _constant("ITEMS_ON_MULTIPROCESSOR", 2, 6),
+    "half as many items": _items("1"),
+    "twice as many items": _items("4"),
     "64 columns a split": _constant("LEAST_COLUMNS", 128, 64),
     "256 columns a split": _constant("LEAST_COLUMNS", 128, 256),
-    "128 shared columns a split": _constant("LEAST_SHARED_COLUMNS", 256, 128),
-    "512 shared columns a split": _constant("LEAST_SHARED_COLUMNS", 256, 512),
+    "64 shared columns a split": _constant("LEAST_SHARED_COLUMNS", 128, 64),
+    "256 shared columns a split": _constant("LEAST_SHARED_COLUMNS", 128, 256),
     "rows of 128 unsplit": _constant("SHORT_ROW", 256, 128),
     "rows of 1024 unsplit": _constant("SHORT_ROW", 256, 1024),
     "prefixes of 512 not shared": _constant("SHORT_PREFIX", 64, 512),
     "one tile": ("schedule.h", "ceil_div(units * unit_queries, 2)", "units * unit_queries"),
     "four tiles": ("schedule.h", "ceil_div(units * unit_queries, 2)", "ceil_div(units * unit_queries, 4)"),
-    "four thread blocks": ("tile_sizes.h", "DIM <= 96 ? 3 : 2", "DIM <= 96 ? 4 : 2"),
+    "a thread block more": ("tile_sizes.h", "dim <= 96 ? 3 : 2", "dim <= 96 ? 4 : 3"),
     "three stages": ("tile_sizes.h", "STAGES = 2;", "STAGES = 3;"),
     "16 partial results under way": ("merge.h", "LOADS_AHEAD = 8", "LOADS_AHEAD = 16"),
 }  # fmt: skip

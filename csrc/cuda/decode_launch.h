@@ -14,7 +14,7 @@ namespace prefix_kernels::cuda {
 extern __shared__ __align__(16) unsigned char dynamic_shared[];
 
 template <typename Element, int DIM>
-__global__ void __launch_bounds__(THREADS, TileSizes<DIM>::BLOCKS_ON_MULTIPROCESSOR)
+__global__ void __launch_bounds__(THREADS, blocks_on_multiprocessor(DIM))
     decode_kernel(const __grid_constant__ DecodeCall call) {
   decode_item<Element>(call, *reinterpret_cast<SharedMemory<DIM>*>(dynamic_shared));
 }

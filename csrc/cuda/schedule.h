@@ -19,13 +19,12 @@
 
 namespace prefix_kernels::cuda {
 
-// All assumed: no timing yet.
+// Measured on an H200 with heads of 64 and 128, each against half and twice as much; but SHORT_PREFIX is assumed.
 constexpr int64_t SHORT_PREFIX = 64;           // columns that a row's own item reads sooner than others help
 constexpr int64_t SHORT_ROW = 256;             // columns of an item that is not worth a split and a merge
 constexpr int64_t LEAST_COLUMNS = 128;         // of a row that are worth an item
-constexpr int64_t LEAST_SHARED_COLUMNS = 256;  // of a prefix: each split leaves a part for each of many rows
+constexpr int64_t LEAST_SHARED_COLUMNS = 128;  // of a prefix: each split leaves a part for each of many rows
 constexpr int64_t MAX_SPLITS = 128;            // of each kind: bounds the memory of partial results
-constexpr int64_t ITEMS_ON_MULTIPROCESSOR = 2;
 constexpr int64_t MAX_GROUPED_PREFIXES = 1024;  // of a bank, counted in shared memory
 
 struct Sizes {
@@ -133,7 +132,7 @@ inline Schedule schedule_of(const Sizes& z) {
     columns += z.prefix_len;
   }
   blocks += ceil_div(columns, keys) * units * z.kv_heads;
-  const int64_t share = std::max<int64_t>(1, ceil_div(blocks, ITEMS_ON_MULTIPROCESSOR * z.multiprocessors)) * keys;
+  const int64_t share = std::max<int64_t>(1, ceil_div(blocks, blocks_on_multiprocessor(z.head_dim) * z.multiprocessors)) * keys;
   const auto splits = [](int64_t of, int64_t size) { return int(std::clamp<int64_t>(ceil_div(of, size), 1, MAX_SPLITS)); };
   if (shared) s.shared_splits = splits(z.prefix_len, std::max(LEAST_SHARED_COLUMNS, 2 * share / s.shared_warps));
   s.splits = !shared && columns <= SHORT_ROW ? 1 : splits(columns, std::max(LEAST_COLUMNS, share));

@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from prefix_tuning import cuda_graphs
+from prefix_tuning.attention import LayerPrefix
 from prefix_tuning.data import IGNORED
 from prefix_tuning.loss import loss_at, targets_of
 from prefix_tuning.masks import idle_mask
@@ -39,6 +40,7 @@ class GraphedSteps:
 
     def __init__(self, model: nn.Module, prefix: nn.Module, most_tokens: int | None = None):
         self._model, self._prefix, self._most_tokens = model, prefix, most_tokens
+        self._attention: list[nn.Module] = []  # the modules that hold the prefix
         self._steps: dict[tuple, _Step] = {}
         self._seen: Counter[tuple] = Counter()
         self._refused = False
@@ -69,7 +71,7 @@ class GraphedSteps:
             length = input_ids.shape[1]
         index, targets = targets_of(functional.pad(labels, (0, length - labels.shape[1]), value=IGNORED))
         trained = [parameter for parameter in self._prefix.parameters() if parameter.requires_grad]
-        layers = [module.layer_prefix for module in self._model.modules() if hasattr(module, "layer_prefix")]
+        layers = self._layers()
         if not (trained and len(targets) and any(layer.key.shape[-2] for layer in layers)):
             return None
         shape = rows, length, rounded(len(targets))
@@ -90,6 +92,12 @@ class GraphedSteps:
         step.load(input_ids, index, targets)
         return _Replayed.apply(step, *trained), len(targets)
 
+    def _layers(self) -> list[LayerPrefix]:
+        """What the attention modules hold; a walk through a large model takes a millisecond."""
+        if not self._attention or not all(hasattr(module, "layer_prefix") for module in self._attention):
+            self._attention = [module for module in self._model.modules() if hasattr(module, "layer_prefix")]
+        return [module.layer_prefix for module in self._attention]
+
     @staticmethod
     def _on_device(ids: Tensor) -> bool:
         return ids.is_cuda
@@ -98,7 +106,9 @@ class GraphedSteps:
 class _Step:
     """The recorded step of one shape: (rows, length, targets)."""
 
-    def __init__(self, model, prefix, trained: list[nn.Parameter], layers: list, shape: tuple[int, int, int], pool):
+    def __init__(
+        self, model, prefix, trained: list[nn.Parameter], layers: list[LayerPrefix], shape: tuple[int, int, int], pool
+    ):
         device = trained[0].device
         self.model, (rows, length, targets) = model, shape
         self.input_ids = torch.zeros(rows, length, dtype=torch.long, device=device)
@@ -148,7 +158,7 @@ def rounded(length: int) -> int:
 
 
 @contextmanager
-def _standing_in(leaves: Mapping[nn.Parameter, nn.Parameter], prefix: nn.Module, layers: list) -> Iterator[None]:
+def _standing_in(leaves: Mapping[nn.Parameter, nn.Parameter], prefix: nn.Module, layers: list[LayerPrefix]) -> Iterator[None]:
     """Within, the leaves are the prefix's parameters."""
     places = [
         (module, name, parameter)

@@ -79,7 +79,7 @@ def test_what_a_call_takes(gpu):
         prefix_kernels.workspace_bytes(*each.tensors, **each.options, backend="cuda")["forward"]
         for each in (inputs, make_inputs(short, torch.bfloat16))
     ]
-    assert stated == [4 * (2 + 1) * 3 * 4 * (64 + 2), 0]  # 2 splits of the prefix, 1 of the keys
+    assert stated == [4 * (3 + 1) * 3 * 4 * (64 + 2), 0]  # 3 splits of the prefix, 1 of the keys
 
 
 def test_indices_that_no_public_call_lets_through(gpu):

@@ -102,7 +102,7 @@ static void check(const Schedule& s, std::mt19937& random) {
   HOLDS((part_values(s, z.head_dim) == 0) == (s.shared_splits + s.splits == 1));
   // Several splits of much work alone: about as many items as the device takes, or the results of large batches would be many.
   const int64_t row_items = int64_t(s.units) * s.kv_heads;
-  HOLDS(s.splits == 1 || row_items * (s.splits - 1) <= 2 * ITEMS_ON_MULTIPROCESSOR * z.multiprocessors);
+  HOLDS(s.splits == 1 || row_items * (s.splits - 1) <= 2 * blocks_on_multiprocessor(z.head_dim) * z.multiprocessors);
   if (s.items() <= 3000) check_items(s);
   if (s.places() <= 20000) check_places(s);
 }
