@@ -118,12 +118,15 @@ class _Steps:
         tokens, mask = kwargs.get(f"{prefix}input_ids"), kwargs.get(f"{prefix}attention_mask")
         if tokens is None or tokens.shape[1] != 1 or torch.is_grad_enabled():
             return None
+        counted_by_python = mask is None or kwargs.get(f"{prefix}position_ids") is None
+        if counted_by_python and any(isinstance(layer, StaticSlidingWindowLayer) for layer in _layers(cache)):
+            return None
         arguments, kinds = dict(kwargs), mask if isinstance(mask, dict) else {None: mask}
         if all(isinstance(kind, MaskStructure) for kind in kinds.values()):
             kinds = {name: kind.unchanging(self._decoding.slides, tokens.device) for name, kind in kinds.items()}
             arguments[f"{prefix}attention_mask"] = kinds if isinstance(mask, dict) else kinds[None]
-        elif mask is not None or any(isinstance(layer, StaticSlidingWindowLayer) for layer in _layers(cache)):
-            return None  # it grows, or the step would make it of numbers that Python counts
+        elif mask is not None:
+            return None  # it grows
         bank = getattr(model, "prefix_bank", None)
         if bank is not None:
             arguments["prefix_ids"] = row_ids(bank, kwargs.get("prefix_ids", BANK_DEFAULT), len(tokens), tokens.device)
@@ -137,10 +140,15 @@ class _Steps:
         written = [layer.cumulative_length for layer in layers]
         written += [tensor for layer in layers if _is_full(layer) for tensor in (layer.keys, layer.values)]
         before = [tensor.clone() for tensor in written]
-        counted = [getattr(layer, "cumulative_length_int", None) for layer in layers]
+        counts = [(layer, layer.cumulative_length_int) for layer in layers if isinstance(layer, StaticSlidingWindowLayer)]
         outputs, recorded = [], None
 
+        def uncount() -> None:
+            for layer, count in counts:
+                layer.cumulative_length_int = count
+
         def step() -> Any:
+            uncount()  # Python counts every run, whether the device runs it or not
             outputs.append(decoding.model(**buffers))
             return outputs[-1]
 
@@ -149,9 +157,7 @@ class _Steps:
                 recorded = _Recorded(cuda_graphs.Graph(step, decoding.pool()), buffers)
         except cuda_graphs.CaptureError as error:
             decoding.give_up(error)
-        for layer, count in zip(layers, counted, strict=True):
-            if count is not None:
-                layer.cumulative_length_int = count  # Python counted every run, whether the device ran it or not
+        uncount()
         if outputs:
             _count_token(cache)
             return outputs[0], recorded

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -32,8 +33,9 @@ MAKING_CPU_TENSORS = ("/transformers/models/",)
 class EmulatedGraph:
     """Stands in for prefix_tuning.cuda_graphs.Graph.
 
-    What recording does to tensors from before is undone, and floating outputs are NaN until a replay writes them. A replay
-    leaves NaN in what other graphs of its pool have put out. What would have the host wait for the device is an error.
+    Of the function's two calls only the first leaves its traces in tensors from before, and floating outputs of the second are
+    NaN until a replay writes them. A replay leaves NaN in what other graphs of its pool have put out. What would have the host
+    wait for the device is an error.
     """
 
     refusal = None  # why nothing can be recorded
@@ -43,16 +45,18 @@ class EmulatedGraph:
     def __init__(self, function: Callable[[], Any], pool: list[EmulatedGraph] | None = None):
         if self.refusal is not None:
             raise CaptureError(self.refusal)
-        tape = _Tape()
+        run, tape = _Tape(), _Tape()
         try:
-            with _NothingIsRead():
+            with run:
                 function()
-            with tape:
-                self.outputs = function()
+            with run.undone():
+                try:
+                    with tape:
+                        self.outputs = function()
+                finally:
+                    tape.undo()
         except RuntimeError as error:
             raise CaptureError(str(error)) from error
-        finally:
-            tape.undo()
         self._operations = tape.operations
         self._written = [tensor for tensor in _tensors(self.outputs) if _storage(tensor) in tape.own]
         self._forget()
@@ -113,8 +117,19 @@ class _Tape(_NothingIsRead):
         return results
 
     def undo(self) -> None:
+        """Tensors from before are as they were."""
         for tensor, values in self._overwritten.values():
             tensor.untyped_storage().copy_(values)
+
+    @contextmanager
+    def undone(self) -> Iterator[None]:
+        now = [(tensor, tensor.untyped_storage().clone()) for tensor, _ in self._overwritten.values()]
+        self.undo()
+        try:
+            yield
+        finally:
+            for tensor, values in now:
+                tensor.untyped_storage().copy_(values)
 
     def _save(self, tensor: Tensor) -> None:
         if _storage(tensor) not in self.own:
