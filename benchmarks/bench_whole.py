@@ -5,9 +5,11 @@
         generate    prompts from E2E of one length, 32 new tokens each: 1, 8, 32 and 64 rows, prefixes of 16 to 2048 positions
                     (the largest of both: 8 new tokens)
 
-`selected` is what attach_prefix does by itself, `sdpa` the same with torch's stock kernels alone, `peft` the package peft with
-the same weights in its prefix. All share the frozen model's weights. Before anything is timed, two training steps must give
-the losses of the reference backend; logits after the prompt must be the reference's, and in float32 all tokens agree.
+`selected` is what attach_prefix and PrefixTrainer do by themselves, `sdpa` the same with torch's stock kernels alone, `peft`
+the package peft with the same weights in its prefix. On a GPU training steps are replayed as CUDA graphs, `without graphs` they
+are not; generation takes a `static cache` for that. All share the frozen model's weights. Before anything is timed, two
+training steps must give the losses of the reference backend; logits after the prompt must be the reference's, and in float32
+all tokens agree.
 """
 
 from __future__ import annotations
@@ -60,10 +62,10 @@ class Ours:
     generation: Mapping[str, Any] = {}  # further arguments of generate
     collate = staticmethod(without_idle_mask)  # as PrefixTrainer does before a batch goes to the device
 
-    def __init__(self, model: nn.Module, prefix: Prefix, backend: str | None):
+    def __init__(self, model: nn.Module, prefix: Prefix, backend: str | None = None, cuda_graphs: bool = True):
         self.model, self.prefix = share_weights(model), copy.deepcopy(prefix)
         attach_prefix(self.model, self.prefix, backend=backend)
-        self.trained = PrefixedModel(self.model, self.prefix)
+        self.trained = PrefixedModel(self.model, self.prefix, cuda_graphs)
         self.optimizer = torch.optim.AdamW(self.prefix.parameters(), lr=LEARNING_RATE)
 
     def loss(self, batch: Batch) -> Tensor:
@@ -71,7 +73,7 @@ class Ours:
 
 
 class OursStatic(Ours):
-    """Over a static cache, whose decoding steps transformers compiles and replays as CUDA graphs. PEFT cannot use one."""
+    """Over a static cache, whose decoding steps are replayed as CUDA graphs. PEFT cannot use one."""
 
     generation = {"cache_implementation": "static"}
 
@@ -140,10 +142,13 @@ def last_logits(way: Ours | Peft, prompts: Tensor) -> Tensor:
 
 
 def makers(run: Run, model: nn.Module, prefix: Prefix) -> dict[str, Callable[[], Ours | Peft]]:
-    """What is compared, ours first. On a GPU time is short: ours and PEFT's alone."""
-    ours = OursStatic if run.static else Ours
-    found: dict[str, Callable[[], Ours | Peft]] = {"selected": lambda: ours(model, prefix, None)}
-    if model.device.type == "cpu" and prefix_kernels.available_backends()[0] != "sdpa":
+    """What is compared, ours first."""
+    found: dict[str, Callable[[], Ours | Peft]] = {"selected": lambda: Ours(model, prefix)}
+    if model.device.type == "cuda" and run.what == "train":
+        found["without graphs"] = lambda: Ours(model, prefix, cuda_graphs=False)
+    elif model.device.type == "cuda":
+        found["static cache"] = lambda: OursStatic(model, prefix)
+    elif prefix_kernels.available_backends()[0] != "sdpa":
         found["sdpa"] = lambda: Ours(model, prefix, "sdpa")
     return found | {"peft": lambda: Peft(model, prefix)}
 

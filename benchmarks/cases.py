@@ -108,11 +108,10 @@ class Run:
     prefix_len: int
     prompt_len: int = 32
     new_tokens: int = 128
-    static: bool = False  # ours over a static cache, whose steps transformers compiles
 
     @property
     def key(self) -> str:
-        return f"{self.what} {self.model.name} B{self.batch} P{self.prefix_len}" + (" static" if self.static else "")
+        return f"{self.what} {self.model.name} B{self.batch} P{self.prefix_len}"
 
 
 def cpu_cases() -> list[Case]:
@@ -200,6 +199,7 @@ def gpu_decode_cases() -> list[Case]:
 
     first = grid(LLAMA_8B, batches[:2], caches[:2])
     first += [case for heads in (GPT2_MEDIUM, SMOLLM2) for case in grid(heads, batches[:2], caches[:1], (16, 512, 2048))]
+    first += grid(WIDE, (64,), (1024,), (512, 16))
     every = [case for heads in (LLAMA_8B, GPT2_MEDIUM, SMOLLM2) for case in grid(heads, batches, caches)]
     return list(dict.fromkeys(first + every))
 
@@ -214,7 +214,8 @@ def gpu_runs() -> list[Run]:
     """Whole models, by how much a row says; training and generation of one model stand together."""
     first = [
         Run(GPT2_MEDIUM_MODEL, "train", 8, 200), Run(LLAMA_1B_MODEL, "generate", 64, 512), Run(LLAMA_1B_MODEL, "train", 8, 200),
-        Run(LLAMA_1B_MODEL, "generate", 64, 512, static=True),
+        Run(LLAMA_1B_MODEL, "train", 8, 2048), Run(LLAMA_1B_MODEL, "generate", 8, 512), Run(SMOLLM2_MODEL, "train", 8, 16),
+        Run(SMOLLM2_MODEL, "generate", 8, 512), Run(LLAMA_8B_MODEL, "train", 8, 200), Run(LLAMA_8B_MODEL, "generate", 64, 512),
     ]  # fmt: skip
     models = (GPT2_MEDIUM_MODEL, LLAMA_8B_MODEL, SMOLLM2_MODEL, LLAMA_1B_MODEL)
     sizes = [(8, 1), (64, 1), (8, 2), (64, 0), (8, 0), (1, 1), (64, 2), (1, 2), (1, 0)]  # batch, index of the prefix length

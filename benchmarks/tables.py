@@ -34,9 +34,9 @@ def ours(row: Row) -> float | None:
     return median(row, row["chosen"])
 
 
-def over(row: Row, way: str) -> float | None:
-    """How many times faster ours is than another way."""
-    times = median(row, way), ours(row)
+def over(row: Row, way: str, own: str | None = None) -> float | None:
+    """How many times faster ours is than another way; own: of several of ours another than the one that is chosen."""
+    times = median(row, way), ours(row) if own is None else median(row, own)
     return None if None in times else times[0] / times[1]
 
 
@@ -170,7 +170,7 @@ def whole_models(results: dict[str, Any]) -> str:
         way = row["ways"].get(name, {})
         if "median" not in way:
             return way.get("not_available") or way.get("failed") or ""
-        text = f"{way['median']:.3f} s"
+        text = f"{way['median']:.3f} s" if way["median"] >= 0.1 else f"{way['median'] * 1e3:.1f} ms"
         if row["run"]["what"] == "generate":
             text = f"{row['tokens'] / way['median']:.1f} tokens/s"
         peak = way.get("peak_bytes")
@@ -284,7 +284,8 @@ def readme_gpu(operator: dict[str, Any], decode: dict[str, Any] | None, whole: d
             mean = geometric_mean(row["ratio"] for row in rows)
             lines.append((f"{title}, {len(rows)} points", _mean_over(rows, "peft"), f"{mean:.2f}x", place))
     for row in whole["rows"] if whole else []:
-        if (ratio := over(row, "peft")) is not None:
-            lines.append((f"whole model: {row['key']}", f"{ratio:.2f}x", "", ""))
+        for way, addition in (("selected", ""), ("static cache", ", static cache")):
+            if (ratio := over(row, "peft", way)) is not None:
+                lines.append((f"whole model: {row['key']}{addition}", f"{ratio:.2f}x", "", ""))
     head = ("speed on a GPU, geometric means", "over PEFT's way", "over the best rival", "worst point")
     return f"{table(head, lines)}\n\n{environment_line(operator['environment'])}"

@@ -11,14 +11,16 @@ import torch
 
 from prefix_kernels.problem import AttentionProblem
 
-BACKENDS = ("cpu", "triton", "sdpa", "cuda", "reference")  # in order of preference, but see preferred()
+BACKENDS = ("cpu", "cuda", "triton", "sdpa", "reference")  # in order of preference, but see preferred()
 WIDE_HEAD = 128  # above it sdpa comes before triton on a GPU
+LONG_PREFIX = 2048  # from it on, shared by all rows, triton comes before cuda
 # Why a backend comes before those after it.
 REASONS = {
     "cpu": "measured: 1.5 to 7.3 times as fast as sdpa at the 112 points of benchmarks/results/cpu, so there is no threshold",
-    "triton": "measured on an H200 (benchmarks/results/nvidia-h200): faster than sdpa in training up to head_dim 128",
+    "cuda": "measured on an H200 (benchmarks/results/nvidia-h200): the fastest in decoding behind prefixes of less than 2048",
+    "triton": "measured on an H200 (benchmarks/results/nvidia-h200): faster than sdpa in training up to head_dim 128, "
+    "than cuda in decoding behind prefixes of 2048 and more",
     "sdpa": "measured on an H200: 1.6 times as fast as triton forward with head_dim 256; on a CPU it copies nothing per row",
-    "cuda": "not measured: it has not run on a GPU",  # when it has and is faster, it comes before triton
     "reference": "it is the only one left",
 }
 
@@ -52,9 +54,12 @@ def choose_backend(problem: AttentionProblem, backend: str | None) -> str:
 
 def preferred(problem: AttentionProblem) -> tuple[str, ...]:
     """The backends, the one that is fastest for this problem first."""
+    first: tuple[str, ...] = ()
     if problem.device == "cuda" and max(problem.head_dim, problem.value_dim) > WIDE_HEAD:
-        return ("sdpa", *(name for name in BACKENDS if name != "sdpa"))
-    return BACKENDS
+        first = ("cuda", "sdpa")
+    elif problem.device == "cuda" and problem.prefix_len >= LONG_PREFIX and not problem.has_prefix_ids:
+        first = ("triton",)
+    return (*first, *(name for name in BACKENDS if name not in first))
 
 
 def explain(problem: AttentionProblem, backend: str | None) -> dict[str, str]:

@@ -466,8 +466,17 @@ def test_wide_heads_prefer_stock_kernels_on_a_gpu():
     problem = prefix_kernels.api._dense_inputs(*make_inputs(Case("plain", head_dim=128)).tensors).problem()
     wide = problem._replace(head_dim=256)
     assert select.preferred(problem) == select.preferred(wide) == select.preferred(problem._replace(device="cuda"))
-    assert select.preferred(wide._replace(device="cuda"))[0] == "sdpa"
+    assert select.preferred(wide._replace(device="cuda"))[:2] == ("cuda", "sdpa")
     assert set(select.preferred(wide._replace(device="cuda"))) == set(select.BACKENDS)
+
+
+def test_long_prefixes_prefer_triton_on_a_gpu():
+    problem = prefix_kernels.api._dense_inputs(*make_inputs(Case("plain", head_dim=128)).tensors).problem()
+    long = problem._replace(device="cuda", prefix_len=select.LONG_PREFIX)
+    assert select.preferred(long)[0] == "triton" and set(select.preferred(long)) == set(select.BACKENDS)
+    for other in (long._replace(prefix_len=select.LONG_PREFIX - 1), long._replace(has_prefix_ids=True)):
+        names = select.preferred(other)
+        assert names.index("cuda") < names.index("triton")
 
 
 def test_available_backends():
