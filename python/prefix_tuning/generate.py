@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from itertools import groupby
 from typing import Any
 
 import torch
 from torch import nn
 from tqdm import tqdm
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase, StaticCache
+from transformers.generation.utils import ALL_CACHE_NAMES
 
+from prefix_tuning.graphed_decoding import GraphedDecoding, graphed
 from prefix_tuning.prompts import encode_prompt
 from prefix_tuning.task import Task, task_of
 
 Prompt = str | Sequence[Mapping[str, Any]]
+
+CACHE = ALL_CACHE_NAMES[0]  # the argument's name, which transformers 5.24 changed
+LEAST_REPLAYED = 16  # new tokens: for fewer, recording a step takes about as long as it saves
+CACHE_STEP = 128  # lengths of static caches are multiples of it, so that batches of similar prompts have one length
 
 
 def generate_texts(
@@ -35,6 +43,10 @@ def generate_texts(
 ) -> list[str]:
     """The model's continuation of each prompt, or an encoder-decoder's answer, without the prompt and without special tokens,
     in the prompts' order.
+
+    On a GPU with a prefix attached, causal models that write 16 tokens or more, without beams, decode with a static cache of
+    ours, whose steps are replayed as CUDA graphs where they can be (graphed_decoding.py); batches of similar length share
+    cache and graphs. A cache_implementation in the model's generation config is used instead.
 
     Args:
         prompts: texts, or conversations up to the answer (through the tokenizer's chat template), which encoder-decoders
@@ -72,6 +84,13 @@ def generate_texts(
         pad_token_id=pad_id, cache_implementation=own.cache_implementation, **start, **drawing,
     )  # fmt: skip
     order = sorted(range(len(prompts)), key=lambda i: len(encoded[i]))
+    batches = [order[begin : begin + batch_size] for begin in range(0, len(order), batch_size)]
+    replayed = not pairs and num_beams == 1 and max_new_tokens >= LEAST_REPLAYED and own.cache_implementation is None
+    decoding = graphed(model) if replayed else None
+
+    def size(rows: list[int]) -> tuple[int, int]:
+        return len(rows), math.ceil((len(encoded[rows[-1]]) + max_new_tokens) / CACHE_STEP) * CACHE_STEP
+
     texts = [""] * len(prompts)
     device = next(model.parameters()).device
     with (
@@ -81,17 +100,31 @@ def generate_texts(
     ):
         if seed is not None:
             torch.manual_seed(seed)
-        for begin in range(0, len(order), batch_size):
-            rows = order[begin : begin + batch_size]
-            input_ids, mask = _padded([encoded[i] for i in rows], pad_id, left=not pairs)
-            chosen = {} if prefix_ids is None else {"prefix_ids": [prefix_ids[i] for i in rows]}
-            generated = model.generate(input_ids=input_ids.to(device), attention_mask=mask.to(device), **chosen)
-            first = 1 if pairs else input_ids.shape[1]
-            for i, ids in zip(rows, generated[:, first:].tolist(), strict=True):
-                end = next((at for at, token in enumerate(ids) if token in stop_ids), None)
-                texts[i] = tokenizer.decode(ids[:end], skip_special_tokens=True)
-            bar.update(len(rows))
+        for (_, length), alike in groupby(batches, size):
+            with _static_cache(decoding, length) as cache:
+                for rows in alike:
+                    input_ids, mask = _padded([encoded[i] for i in rows], pad_id, left=not pairs)
+                    chosen = {} if prefix_ids is None else {"prefix_ids": [prefix_ids[i] for i in rows]}
+                    inputs = {"input_ids": input_ids.to(device), "attention_mask": mask.to(device)}
+                    generated = model.generate(**inputs, **chosen, **cache)
+                    first = 1 if pairs else input_ids.shape[1]
+                    for i, ids in zip(rows, generated[:, first:].tolist(), strict=True):
+                        end = next((at for at, token in enumerate(ids) if token in stop_ids), None)
+                        texts[i] = tokenizer.decode(ids[:end], skip_special_tokens=True)
+                    for used in cache.values():
+                        used.reset()
+                    bar.update(len(rows))
     return texts
+
+
+@contextmanager
+def _static_cache(decoding: GraphedDecoding | None, length: int) -> Iterator[dict[str, StaticCache]]:
+    """What generate gets for batches of one size whose steps are to be replayed; nothing for others."""
+    if decoding is None:
+        yield {}
+    else:
+        with decoding.kept():
+            yield {CACHE: StaticCache(config=decoding.model.config, max_cache_len=length)}
 
 
 def _text(prompt: Prompt) -> str:

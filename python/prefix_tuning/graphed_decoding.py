@@ -44,16 +44,28 @@ class GraphedDecoding:
         """slides: whether the prefix slides out of windows. state: what else a step depends on beside its arguments."""
         self.model, self.slides, self.state = model, slides, state
         self.failed = False
+        self._steps: _Steps | None = None  # of several calls
         self._compiled_call = model.get_compiled_call
         self._first: cuda_graphs.Graph | None = None
 
     def __call__(self, compile_config: Any) -> Callable[..., Any]:
         if compile_config is not None or not records(self.model):
             return self._compiled_call(compile_config)
-        return self.model.__call__ if self.failed or _has_hooks(self.model) else _Steps(self)
+        if self.failed or _has_hooks(self.model):
+            return self.model.__call__
+        return self._steps or _Steps(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"_first": None}
+        return vars(self) | {"_first": None, "_steps": None}
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Within, calls of generate with one static cache share their graphs; nothing may become of the model meanwhile."""
+        self._steps = _Steps(self)
+        try:
+            yield
+        finally:
+            self._steps = None
 
     def pool(self) -> cuda_graphs.Pool:
         """One memory for the graphs of all calls: a first graph, which does next to nothing, keeps it in between."""
@@ -69,6 +81,15 @@ class GraphedDecoding:
             UserWarning,
             stacklevel=2,
         )
+
+
+def graphed(model: nn.Module) -> GraphedDecoding | None:
+    """What replays the decoding steps of a model, or of the one in a PeftModel, where a static cache has it do so."""
+    decoding = getattr(model, "get_compiled_call", None)
+    if not isinstance(decoding, GraphedDecoding) or decoding.failed:
+        return None
+    model = decoding.model
+    return decoding if model._can_compile_fullgraph and records(model) and not _has_hooks(model) else None
 
 
 def _has_hooks(model: nn.Module) -> bool:

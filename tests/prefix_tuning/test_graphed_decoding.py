@@ -9,10 +9,12 @@ import torch
 from transformers import CompileConfig, DynamicCache, GenerationMixin, LlamaForCausalLM, LogitsProcessor, StaticCache
 
 from prefix_tuning import PrefixBank, accelerate_peft, attach_prefix, cuda_graphs, graphed_decoding
+from prefix_tuning.generate import generate_texts
 from support.emulated_graphs import EmulatedGraph
 from support.encoder_decoders import tiny_encoder_decoder
 from support.models import MODELS, random_prefix, tiny_model
 from support.peft_models import peft_model
+from support.tokenizer import tiny_tokenizer
 
 CACHE = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"
 OPTIONS = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
@@ -344,15 +346,16 @@ def test_a_copy_of_an_attached_model_records_its_own_steps(graphs):
     assert graphs.replays == 2 * 4
 
 
-@pytest.mark.parametrize("family", ("bart", "t5", "t5gemma"))
+@pytest.mark.parametrize("family", ("bart", "m2m_100", "marian", "mbart", "mt5", "pegasus", "t5", "t5gemma"))
 def test_encoder_decoders(graphs, family):
     model = tiny_encoder_decoder(family)
     call = padded(length=6) | {"max_new_tokens": 9} | OPTIONS
     with attach_prefix(model, random_prefix(model)):
         expected = model.generate(**call)
         assert torch.equal(model.generate(**call, **STATIC), expected)
-    plain = family == "t5gemma" or (family == "bart" and CACHE == "past_key_values")  # Python counts their positions
-    assert graphs.replays == (0 if plain else 7)
+    older = ("bart", "marian", "mbart", "pegasus") if CACHE == "past_key_values" else ()  # transformers before 5.24
+    counted = family in ("m2m_100", "t5gemma", *older)
+    assert graphs.replays == (0 if counted else 7), "where Python counts the positions, nothing can be replayed"
 
 
 def test_lora_beside_a_prefix_and_a_prefix_of_peft(graphs):
@@ -368,6 +371,34 @@ def test_lora_beside_a_prefix_and_a_prefix_of_peft(graphs):
     model = accelerate_peft(peft_model(tiny_model("llama"), 5))
     assert torch.equal(model.generate(**call, **STATIC), model.generate(**call))
     assert graphs.replays == 3 * 4
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", ("llama", "mistral"))
+def test_batches_of_texts_share_a_cache_and_its_graphs(graphs, monkeypatch, family, kind):
+    model, tokenizer = tiny_model(family), tiny_tokenizer()
+    prompts = ["x", "Zz", "abc : 7", "one more", "the longest of the prompts", "y", "z"]
+    names = ["short", "long", None] * 3
+    attachment, _ = attach(model, kind)
+    options = {"max_new_tokens": 18, "batch_size": 2} | ({} if kind == "prefix" else {"prefix_ids": names[: len(prompts)]})
+    with attachment:
+        texts = generate_texts(model, tokenizer, prompts, **options)
+        recorded, replays = graphs.recorded, graphs.replays
+        monkeypatch.setattr(graphed_decoding, "records", lambda model: False)
+        assert texts == generate_texts(model, tokenizer, prompts, **options)
+        monkeypatch.undo()
+    assert recorded <= 1 + (3 if family == "llama" else 5), "of 4 batches; without padding on a CPU steps are of another kind"
+    assert replays > 3 * 16
+
+
+@pytest.mark.parametrize("options", ({"max_new_tokens": 15}, {"num_beams": 2, "max_new_tokens": 16}), ids=str)
+def test_what_texts_are_written_without_graphs(graphs, options):
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+    with attach_prefix(model, random_prefix(model)):
+        generate_texts(model, tokenizer, ["x", "yy"], **options)
+        model.generation_config.cache_implementation = "dynamic"
+        generate_texts(model, tokenizer, ["x", "yy"], max_new_tokens=20)
+    assert graphs.recorded == 0
 
 
 @pytest.fixture
