@@ -3,6 +3,7 @@
 import copy
 import inspect
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -253,6 +254,25 @@ def test_what_changes_between_steps_is_seen(graphs, action):
     assert graphs.replays == (12 if action is added else 10)
 
 
+def test_tensors_of_the_cache_that_are_replaced_are_seen(graphs):
+    """As beams and callers may do. The cache's old tensors are kept, and are not what a later step may read."""
+    model = tiny_model("llama")
+    cache = StaticCache(config=model.config, max_cache_len=30)
+    call = padded() | {"max_new_tokens": 14} | OPTIONS
+
+    def replace():
+        for layer in cache.layers:
+            layer.keys, layer.values, layer.before = layer.keys.clone(), layer.values.clone(), (layer.keys, layer.values)
+
+    with attach_prefix(model, random_prefix(model)):
+        expected = model.generate(**call)
+        got = model.generate(**call, **{CACHE: cache}, logits_processor=[AtStep(7, replace)])
+        for layer in cache.layers:
+            assert not torch.equal(layer.keys, layer.before[0])
+    assert torch.equal(got, expected)
+    assert graphs.replays == 5 + 5
+
+
 def test_switched_off_between_calls_and_detached(graphs):
     model = tiny_model("llama")
     call = padded() | {"max_new_tokens": 6} | OPTIONS
@@ -270,7 +290,7 @@ def test_switched_off_between_calls_and_detached(graphs):
 
 
 @pytest.mark.parametrize("run", (1, 2), ids=("beforehand", "while it is recorded"))
-@pytest.mark.parametrize("family", ("llama", "gemma2"))
+@pytest.mark.parametrize("family", ("llama", "gemma2", "mistral"))
 @pytest.mark.parametrize("length", (5, 14), ids=("", "full"))
 def test_steps_that_cannot_be_recorded_run_as_they_are(graphs, monkeypatch, length, family, run):
     """The device is left in the middle of the layers. The prompt is run 0."""
@@ -327,10 +347,40 @@ def test_a_compile_config_of_ones_own_is_heeded(graphs):
 
 
 def test_only_models_on_one_gpu_are_recorded():
+    spread = {"model.layers.0": 0, "model.layers.1": 1}
+    for model_type, device, places, expected in (
+        ("llama", "cuda", None, True),
+        ("llama", "cuda", {"": 0}, True),
+        ("llama", "cuda", spread, False),
+        ("llama", "cpu", None, False),
+        ("llama4_text", "cuda", None, False),
+    ):
+        config = SimpleNamespace(model_type=model_type)
+        model = SimpleNamespace(device=torch.device(device), hf_device_map=places, config=config)
+        assert graphed_decoding.records(model) == expected
     model = tiny_model("llama")
     with attach_prefix(model, random_prefix(model)):
         assert model.get_compiled_call(None) is model._compiled_call, "transformers' own"
     assert not graphed_decoding.records(model)
+
+
+def test_steps_of_other_arguments_are_recorded_apart(graphs):
+    """Called by hand as generate calls it: other shapes, other outputs, gradients."""
+    model = tiny_model("llama")
+    caches = [StaticCache(config=model.config, max_cache_len=30) for _ in range(2)]
+    with attach_prefix(model, random_prefix(model)):
+        with torch.no_grad():
+            for cache in caches:
+                model(input_ids=ids(), **{CACHE: cache})
+            steps = model.get_compiled_call(None)
+            for step in range(12):
+                positions = torch.full((2 if step % 2 else 1, 1), 7 + step)
+                call = {"input_ids": ids(2, 1, step), "position_ids": positions, "output_hidden_states": step % 4 > 1}
+                expected, got = model(**call, **{CACHE: caches[0]}), steps(**call, **{CACHE: caches[1]})
+                torch.testing.assert_close(got.logits, expected.logits, atol=1e-5, rtol=1e-4)
+                assert (got.hidden_states is None) == (expected.hidden_states is None)
+        assert graphs.recorded == 1 + 4 and graphs.replays == 5
+        assert steps(**call, **{CACHE: caches[1]}).logits.requires_grad
 
 
 def test_a_copy_of_an_attached_model_records_its_own_steps(graphs):
