@@ -13,13 +13,17 @@ from prefix_kernels.problem import AttentionProblem
 
 BACKENDS = ("cpu", "cuda", "triton", "sdpa", "reference")  # in order of preference, but see preferred()
 WIDE_HEAD = 128  # above it sdpa comes before triton on a GPU
-LONG_PREFIX = 2048  # from it on, shared by all rows, triton comes before cuda
+# Between cuda and triton in decoding, see _cuda_is_faster():
+LONG_PREFIX, SHORT_PREFIX = 2048, 64  # columns
+SMALL_CALL = 2**26  # bytes of memory traffic
+MOST_ROWS = 64
 # Why a backend comes before those after it.
 REASONS = {
     "cpu": "measured: 1.5 to 7.3 times as fast as sdpa at the 112 points of benchmarks/results/cpu, so there is no threshold",
-    "cuda": "measured on an H200 (benchmarks/results/nvidia-h200): the fastest in decoding behind prefixes of less than 2048",
-    "triton": "measured on an H200 (benchmarks/results/nvidia-h200): faster than sdpa in training up to head_dim 128, "
-    "than cuda in decoding behind prefixes of 2048 and more",
+    "cuda": "measured on an H200 (benchmarks/results/nvidia-h200): the fastest in decoding with wide heads, and with heads of "
+    "128 behind short prefixes; in small calls about as fast as triton, with one operator for the host to call",
+    "triton": "measured on an H200 (benchmarks/results/nvidia-h200): faster than sdpa in training up to head_dim 128, and than "
+    "cuda in decoding behind long prefixes and in large calls",
     "sdpa": "measured on an H200: 1.6 times as fast as triton forward with head_dim 256; on a CPU it copies nothing per row",
     "reference": "it is the only one left",
 }
@@ -57,9 +61,19 @@ def preferred(problem: AttentionProblem) -> tuple[str, ...]:
     first: tuple[str, ...] = ()
     if problem.device == "cuda" and max(problem.head_dim, problem.value_dim) > WIDE_HEAD:
         first = ("cuda", "sdpa")
-    elif problem.device == "cuda" and problem.prefix_len >= LONG_PREFIX and not problem.has_prefix_ids:
+    elif problem.device == "cuda" and not _cuda_is_faster(problem):
         first = ("triton",)
     return (*first, *(name for name in BACKENDS if name not in first))
+
+
+def _cuda_is_faster(problem: AttentionProblem) -> bool:
+    """Whether decoding with heads of up to 128 is cuda's rather than triton's; a bank's rows it alone groups by prefix."""
+    if problem.has_prefix_ids:
+        return True
+    if problem.prefix_len >= LONG_PREFIX:
+        return False
+    few_rows = problem.head_dim > 64 and problem.prefix_len <= SHORT_PREFIX and problem.batch <= MOST_ROWS
+    return few_rows or problem.bytes_moved() < SMALL_CALL
 
 
 def explain(problem: AttentionProblem, backend: str | None) -> dict[str, str]:

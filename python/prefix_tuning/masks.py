@@ -183,7 +183,7 @@ def mask_structure(
             raise NotImplementedError(  # transformers cuts chunks by position_ids there, which count the prefix
                 "attention_mask: packed rows are not served under chunked attention; rows that are not packed need a mask"
             )
-    fill = _fill(batch_size, q_length, kv_length, q_offset, kv_offset, attention_mask) if causal else None
+    fill = _fill(batch_size, q_length, kv_length, q_offset, kv_offset, options.get("device")) if causal else None
     if known or chunk is not None:
         key_mask = _key_mask(attention_mask, kv_length, kv_offset)
         structure = MaskStructure(causal, window, key_mask, fill, kv_offset, tokens=attention_mask)
@@ -208,13 +208,12 @@ def dense_structure(mask: Tensor) -> MaskStructure:
     return MaskStructure(causal=False, bias=mask.float().detach())
 
 
-def _fill(batch_size, q_length, kv_length, q_offset, kv_offset, attention_mask) -> Tensor | None:
+def _fill(batch_size, q_length, kv_length, q_offset, kv_offset, device) -> Tensor | None:
     """How many of the kv_length keys exist, [batch] on the device, where they may be fewer than kv_length."""
     exists = q_offset + q_length - kv_offset
     if not isinstance(exists, Tensor):
         if exists == kv_length:
             return None
-        device = None if attention_mask is None else attention_mask.device
         exists = torch.full((), exists, device=device)  # a tensor of Python's number would have the host wait for a GPU
     return exists.clamp(max=kv_length).to(torch.int32).reshape(1).expand(batch_size)
 

@@ -470,13 +470,22 @@ def test_wide_heads_prefer_stock_kernels_on_a_gpu():
     assert set(select.preferred(wide._replace(device="cuda"))) == set(select.BACKENDS)
 
 
-def test_long_prefixes_prefer_triton_on_a_gpu():
-    problem = prefix_kernels.api._dense_inputs(*make_inputs(Case("plain", head_dim=128)).tensors).problem()
-    long = problem._replace(device="cuda", prefix_len=select.LONG_PREFIX)
-    assert select.preferred(long)[0] == "triton" and set(select.preferred(long)) == set(select.BACKENDS)
-    for other in (long._replace(prefix_len=select.LONG_PREFIX - 1), long._replace(has_prefix_ids=True)):
-        names = select.preferred(other)
-        assert names.index("cuda") < names.index("triton")
+@pytest.mark.parametrize(
+    ("first", "batch", "kv_len", "head_dim", "prefix_len", "bank"),
+    [
+        ("triton", 8, 128, 128, 2048, False), ("cuda", 8, 128, 128, 2048, True), ("cuda", 8, 128, 128, 2047, False),
+        ("cuda", 64, 4096, 128, 64, False), ("triton", 64, 4096, 128, 65, False), ("triton", 65, 4096, 128, 64, False),
+        ("triton", 64, 4096, 64, 16, False), ("cuda", 64, 128, 64, 16, False), ("cuda", 64, 4096, 256, 9000, False),
+    ],
+)  # fmt: skip
+def test_who_decodes_on_a_gpu(first, batch, kv_len, head_dim, prefix_len, bank):
+    problem = prefix_kernels.api._dense_inputs(*make_inputs(Case("plain", q_len=1), torch.bfloat16).tensors).problem()
+    problem = problem._replace(
+        device="cuda", batch=batch, heads=16, kv_heads=8, kv_len=kv_len, k_tokens=batch * kv_len, q_tokens=batch,
+        head_dim=head_dim, value_dim=head_dim, prefix_len=prefix_len, has_prefix_ids=bank,
+    )  # fmt: skip
+    names = [name for name in select.preferred(problem) if name != "cpu"]
+    assert names[0] == first and {*names, "cpu"} == set(select.BACKENDS)
 
 
 def test_available_backends():

@@ -7,6 +7,7 @@ import torch
 from transformers import CompileConfig, DynamicCache, LlamaForCausalLM, StaticCache
 
 from prefix_tuning import PrefixBank, attach_prefix
+from prefix_tuning.masks import mask_structure
 from support.models import random_prefix, tiny_model
 
 PREFIX_LEN = 5
@@ -250,3 +251,9 @@ def test_sliding_window_caches(family, window, length):
         expected = model.generate(**call, use_cache=False)
         assert torch.equal(model.generate(**call), expected)
         assert torch.equal(model.generate(**call, cache_implementation="static"), expected)
+
+
+def test_the_fill_of_a_static_cache_is_made_where_the_model_is():
+    """Also without a mask, as the decoder of T5 has none: transformers says where."""
+    fill = mask_structure(2, 3, 8, device=torch.device("meta")).key_lens
+    assert fill.device.type == "meta" and fill.shape == (2,)
