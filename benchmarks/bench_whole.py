@@ -31,8 +31,9 @@ from torch import Tensor, nn
 import measure
 import prefix_kernels
 from attention_row import finish
-from cases import E2E_LENGTHS, Model, Run
+from cases import E2E_LENGTHS, Case, Model, Run
 from demo import DATA, INIT_TEXT
+from prefix_kernels.select import choose_backend
 from prefix_tuning import Prefix, attach_prefix
 from prefix_tuning.data import IGNORED, PromptCompletionCollator, tokenize_rows, without_idle_mask
 from prefix_tuning.e2e import load_e2e, to_examples
@@ -160,8 +161,7 @@ def measure_run(
     tokens = run.batch * run.new_tokens if run.what == "generate" else sum(int(b["attention_mask"].sum()) for b in inputs)
     row = {
         "key": run.key, "run": asdict(run), "dtype": str(model.dtype).removeprefix("torch."),
-        "device": model.device.type, "chosen": "selected",
-        "backend": prefix_kernels.available_backends()[0], "ways": {},
+        "device": model.device.type, "chosen": "selected", "backend": backend_of(run, model), "ways": {},
         "tokens": tokens if run.what == "generate" else tokens / len(inputs),
     }  # fmt: skip
     calls: dict[str, Callable[[int], Any]] = {}
@@ -190,6 +190,15 @@ def measure_run(
     comparison = measure.Comparison(calls, len(inputs) if training else 1, warm_up=training, settles=False)
     comparison.run(seconds, rounds)
     return finish(row, comparison.timings())
+
+
+def backend_of(run: Run, model: nn.Module) -> str:
+    """The backend of the layers, in generation that of a decoding step."""
+    shape, training = run.model, run.what == "train"
+    length = max(E2E_LENGTHS) if training else run.prompt_len + run.new_tokens
+    case = Case(shape.name, run.batch, shape.heads, shape.kv_heads, shape.head_dim, length if training else 1, length,
+                run.prefix_len, str(model.dtype).removeprefix("torch."))  # fmt: skip
+    return choose_backend(case.problem()._replace(device=model.device.type, gradients=training), None)
 
 
 def on_device(way: Ours | Peft, inputs: Sequence[Batch] | Tensor, device: torch.device) -> list[Batch] | Tensor:

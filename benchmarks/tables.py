@@ -63,7 +63,8 @@ def environment_line(environment: dict[str, Any]) -> str:
         device += f" ({environment['instructions']}), {count} thread{'s' if count != 1 else ''}"
     versions = ", ".join(f"{name} {environment[name]}" for name in ("torch", "triton", "transformers") if environment[name])
     code = f"commit {commit}, source {environment['source']}"
-    return f"{device}; {versions}, Python {environment['python']}; {code}, {environment['date']}."
+    note = f" {environment['note']}" if environment.get("note") else ""
+    return f"{device}; {versions}, Python {environment['python']}; {code}, {environment['date']}.{note}"
 
 
 def operator_rows(results: dict[str, Any], direction: str) -> list[Row]:
@@ -180,7 +181,7 @@ def whole_models(results: dict[str, Any]) -> str:
     for row in rows:
         cells = [cell(row, name) for name in names]
         body.append((row["key"], row["dtype"], row["backend"], *cells, ratio_text(over(row, "peft"))))
-    head = ("run", "dtype", "first backend", *names, "selected over peft")
+    head = ("run", "dtype", "backend", *names, "selected over peft")
     others = [name for name in names if name != "selected"]
     slower = [f"- {row['key']}: {over(row, n):.2f}x of {n}" for row in rows for n in others if (over(row, n) or 1) < 1]
     failed = [f"- {row['key']}: {row['failed']}" for row in results["rows"] if "failed" in row]
@@ -288,4 +289,7 @@ def readme_gpu(operator: dict[str, Any], decode: dict[str, Any] | None, whole: d
             if (ratio := over(row, "peft", way)) is not None:
                 lines.append((f"whole model: {row['key']}{addition}", f"{ratio:.2f}x", "", ""))
     head = ("speed on a GPU, geometric means", "over PEFT's way", "over the best rival", "worst point")
-    return f"{table(head, lines)}\n\n{environment_line(operator['environment'])}"
+    commits = {"attention in training": operator, "decoding": decode, "whole models": whole}
+    of = {name: results["environment"]["commit"][:12] for name, results in commits.items() if results}
+    named = f" Of commits: {', '.join(f'{name} {commit}' for name, commit in of.items())}." if len(set(of.values())) > 1 else ""
+    return f"{table(head, lines)}\n\n{environment_line(operator['environment'])}{named}"
