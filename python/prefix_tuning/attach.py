@@ -1,7 +1,8 @@
 """Attach a prefix to a frozen transformers model: its attention modules then call prefix_attention.
 
-Three things change, on this model alone, and detach undoes them exactly: the model gets its own copy of the config that names
-our attention; each attention module holds its layer's prefix; a hook on each stack of layers shifts the positions.
+Four things change, on this model alone, and detach undoes them exactly: the model gets its own copy of the config that names
+our attention; each attention module holds its layer's prefix; a hook on each stack of layers shifts the positions; generate
+with a static cache on a GPU replays its steps.
 """
 
 from __future__ import annotations

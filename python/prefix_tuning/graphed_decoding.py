@@ -29,8 +29,9 @@ WITHOUT_EFFECTS = ("transformers", "prefix_tuning", "peft")  # packages whose ho
 
 def records(model: nn.Module) -> bool:
     """Whether decoding steps of the model can be recorded: it is on one GPU, and transformers would compile them."""
-    devices = set((getattr(model, "hf_device_map", None) or {}).values())
-    return model.device.type == "cuda" and len(devices) < 2 and "llama4" not in model.config.model_type
+    devices, quantizer = set((getattr(model, "hf_device_map", None) or {}).values()), getattr(model, "hf_quantizer", None)
+    compiled = "llama4" not in model.config.model_type and (quantizer is None or quantizer.is_compileable)
+    return compiled and model.device.type == "cuda" and len(devices) < 2
 
 
 class GraphedDecoding:
@@ -46,7 +47,7 @@ class GraphedDecoding:
         self.failed = False
         self._steps: _Steps | None = None  # of several calls
         self._compiled_call = model.get_compiled_call
-        self._first: cuda_graphs.Graph | None = None
+        self._first: dict[torch.device, cuda_graphs.Graph] = {}
 
     def __call__(self, compile_config: Any) -> Callable[..., Any]:
         if compile_config is not None or not records(self.model):
@@ -56,7 +57,7 @@ class GraphedDecoding:
         return self._steps or _Steps(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"_first": None, "_steps": None}
+        return vars(self) | {"_first": {}, "_steps": None}
 
     @contextmanager
     def kept(self) -> Iterator[None]:
@@ -69,9 +70,10 @@ class GraphedDecoding:
 
     def pool(self) -> cuda_graphs.Pool:
         """One memory for the graphs of all calls: a first graph, which does next to nothing, keeps it in between."""
-        if self._first is None:
-            self._first = cuda_graphs.Graph(torch.zeros((), device=self.model.device).zero_)
-        return self._first.pool
+        device = self.model.device
+        if device not in self._first:
+            self._first[device] = cuda_graphs.Graph(torch.zeros((), device=device).zero_)
+        return self._first[device].pool
 
     def give_up(self, error: cuda_graphs.CaptureError) -> None:
         self.failed = True

@@ -182,6 +182,28 @@ def test_turns_of_a_chat_with_one_static_cache(graphs, kind):
     assert cache.get_seq_length() == 3 * 11 - 1
 
 
+@pytest.mark.parametrize("chunk", (1, 2, 3))
+def test_prompts_in_chunks(graphs, chunk):
+    model = tiny_model("llama")
+    call = padded() | {"max_new_tokens": 6} | OPTIONS
+    with attach_prefix(model, random_prefix(model)):
+        assert torch.equal(model.generate(**call, **STATIC, prefill_chunk_size=chunk), model.generate(**call))
+    assert graphs.replays >= 4
+
+
+@pytest.mark.parametrize("options", ({"prompt_lookup_num_tokens": 2}, {"assistant_early_exit": 1}), ids=str)
+def test_assisted_decoding(graphs, options):
+    """Steps of several tokens, some taken back, and some of one."""
+    if CACHE == "past_key_values":
+        pytest.skip("transformers before 5.24 refuses a static cache there")
+    model = tiny_model("llama")
+    phrase = ids(1, 4)
+    call = {"input_ids": torch.cat([phrase, ids(1, 2, seed=2), phrase], 1), "max_new_tokens": 12} | OPTIONS
+    with attach_prefix(model, random_prefix(model)):
+        expected = model.generate(**call)
+        assert torch.equal(model.generate(**call, **STATIC, **options), expected)
+
+
 def test_sampling_draws_the_same(graphs):
     model = tiny_model("llama")
     call = padded() | OPTIONS | {"max_new_tokens": 10, "do_sample": True, "num_return_sequences": 2}
@@ -348,15 +370,16 @@ def test_a_compile_config_of_ones_own_is_heeded(graphs):
 
 def test_only_models_on_one_gpu_are_recorded():
     spread = {"model.layers.0": 0, "model.layers.1": 1}
-    for model_type, device, places, expected in (
-        ("llama", "cuda", None, True),
-        ("llama", "cuda", {"": 0}, True),
-        ("llama", "cuda", spread, False),
-        ("llama", "cpu", None, False),
-        ("llama4_text", "cuda", None, False),
+    for model_type, device, places, quantizer, expected in (
+        ("llama", "cuda", None, None, True),
+        ("llama", "cuda", {"": 0}, SimpleNamespace(is_compileable=True), True),
+        ("llama", "cuda", None, SimpleNamespace(is_compileable=False), False),
+        ("llama", "cuda", spread, None, False),
+        ("llama", "cpu", None, None, False),
+        ("llama4_text", "cuda", None, None, False),
     ):
         config = SimpleNamespace(model_type=model_type)
-        model = SimpleNamespace(device=torch.device(device), hf_device_map=places, config=config)
+        model = SimpleNamespace(device=torch.device(device), hf_device_map=places, hf_quantizer=quantizer, config=config)
         assert graphed_decoding.records(model) == expected
     model = tiny_model("llama")
     with attach_prefix(model, random_prefix(model)):
