@@ -92,7 +92,8 @@ class Attachment:
             if stack.positions == "embeddings" and stack.self_attention in self._parts
         ]
         self._dtype = model.dtype
-        self._rounded: dict[str, list[Tensor]] = {}  # by part keys, then values, in the model's dtype; none: as in the prefix
+        # By part what the layers hold, where that is rounded to the model's dtype, and what it is rounded from.
+        self._rounded: dict[str, tuple[list[Tensor], list[Tensor]]] = {}
         self._generation = None  # of the bank's tensors that the layers hold
         self._argument = None if self._bank is None else PrefixIdsArgument(model, self.stacks[0].module, self._bank)
         if self._bank is None:
@@ -191,13 +192,13 @@ class Attachment:
         """Without gradients on a GPU: rounds a float32 prefix for all layers at once; else each call of the op would."""
         if self._rounds():
             for part in parts:
-                keys, values = zip(*self.prefix.layers(part), strict=True)
                 if part not in self._rounded:
+                    exact = [tensor for pair in self.prefix.layers(part) for tensor in pair]
                     with torch.inference_mode(False):  # else they could not be written again outside of that mode
-                        self._rounded[part] = [torch.empty_like(tensor, dtype=self._dtype) for tensor in (*keys, *values)]
-                rounded = self._rounded[part]
-                torch._foreach_copy_(rounded, [*keys, *values])
-                self._hold(part, list(zip(rounded, rounded[len(keys) :], strict=False)))
+                        rounded = [torch.empty_like(tensor, dtype=self._dtype) for tensor in exact]
+                    self._rounded[part] = rounded, exact
+                    self._hold(part, list(zip(rounded[::2], rounded[1::2], strict=True)))
+                torch._foreach_copy_(*self._rounded[part])
         else:
             self._refresh(part for part in parts if self._rounded.pop(part, None))
 
