@@ -33,6 +33,7 @@ import prefix_kernels
 from attention_row import finish
 from cases import E2E_LENGTHS, Case, Model, Run
 from demo import DATA, INIT_TEXT
+from device_profile import device_profile
 from prefix_kernels.select import choose_backend
 from prefix_tuning import Prefix, attach_prefix
 from prefix_tuning.data import IGNORED, PromptCompletionCollator, tokenize_rows, without_idle_mask
@@ -189,6 +190,9 @@ def measure_run(
     training = run.what == "train"  # generation was warmed up by its check
     comparison = measure.Comparison(calls, len(inputs) if training else 1, warm_up=training, settles=False)
     comparison.run(seconds, rounds)
+    if training and model.device.type == "cuda":
+        for name, call in calls.items():
+            row["ways"][name]["profile"] = device_profile(lambda call=call: call(0))
     return finish(row, comparison.timings())
 
 

@@ -196,11 +196,13 @@ def first_line(error: BaseException) -> str:
 def environment(device: str) -> dict[str, Any]:
     """What results were measured on and with. `source` names the code itself, committed or not.
 
-    The variable COMMIT may say the commit where the code is a copy without git.
+    The variable COMMIT says the commit where the code is a copy, without git or within another repository.
     """
+    copied = os.environ.get("COMMIT")
+    status = None if copied else _git("status", "--porcelain")
     return {
-        "commit": _git("rev-parse", "HEAD") or os.environ.get("COMMIT"),
-        "dirty": None if (status := _git("status", "--porcelain")) is None else bool(status),
+        "commit": copied or _git("rev-parse", "HEAD"),
+        "dirty": None if status is None else bool(status),
         "source": source_fingerprint(),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
         "python": platform.python_version(),

@@ -7,7 +7,7 @@
 # 4 minutes (decode, e2e) at most, the build included. RESULTS_DIR/STAGE.json is written as it goes; started again, a stage goes
 # on where it stopped.
 # PYTHON  interpreter with torch; default: .venv's, else python3
-# COMMIT  the commit to record where this folder is a copy without git
+# COMMIT  the commit to record where this folder is a copy without git, or within another repository
 # --dry-run  tiny shapes on any machine, without a build
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

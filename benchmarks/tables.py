@@ -186,7 +186,7 @@ def whole_models(results: dict[str, Any]) -> str:
     slower = [f"- {row['key']}: {over(row, n):.2f}x of {n}" for row in rows for n in others if (over(row, n) or 1) < 1]
     failed = [f"- {row['key']}: {row['failed']}" for row in results["rows"] if "failed" in row]
     lost = "`selected` is slower here:\n\n" + "\n".join(slower) if slower else "`selected` is nowhere slower."
-    parts = [environment_line(results["environment"]), table(head, body), lost]
+    parts = [environment_line(results["environment"]), table(head, body), lost, *_profiles(rows)]
     return "\n\n".join([*parts, *(["Failed:\n\n" + "\n".join(failed)] if failed else [])])
 
 
@@ -238,6 +238,20 @@ def gpu_tests(results: dict[str, Any]) -> str:
     checks = [(key, row) for key, row in rows.items() if key.startswith("compute-sanitizer ")]
     checked = "\n".join(f"- {key}: {row['outcome']}. {' '.join(row['lines'][-1:])}" for key, row in checks)
     return "\n\n".join(filter(None, [environment_line(results["environment"]), text, "\n".join(failed), checked]))
+
+
+def _profiles(rows: Sequence[Row]) -> list[str]:
+    """What the device's time in a step goes to, where it was looked at."""
+    profiled = [(row, name, way) for row in rows for name, way in row["ways"].items() if "profile" in way]
+    if not profiled:
+        return []
+    kinds = [kind for kind in profiled[0][2]["profile"] if kind != "kernels"]
+    body = []
+    for row, name, way in profiled:
+        seconds = [way["profile"][kind] for kind in kinds]
+        shown = [f"{each * 1e3:.2f}" for each in (*seconds, way["median"] - sum(seconds))]
+        body.append((f"{row['key']}, {name}", *shown, str(way["profile"]["kernels"])))
+    return ["Device time of a step in ms, and what of its whole time is left:", table(("run", *kinds, "idle", "kernels"), body)]
 
 
 def readme_cpu(operator: dict[str, Any], whole: dict[str, Any] | None) -> str:

@@ -87,6 +87,7 @@ def measured(project):
     write(results / "gpu" / "decode.json", GPU, [ceilings, *operator_rows(gpu_decode_cases()[:4], "triton", draw)])
     lost = {"key": "train L", "failed": "RuntimeError: out of memory"}
     train = whole_row("train M", "train", {"selected": 1.0, "peft": 2.0}, peak_bytes=2**31)
+    train["ways"]["peft"]["profile"] = {"attention": 0.5, "products": 0.25, "rest": 0.125, "kernels": 7}
     write(results / "gpu" / "e2e.json", GPU, [train, lost])
     tests = [{"key": "test_a", "outcome": "failed", "lines": ["assert 1 == 2"]}, {"key": "test_b", "outcome": "passed"},
              {"key": "compute-sanitizer memcheck", "outcome": "passed", "lines": ["ERROR SUMMARY: 0 errors"]},
@@ -130,6 +131,7 @@ def test_sections_and_numbers(measured):
     assert "1 passed, 1 failed, 4 skipped." in page and "- test_a: assert 1 == 2" in page
     assert "- compute-sanitizer memcheck: passed. ERROR SUMMARY: 0 errors" in page
     assert "750 TFLOP/s (matrix product), 3.00 TB/s" in page
+    assert "| train M, peft | 500.00 | 250.00 | 125.00 | 1125.00 | 7 |" in page
     assert "2.0 GiB" in page and "- train L: RuntimeError: out of memory" in page
 
 
