@@ -137,17 +137,17 @@ class _Steps:
     def _unchanging(self, kwargs: dict[str, Any], cache: Cache) -> dict[str, Any] | None:
         """A step's arguments in tensors that keep their shapes from step to step; None for a step that runs as it is."""
         model = self._decoding.model
-        prefix = "decoder_" if model.config.is_encoder_decoder else ""
-        tokens, mask = kwargs.get(f"{prefix}input_ids"), kwargs.get(f"{prefix}attention_mask")
+        side = "decoder_" if model.config.is_encoder_decoder else ""
+        tokens, mask = kwargs.get(f"{side}input_ids"), kwargs.get(f"{side}attention_mask")
         if tokens is None or tokens.shape[1] != 1 or torch.is_grad_enabled():
             return None
-        counted_by_python = mask is None or kwargs.get(f"{prefix}position_ids") is None
+        counted_by_python = mask is None or kwargs.get(f"{side}position_ids") is None
         if counted_by_python and any(isinstance(layer, StaticSlidingWindowLayer) for layer in _layers(cache)):
             return None
         arguments, kinds = dict(kwargs), mask if isinstance(mask, dict) else {None: mask}
         if all(isinstance(kind, MaskStructure) for kind in kinds.values()):
             kinds = {name: kind.unchanging(self._decoding.slides, tokens.device) for name, kind in kinds.items()}
-            arguments[f"{prefix}attention_mask"] = kinds if isinstance(mask, dict) else kinds[None]
+            arguments[f"{side}attention_mask"] = kinds if isinstance(mask, dict) else kinds[None]
         elif mask is not None:
             return None  # it grows
         bank = getattr(model, "prefix_bank", None)
