@@ -1,8 +1,7 @@
 // The operators prefix_kernels_cuda::{decode, part_values, code, machine_code}. The only file of the CUDA library that includes
 // torch, through its stable ABI; it builds against a torch without CUDA. prefix_kernels/backends/cuda.py is the caller; it has
-// checked the problem, made every last stride 1 and every index and mask contiguous.
+// checked the problem.
 #include <dlfcn.h>
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -13,10 +12,12 @@
 #include <algorithm>
 #include <optional>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "cuda/decode.h"
 #include "cuda/runtime.h"
+#include "tensors.h"
 
 #ifndef PREFIX_KERNELS_DEVICE  // the tests build the same operators for the host, under other names
 #define PREFIX_KERNELS_DEVICE CUDA
@@ -46,6 +47,16 @@ void* current_stream(const Tensor& tensor) {
   return stream;
 }
 
+// Itself; a copy where the kernels cannot use its strides.
+Tensor readable(const Tensor& tensor) {
+  return tensor.stride(-1) == 1 && tensor.stride(-2) <= INT32_MAX ? tensor : torch::stable::contiguous(tensor);
+}
+
+MaybeTensor contiguous(const MaybeTensor& tensor) {
+  if (!tensor || tensor->stride(-1) == 1) return tensor;
+  return torch::stable::contiguous(*tensor);
+}
+
 // [rows, heads, tokens, head_dim] of 16-bit elements
 Tokens tokens(const Tensor& tensor) {
   Tokens result{tensor.const_data_ptr(), tensor.stride(0), tensor.stride(1), tensor.stride(2), false};
@@ -66,11 +77,20 @@ Schedule checked_schedule(const Sizes& sizes) {
   return schedule;
 }
 
-void decode(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& prefix_k, const Tensor& prefix_v,
-            MaybeTensor key_mask, MaybeTensor key_lens, MaybeTensor prefix_ids, MaybeTensor prefix_lens, bool causal,
-            double scale, int64_t window, double softcap, int64_t first_key_position, const Tensor& out, const Tensor& lse) {
-  const int64_t batch = q.size(0), heads = q.size(1), q_len = q.size(2), head_dim = q.size(3);
-  if (batch == 0 || q_len == 0) return;
+// (out, lse), both new. out lies token by token, as the output projection of a model reads it.
+std::tuple<Tensor, Tensor> decode(
+    const Tensor& given_q, const Tensor& given_k, const Tensor& given_v, const Tensor& given_prefix_k,
+    const Tensor& given_prefix_v, MaybeTensor key_mask, MaybeTensor key_lens, MaybeTensor prefix_ids, MaybeTensor prefix_lens,
+    bool causal, double scale, int64_t window, double softcap, int64_t first_key_position) {
+  const Tensor q = readable(given_q), k = readable(given_k), v = readable(given_v);
+  const Tensor prefix_k = readable(given_prefix_k), prefix_v = readable(given_prefix_v);
+  key_mask = contiguous(key_mask), key_lens = contiguous(key_lens);
+  prefix_ids = contiguous(prefix_ids), prefix_lens = contiguous(prefix_lens);
+  const int64_t batch = q.size(0), heads = q.size(1), q_len = q.size(2), head_dim = q.size(3), token = heads * head_dim;
+  const int32_t float32 = aoti_torch_dtype_float32();
+  const Tensor out = empty<4>(q, {batch, heads, q_len, head_dim}, {q_len * token, head_dim, token, 1}, dtype_of(q));
+  const Tensor lse = empty<3>(q, {batch, heads, q_len}, {heads * q_len, q_len, 1}, float32);
+  if (batch == 0 || q_len == 0) return {out, lse};
   constexpr int64_t FAR = int64_t(1) << 30;  // a window that is wider hides nothing; sums of two stay below 2³¹
   std::optional<torch::stable::accelerator::DeviceGuard> guard;
   if (q.is_cuda()) guard.emplace(q.get_device_index());
@@ -98,11 +118,12 @@ void decode(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& pre
 
   std::optional<Tensor> parts;
   if (call.schedule.merges()) {
-    parts = torch::stable::new_empty(q, {part_values(call.schedule, head_dim)}, ScalarType::Float);
+    parts = empty<1>(q, {part_values(call.schedule, head_dim)}, {1}, float32);
     call.parts = static_cast<float*>(parts->data_ptr());
   }
   const int error = launch_decode(call, q.scalar_type() == ScalarType::BFloat16, int(head_dim), stream);
   STD_TORCH_CHECK(error == 0, "the decoding kernel was not launched: ", error_name(error));
+  return {out, lse};
 }
 
 // How many float32 numbers a call takes for partial results.
@@ -138,7 +159,7 @@ OPERATORS(PREFIX_KERNELS_OPERATORS, m) {
   m.def(
       "decode(Tensor q, Tensor k, Tensor v, Tensor prefix_k, Tensor prefix_v, Tensor? key_mask, Tensor? key_lens, "
       "Tensor? prefix_ids, Tensor? prefix_lens, bool causal, float scale, int window, float softcap, "
-      "int first_key_position, Tensor(a!) out, Tensor(b!) lse) -> ()");
+      "int first_key_position) -> (Tensor, Tensor)");
   m.def(
       "part_values(int batch, int heads, int kv_heads, int q_len, int kv_len, int head_dim, int prefixes, int prefix_len, "
       "int window, bool causal, bool bank) -> int");

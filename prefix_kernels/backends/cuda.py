@@ -13,14 +13,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from prefix_kernels.problem import AttentionInputs, AttentionProblem, empty_token_major
+from prefix_kernels.problem import AttentionInputs, AttentionProblem
 
 LIBRARY = Path(__file__).resolve().parents[1] / "_C_cuda.so"
 DEVICE, OPERATORS = "cuda", "prefix_kernels_cuda"
 DTYPES = (torch.bfloat16, torch.float16)
 HEAD_DIMS = (64, 80, 96, 128, 256)  # as in csrc/cuda/decode_launch.h
 MAX_QUERIES = 8  # a row: one new token, or a few that were guessed ahead
-MAX_TOKEN_STRIDE = 2**31 - 1  # elements; 32 bit in the kernel
 
 
 @functools.cache
@@ -82,19 +81,14 @@ def _operator(name: str) -> Callable:
 
 def forward(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
     """(out, lse) of one call; out token-major in q's dtype, lse float32."""
-    q, mask = inputs.q, inputs.key_mask
-    out = empty_token_major(q, tuple(q.shape))
-    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
-    _operator("decode")(
-        *map(_readable, (q, inputs.k, inputs.v)),
-        # A float32 prefix is rounded once, and not by every block that reads it.
-        *(_readable(tensor.to(q.dtype)) for tensor in (inputs.prefix_k, inputs.prefix_v)),
-        mask if mask is None or mask.stride(-1) == 1 else mask.contiguous(),
-        *(None if index is None else index.contiguous() for index in (inputs.key_lens, inputs.prefix_ids, inputs.prefix_lens)),
+    q, prefix = inputs.q, (inputs.prefix_k, inputs.prefix_v)
+    if inputs.prefix_k.dtype != q.dtype:  # rounded once, and not by every block that reads it
+        prefix = tuple(tensor.to(q.dtype) for tensor in prefix)
+    return _operator("decode")(
+        q, inputs.k, inputs.v, *prefix, inputs.key_mask, inputs.key_lens, inputs.prefix_ids, inputs.prefix_lens,
         inputs.causal, inputs.scale, inputs.window or 0, inputs.softcap or 0.0,
-        -1 if inputs.first_key_position is None else inputs.first_key_position, out, lse,
+        -1 if inputs.first_key_position is None else inputs.first_key_position,
     )  # fmt: skip
-    return out, lse
 
 
 def backward(
@@ -102,8 +96,3 @@ def backward(
 ) -> tuple[Tensor | None, ...]:
     """Never called: why_not refuses whatever may need a gradient."""
     raise NotImplementedError("the CUDA kernels have no backward pass")
-
-
-def _readable(tensor: Tensor) -> Tensor:
-    """Itself; a copy where the kernel cannot use its strides."""
-    return tensor if tensor.stride(-1) == 1 and tensor.stride(-2) <= MAX_TOKEN_STRIDE else tensor.contiguous()

@@ -215,7 +215,7 @@ def _fill(batch_size, q_length, kv_length, q_offset, kv_offset, device) -> Tenso
         if exists == kv_length:
             return None
         exists = torch.full((), exists, device=device)  # a tensor of Python's number would have the host wait for a GPU
-    return exists.clamp(max=kv_length).to(torch.int32).reshape(1).expand(batch_size)
+    return exists.clamp(max=kv_length).to(torch.int32).reshape(1).repeat(batch_size)  # once, where every layer would copy it
 
 
 def _key_mask(attention_mask: Tensor | None, kv_length: int, kv_offset: int | Tensor) -> Tensor | None:
