@@ -58,11 +58,11 @@ class GraphedSteps:
         ids = inputs.get("input_ids")
         if self._refused or len(inputs) != 1 or not isinstance(ids, Tensor) or not self._on_device(ids):
             return False
-        if not torch.is_grad_enabled() or torch.is_autocast_enabled(ids.device.type) or torch.compiler.is_compiling():
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return False
         one_device = len(set(getattr(self._model, "hf_device_map", {}).values())) <= 1
         # The gradients inside are not scaled, so those of float16 could vanish.
-        return one_device and self._model.dtype != torch.float16 and ids.dim() == 2
+        return one_device and torch.float16 not in (self._model.dtype, _autocast(ids.device)) and ids.dim() == 2
 
     def loss(self, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, int] | None:
         """As target_loss; None where this step has to run as it is."""
@@ -76,14 +76,15 @@ class GraphedSteps:
             return None
         shape = rows, length, rounded(len(targets))
         addresses = [tensor.data_ptr() for tensor in (*trained, next(self._model.parameters()))]
-        key = shape, *addresses, *((id(layer), layer.key.shape[-2]) for layer in layers)
+        autocast = _autocast(input_ids.device)
+        key = shape, autocast, *addresses, *((id(layer), layer.key.shape[-2]) for layer in layers)
         self._seen[key] += 1
         if key not in self._steps:
             if self._seen[key] < 2 or len(self._steps) >= MOST_GRAPHS:
                 return None
             try:
                 pool = next(iter(self._steps.values())).graph.pool if self._steps else None
-                self._steps[key] = _Step(self._model, self._prefix, trained, layers, shape, pool)
+                self._steps[key] = _Step(self._model, self._prefix, trained, layers, shape, autocast, pool)
             except cuda_graphs.CaptureError as error:
                 self._refused = True
                 logger.warning(f"training steps run without CUDA graphs: {error}")
@@ -104,13 +105,17 @@ class GraphedSteps:
 
 
 class _Step:
-    """The recorded step of one shape: (rows, length, targets)."""
+    """The recorded step of one shape: (rows, length, targets). autocast: the dtype of torch.autocast, where that is on."""
 
     def __init__(
-        self, model, prefix, trained: list[nn.Parameter], layers: list[LayerPrefix], shape: tuple[int, int, int], pool
-    ):
+        self, model, prefix, trained: list[nn.Parameter], layers: list[LayerPrefix], shape: tuple[int, int, int],
+        autocast: torch.dtype | None, pool,
+    ):  # fmt: skip
         device = trained[0].device
         self.model, (rows, length, targets) = model, shape
+        # Without its cache, which would keep a parameter as it is now.
+        on = autocast is not None
+        self.autocast = partial(torch.autocast, device.type, autocast, enabled=on, cache_enabled=False)
         self.input_ids = torch.zeros(rows, length, dtype=torch.long, device=device)
         self.index = torch.zeros(targets, dtype=torch.long, device=device)
         self.targets = torch.full((targets,), IGNORED, device=device)
@@ -121,7 +126,7 @@ class _Step:
 
     @torch.enable_grad()
     def _run(self) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-        with self.stand_in(), idle_mask(self.input_ids) as mask:
+        with self.stand_in(), self.autocast(), idle_mask(self.input_ids) as mask:
             loss = loss_at(self.model, self.index, self.targets, input_ids=self.input_ids, attention_mask=mask)
             return loss.detach(), torch.autograd.grad(loss, list(self.leaves.values()), allow_unused=True)
 
@@ -149,6 +154,11 @@ class _Replayed(torch.autograd.Function):
     def backward(ctx, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         scaled = iter(torch._foreach_mul(ctx.grads, grad_loss))
         return None, *(next(scaled) if used else None for used in ctx.used)
+
+
+def _autocast(device: torch.device) -> torch.dtype | None:
+    """The dtype that torch.autocast gives on a device, where it is on."""
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
 
 
 def rounded(length: int) -> int:

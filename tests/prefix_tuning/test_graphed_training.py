@@ -84,6 +84,32 @@ def test_steps_equal(device, family, mlp):
         assert len(trained.graphs._steps) == 2 and not trained.graphs._refused
 
 
+@pytest.mark.parametrize("device", DEVICES, indirect=True)
+@pytest.mark.parametrize("mlp", (False, True), ids=("prefix", "reparametrised"))
+def test_under_autocast(device, mlp):
+    """A parameter that an optimiser changes is cast anew in every replay; without autocast the same shape is another step."""
+    model = tiny_model("llama").to(device)
+    prefix = Prefix.for_model(model, 5, seed=0, reparametrization="mlp" if mlp else None).to(device)
+    with attach_prefix(model, prefix):
+        trained = PrefixedModel(model, prefix)
+        optimizer = torch.optim.SGD(prefix.parameters(), lr=1.0)
+        seen = []
+        for number in range(8):
+            batch, on = batch_of(4, 13, seed=3 * number, device=device), number % 4 < 2
+            with torch.autocast(device, torch.bfloat16, enabled=on):
+                expected, expected_grads = step(without_graphs(trained), batch)
+                optimizer.zero_grad()
+                loss, grads = step(trained, batch)
+            tolerance = {"atol": 2e-2, "rtol": 2e-2} if on else TOLERANCE
+            torch.testing.assert_close(loss, expected, **tolerance)
+            for grad, expected_grad in zip(grads, expected_grads, strict=True):
+                assert (grad - expected_grad).norm() <= 3 * tolerance["rtol"] * expected_grad.norm() + 1e-6
+            seen.append(float(loss))
+            optimizer.step()
+            optimizer.zero_grad()
+        assert len(trained.graphs._steps) == 2 and len(set(seen)) == 8
+
+
 def test_what_is_recorded(graphs):
     """A shape at its second time; lengths that are rounded alike are one shape."""
     model = tiny_model("llama")
@@ -182,7 +208,7 @@ def test_what_cannot_be_recorded_runs_as_it_is(graphs, caplog):
     assert [record.message for record in caplog.records] == [f"training steps run without CUDA graphs: {graphs.refusal}"]
 
 
-@pytest.mark.parametrize("why", ("mask", "autocast", "no_grad", "float16", "off", "one token", "eval loss"))
+@pytest.mark.parametrize("why", ("mask", "half autocast", "no_grad", "float16", "off", "one token", "eval loss"))
 def test_steps_that_are_not_recorded(graphs, why):
     model = tiny_model("llama")
     prefix = random_prefix(model)
@@ -195,7 +221,7 @@ def test_steps_that_are_not_recorded(graphs, why):
         batch = {name: tensor[:, :1] for name, tensor in batch.items()}
     with attach_prefix(model, prefix):
         trained = PrefixedModel(model, prefix, cuda_graphs=why != "off")
-        with torch.set_grad_enabled(why != "no_grad"), torch.autocast("cpu", torch.bfloat16, enabled=why == "autocast"):
+        with torch.set_grad_enabled(why != "no_grad"), torch.autocast("cpu", torch.float16, enabled=why == "half autocast"):
             for _ in range(3):
                 trained(**batch, return_logits=why == "eval loss")
     assert graphs.recorded == 0
