@@ -126,9 +126,12 @@ class _Step:
 
     @torch.enable_grad()
     def _run(self) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-        with self.stand_in(), self.autocast(), idle_mask(self.input_ids) as mask:
-            loss = loss_at(self.model, self.index, self.targets, input_ids=self.input_ids, attention_mask=mask)
-            return loss.detach(), torch.autograd.grad(loss, list(self.leaves.values()), allow_unused=True)
+        with self.stand_in():
+            with self.autocast(), idle_mask(self.input_ids) as mask:
+                loss = loss_at(self.model, self.index, self.targets, input_ids=self.input_ids, attention_mask=mask)
+            with torch.autocast(self.input_ids.device.type, enabled=False):  # as backward() is called
+                grads = torch.autograd.grad(loss, list(self.leaves.values()), allow_unused=True)
+        return loss.detach(), grads
 
     def load(self, input_ids: Tensor, index: Tensor, targets: Tensor) -> None:
         """The batch of the next replay; what is left of longer rows before it is seen by no target. index: in padded rows."""
