@@ -41,6 +41,7 @@ class GraphedSteps:
     def __init__(self, model: nn.Module, prefix: nn.Module, most_tokens: int | None = None):
         self._model, self._prefix, self._most_tokens = model, prefix, most_tokens
         self._attention: list[nn.Module] = []  # the modules that hold the prefix
+        self._read: tuple = ()  # what the recorded steps read: where the prefix and the model are
         self._steps: dict[tuple, _Step] = {}
         self._seen: Counter[tuple] = Counter()
         self._refused = False
@@ -74,10 +75,12 @@ class GraphedSteps:
         layers = self._layers()
         if not (trained and len(targets) and any(layer.key.shape[-2] for layer in layers)):
             return None
-        shape = rows, length, rounded(len(targets))
-        addresses = [tensor.data_ptr() for tensor in (*trained, next(self._model.parameters()))]
-        autocast = _autocast(input_ids.device)
-        key = shape, autocast, *addresses, *((id(layer), layer.key.shape[-2]) for layer in layers)
+        read = (*(tensor.data_ptr() for tensor in (*trained, next(self._model.parameters()))), *map(id, layers))
+        if read != self._read:
+            self.clear()
+            self._read = read
+        shape, autocast = (rows, length, rounded(len(targets))), _autocast(input_ids.device)
+        key = shape, autocast
         self._seen[key] += 1
         if key not in self._steps:
             if self._seen[key] < 2 or len(self._steps) >= MOST_GRAPHS:
