@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from types import TracebackType
 from typing import Any, Protocol
@@ -42,6 +43,7 @@ class PrefixSource(Protocol):
 
     parts: the shape of each part it has.
     position_offset: where the positions of the sequence start.
+    generation: how often layers() has begun to give other tensors; a Prefix is not asked for it.
     reparametrization: what produces the keys and values; None where layers() gives the same tensors every time.
     layers: of each layer the key [kv_heads, prefix_len, head_dim] and the value [kv_heads, prefix_len, value_dim]; called
         once per forward pass where something produces them.
@@ -83,8 +85,9 @@ class Attachment:
             for module, source in stack.shared.items():
                 self._change(module, layer_prefix=source.layer_prefix)
             self._change(stack.module, **stack.while_attached)
-        if hasattr(model, "generate"):
-            self._change(model, get_compiled_call=GraphedDecoding(model, slides, self._recorded_state))
+        self._decoding = GraphedDecoding(model, slides, self._recorded_state) if hasattr(model, "generate") else None
+        if self._decoding is not None:
+            self._change(model, get_compiled_call=self._decoding)
         self._hooks = [self._hook(stack) for stack in self.stacks]
         self._hooks += [
             shift_embeddings(stack.module.embed_positions, lambda: 0 if self._hidden else self.prefix.position_offset)
@@ -139,6 +142,16 @@ class Attachment:
             for layer, (key, value, *_) in self._hidden:
                 layer.key, layer.value = key[:, :0], value[:, :0]
 
+    @contextmanager
+    def keep_graphs(self) -> Iterator[None]:
+        """Within the block, calls of generate that get the same StaticCache share the steps recorded on a GPU.
+
+        Reset the cache between calls that do not go on. Meanwhile the prefix, or a bank, may be changed, switched off and on;
+        the model may not: no other weights, adapters or settings.
+        """
+        with self._decoding.kept() if self._decoding is not None else nullcontext():
+            yield
+
     def __enter__(self) -> Attachment:
         return self
 
@@ -153,9 +166,14 @@ class Attachment:
             self._changed.append((module, name, {name: vars(module)[name]} if name in vars(module) else {}))
             setattr(module, name, value)
 
-    def _recorded_state(self) -> tuple[bool, int | None]:
+    def _recorded_state(self) -> tuple[int, ...]:
         """What decides, beside its arguments, which tensors a forward pass reads."""
-        return bool(self._hidden), None if self._bank is None else self._bank.generation
+        if not isinstance(self.prefix, Prefix):
+            return bool(self._hidden), self.prefix.generation
+        held = [layer for layers in self._layers.values() for layer in layers] if self.prefix.reparametrization is None else []
+        exact = [tensor for _, tensors in self._rounded.values() for tensor in tensors]
+        tensors = [tensor for layer in held for tensor in (layer.key, layer.value)] + exact
+        return bool(self._hidden), self.prefix.position_offset, *(tensor.data_ptr() for tensor in tensors)
 
     def _hook(self, stack: Stack) -> RemovableHandle:
         names = list(inspect.signature(type(stack.module).forward).parameters)[1:]

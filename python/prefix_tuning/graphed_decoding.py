@@ -61,7 +61,7 @@ class GraphedDecoding:
 
     @contextmanager
     def kept(self) -> Iterator[None]:
-        """Within, calls of generate with one static cache share their graphs; nothing may become of the model meanwhile."""
+        """As Attachment.keep_graphs."""
         self._steps = _Steps(self)
         try:
             yield

@@ -32,6 +32,7 @@ class ActiveAdapter:
     def __init__(self, model: nn.Module):
         self._model = model
         self.parts = _expected(model)
+        self.generation = 0  # counts the tensors that were held
         self._held: Layers | None = None
 
     @property
@@ -64,6 +65,7 @@ class ActiveAdapter:
         part = next(iter(self.parts))
         with torch.no_grad():
             self._held = [(key.contiguous(), value.contiguous()) for key, value in self.layers(part)]
+        self.generation += 1
         try:
             yield
         finally:

@@ -446,6 +446,54 @@ def test_lora_beside_a_prefix_and_a_prefix_of_peft(graphs):
     assert graphs.replays == 3 * 4
 
 
+def test_calls_that_keep_their_graphs(graphs):
+    """Under changes of the prefix and of a bank, also by training, which has the prefix rounded anew."""
+    model = tiny_model("llama")
+    cache = StaticCache(config=model.config, max_cache_len=30)
+    call = padded() | {"max_new_tokens": 6} | OPTIONS
+    prefix = random_prefix(model)
+    with attach_prefix(model, prefix) as attachment, attachment.keep_graphs():
+
+        def same():
+            expected = model.generate(**call)
+            assert torch.equal(model.generate(**call, **{CACHE: cache}), expected)
+            cache.reset()
+
+        same()
+        with torch.no_grad():
+            for parameter in prefix.parameters():
+                parameter.mul_(2)
+        same()
+        assert graphs.recorded == 1 + 1 and graphs.replays == 4 + 5
+        for parameter in prefix.parameters():
+            parameter.data = parameter.data.flip(-1)
+        same()
+        prefix.position_offset += 3
+        same()
+        attachment.enable(False)
+        same()
+        attachment.enable(True)
+        same()
+    assert graphs.recorded == 1 + 1 + 3, "of each change the second step was recorded"
+    with attach_prefix(model, bank_of(model)) as attachment, attachment.keep_graphs():
+        for names in (["short", "long"], ["long", None]):
+            expected = model.generate(**call, prefix_ids=names)
+            assert torch.equal(model.generate(**call, **{CACHE: cache}, prefix_ids=names), expected)
+            cache.reset()
+    assert graphs.recorded == 1 + 1 + 3 + 2
+
+
+def test_texts_of_a_prefix_of_peft(graphs, monkeypatch):
+    """Each call of generate holds tensors of its own there, which are gone afterwards."""
+    pytest.importorskip("peft")
+    model, tokenizer = accelerate_peft(peft_model(tiny_model("llama"), 5)), tiny_tokenizer()
+    prompts = ["abcd", "efgh", "ijkl", "mnop"]
+    texts = generate_texts(model, tokenizer, prompts, max_new_tokens=18, batch_size=2)
+    assert graphs.recorded == 1 + 2, "a step of each call"
+    monkeypatch.setattr(graphed_decoding, "records", lambda model: False)
+    assert texts == generate_texts(model, tokenizer, prompts, max_new_tokens=18, batch_size=2)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("family", ("llama", "mistral"))
 def test_batches_of_texts_share_a_cache_and_its_graphs(graphs, monkeypatch, family, kind):
