@@ -1,14 +1,17 @@
 // The operators prefix_kernels_cpu::{forward, backward, isa}. The only file of the CPU library that includes
 // torch, through its stable ABI: one build serves every torch from 2.11 on. prefix_kernels/backends/cpu.py is the caller; it
-// has checked shapes and dtypes, made every last stride 1 and every index int64.
+// has checked shapes and dtypes and made every index int64.
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <array>
 #include <optional>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "cpu/kernels.h"
@@ -33,15 +36,38 @@ Strided rows(const Tensor& tensor, bool varlen) {
                 : strided(tensor, tensor.stride(0), tensor.stride(2), tensor.stride(1));
 }
 
+// An uninitialised tensor. The stable ABI's own `empty` looks its operator up by name, which takes as long as a small kernel.
+template <size_t N>
+Tensor empty(const std::array<int64_t, N>& sizes, const std::array<int64_t, N>& strides, int32_t dtype) {
+  AtenTensorHandle made;
+  TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(N, sizes.data(), strides.data(), dtype, aoti_torch_device_type_cpu(), 0, &made));
+  return Tensor(made);
+}
+
+// [prefixes, kv_heads, prefix_len, dim], or one prefix without the first axis
+Strided bank(const Tensor& tensor) {
+  const int64_t heads = tensor.dim() - 3;
+  return strided(tensor, heads == 0 ? 0 : tensor.stride(0), tensor.stride(heads + 1), tensor.stride(heads));
+}
+
 const int64_t* indices(const MaybeTensor& tensor) {
   return tensor ? static_cast<const int64_t*>(tensor->const_data_ptr()) : nullptr;
 }
 
-// A call: its problem and the sequences that the problem points to.
+// A call: its problem and what the problem points to.
 struct Call {
   Problem problem;
   std::vector<Sequence> sequences;
+  std::vector<Tensor> copies;
   int64_t max_q_len = 0;
+
+  // Kernels read along the last axis: a copy where that has gaps.
+  Tensor readable(const Tensor& tensor) {
+    if (tensor.stride(-1) == 1) return tensor;
+    copies.push_back(torch::stable::contiguous(tensor));
+    return copies.back();
+  }
 };
 
 Call describe(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& prefix_k, const Tensor& prefix_v,
@@ -52,19 +78,23 @@ Call describe(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& p
   Call call;
   Problem& p = call.problem;
   const bool varlen = cu_seqlens_q.has_value();
-  p.q = rows(q, varlen), p.k = rows(k, varlen), p.v = rows(v, varlen), p.out = rows(out, varlen);
-  p.prefix_k = strided(prefix_k, prefix_k.stride(0), prefix_k.stride(2), prefix_k.stride(1));
-  p.prefix_v = strided(prefix_v, prefix_v.stride(0), prefix_v.stride(2), prefix_v.stride(1));
+  p.q = rows(call.readable(q), varlen), p.k = rows(call.readable(k), varlen), p.v = rows(call.readable(v), varlen);
+  p.out = rows(call.readable(out), varlen);
+  p.prefix_k = bank(call.readable(prefix_k)), p.prefix_v = bank(call.readable(prefix_v));
   p.lse = static_cast<float*>(lse.data_ptr());
   p.lse_row = varlen ? 0 : lse.stride(0), p.lse_head = lse.stride(varlen ? 0 : 1);
-  if (key_mask) p.key_mask = static_cast<const bool*>(key_mask->const_data_ptr()), p.key_mask_row = key_mask->stride(0);
+  if (key_mask) {
+    const Tensor mask = call.readable(*key_mask);
+    p.key_mask = static_cast<const bool*>(mask.const_data_ptr()), p.key_mask_row = mask.stride(0);
+  }
   p.heads = q.size(1), p.kv_heads = k.size(1), p.head_dim = q.size(varlen ? 2 : 3), p.value_dim = v.size(varlen ? 2 : 3);
-  p.prefixes = prefix_k.size(0), p.prefix_len = prefix_k.size(2);
+  p.prefixes = prefix_k.dim() == 3 ? 1 : prefix_k.size(0), p.prefix_len = prefix_k.size(-2);
   p.causal = causal, p.scale = scale, p.softcap = softcap;
   p.window = window, p.first_key_position = first_key_position;
   const int64_t *ids = indices(prefix_ids), *lens = indices(prefix_lens), *fill = indices(key_lens);
   const int64_t *ends_q = indices(cu_seqlens_q), *ends_k = indices(cu_seqlens_k), *parents = indices(parent);
   const int64_t count = varlen ? cu_seqlens_q->size(0) - 1 : q.size(0);
+  call.sequences.reserve(count);
   for (int64_t i = 0; i < count; ++i) {
     Sequence s{};
     if (varlen) {
@@ -89,7 +119,7 @@ Call describe(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& p
 // Runs tasks that are `flops` of work together, on one thread where waking a second one would take longer than the work.
 template <typename Run>
 void in_parallel(int64_t tasks, double flops, const Run& run) {
-  constexpr double FLOPS_OF_A_THREAD = 1e6;  // some 10 µs
+  constexpr double FLOPS_OF_A_THREAD = 3e5;  // some 15 µs of decoding
   if (tasks > 0) torch::stable::parallel_for(0, tasks, std::max<int64_t>(1, int64_t(tasks * FLOPS_OF_A_THREAD / flops)), run);
 }
 
@@ -102,7 +132,7 @@ double flops(const Call& call, int64_t Sequence::*len) {
 
 double all_flops(const Call& call) { return flops(call, &Sequence::prefix_len) + flops(call, &Sequence::kv_len); }
 
-void run_decode(const Call& call, const Kernels& kernel, const Tensor& like) {
+void run_decode(const Call& call, const Kernels& kernel) {
   const Problem& p = call.problem;
   const int64_t per_tile = std::max<int64_t>(1, kernel.rows / std::max<int64_t>(1, call.max_q_len * p.group()));
   const DecodeTiles tiles = decode_tiles(call.sequences, per_tile);
@@ -111,8 +141,8 @@ void run_decode(const Call& call, const Kernels& kernel, const Tensor& like) {
   const int64_t tile_count = int64_t(tiles.tile_first.size()) - 1;
   const int64_t splits =
       std::clamp<int64_t>(8 / std::max<int64_t>(1, p.kv_heads * tile_count), 1, std::max<int64_t>(1, p.prefix_len / 256));
-  const Tensor partial = torch::stable::new_empty(
-      like, {splits, p.sequence_count, p.heads, call.max_q_len, p.value_dim + 2}, ScalarType::Float);
+  const int64_t size = splits * p.sequence_count * p.heads * call.max_q_len * (p.value_dim + 2);
+  const Tensor partial = empty<1>({size}, {1}, aoti_torch_dtype_float32());
   const DecodePlan plan{tiles.order.data(), tiles.tile_first.data(), tile_count, splits,
                         (p.prefix_len + splits - 1) / splits, call.max_q_len, static_cast<float*>(partial.data_ptr())};
   in_parallel(p.kv_heads * plan.tiles * splits, flops(call, &Sequence::prefix_len),
@@ -121,18 +151,37 @@ void run_decode(const Call& call, const Kernels& kernel, const Tensor& like) {
               [&](int64_t begin, int64_t end) { kernel.decode_own(p, plan, begin, end); });
 }
 
-void forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& prefix_k, const Tensor& prefix_v,
-             MaybeTensor key_mask, MaybeTensor key_lens, MaybeTensor prefix_ids, MaybeTensor prefix_lens,
-             MaybeTensor cu_seqlens_q, MaybeTensor cu_seqlens_k, MaybeTensor parent, bool causal, double scale,
-             int64_t window, double softcap, int64_t first_key_position, const Tensor& out, const Tensor& lse) {
+// (out, lse), both new. out lies token by token, as the output projection of a model reads it.
+std::tuple<Tensor, Tensor> forward(
+    const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& prefix_k, const Tensor& prefix_v, MaybeTensor key_mask,
+    MaybeTensor key_lens, MaybeTensor prefix_ids, MaybeTensor prefix_lens, MaybeTensor cu_seqlens_q,
+    MaybeTensor cu_seqlens_k, MaybeTensor parent, bool causal, double scale, int64_t window, double softcap,
+    int64_t first_key_position) {
+  const int64_t heads = q.size(1), dim = v.size(-1), row = heads * dim;
+  int32_t dtype;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(q.get(), &dtype));
+  Tensor out, lse;
+  if (cu_seqlens_q) {
+    const int64_t tokens = q.size(0);
+    out = empty<3>({tokens, heads, dim}, {row, dim, 1}, dtype);
+    lse = empty<2>({heads, tokens}, {tokens, 1}, aoti_torch_dtype_float32());
+  } else {
+    const int64_t batch = q.size(0), len = q.size(2);
+    out = empty<4>({batch, heads, len, dim}, {len * row, dim, row, 1}, dtype);
+    lse = empty<3>({batch, heads, len}, {heads * len, len, 1}, aoti_torch_dtype_float32());
+  }
   const Call call = describe(q, k, v, prefix_k, prefix_v, key_mask, key_lens, prefix_ids, prefix_lens, cu_seqlens_q,
                              cu_seqlens_k, parent, causal, scale, window, softcap, first_key_position, out, lse);
   const Problem& p = call.problem;
   const Kernels& kernel = kernels();
-  if (call.max_q_len * p.group() < kernel.lanes) return run_decode(call, kernel, q);
-  const std::vector<int64_t> tile_first = count_tiles(call.sequences, p.group(), kernel.rows);
-  in_parallel(p.kv_heads * tile_first.back(), all_flops(call),
-              [&](int64_t begin, int64_t end) { kernel.forward(p, tile_first.data(), begin, end); });
+  if (call.max_q_len * p.group() < kernel.lanes) {
+    run_decode(call, kernel);
+  } else {
+    const std::vector<int64_t> tile_first = count_tiles(call.sequences, p.group(), kernel.rows);
+    in_parallel(p.kv_heads * tile_first.back(), all_flops(call),
+                [&](int64_t begin, int64_t end) { kernel.forward(p, tile_first.data(), begin, end); });
+  }
+  return {out, lse};
 }
 
 // Adds the slots beyond the bank to the prefix they belong to, in order.
@@ -158,12 +207,12 @@ std::tuple<Tensor, Tensor> backward(
     MaybeTensor cu_seqlens_k, MaybeTensor parent, bool causal, double scale, int64_t window, double softcap,
     int64_t first_key_position, const Tensor& out, const Tensor& lse, const Tensor& dout, MaybeTensor dlse, MaybeTensor dq,
     MaybeTensor dk, MaybeTensor dv, bool wants_prefix_k, bool wants_prefix_v) {
-  const Call call = describe(q, k, v, prefix_k, prefix_v, key_mask, key_lens, prefix_ids, prefix_lens, cu_seqlens_q,
-                             cu_seqlens_k, parent, causal, scale, window, softcap, first_key_position, out, lse);
+  Call call = describe(q, k, v, prefix_k, prefix_v, key_mask, key_lens, prefix_ids, prefix_lens, cu_seqlens_q, cu_seqlens_k,
+                       parent, causal, scale, window, softcap, first_key_position, out, lse);
   const Problem& p = call.problem;
   const bool varlen = cu_seqlens_q.has_value();
   Gradients g;
-  g.dout = rows(dout, varlen);
+  g.dout = rows(call.readable(dout), varlen);
   if (dlse) g.dlse = static_cast<const float*>(dlse->const_data_ptr());
   if (dq) g.dq = rows(*dq, varlen);
   if (dk) g.dk = rows(*dk, varlen);
@@ -182,13 +231,13 @@ std::tuple<Tensor, Tensor> backward(
   const int64_t parts = int64_t(plan.parts.size());
   in_parallel(p.kv_heads * parts, 2.5 * all_flops(call),
               [&](int64_t begin, int64_t end) { kernels().backward(p, g, plan.parts.data(), parts, begin, end); });
-  auto bank = [&](const Tensor& all, bool wanted) {
+  auto without_slots = [&](const Tensor& all, bool wanted) {
     if (!wanted) return all;
     add_slots(all, plan.prefix_of_slot, p.prefixes);
     Tensor whole = all;
     return torch::stable::narrow(whole, 0, 0, p.prefixes);
   };
-  return {bank(sums_k, wants_prefix_k), bank(sums_v, wants_prefix_v)};
+  return {without_slots(sums_k, wants_prefix_k), without_slots(sums_v, wants_prefix_v)};
 }
 
 std::string isa(std::optional<std::string> name) {
@@ -202,12 +251,12 @@ std::string isa(std::optional<std::string> name) {
 #define PROBLEM                                                                                                     \
   "Tensor q, Tensor k, Tensor v, Tensor prefix_k, Tensor prefix_v, Tensor? key_mask, Tensor? key_lens, "           \
   "Tensor? prefix_ids, Tensor? prefix_lens, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? parent, bool causal, " \
-  "float scale, int window, float softcap, int first_key_position, "
+  "float scale, int window, float softcap, int first_key_position"
 
 STABLE_TORCH_LIBRARY(prefix_kernels_cpu, m) {
-  m.def("forward(" PROBLEM "Tensor(a!) out, Tensor(b!) lse) -> ()");
+  m.def("forward(" PROBLEM ") -> (Tensor, Tensor)");
   m.def("backward(" PROBLEM
-        "Tensor out, Tensor lse, Tensor dout, Tensor? dlse, Tensor(a!)? dq, Tensor(b!)? dk, Tensor(c!)? dv, "
+        ", Tensor out, Tensor lse, Tensor dout, Tensor? dlse, Tensor(a!)? dq, Tensor(b!)? dk, Tensor(c!)? dv, "
         "bool wants_prefix_k, bool wants_prefix_v) -> (Tensor, Tensor)");
   m.def("isa(str? name=None) -> str");
 }

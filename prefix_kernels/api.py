@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prefix_kernels import ops, select, validate
+from prefix_kernels import ops, repeated, select, validate
 from prefix_kernels.problem import AttentionInputs, AttentionProblem
 
 
@@ -57,11 +57,21 @@ def prefix_attention(
     Raises:
         ValueError, TypeError: a wrong argument. NotImplementedError: the backend asked for cannot serve the call.
     """
+    kind = None
+    if return_lse is False and key_lens is None and bias is None and prefix_ids is None and prefix_lens is None:
+        kind, kernel = repeated.find(
+            q, k, v, prefix_k, prefix_v, key_mask, causal, scale, window, softcap, first_key_position, backend
+        )
+        if kernel is not None:
+            return kernel(q, k, v, prefix_k, prefix_v, key_mask)
     inputs = _dense_inputs(
         q, k, v, prefix_k, prefix_v, causal=causal, scale=scale, key_mask=key_mask, key_lens=key_lens, window=window,
         softcap=softcap, bias=bias, prefix_ids=prefix_ids, prefix_lens=prefix_lens, first_key_position=first_key_position,
     )  # fmt: skip
-    return _run(inputs, backend, return_lse)
+    result = _run(inputs, backend, return_lse)
+    if kind is not None:
+        repeated.remember(kind, inputs, backend)
+    return result
 
 
 def prefix_attention_varlen(

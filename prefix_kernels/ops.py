@@ -157,15 +157,20 @@ class _Recorded(torch.autograd.Function):
 
 def run(inputs: AttentionInputs, backend: str | None, return_lse: bool) -> tuple[Tensor, Tensor]:
     """(out, lse); through the operator where something traces, counts or transforms what is called."""
-    if torch.compiler.is_compiling() or not _plain(inputs):
+    if torch.compiler.is_compiling() or not is_plain(inputs):
         return attention(*inputs, backend, return_lse)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs.tensors):
         return _Recorded.apply(*inputs, backend, return_lse)
     return _forward(inputs, _backend_for(inputs, backend, False))
 
 
-def _plain(inputs: AttentionInputs) -> bool:
+def is_plain(inputs: AttentionInputs) -> bool:
     """Ordinary tensors with values: no subclass, no tracing or batching wrapper, no dispatch mode, not on the meta device."""
-    if inputs.q.is_meta or torch._C._functorch.peek_interpreter_stack() is not None or torch._C._len_torch_dispatch_stack():
+    if inputs.q.is_meta or intercepted():
         return False
     return all(type(tensor) in (Tensor, torch.nn.Parameter) for tensor in inputs.tensors)
+
+
+def intercepted() -> bool:
+    """Whether what is called now is transformed or counted."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or torch._C._len_torch_dispatch_stack() > 0

@@ -35,11 +35,16 @@ def load_backend(name: str) -> ModuleType:
     return importlib.import_module(f"prefix_kernels.backends.{name}")
 
 
+def variable() -> str | None:
+    """PREFIX_KERNELS_BACKEND, None where it is not set or empty."""
+    return os.environ.get("PREFIX_KERNELS_BACKEND") or None
+
+
 def requested_backend(backend: str | None) -> str | None:
     """The caller's `backend`, else the environment variable PREFIX_KERNELS_BACKEND, else None; ValueError if unknown."""
     source = "backend"
     if backend is None:
-        source, backend = "PREFIX_KERNELS_BACKEND", os.environ.get("PREFIX_KERNELS_BACKEND") or None
+        source, backend = "PREFIX_KERNELS_BACKEND", variable()
     if backend is not None and backend not in BACKENDS:
         raise ValueError(f"{source}: expected one of {', '.join(BACKENDS)}, got {backend!r}")
     return backend

@@ -75,13 +75,15 @@ def _operators() -> tuple[Callable, Callable]:
 
 
 def forward(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
-    """(out, lse) of one call."""
-    q, value_dim = inputs.q, inputs.v.shape[-1]
-    out = empty_token_major(q, (*q.shape[:-1], value_dim))
-    lse_shape = (q.shape[1], q.shape[0]) if inputs.varlen else q.shape[:3]
-    lse = q.new_empty(lse_shape, dtype=torch.float32)
-    _operators()[0](*_arguments(inputs), out, lse)
-    return out, lse
+    """(out, lse) of one call; out token-major in q's dtype, lse float32."""
+    return _operators()[0](*_arguments(inputs))
+
+
+def repeat(inputs: AttentionInputs) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None], Tensor]:
+    """A function of q, k, v, prefix_k, prefix_v and key_mask that gives out as forward does, for calls that differ from this
+    one in the values of those tensors and in strides alone. The prefix may be without its bank axis."""
+    operator, options = _operators()[0], _arguments(inputs)[6:]
+    return lambda *tensors: operator(*tensors, *options)[0]
 
 
 def backward(
@@ -96,7 +98,7 @@ def backward(
         if added_to is not None:
             added_to.zero_()
     prefix_k, prefix_v = _operators()[1](
-        *_arguments(inputs), _last_stride_one(out), lse.contiguous(), _last_stride_one(grad_out),
+        *_arguments(inputs), out, lse.contiguous(), grad_out,
         None if grad_lse is None else grad_lse.contiguous(), q, k, v, wanted[3], wanted[4],
     )  # fmt: skip
     dtypes = (inputs.q.dtype,) * 3 + (inputs.prefix_k.dtype,) * 2
@@ -106,20 +108,15 @@ def backward(
     )
 
 
-def _last_stride_one(tensor: Tensor) -> Tensor:
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
-
-
 def _index(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.to(torch.int64).contiguous()
 
 
 def _arguments(inputs: AttentionInputs) -> tuple:
     """What both operators take first, in the order of their schema; 0 and −1 stand for None."""
-    mask = inputs.key_mask
     return (
-        *(_last_stride_one(tensor) for tensor in inputs.tensors),
-        mask if mask is None else _last_stride_one(mask),
+        *inputs.tensors,
+        inputs.key_mask,
         _index(inputs.key_lens),
         _index(inputs.prefix_ids),
         _index(inputs.prefix_lens),

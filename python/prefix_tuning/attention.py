@@ -75,13 +75,14 @@ def prefix_attention_forward(
         indices = torch.arange(-query.shape[2], 0, device=query.device)[None] + last + mask.key_offset
         factor = layer.query_scale(module, indices, layer.position_offset)
         query = query if factor is None else (query * factor[:, None, :, None]).to(query.dtype)
-    prefix_key, prefix_value = layer.key, layer.value
-    if prefix_key.dtype not in (query.dtype, torch.float32) or query.dtype == torch.float64:
-        prefix_key, prefix_value = prefix_key.to(query.dtype), prefix_value.to(query.dtype)
+    prefix_key, prefix_value, dtype = layer.key, layer.value, query.dtype
+    if prefix_key.dtype is not dtype and (prefix_key.dtype is not torch.float32 or dtype is torch.float64):
+        prefix_key, prefix_value = prefix_key.to(dtype), prefix_value.to(dtype)
     if layer.bias is not None:
         bias = torch.cat([layer.bias, position_bias.detach().expand(len(layer.bias), -1, -1, -1)], dim=-1)
-    prefix_len, prefix_ids = prefix_key.shape[-2], kwargs.get("prefix_ids")
+    prefix_ids = kwargs.get("prefix_ids")
     if layer.slides:
+        prefix_len = prefix_key.shape[-2]
         own_len = prefix_len if layer.lens is None else (layer.lens[prefix_ids.clamp(min=0)] * (prefix_ids >= 0))[:, None]
         positions = kwargs.get("position_ids")
         positions = None if positions is None else positions - layer.position_offset
@@ -89,7 +90,7 @@ def prefix_attention_forward(
             prefix_len, own_len, positions, query.shape[2], key.shape[2], query.device
         )
     else:
-        first_key_position, mask_bias = None, mask.bias_over(prefix_len)
+        first_key_position, mask_bias = None, None if mask.bias is None else mask.bias_over(prefix_key.shape[-2])
     if mask_bias is not None:
         bias = mask_bias if bias is None else bias + mask_bias
     out = prefix_attention(

@@ -65,7 +65,7 @@ def operator_calls(monkeypatch):
 
 @pytest.fixture
 def through_the_operator(monkeypatch):
-    monkeypatch.setattr(ops, "_plain", lambda inputs: False)
+    monkeypatch.setattr(ops, "is_plain", lambda inputs: False)
 
 
 @pytest.fixture
@@ -435,7 +435,7 @@ def test_eager_calls_pass_the_operator_by(operator_calls, monkeypatch, backend, 
     past = run(inputs, backend=backend)
     assert not any(operator_calls.values())
     with monkeypatch.context() as patched:
-        patched.setattr(ops, "_plain", lambda inputs: False)
+        patched.setattr(ops, "is_plain", lambda inputs: False)
         through = run(inputs, backend=backend)
     assert all(operator_calls.values())
     operator_calls["attention"].clear()

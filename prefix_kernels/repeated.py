@@ -1,0 +1,56 @@
+"""Calls on a CPU like an earlier one, but for the values of their tensors: what was checked and chosen then holds.
+
+The layers of a model make one such call after another. Where rows are few, checking, describing and choosing anew would take
+longer than the kernel, all the more as the model's products between two layers drive the code for it out of the caches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prefix_kernels import ops, select
+from prefix_kernels.problem import AttentionInputs
+
+MOST_REMEMBERED = 4096
+Kernel = Callable[..., Tensor]  # from the tensors of a call to out
+_kernels: dict[tuple, Kernel] = {}
+
+
+def find(
+    q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, key_mask: Tensor | None, *options: Any
+) -> tuple[tuple | None, Kernel | None]:
+    """The kind of a call, which is all that the checks and the choice of a backend look at, and what serves calls of this kind.
+
+    The arguments are all there are. Returns (None, None) where a call has to go its whole way, because something may record,
+    trace or change it; (kind, None) where none of this kind was served yet.
+    """
+    if (
+        torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled() or ops.intercepted()
+        or select.variable() is not None
+    ):  # fmt: skip
+        return None, None
+    try:
+        if not (q.is_cpu and k.is_cpu and v.is_cpu and prefix_k.is_cpu and prefix_v.is_cpu):
+            return None, None
+        kind = (
+            q.shape, k.shape, v.shape, prefix_k.shape, prefix_v.shape,
+            q.dtype, k.dtype, v.dtype, prefix_k.dtype, prefix_v.dtype,
+            type(q), type(k), type(v), type(prefix_k), type(prefix_v), *options, *map(type, options),
+            key_mask if key_mask is None else (type(key_mask), key_mask.shape, key_mask.dtype, key_mask.device),
+        )  # fmt: skip
+        return kind, _kernels.get(kind)
+    except (AttributeError, TypeError):  # a wrong call
+        return None, None
+
+
+def remember(kind: tuple, inputs: AttentionInputs, backend: str | None) -> None:
+    """That a call of this kind was served."""
+    module = select.load_backend(select.choose_backend(inputs.problem(False), backend))
+    if hasattr(module, "repeat") and ops.is_plain(inputs):
+        if len(_kernels) >= MOST_REMEMBERED:
+            _kernels.clear()
+        _kernels[kind] = module.repeat(inputs)
