@@ -7,9 +7,9 @@
 
 `selected` is what attach_prefix and PrefixTrainer do by themselves, `sdpa` the same with torch's stock kernels alone, `peft`
 the package peft with the same weights in its prefix. On a GPU training steps are replayed as CUDA graphs, `without graphs` they
-are not; generation takes a `static cache` for that. All share the frozen model's weights. Before anything is timed, two
-training steps must give the losses of the reference backend; logits after the prompt must be the reference's, and in float32
-all tokens agree.
+are not; generation takes a `static cache` for that, and with `kept graphs` one cache for all calls. All share the frozen
+model's weights. Before anything is timed, two training steps must give the losses of the reference backend; logits after the
+prompt must be the reference's, and in float32 all tokens agree.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from prefix_kernels.select import choose_backend
 from prefix_tuning import Prefix, attach_prefix
 from prefix_tuning.data import IGNORED, PromptCompletionCollator, tokenize_rows, without_idle_mask
 from prefix_tuning.e2e import load_e2e, to_examples
+from prefix_tuning.generate import CACHE
 from prefix_tuning.offline_model import OFFLINE_MODEL, load_model_and_tokenizer
 from prefix_tuning.train import PrefixedModel
 
@@ -66,7 +67,7 @@ class Ours:
 
     def __init__(self, model: nn.Module, prefix: Prefix, backend: str | None = None, cuda_graphs: bool = True):
         self.model, self.prefix = share_weights(model), copy.deepcopy(prefix)
-        attach_prefix(self.model, self.prefix, backend=backend)
+        self.attachment = attach_prefix(self.model, self.prefix, backend=backend)
         self.trained = PrefixedModel(self.model, self.prefix, cuda_graphs)
         self.optimizer = torch.optim.AdamW(self.prefix.parameters(), lr=LEARNING_RATE)
 
@@ -78,6 +79,21 @@ class OursStatic(Ours):
     """Over a static cache, whose decoding steps are replayed as CUDA graphs. PEFT cannot use one."""
 
     generation = {"cache_implementation": "static"}
+
+
+class OursKept(Ours):
+    """Over one static cache for all calls, whose graphs are kept from call to call, for prompts and answers of that length."""
+
+    def __init__(self, model: nn.Module, prefix: Prefix, length: int):
+        super().__init__(model, prefix)
+        self.cache = transformers.StaticCache(config=model.config, max_cache_len=length)
+        self.keeping = self.attachment.keep_graphs()
+        self.keeping.__enter__()
+
+    @property
+    def generation(self) -> Mapping[str, Any]:
+        self.cache.reset()
+        return {CACHE: self.cache}
 
 
 class Peft:
@@ -150,6 +166,7 @@ def makers(run: Run, model: nn.Module, prefix: Prefix) -> dict[str, Callable[[],
         found["without graphs"] = lambda: Ours(model, prefix, cuda_graphs=False)
     elif model.device.type == "cuda":
         found["static cache"] = lambda: OursStatic(model, prefix)
+        found["kept graphs"] = lambda: OursKept(model, prefix, run.prompt_len + run.new_tokens)
     elif prefix_kernels.available_backends()[0] != "sdpa":
         found["sdpa"] = lambda: Ours(model, prefix, "sdpa")
     return found | {"peft": lambda: Peft(model, prefix)}

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import bench_whole
-from bench_whole import Ours, Peft, generate, measure_run, random_inputs, random_model
+from bench_whole import Ours, OursKept, OursStatic, Peft, generate, measure_run, random_inputs, random_model
 from cases import Model, Run
 from prefix_tuning import Prefix
 from support.models import random_prefix, tiny_model
@@ -100,6 +100,14 @@ def test_peft_generates_with_its_prefix():
     ours, peft = (generate(way, prompts, 6) for way in (Ours(model, prefix, "reference"), Peft(model, prefix)))
     without = model.generate(prompts, max_new_tokens=6, do_sample=False, pad_token_id=0)[:, prompts.shape[1] :]
     assert torch.equal(ours, peft) and not torch.equal(ours, without)
+
+
+@pytest.mark.parametrize("way", (OursStatic, lambda model, prefix: OursKept(model, prefix, 12)), ids=("static", "kept"))
+def test_static_caches_give_the_same_tokens(way):
+    """Twice: a cache that is used again holds nothing of the first time."""
+    run, model, prefix, prompts = set_up("generate")
+    expected, way = generate(Ours(model, prefix), prompts, 6), way(model, prefix)
+    assert torch.equal(generate(way, prompts, 6), expected) and torch.equal(generate(way, prompts, 6), expected)
 
 
 def test_random_batches_have_e2es_lengths():
