@@ -608,6 +608,43 @@ def test_on_a_gpu_a_static_cache_goes_on_for_several_turns(counted):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("family", ("llama", "mistral", "peft"))
+def test_on_a_gpu_texts_are_those_of_plain_steps(counted, monkeypatch, family):
+    if family == "peft":
+        pytest.importorskip("peft")
+        model = accelerate_peft(peft_model(tiny_model("llama"), 5).cuda())
+    else:
+        model = tiny_model(family).cuda()
+        attach_prefix(model, random_prefix(model))
+    tokenizer = tiny_tokenizer()
+    prompts = ["x", "Zz", "abc : 7", "one more", "the longest of the prompts", "y"]
+    texts = generate_texts(model, tokenizer, prompts, max_new_tokens=18, batch_size=2)
+    assert counted["replays"] > 3 * 12
+    monkeypatch.setattr(graphed_decoding, "records", lambda model: False)
+    assert texts == generate_texts(model, tokenizer, prompts, max_new_tokens=18, batch_size=2)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_calls_that_keep_their_graphs(counted):
+    model = tiny_model("llama").to("cuda", torch.bfloat16)
+    cache = StaticCache(config=model.config, max_cache_len=30)
+    call = on_gpu(padded()) | {"max_new_tokens": 6} | OPTIONS
+    prefix = random_prefix(model)  # float32
+    with attach_prefix(model, prefix) as attachment, attachment.keep_graphs():
+        for enabled in (True, False):
+            attachment.enable(enabled)
+            for factor in (1, 2):
+                with torch.no_grad():
+                    for parameter in prefix.parameters():
+                        parameter.mul_(factor)
+                plain = StaticCache(config=model.config, max_cache_len=30)
+                expected = model.generate(**call, **{CACHE: plain}, disable_compile=True)
+                assert torch.equal(model.generate(**call, **{CACHE: cache}), expected)
+                cache.reset()
+    assert counted["made"] == 1 + 2 and counted["replays"] == 4 + 5 + 3 + 5
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("family", ("bart", "t5"))
 def test_on_a_gpu_encoder_decoders(counted, family):
     if family == "bart" and CACHE == "past_key_values":
