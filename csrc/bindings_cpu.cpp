@@ -1,14 +1,12 @@
 // The operators prefix_kernels_cpu::{forward, backward, isa}. The only file of the CPU library that includes
 // torch, through its stable ABI: one build serves every torch from 2.11 on. prefix_kernels/backends/cpu.py is the caller; it
 // has checked shapes and dtypes and made every index int64.
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
-#include <array>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -16,6 +14,7 @@
 
 #include "cpu/kernels.h"
 #include "plan.h"
+#include "tensors.h"
 
 namespace prefix_kernels {
 namespace {
@@ -34,15 +33,6 @@ Strided strided(const Tensor& tensor, int64_t row, int64_t token, int64_t head) 
 Strided rows(const Tensor& tensor, bool varlen) {
   return varlen ? strided(tensor, 0, tensor.stride(0), tensor.stride(1))
                 : strided(tensor, tensor.stride(0), tensor.stride(2), tensor.stride(1));
-}
-
-// An uninitialised tensor. The stable ABI's own `empty` looks its operator up by name, which takes as long as a small kernel.
-template <size_t N>
-Tensor empty(const std::array<int64_t, N>& sizes, const std::array<int64_t, N>& strides, int32_t dtype) {
-  AtenTensorHandle made;
-  TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(N, sizes.data(), strides.data(), dtype, aoti_torch_device_type_cpu(), 0, &made));
-  return Tensor(made);
 }
 
 // [prefixes, kv_heads, prefix_len, dim], or one prefix without the first axis
@@ -132,7 +122,7 @@ double flops(const Call& call, int64_t Sequence::*len) {
 
 double all_flops(const Call& call) { return flops(call, &Sequence::prefix_len) + flops(call, &Sequence::kv_len); }
 
-void run_decode(const Call& call, const Kernels& kernel) {
+void run_decode(const Call& call, const Kernels& kernel, const Tensor& like) {
   const Problem& p = call.problem;
   const int64_t per_tile = std::max<int64_t>(1, kernel.rows / std::max<int64_t>(1, call.max_q_len * p.group()));
   const DecodeTiles tiles = decode_tiles(call.sequences, per_tile);
@@ -142,7 +132,7 @@ void run_decode(const Call& call, const Kernels& kernel) {
   const int64_t splits =
       std::clamp<int64_t>(8 / std::max<int64_t>(1, p.kv_heads * tile_count), 1, std::max<int64_t>(1, p.prefix_len / 256));
   const int64_t size = splits * p.sequence_count * p.heads * call.max_q_len * (p.value_dim + 2);
-  const Tensor partial = empty<1>({size}, {1}, aoti_torch_dtype_float32());
+  const Tensor partial = empty<1>(like, {size}, {1}, aoti_torch_dtype_float32());
   const DecodePlan plan{tiles.order.data(), tiles.tile_first.data(), tile_count, splits,
                         (p.prefix_len + splits - 1) / splits, call.max_q_len, static_cast<float*>(partial.data_ptr())};
   in_parallel(p.kv_heads * plan.tiles * splits, flops(call, &Sequence::prefix_len),
@@ -158,24 +148,23 @@ std::tuple<Tensor, Tensor> forward(
     MaybeTensor cu_seqlens_k, MaybeTensor parent, bool causal, double scale, int64_t window, double softcap,
     int64_t first_key_position) {
   const int64_t heads = q.size(1), dim = v.size(-1), row = heads * dim;
-  int32_t dtype;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(q.get(), &dtype));
+  const int32_t dtype = dtype_of(q), float32 = aoti_torch_dtype_float32();
   Tensor out, lse;
   if (cu_seqlens_q) {
     const int64_t tokens = q.size(0);
-    out = empty<3>({tokens, heads, dim}, {row, dim, 1}, dtype);
-    lse = empty<2>({heads, tokens}, {tokens, 1}, aoti_torch_dtype_float32());
+    out = empty<3>(q, {tokens, heads, dim}, {row, dim, 1}, dtype);
+    lse = empty<2>(q, {heads, tokens}, {tokens, 1}, float32);
   } else {
     const int64_t batch = q.size(0), len = q.size(2);
-    out = empty<4>({batch, heads, len, dim}, {len * row, dim, row, 1}, dtype);
-    lse = empty<3>({batch, heads, len}, {heads * len, len, 1}, aoti_torch_dtype_float32());
+    out = empty<4>(q, {batch, heads, len, dim}, {len * row, dim, row, 1}, dtype);
+    lse = empty<3>(q, {batch, heads, len}, {heads * len, len, 1}, float32);
   }
   const Call call = describe(q, k, v, prefix_k, prefix_v, key_mask, key_lens, prefix_ids, prefix_lens, cu_seqlens_q,
                              cu_seqlens_k, parent, causal, scale, window, softcap, first_key_position, out, lse);
   const Problem& p = call.problem;
   const Kernels& kernel = kernels();
   if (call.max_q_len * p.group() < kernel.lanes) {
-    run_decode(call, kernel);
+    run_decode(call, kernel, q);
   } else {
     const std::vector<int64_t> tile_first = count_tiles(call.sequences, p.group(), kernel.rows);
     in_parallel(p.kv_heads * tile_first.back(), all_flops(call),

@@ -57,9 +57,10 @@ MaybeTensor contiguous(const MaybeTensor& tensor) {
   return torch::stable::contiguous(*tensor);
 }
 
-// [rows, heads, tokens, head_dim] of 16-bit elements
+// [rows, heads, tokens, head_dim] of 16-bit elements, or one prefix without the first axis
 Tokens tokens(const Tensor& tensor) {
-  Tokens result{tensor.const_data_ptr(), tensor.stride(0), tensor.stride(1), tensor.stride(2), false};
+  const int64_t row = tensor.dim() == 3 ? 0 : tensor.stride(0);
+  Tokens result{tensor.const_data_ptr(), row, tensor.stride(-3), tensor.stride(-2), false};
   const bool strides = result.row % VECTOR == 0 && result.head % VECTOR == 0 && result.token % VECTOR == 0;
   result.aligned = strides && reinterpret_cast<uintptr_t>(result.data) % (2 * VECTOR) == 0;
   return result;
@@ -96,8 +97,9 @@ std::tuple<Tensor, Tensor> decode(
   if (q.is_cuda()) guard.emplace(q.get_device_index());
   void* stream = current_stream(q);
 
-  const Sizes sizes{batch, heads, k.size(1), q_len, k.size(2), head_dim, prefix_k.size(0), prefix_k.size(2), window,
-                    multiprocessors(), causal, prefix_ids.has_value()};
+  const int64_t prefixes = prefix_k.dim() == 3 ? 1 : prefix_k.size(0), prefix_len = prefix_k.size(-2);
+  const Sizes sizes{batch, heads, k.size(1), q_len, k.size(2), head_dim, prefixes, prefix_len, window, multiprocessors(),
+                    causal, prefix_ids.has_value()};
   DecodeCall call{};
   call.schedule = checked_schedule(sizes);
   call.q = tokens(q), call.k = tokens(k), call.v = tokens(v);
@@ -109,7 +111,7 @@ std::tuple<Tensor, Tensor> decode(
     call.key_mask_row = key_mask->stride(0);
   }
   call.batch = int(batch), call.heads = int(heads), call.q_len = int(q_len), call.kv_len = int(k.size(2));
-  call.prefixes = int(prefix_k.size(0)), call.prefix_len = int(prefix_k.size(2));
+  call.prefixes = int(prefixes), call.prefix_len = int(prefix_len);
   call.causal = causal;
   call.scale = float(softcap > 0 ? scale / softcap : scale * LOG2_E), call.softcap = float(softcap * LOG2_E);
   call.window = int(std::min(window, FAR));

@@ -1,4 +1,4 @@
-"""Calls on a CPU like an earlier one, but for the values of their tensors: what was checked and chosen then holds.
+"""Calls like an earlier one, but for the values of their tensors: what was checked and chosen then holds.
 
 The layers of a model make one such call after another. Where rows are few, checking, describing and choosing anew would take
 longer than the kernel, all the more as the model's products between two layers drive the code for it out of the caches.
@@ -34,9 +34,9 @@ def find(
     ):  # fmt: skip
         return None, None
     try:
-        if not (q.is_cpu and k.is_cpu and v.is_cpu and prefix_k.is_cpu and prefix_v.is_cpu):
-            return None, None
+        on_cpu = q.is_cpu and k.is_cpu and v.is_cpu and prefix_k.is_cpu and prefix_v.is_cpu
         kind = (
+            None if on_cpu else (q.device, k.device, v.device, prefix_k.device, prefix_v.device),
             q.shape, k.shape, v.shape, prefix_k.shape, prefix_v.shape,
             q.dtype, k.dtype, v.dtype, prefix_k.dtype, prefix_v.dtype,
             type(q), type(k), type(v), type(prefix_k), type(prefix_v), *options, *map(type, options),

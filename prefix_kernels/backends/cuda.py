@@ -81,14 +81,28 @@ def _operator(name: str) -> Callable:
 
 def forward(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
     """(out, lse) of one call; out token-major in q's dtype, lse float32."""
-    q, prefix = inputs.q, (inputs.prefix_k, inputs.prefix_v)
-    if inputs.prefix_k.dtype != q.dtype:  # rounded once, and not by every block that reads it
-        prefix = tuple(tensor.to(q.dtype) for tensor in prefix)
-    return _operator("decode")(
-        q, inputs.k, inputs.v, *prefix, inputs.key_mask, inputs.key_lens, inputs.prefix_ids, inputs.prefix_lens,
-        inputs.causal, inputs.scale, inputs.window or 0, inputs.softcap or 0.0,
-        -1 if inputs.first_key_position is None else inputs.first_key_position,
-    )  # fmt: skip
+    tensors = *_rounded(*inputs.tensors), inputs.key_mask, inputs.key_lens, inputs.prefix_ids, inputs.prefix_lens
+    return _operator("decode")(*tensors, *_options(inputs))
+
+
+def repeat(inputs: AttentionInputs) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None], Tensor]:
+    """A function of q, k, v, prefix_k, prefix_v and key_mask that gives out as forward does, for calls that differ from this
+    one in the values of those tensors and in strides alone. The prefix may be without its bank axis."""
+    operator, options = _operator("decode"), (None, None, None, *_options(inputs))
+    return lambda *tensors: operator(*_rounded(*tensors[:5]), tensors[5], *options)[0]
+
+
+def _rounded(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor) -> tuple[Tensor, ...]:
+    """The tensors of a call with its prefix in q's dtype: rounded once, and not by every block that reads it."""
+    if prefix_k.dtype == q.dtype:
+        return q, k, v, prefix_k, prefix_v
+    return q, k, v, prefix_k.to(q.dtype), prefix_v.to(q.dtype)
+
+
+def _options(inputs: AttentionInputs) -> tuple:
+    """The arguments of the operator that are no tensors; 0 and −1 stand for None."""
+    start = -1 if inputs.first_key_position is None else inputs.first_key_position
+    return inputs.causal, inputs.scale, inputs.window or 0, inputs.softcap or 0.0, start
 
 
 def backward(

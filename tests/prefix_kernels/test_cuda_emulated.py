@@ -82,6 +82,26 @@ def test_what_a_call_takes(gpu):
     assert stated == [4 * (3 + 1) * 3 * 4 * (64 + 2), 0]  # 3 splits of the prefix, 1 of the keys
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=("prefix of 16 bit", "float32 prefix"))
+@pytest.mark.parametrize("options", [{}, {"window": 5, "first_key_position": 0}, {"softcap": 2.0}, {"key_mask": True}], ids=str)
+def test_a_call_like_an_earlier_one(gpu, monkeypatch, options, dtype):
+    """It reaches the kernel at once, with the prefix as it is given, and gives the same bits."""
+    calls = []
+    for seed in range(3):
+        torch.manual_seed(seed)
+        tensors = [torch.randn(shape).bfloat16() for shape in ((3, 4, 2, 64), (3, 2, 9, 64), (3, 2, 9, 64))]
+        calls.append((*tensors, *(torch.randn(2, 70, 64).to(dtype) for _ in range(2))))
+    calls[2] = [tensor.transpose(-1, -2).contiguous().transpose(-1, -2) for tensor in calls[2]]
+    if "key_mask" in options:
+        options = {"key_mask": torch.arange(9).expand(3, 9) > torch.tensor([[0], [-1], [4]])}
+    expected = [prefix_kernels.prefix_attention(*tensors, **options, backend="cuda", return_lse=True)[0] for tensors in calls]
+    prefix_kernels.prefix_attention(*calls[0], **options, backend="cuda")
+    monkeypatch.setattr(api, "_dense_inputs", None)
+    for tensors, right in zip(calls, expected, strict=True):
+        value = prefix_kernels.prefix_attention(*tensors, **options, backend="cuda")
+        assert torch.equal(value, right) and value.stride() == right.stride()
+
+
 def test_indices_that_no_public_call_lets_through(gpu):
     """On a GPU values are not checked: an id out of range is no prefix, lengths are clamped. int64 as well as int32."""
     case = Case("indices", batch=5, q_len=1, kv_len=20, prefix_len=70, head_dim=64, prefixes=2, prefix_ids=(0, -1, 1, -1, 1),

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from prefix_kernels import repeated
 from prefix_kernels.backends import cuda
 from support.building import ROOT, cxx_compiler
 
@@ -65,6 +66,7 @@ class EmulatedGpu:
         """Within, the backend `cuda` runs CPU tensors here, by these kernels."""
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(cuda, "DEVICE", "cpu")
+            patch.setattr(repeated, "_kernels", {})
             patch.setattr(cuda, "OPERATORS", OPERATORS)
             patch.setattr(cuda, "_missing", lambda: None)
             patch.setattr(cuda, "machine_code", lambda: "in an emulation")
