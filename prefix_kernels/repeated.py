@@ -17,16 +17,16 @@ from prefix_kernels.problem import AttentionInputs
 
 MOST_REMEMBERED = 4096
 Kernel = Callable[..., Tensor]  # from the tensors of a call to out
-_kernels: dict[tuple, Kernel] = {}
+_kernels: dict[tuple, Kernel | None] = {}  # by kind of call; None where its backend offers no `repeat`
 
 
 def find(
     q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, key_mask: Tensor | None, *options: Any
 ) -> tuple[tuple | None, Kernel | None]:
-    """The kind of a call, which is all that the checks and the choice of a backend look at, and what serves calls of this kind.
+    """A new kind of call, which is all that the checks and the choice of a backend look at, or what serves a known kind.
 
-    The arguments are all there are. Returns (None, None) where a call has to go its whole way, because something may record,
-    trace or change it; (kind, None) where none of this kind was served yet.
+    The arguments are all there are. Returns (None, kernel) where that is known; (kind, None) where no such call was served yet;
+    (None, None) where a call has to go its whole way, because something may record, trace or change it.
     """
     if (
         torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled() or ops.intercepted()
@@ -42,7 +42,8 @@ def find(
             type(q), type(k), type(v), type(prefix_k), type(prefix_v), *options, *map(type, options),
             key_mask if key_mask is None else (type(key_mask), key_mask.shape, key_mask.dtype, key_mask.device),
         )  # fmt: skip
-        return kind, _kernels.get(kind)
+        known = _kernels.get(kind, False)
+        return (kind, None) if known is False else (None, known)
     except (AttributeError, TypeError):  # a wrong call
         return None, None
 
@@ -50,7 +51,6 @@ def find(
 def remember(kind: tuple, inputs: AttentionInputs, backend: str | None) -> None:
     """That a call of this kind was served."""
     module = select.load_backend(select.choose_backend(inputs.problem(False), backend))
-    if hasattr(module, "repeat") and ops.is_plain(inputs):
-        if len(_kernels) >= MOST_REMEMBERED:
-            _kernels.clear()
-        _kernels[kind] = module.repeat(inputs)
+    if len(_kernels) >= MOST_REMEMBERED:
+        _kernels.clear()
+    _kernels[kind] = module.repeat(inputs) if hasattr(module, "repeat") and ops.is_plain(inputs) else None

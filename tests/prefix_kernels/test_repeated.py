@@ -132,6 +132,15 @@ def test_the_whole_way_is_gone(monkeypatch, whole_ways, state):
     assert len(whole_ways) == (3 if state == "subclass" else 2)
 
 
+def test_a_backend_that_cannot_repeat_is_chosen_once_for_that(monkeypatch, whole_ways):
+    kinds, remember = [], repeated.remember
+    monkeypatch.setattr(repeated, "remember", lambda kind, *args: kinds.append(kind) or remember(kind, *args))
+    tensors = make()
+    with torch.no_grad():
+        outputs = [prefix_attention(*tensors, backend="sdpa") for _ in range(3)]
+    assert len(whole_ways) == 3 and len(kinds) == 1 and torch.equal(outputs[0], outputs[2])
+
+
 def test_what_is_remembered_has_a_bound(monkeypatch):
     monkeypatch.setattr(repeated, "MOST_REMEMBERED", 3)
     with torch.no_grad():
