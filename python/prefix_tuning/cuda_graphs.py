@@ -11,6 +11,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import nn
+
+WITHOUT_EFFECTS = ("transformers", "prefix_tuning", "peft")  # packages whose hooks do all they do by kernels
 
 # Graphs of one pool use the same memory: what one leaves there must be read before another is replayed.
 Pool = Any
@@ -53,6 +56,14 @@ class Graph:
     def replay(self) -> None:
         """Writes `outputs` anew: what the function returns for what now stands in the tensors it reads."""
         self._graph.replay()
+
+
+def has_hooks(model: nn.Module) -> bool:
+    """Whether a model has forward hooks that nobody knows here: a replay would pass them by."""
+    hooks = (
+        hook for module in model.modules() for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+    )
+    return any(getattr(getattr(hook, "func", hook), "__module__", "").split(".")[0] not in WITHOUT_EFFECTS for hook in hooks)
 
 
 @functools.cache

@@ -24,7 +24,6 @@ from prefix_tuning.masks import MaskStructure
 from prefix_tuning.prefix_ids import BANK_DEFAULT, row_ids
 
 KEPT = 4  # recorded steps of one call of generate, whose steps are alike until a sliding window is full
-WITHOUT_EFFECTS = ("transformers", "prefix_tuning", "peft")  # packages whose hooks do all they do by kernels
 
 
 def records(model: nn.Module) -> bool:
@@ -52,7 +51,7 @@ class GraphedDecoding:
     def __call__(self, compile_config: Any) -> Callable[..., Any]:
         if compile_config is not None or not records(self.model):
             return self._compiled_call(compile_config)
-        if self.failed or _has_hooks(self.model):
+        if self.failed or cuda_graphs.has_hooks(self.model):
             return self.model.__call__
         return self._steps or _Steps(self)
 
@@ -91,15 +90,7 @@ def graphed(model: nn.Module) -> GraphedDecoding | None:
     if not isinstance(decoding, GraphedDecoding) or decoding.failed:
         return None
     model = decoding.model
-    return decoding if model._can_compile_fullgraph and records(model) and not _has_hooks(model) else None
-
-
-def _has_hooks(model: nn.Module) -> bool:
-    """Whether there are forward hooks that nobody knows here."""
-    hooks = (
-        hook for module in model.modules() for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
-    )
-    return any(getattr(getattr(hook, "func", hook), "__module__", "").split(".")[0] not in WITHOUT_EFFECTS for hook in hooks)
+    return decoding if model._can_compile_fullgraph and records(model) and not cuda_graphs.has_hooks(model) else None
 
 
 class _Steps:

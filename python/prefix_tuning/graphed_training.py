@@ -83,7 +83,7 @@ class GraphedSteps:
         key = shape, autocast
         self._seen[key] += 1
         if key not in self._steps:
-            if self._seen[key] < 2 or len(self._steps) >= MOST_GRAPHS:
+            if self._seen[key] < 2 or len(self._steps) >= MOST_GRAPHS or cuda_graphs.has_hooks(self._model):
                 return None
             try:
                 pool = next(iter(self._steps.values())).graph.pool if self._steps else None

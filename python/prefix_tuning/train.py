@@ -51,7 +51,7 @@ class PrefixedModel(nn.Module):
     come with it: "logits", or "start_logits" and "end_logits".
 
     cuda_graphs: on a GPU a training step of a causal model is replayed as a CUDA graph where it can be (GraphedSteps). The
-    model's code, hooks included, then runs for new shapes of batches alone.
+    model's own code then runs for new shapes of batches alone; with forward hooks of others it always does.
     """
 
     def __init__(self, model: PreTrainedModel, prefix: Prefix, cuda_graphs: bool = True):

@@ -228,6 +228,17 @@ def test_steps_that_are_not_recorded(graphs, why):
     assert graphs.recorded == 0
 
 
+def test_hooks_of_others_see_every_step(graphs):
+    model = tiny_model("llama")
+    prefix, seen = random_prefix(model), []
+    model.model.layers[0].register_forward_hook(lambda *args: seen.append(1))
+    with attach_prefix(model, prefix):
+        trained = PrefixedModel(model, prefix)
+        for _ in range(4):
+            step(trained, batch_of(4, 13))
+    assert len(seen) == 4 and graphs.recorded == 0
+
+
 def test_with_checkpointing_nothing_is_recorded(graphs):
     model = tiny_model("llama")
     prefix = random_prefix(model)
