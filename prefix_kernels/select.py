@@ -19,7 +19,7 @@ SMALL_CALL = 2**26  # bytes of memory traffic
 MOST_ROWS = 64
 # Why a backend comes before those after it.
 REASONS = {
-    "cpu": "measured: 1.5 to 7.3 times as fast as sdpa at the 112 points of benchmarks/results/cpu, so there is no threshold",
+    "cpu": "measured: 1.6 to 7.9 times as fast as sdpa at the 112 points of benchmarks/results/cpu, so there is no threshold",
     "cuda": "measured on an H200 (benchmarks/results/nvidia-h200): the fastest in decoding with wide heads, and with heads of "
     "128 behind short prefixes; in small calls about as fast as triton, with one operator for the host to call",
     "triton": "measured on an H200 (benchmarks/results/nvidia-h200): faster than sdpa in training up to head_dim 128, and than "
