@@ -19,7 +19,8 @@
 
 namespace prefix_kernels::cuda {
 
-// Measured on an H200 with heads of 64 and 128, each against half and twice as much; but SHORT_PREFIX is assumed.
+// Measured on an H200 with heads of 64 and 128, against half and twice as much or (SHORT_ROW, SHORT_PREFIX) more; MAX_SPLITS and
+// MAX_GROUPED_PREFIXES are assumed.
 constexpr int64_t SHORT_PREFIX = 64;           // columns that a row's own item reads sooner than others help
 constexpr int64_t SHORT_ROW = 256;             // columns of an item that is not worth a split and a merge
 constexpr int64_t LEAST_COLUMNS = 128;         // of a row that are worth an item
