@@ -58,9 +58,6 @@ class EmulatedGpu:
         """order: in which thread blocks and warps run."""
         self.functions.emulator_set(order, multiprocessors)
 
-    def launches(self) -> int:
-        return self.functions.emulator_launches()
-
     @contextmanager
     def serving(self, kernels=None):
         """Within, the backend `cuda` runs CPU tensors here, by these kernels."""

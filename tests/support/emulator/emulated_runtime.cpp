@@ -10,13 +10,11 @@ static struct {
   unsigned order = 0;
   int multiprocessors = 132;
   const char* failed = nullptr;
-  int launches = 0;
 } settings;
 
 int multiprocessors() { return settings.multiprocessors; }
 
 int launch_decode(const DecodeCall& call, bool bfloat16, int head_dim, void*) {
-  ++settings.launches;
   settings.failed = settings.decode(&call, bfloat16, head_dim, settings.order);
   return settings.failed != nullptr;
 }
@@ -33,4 +31,3 @@ EXPORTED void emulator_use(decltype(settings.decode) decode) { settings.decode =
 EXPORTED void emulator_set(unsigned order, int multiprocessors) {
   settings.order = order, settings.multiprocessors = multiprocessors;
 }
-EXPORTED int emulator_launches() { return settings.launches; }
