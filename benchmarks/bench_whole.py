@@ -6,10 +6,10 @@
                     (the largest of both: 8 new tokens)
 
 `selected` is what attach_prefix and PrefixTrainer do by themselves, `sdpa` the same with torch's stock kernels alone, `peft`
-the package peft with the same weights in its prefix. On a GPU training steps are replayed as CUDA graphs, `without graphs` they
-are not; generation takes a `static cache` for that, and with `kept graphs` one cache for all calls. All share the frozen
-model's weights. Before anything is timed, two training steps must give the losses of the reference backend; logits after the
-prompt must be the reference's, and in float32 all tokens agree.
+the package peft with the same weights in its prefix. On a GPU training steps and generation's are replayed as CUDA graphs.
+`without graphs` they are not, nor over a `growing cache`, and `kept graphs` are those of one cache for all calls. All share the
+frozen model's weights. Before anything is timed, two training steps must give the losses of the reference backend; logits after
+the prompt must be the reference's, and in float32 all tokens agree.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ from prefix_kernels.select import choose_backend
 from prefix_tuning import Prefix, attach_prefix
 from prefix_tuning.data import IGNORED, PromptCompletionCollator, tokenize_rows, without_idle_mask
 from prefix_tuning.e2e import load_e2e, to_examples
-from prefix_tuning.generate import CACHE
 from prefix_tuning.offline_model import OFFLINE_MODEL, load_model_and_tokenizer
+from prefix_tuning.own_cache import CACHE
 from prefix_tuning.train import PrefixedModel
 
 OUTPUT = Path(__file__).parent / "results" / "cpu" / "whole.json"
@@ -75,10 +75,10 @@ class Ours:
         return self.trained(**batch)["loss"]
 
 
-class OursStatic(Ours):
-    """Over a static cache, whose decoding steps are replayed as CUDA graphs. PEFT cannot use one."""
+class OursGrowing(Ours):
+    """Over a cache that grows, as PEFT's does: steps run as they are."""
 
-    generation = {"cache_implementation": "static"}
+    generation = {"cache_implementation": "dynamic"}
 
 
 class OursKept(Ours):
@@ -165,7 +165,7 @@ def makers(run: Run, model: nn.Module, prefix: Prefix) -> dict[str, Callable[[],
     if model.device.type == "cuda" and run.what == "train":
         found["without graphs"] = lambda: Ours(model, prefix, cuda_graphs=False)
     elif model.device.type == "cuda":
-        found["static cache"] = lambda: OursStatic(model, prefix)
+        found["growing cache"] = lambda: OursGrowing(model, prefix)
         found["kept graphs"] = lambda: OursKept(model, prefix, run.prompt_len + run.new_tokens)
     elif prefix_kernels.available_backends()[0] != "sdpa":
         found["sdpa"] = lambda: Ours(model, prefix, "sdpa")

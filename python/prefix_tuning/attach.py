@@ -27,6 +27,7 @@ from prefix_tuning.devices import execution_device
 from prefix_tuning.families import family_of
 from prefix_tuning.graphed_decoding import GraphedDecoding
 from prefix_tuning.heads import AttachedHeads
+from prefix_tuning.own_cache import OwnCache
 from prefix_tuning.patched_attention import replacement
 from prefix_tuning.positions import check_learned_positions, new_tokens, sequence_positions, shift_embeddings
 from prefix_tuning.prefix import Prefix
@@ -87,7 +88,7 @@ class Attachment:
             self._change(stack.module, **stack.while_attached)
         self._decoding = GraphedDecoding(model, slides, self._recorded_state) if hasattr(model, "generate") else None
         if self._decoding is not None:
-            self._change(model, get_compiled_call=self._decoding)
+            self._change(model, get_compiled_call=self._decoding, _prepare_cache_for_generation=OwnCache(model))
         self._hooks = [self._hook(stack) for stack in self.stacks]
         self._hooks += [
             shift_embeddings(stack.module.embed_positions, lambda: 0 if self._hidden else self.prefix.position_offset)

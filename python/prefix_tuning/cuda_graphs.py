@@ -6,8 +6,9 @@ A model of many small kernels waits for the host, which issues them one by one; 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import threading
+from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -17,6 +18,9 @@ WITHOUT_EFFECTS = ("transformers", "prefix_tuning", "peft")  # packages whose ho
 
 # Graphs of one pool use the same memory: what one leaves there must be read before another is replayed.
 Pool = Any
+
+# Held while kernels are recorded, and from a replay until its outputs are read: other threads may have graphs of that pool.
+one_at_a_time = threading.RLock()
 
 
 class CaptureError(RuntimeError):
@@ -28,30 +32,49 @@ class Graph:
 
     function: called twice, first to load whatever it needs. At every replay its kernels read and write the same tensors;
         it may not wait for the device.
+    large: it needs so much memory that what the first call had is given back before the second one gets its own.
 
     Raises CaptureError; the device is then as it was.
     """
 
-    def __init__(self, function: Callable[[], Any], pool: Pool | None = None):
-        before, stream = torch.cuda.current_stream(), _capture_stream(torch.cuda.current_device())
+    def __init__(self, function: Callable[[], Any], pool: Pool | None = None, large: bool = True):
+        self.pool = torch.cuda.graph_pool_handle() if pool is None else pool
         self._graph = torch.cuda.CUDAGraph()
-        stream.wait_stream(before)
-        try:
-            with torch.cuda.stream(stream):
-                with _stops_are_errors():
+        device, before = torch.cuda.current_device(), torch.cuda.current_stream()
+        stream = _capture_stream(device)
+        with one_at_a_time:
+            stream.wait_stream(before)
+            try:
+                with torch.cuda.stream(stream):
                     function()
-                # thread_local: other threads may do what cannot be recorded, such as pinning the memory of the next batch.
-                with torch.cuda.graph(self._graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-                    self.outputs = function()
-        except RuntimeError as error:
-            _leave_capture()
-            raise CaptureError(str(error).splitlines()[0]) from error
-        finally:
-            before.wait_stream(stream)
+                    if large:
+                        torch.cuda.empty_cache()
+                    self.outputs = self._record(function, device)
+            except RuntimeError as error:
+                _leave_capture(device)
+                raise CaptureError(str(error).splitlines()[0]) from error
+            finally:
+                before.wait_stream(stream)
 
-    @property
-    def pool(self) -> Pool:
-        return self._graph.pool()
+    def _record(self, function: Callable[[], Any], device: int) -> Any:
+        # thread_local: other threads may do what cannot be recorded, such as pinning the memory of the next batch.
+        self._graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
+        try:
+            outputs = function()
+        except BaseException:
+            with suppress(RuntimeError):  # the one that ended the function says more
+                self._end(device)
+            raise
+        self._end(device)
+        return outputs
+
+    def _end(self, device: int) -> None:
+        try:
+            self._graph.capture_end()
+        except RuntimeError:  # then torch leaves the allocator waiting for the end
+            torch._C._cuda_endAllocateToPool(device, self.pool)
+            torch._C._cuda_releasePool(device, self.pool)
+            raise
 
     def replay(self) -> None:
         """Writes `outputs` anew: what the function returns for what now stands in the tensors it reads."""
@@ -72,18 +95,7 @@ def _capture_stream(device: int) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-@contextmanager
-def _stops_are_errors() -> Iterator[None]:
-    """Within, RuntimeError where the host would wait for the device, which cannot be recorded."""
-    before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode(before)
-
-
-def _leave_capture() -> None:
+def _leave_capture(device: int) -> None:
     """After a failure the generator of random numbers still believes that its use is recorded."""
-    generator = torch.cuda.default_generators[torch.cuda.current_device()]
+    generator = torch.cuda.default_generators[device]
     generator.graphsafe_set_state(generator.clone_state())

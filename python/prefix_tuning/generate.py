@@ -12,16 +12,14 @@ import torch
 from torch import nn
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerBase, StaticCache
-from transformers.generation.utils import ALL_CACHE_NAMES
 
 from prefix_tuning.graphed_decoding import GraphedDecoding, graphed
+from prefix_tuning.own_cache import CACHE, LEAST_REPLAYED
 from prefix_tuning.prompts import encode_prompt
 from prefix_tuning.task import Task, task_of
 
 Prompt = str | Sequence[Mapping[str, Any]]
 
-CACHE = ALL_CACHE_NAMES[0]  # the argument's name, which transformers 5.24 changed
-LEAST_REPLAYED = 16  # new tokens: for fewer, recording a step takes about as long as it saves
 CACHE_STEP = 128  # lengths of static caches are multiples of it, so that batches of similar prompts have one length
 
 

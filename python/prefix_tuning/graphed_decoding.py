@@ -46,7 +46,7 @@ class GraphedDecoding:
         self.failed = False
         self._steps: _Steps | None = None  # of several calls
         self._compiled_call = model.get_compiled_call
-        self._first: dict[torch.device, cuda_graphs.Graph] = {}
+        self._first: dict[tuple, cuda_graphs.Graph] = {}
 
     def __call__(self, compile_config: Any) -> Callable[..., Any]:
         if compile_config is not None or not records(self.model):
@@ -68,11 +68,12 @@ class GraphedDecoding:
             self._steps = None
 
     def pool(self) -> cuda_graphs.Pool:
-        """One memory for the graphs of all calls: a first graph, which does next to nothing, keeps it in between."""
+        """One memory for the graphs of all calls on a stream: the first graph, next to nothing, keeps it in between."""
         device = self.model.device
-        if device not in self._first:
-            self._first[device] = cuda_graphs.Graph(torch.zeros((), device=device).zero_)
-        return self._first[device].pool
+        key = device, torch.cuda.current_stream(device) if device.type == "cuda" else None
+        if key not in self._first:
+            self._first[key] = cuda_graphs.Graph(torch.zeros((), device=device).zero_, large=False)
+        return self._first[key].pool
 
     def give_up(self, error: cuda_graphs.CaptureError) -> None:
         self.failed = True
@@ -106,7 +107,7 @@ class _Steps:
 
     def __call__(self, **kwargs: Any) -> Any:
         decoding, cache = self._decoding, next((value for value in kwargs.values() if isinstance(value, Cache)), None)
-        arguments = None if decoding.failed or not _can_be_recorded(cache) else self._unchanging(kwargs, cache)
+        arguments = None if decoding.failed or not can_be_recorded(cache) else self._unchanging(kwargs, cache)
         tensors: list[Tensor] = []
         shape = None if arguments is None else _described(arguments, tensors)
         if shape is None:
@@ -168,7 +169,7 @@ class _Steps:
 
         try:
             with torch.cuda.device_of(next(decoding.model.parameters())), _rolling(layers):
-                recorded = _Recorded(cuda_graphs.Graph(step, decoding.pool()), buffers)
+                recorded = _Recorded(cuda_graphs.Graph(step, decoding.pool(), large=False), buffers)
         except cuda_graphs.CaptureError as error:
             decoding.give_up(error)
         uncount()
@@ -188,13 +189,14 @@ class _Recorded:
         _described(buffers, self._buffers)
 
     def replay(self, tensors: list[Tensor]) -> Any:
-        for buffer, tensor in zip(self._buffers, tensors, strict=True):
-            buffer.copy_(tensor)
-        self._graph.replay()
-        return _mapped(self._graph.outputs, Tensor.clone)  # the caller may keep them, and the next step writes them anew
+        with cuda_graphs.one_at_a_time:
+            for buffer, tensor in zip(self._buffers, tensors, strict=True):
+                buffer.copy_(tensor)
+            self._graph.replay()
+            return _mapped(self._graph.outputs, Tensor.clone)  # the caller may keep them, and the next step writes them anew
 
 
-def _can_be_recorded(cache: Cache | None) -> bool:
+def can_be_recorded(cache: Cache | None) -> bool:
     """Whether a step changes nothing in the cache but tensors in place, and what _count_token makes up for."""
     parts = _parts(cache)
     return all(type(part) is StaticCache and not part.offloading for part in parts) and all(

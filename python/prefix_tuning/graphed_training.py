@@ -149,11 +149,12 @@ class _Replayed(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, step: _Step, *trained: Tensor) -> Tensor:
-        step.graph.replay()
-        loss, grads = step.graph.outputs
-        ctx.used = [grad is not None for grad in grads]
-        ctx.grads = torch._foreach_mul([grad for grad in grads if grad is not None], 1.0)  # the next replay writes them anew
-        return loss.clone()
+        with cuda_graphs.one_at_a_time:
+            step.graph.replay()
+            loss, grads = step.graph.outputs
+            ctx.used = [grad is not None for grad in grads]
+            ctx.grads = torch._foreach_mul([g for g in grads if g is not None], 1.0)  # the next replay writes them anew
+            return loss.clone()
 
     @staticmethod
     @once_differentiable

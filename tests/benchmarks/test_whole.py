@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import bench_whole
-from bench_whole import Ours, OursKept, OursStatic, Peft, generate, measure_run, random_inputs, random_model
+from bench_whole import Ours, OursGrowing, OursKept, Peft, generate, measure_run, random_inputs, random_model
 from cases import Model, Run
 from prefix_tuning import Prefix
 from support.models import random_prefix, tiny_model
@@ -102,8 +102,8 @@ def test_peft_generates_with_its_prefix():
     assert torch.equal(ours, peft) and not torch.equal(ours, without)
 
 
-@pytest.mark.parametrize("way", (OursStatic, lambda model, prefix: OursKept(model, prefix, 12)), ids=("static", "kept"))
-def test_static_caches_give_the_same_tokens(way):
+@pytest.mark.parametrize("way", (OursGrowing, lambda model, prefix: OursKept(model, prefix, 12)), ids=("growing", "kept"))
+def test_caches_give_the_same_tokens(way):
     """Twice: a cache that is used again holds nothing of the first time."""
     run, model, prefix, prompts = set_up("generate")
     expected, way = generate(Ours(model, prefix), prompts, 6), way(model, prefix)

@@ -1,76 +1,20 @@
 """generate with a static cache replays recorded steps: tokens are those of the plain steps, and no stale one is replayed."""
 
 import copy
-import inspect
 import warnings
 from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import CompileConfig, DynamicCache, GenerationMixin, LlamaForCausalLM, LogitsProcessor, StaticCache
+from transformers import CompileConfig, LogitsProcessor, StaticCache
 
-from prefix_tuning import PrefixBank, accelerate_peft, attach_prefix, cuda_graphs, graphed_decoding
+from prefix_tuning import accelerate_peft, attach_prefix, graphed_decoding
 from prefix_tuning.generate import generate_texts
-from support.emulated_graphs import EmulatedGraph
 from support.encoder_decoders import tiny_encoder_decoder
+from support.generation import CACHE, KINDS, OPTIONS, STATIC, attach, bank_of, ids, on_gpu, other_prefix, padded
 from support.models import MODELS, random_prefix, tiny_model
 from support.peft_models import peft_model
 from support.tokenizer import tiny_tokenizer
-
-CACHE = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"
-OPTIONS = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-STATIC = {"cache_implementation": "static"}
-KINDS = ("prefix", "bank")
-
-
-@pytest.fixture
-def graphs(monkeypatch):
-    """Graphs of the CPU's operators; generate treats the CPU as transformers treats a GPU. Counts what is made and replayed."""
-
-    def would_compile(model, model_kwargs, generation_config):
-        cache = model_kwargs.get(CACHE)
-        dynamic = type(getattr(cache, "self_attention_cache", cache)) is DynamicCache
-        return not generation_config.disable_compile and cache is not None and cache.is_compileable and not dynamic
-
-    class Graph(EmulatedGraph):
-        pass
-
-    monkeypatch.setattr(cuda_graphs, "Graph", Graph)
-    monkeypatch.setattr(graphed_decoding, "records", lambda model: True)
-    monkeypatch.setattr(GenerationMixin, "_valid_auto_compile_criteria", would_compile)
-    return Graph
-
-
-def ids(batch=2, length=7, seed=1):
-    return torch.randint(3, 100, (batch, length), generator=torch.Generator().manual_seed(seed))
-
-
-def padded(batch=2, length=7, seed=1):
-    """input_ids and an attention_mask whose first row is padded on the left."""
-    input_ids = ids(batch, length, seed)
-    mask = torch.ones_like(input_ids)
-    mask[0, :3] = 0
-    return {"input_ids": input_ids, "attention_mask": mask}
-
-
-def bank_of(model, **options):
-    return PrefixBank({"short": random_prefix(model, 3), "long": other_prefix(model, 6)}, **options)
-
-
-def other_prefix(model, prefix_len=5):
-    prefix = random_prefix(model, prefix_len)
-    with torch.no_grad():
-        for parameter in prefix.parameters():
-            parameter.copy_(parameter.flip(-1) * 1.5)
-    return prefix
-
-
-def attach(model, kind, **options):
-    """A prefix attached, alone or in a bank, and what calls of the model then need for so many rows."""
-    if kind == "prefix":
-        return attach_prefix(model, random_prefix(model), **options), lambda rows: {}
-    names = ["long", None, "short"]
-    return attach_prefix(model, bank_of(model), **options), lambda rows: {"prefix_ids": names[:rows]}
 
 
 class AtStep(LogitsProcessor):
@@ -520,30 +464,6 @@ def test_what_texts_are_written_without_graphs(graphs, options):
         model.generation_config.cache_implementation = "dynamic"
         generate_texts(model, tokenizer, ["x", "yy"], max_new_tokens=20)
     assert graphs.recorded == 0
-
-
-@pytest.fixture
-def counted(monkeypatch):
-    """Counts what is recorded and replayed on a GPU; what cannot be recorded is an error."""
-    count = {"made": 0, "replays": 0}
-
-    class Counted(cuda_graphs.Graph):
-        def __init__(self, *args, **options):
-            super().__init__(*args, **options)
-            count["made"] += 1
-
-        def replay(self):
-            count["replays"] += 1
-            super().replay()
-
-    monkeypatch.setattr(cuda_graphs, "Graph", Counted)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".*cannot be recorded")
-        yield count
-
-
-def on_gpu(call):
-    return {name: value.cuda() if isinstance(value, torch.Tensor) else value for name, value in call.items()}
 
 
 @pytest.mark.gpu

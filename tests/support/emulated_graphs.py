@@ -42,7 +42,7 @@ class EmulatedGraph:
     recorded = 0
     replays = 0
 
-    def __init__(self, function: Callable[[], Any], pool: list[EmulatedGraph] | None = None):
+    def __init__(self, function: Callable[[], Any], pool: list[EmulatedGraph] | None = None, large: bool = True):
         if self.refusal is not None:
             raise CaptureError(self.refusal)
         run, tape = _Tape(), _Tape()

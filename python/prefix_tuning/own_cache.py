@@ -1,0 +1,66 @@
+"""The cache that generate makes for itself while a prefix is attached: a static one where its decoding steps are replayed.
+
+A cache that grows has other tensors after every token, so a step over it cannot be a CUDA graph, and the host issues every
+kernel. generate keeps such a cache from its caller unless it returns a dict, so here its kind is free.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import DynamicCache, GenerationConfig, StaticCache
+from transformers.generation import GenerationMode
+from transformers.generation.utils import ALL_CACHE_NAMES
+
+from prefix_tuning.graphed_decoding import can_be_recorded, graphed
+from prefix_tuning.stacks import attention_kinds, part_shapes
+
+CACHE = ALL_CACHE_NAMES[0]  # the argument's name, which transformers 5.24 changed
+LEAST_REPLAYED = 16  # new tokens: for fewer, recording a step takes about as long as it saves
+MOST_OF_MEMORY = 0.5  # of what is free, for a cache as long as the text may become
+
+
+class OwnCache:
+    """_prepare_cache_for_generation of a model with a prefix."""
+
+    def __init__(self, model: nn.Module):
+        self.model, self._prepare = model, model._prepare_cache_for_generation
+
+    def __call__(
+        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], generation_mode: GenerationMode,
+        batch_size: int, max_cache_length: int,
+    ) -> None:  # fmt: skip
+        """As the model's own: puts a cache among model_kwargs, if generate is to make one."""
+        given = model_kwargs.get(CACHE) is not None
+        self._prepare(generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
+        if given or type(model_kwargs.get(CACHE)) is not DynamicCache or not self._replayed(generation_config, generation_mode):
+            return
+        cache = StaticCache(config=self.model.config.get_text_config(decoder=True), max_cache_len=max_cache_length)
+        rows = batch_size * generation_config.num_return_sequences
+        if can_be_recorded(cache) and self._bytes(rows, max_cache_length) <= MOST_OF_MEMORY * free_bytes(self.model.device):
+            model_kwargs[CACHE] = cache
+
+    def _replayed(self, config: GenerationConfig, mode: GenerationMode) -> bool:
+        """Whether a static cache would be nobody's but generate's, and its steps be replayed often enough."""
+        asked = config.cache_implementation or config.compile_config or config.disable_compile or config.return_dict_in_generate
+        new_tokens = config.max_new_tokens or config.max_length
+        return (
+            not asked and mode in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE) and new_tokens >= LEAST_REPLAYED
+            and graphed(self.model) is not None and "ALiBi" not in attention_kinds(self.model.config)
+        )  # fmt: skip
+
+    def _bytes(self, rows: int, length: int) -> int:
+        shape = part_shapes(self.model.config)["decoder"]
+        sizes = (shape.of(layer) for layer in range(shape.layers))
+        numbers = sum(kv_heads * (head_dim + value_dim) for kv_heads, head_dim, value_dim in sizes)
+        return rows * length * numbers * self.model.dtype.itemsize
+
+
+def free_bytes(device: torch.device) -> float:
+    """Memory that can still be had on a GPU."""
+    if device.type != "cuda":
+        return math.inf
+    return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

@@ -1,0 +1,48 @@
+"""CUDA graphs counted: recorded on a GPU, or emulated on the CPU."""
+
+import warnings
+
+import pytest
+from transformers import DynamicCache, GenerationMixin
+
+from prefix_tuning import cuda_graphs, graphed_decoding
+from support.emulated_graphs import EmulatedGraph
+from support.generation import CACHE
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """Graphs of the CPU's operators; generate treats the CPU as transformers treats a GPU. Counts what is made and replayed."""
+
+    def would_compile(model, model_kwargs, generation_config):
+        cache = model_kwargs.get(CACHE)
+        dynamic = type(getattr(cache, "self_attention_cache", cache)) is DynamicCache
+        return not generation_config.disable_compile and cache is not None and cache.is_compileable and not dynamic
+
+    class Graph(EmulatedGraph):
+        pass
+
+    monkeypatch.setattr(cuda_graphs, "Graph", Graph)
+    monkeypatch.setattr(graphed_decoding, "records", lambda model: True)
+    monkeypatch.setattr(GenerationMixin, "_valid_auto_compile_criteria", would_compile)
+    return Graph
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """Counts what is recorded and replayed on a GPU; what cannot be recorded is an error."""
+    count = {"made": 0, "replays": 0}
+
+    class Counted(cuda_graphs.Graph):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            count["made"] += 1
+
+        def replay(self):
+            count["replays"] += 1
+            super().replay()
+
+    monkeypatch.setattr(cuda_graphs, "Graph", Counted)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*cannot be recorded")
+        yield count
