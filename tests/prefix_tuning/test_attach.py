@@ -237,6 +237,26 @@ def test_compiled_training_step_equals_eager(setup, padded):
         torch.testing.assert_close(grad, expected_grad, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+@pytest.mark.parametrize("family", ("gpt2", "llama"))
+def test_on_a_gpu_inductor_compiles_a_training_step(family, dtype):
+    """As far from the step as it is as 16 bit rounds."""
+    model = tiny_model(family).to("cuda", dtype)
+    prefix = random_prefix(model, PREFIX_LEN)
+    inputs = {"input_ids": ids(2, 12).cuda(), "attention_mask": padding(2, 12).cuda(), "use_cache": False}
+    parameters = list(prefix.parameters())
+    with attach_prefix(model, prefix):
+        logits = model(**inputs).logits
+        direction = torch.randn_like(logits)
+        expected = torch.autograd.grad((logits * direction).float().sum(), parameters)
+        torch._dynamo.reset()
+        compiled = torch.compile(model.forward, fullgraph=True)(**inputs).logits
+        grads = torch.autograd.grad((compiled * direction).float().sum(), parameters)
+    for got, wanted in zip((compiled, *grads), (logits, *expected), strict=True):
+        assert (got - wanted).norm() <= 0.05 * wanted.norm()
+
+
 def test_wrong_calls_raise():
     model = tiny_model("gpt2")
     prefix = random_prefix(model, PREFIX_LEN)
