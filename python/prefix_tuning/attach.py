@@ -167,14 +167,14 @@ class Attachment:
             self._changed.append((module, name, {name: vars(module)[name]} if name in vars(module) else {}))
             setattr(module, name, value)
 
-    def _recorded_state(self) -> tuple[int, ...]:
-        """What decides, beside its arguments, which tensors a forward pass reads."""
+    def _recorded_state(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """What decides, beside its arguments, which kernels a forward pass runs; and which tensors these read."""
         if not isinstance(self.prefix, Prefix):
-            return bool(self._hidden), self.prefix.generation
+            return (bool(self._hidden), self.prefix.generation), ()
         held = [layer for layers in self._layers.values() for layer in layers] if self.prefix.reparametrization is None else []
         exact = [tensor for _, tensors in self._rounded.values() for tensor in tensors]
         tensors = [tensor for layer in held for tensor in (layer.key, layer.value)] + exact
-        return bool(self._hidden), self.prefix.position_offset, *(tensor.data_ptr() for tensor in tensors)
+        return (bool(self._hidden), self.prefix.position_offset), tuple(tensor.data_ptr() for tensor in tensors)
 
     def _hook(self, stack: Stack) -> RemovableHandle:
         names = list(inspect.signature(type(stack.module).forward).parameters)[1:]

@@ -22,6 +22,8 @@ Pool = Any
 # Held while kernels are recorded, and from a replay until its outputs are read: other threads may have graphs of that pool.
 one_at_a_time = threading.RLock()
 
+_failed: list[torch.cuda.CUDAGraph] = []
+
 
 class CaptureError(RuntimeError):
     """A function whose kernels cannot be recorded; the message says why."""
@@ -32,12 +34,14 @@ class Graph:
 
     function: called twice, first to load whatever it needs. At every replay its kernels read and write the same tensors;
         it may not wait for the device.
+    pool: that of another graph, which is kept.
     large: it needs so much memory that what the first call had is given back before the second one gets its own.
+    loaded: a function like it has run on the device before, so that it is called once, to be recorded.
 
-    Raises CaptureError; the device is then as it was.
+    Raises CaptureError; the device is then as it was, but the pool cannot be used again.
     """
 
-    def __init__(self, function: Callable[[], Any], pool: Pool | None = None, large: bool = True):
+    def __init__(self, function: Callable[[], Any], pool: Pool | None = None, large: bool = True, loaded: bool = False):
         self.pool = torch.cuda.graph_pool_handle() if pool is None else pool
         self._graph = torch.cuda.CUDAGraph()
         device, before = torch.cuda.current_device(), torch.cuda.current_stream()
@@ -46,7 +50,8 @@ class Graph:
             stream.wait_stream(before)
             try:
                 with torch.cuda.stream(stream):
-                    function()
+                    if not loaded:
+                        function()
                     if large:
                         torch.cuda.empty_cache()
                     self.outputs = self._record(function, device)
@@ -71,7 +76,8 @@ class Graph:
     def _end(self, device: int) -> None:
         try:
             self._graph.capture_end()
-        except RuntimeError:  # then torch leaves the allocator waiting for the end
+        except RuntimeError:  # then torch leaves its allocators waiting for the end; that of the host asks the graph about it
+            _failed.append(self._graph)
             torch._C._cuda_endAllocateToPool(device, self.pool)
             torch._C._cuda_releasePool(device, self.pool)
             raise

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -40,10 +40,13 @@ class GraphedDecoding:
     model with hooks of the caller's own run as they are: a replay would pass the hooks by.
     """
 
-    def __init__(self, model: nn.Module, slides: bool, state: Callable[[], Hashable]):
-        """slides: whether the prefix slides out of windows. state: what else a step depends on beside its arguments."""
+    def __init__(self, model: nn.Module, slides: bool, state: Callable[[], tuple[Hashable, Hashable]]):
+        """slides: whether the prefix slides out of windows.
+        state: what a step depends on beside its arguments: which kernels it runs, and which tensors these read.
+        """
         self.model, self.slides, self.state = model, slides, state
         self.failed = False
+        self.loaded: set[Hashable] = set()  # the kinds of steps that have run
         self._steps: _Steps | None = None  # of several calls
         self._compiled_call = model.get_compiled_call
         self._first: dict[tuple, cuda_graphs.Graph] = {}
@@ -56,7 +59,7 @@ class GraphedDecoding:
         return self._steps or _Steps(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"_first": {}, "_steps": None}
+        return vars(self) | {"_first": {}, "_steps": None, "loaded": set()}
 
     @contextmanager
     def kept(self) -> Iterator[None]:
@@ -74,6 +77,11 @@ class GraphedDecoding:
         if key not in self._first:
             self._first[key] = cuda_graphs.Graph(torch.zeros((), device=device).zero_, large=False)
         return self._first[key].pool
+
+    def forget(self) -> None:
+        """Nothing has run yet; nor is the memory used again in which a recording failed."""
+        self.loaded.clear()
+        self._first.clear()
 
     def give_up(self, error: cuda_graphs.CaptureError) -> None:
         self.failed = True
@@ -148,7 +156,10 @@ class _Steps:
         return arguments
 
     def _record(self, arguments: dict[str, Any], cache: Cache) -> tuple[Any, _Recorded | None]:
-        """What this step gives, which recording runs once beforehand; and the recorded step, if that succeeds."""
+        """What this step gives, and the recorded step, if recording it succeeds.
+
+        The first step of its kind runs before it is recorded; others are recorded, then replayed.
+        """
         decoding, layers = self._decoding, _layers(cache)
         device = decoding.model.device
         buffers = _mapped(arguments, lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device=device).copy_(tensor))
@@ -157,6 +168,9 @@ class _Steps:
         before = [tensor.clone() for tensor in written]
         counts = [(layer, layer.cumulative_length_int) for layer in layers if isinstance(layer, StaticSlidingWindowLayer)]
         outputs, recorded = [], None
+        others = {name: value for name, value in arguments.items() if not isinstance(value, Cache)}
+        shapes = tuple((layer.keys.shape, _is_full(layer)) for layer in layers if layer.is_initialized)
+        kind = _described(others, []), shapes, decoding.state()[0]
 
         def uncount() -> None:
             for layer, count in counts:
@@ -167,15 +181,25 @@ class _Steps:
             outputs.append(decoding.model(**buffers))
             return outputs[-1]
 
+        loaded, first = kind in decoding.loaded, None
+        decoding.loaded.add(kind)
         try:
             with torch.cuda.device_of(next(decoding.model.parameters())), _rolling(layers):
-                recorded = _Recorded(cuda_graphs.Graph(step, decoding.pool(), large=False), buffers)
+                recorded = _Recorded(cuda_graphs.Graph(step, decoding.pool(), large=False, loaded=loaded), buffers)
         except cuda_graphs.CaptureError as error:
+            if loaded:  # what was changed since, by an adapter say, may have to be loaded
+                uncount()
+                decoding.forget()
+                return self._record(arguments, cache)
             decoding.give_up(error)
         uncount()
-        if outputs:
+        if not loaded and outputs:
+            first = outputs[0]  # of the call before the recording
+        elif recorded is not None:
+            first = recorded.replay()
+        if first is not None:
             _count_token(cache)
-            return outputs[0], recorded
+            return first, recorded
         for tensor, values in zip(written, before, strict=True):
             tensor.copy_(values)
         return decoding.model(**arguments), None
@@ -188,10 +212,12 @@ class _Recorded:
         self._graph, self._buffers = graph, []
         _described(buffers, self._buffers)
 
-    def replay(self, tensors: list[Tensor]) -> Any:
+    def replay(self, tensors: Sequence[Tensor] | None = None) -> Any:
+        """tensors: its arguments; None for those that it was recorded with."""
         with cuda_graphs.one_at_a_time:
-            for buffer, tensor in zip(self._buffers, tensors, strict=True):
-                buffer.copy_(tensor)
+            for buffer, tensor in zip(self._buffers, tensors or self._buffers, strict=True):
+                if buffer is not tensor:
+                    buffer.copy_(tensor)
             self._graph.replay()
             return _mapped(self._graph.outputs, Tensor.clone)  # the caller may keep them, and the next step writes them anew
 

@@ -33,17 +33,17 @@ def gives_up(x):
 @pytest.mark.parametrize(("function", "says"), ((waits, "captur"), (gives_up, "of its own")))
 def test_what_cannot_be_recorded_leaves_the_device_as_it_was(function, says, large):
     x = torch.ones(2**20, device="cuda")
-    pool = cuda_graphs.Graph(x.clone).pool
-    reserved = []
+    kept, reserved = cuda_graphs.Graph(x.clone), []
     for _ in range(5):
         with pytest.raises(cuda_graphs.CaptureError, match=says):
-            cuda_graphs.Graph(lambda: function(x), pool, large)
+            cuda_graphs.Graph(lambda: function(x), large=large)
         assert not torch.cuda.is_current_stream_capturing()
+        assert torch.ones(5).pin_memory().sum() == 5
         torch.manual_seed(0)
         drawn = torch.rand(5, device="cuda")
         torch.manual_seed(0)
         assert torch.equal(torch.rand(5, device="cuda"), drawn)
-        graph = cuda_graphs.Graph(lambda: (x + 1, torch.rand(5, device="cuda")), pool, large)
+        graph = cuda_graphs.Graph(lambda: (x + 1, torch.rand(5, device="cuda")), kept.pool, large)
         graph.replay()
         assert graph.outputs[0].sum().item() == 2**21
         first = graph.outputs[1].clone()
@@ -54,6 +54,21 @@ def test_what_cannot_be_recorded_leaves_the_device_as_it_was(function, says, lar
         torch.cuda.empty_cache()
         reserved.append(torch.cuda.memory_reserved())
     assert reserved[-1] == reserved[1]
+
+
+def test_what_was_loaded_is_recorded_without_a_call_before():
+    x, calls = torch.ones(3, device="cuda"), []
+
+    def add():
+        calls.append(1)
+        x.add_(1)
+        return x * 2
+
+    first = cuda_graphs.Graph(add)
+    second = cuda_graphs.Graph(add, first.pool, loaded=True)
+    assert len(calls) == 3 and x.tolist() == [2, 2, 2]
+    second.replay()
+    assert second.outputs.tolist() == [6, 6, 6]
 
 
 def test_other_threads_may_wait_for_the_device_meanwhile():

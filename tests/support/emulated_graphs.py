@@ -34,21 +34,24 @@ class EmulatedGraph:
     """Stands in for prefix_tuning.cuda_graphs.Graph.
 
     Of the function's two calls only the first leaves its traces in tensors from before, and floating outputs of the second are
-    NaN until a replay writes them. A replay leaves NaN in what other graphs of its pool have put out. What would have the host
-    wait for the device is an error.
+    NaN until a replay writes them; loaded: there is no first one. A replay leaves NaN in what other graphs of its pool have put
+    out. What would have the host wait for the device is an error.
     """
 
     refusal = None  # why nothing can be recorded
     recorded = 0
     replays = 0
 
-    def __init__(self, function: Callable[[], Any], pool: list[EmulatedGraph] | None = None, large: bool = True):
+    def __init__(
+        self, function: Callable[[], Any], pool: list[EmulatedGraph] | None = None, large: bool = True, loaded: bool = False
+    ):
         if self.refusal is not None:
             raise CaptureError(self.refusal)
         run, tape = _Tape(), _Tape()
         try:
-            with run:
-                function()
+            if not loaded:
+                with run:
+                    function()
             with run.undone():
                 try:
                     with tape:
