@@ -183,8 +183,9 @@ class _Steps:
 
         loaded, first = kind in decoding.loaded, None
         decoding.loaded.add(kind)
+        device_of_model = torch.cuda.device_of(next(decoding.model.parameters()))
         try:
-            with torch.cuda.device_of(next(decoding.model.parameters())), _rolling(layers):
+            with cuda_graphs.one_at_a_time, device_of_model, _rolling(layers):
                 recorded = _Recorded(cuda_graphs.Graph(step, decoding.pool(), large=False, loaded=loaded), buffers)
         except cuda_graphs.CaptureError as error:
             if loaded:  # what was changed since, by an adapter say, may have to be loaded
