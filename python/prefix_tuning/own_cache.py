@@ -20,7 +20,8 @@ from prefix_tuning.stacks import attention_kinds, part_shapes
 
 CACHE = ALL_CACHE_NAMES[0]  # the argument's name, which transformers 5.24 changed
 LEAST_REPLAYED = 16  # new tokens: for fewer, recording a step takes about as long as it saves
-MOST_OF_MEMORY = 0.5  # of what is free, for a cache as long as the text may become
+LONGEST = 8192  # tokens that a row may come to: where nobody named an end, most of the cache would stay empty
+MOST_OF_MEMORY = 0.5  # of what is free
 
 
 class OwnCache:
@@ -36,7 +37,9 @@ class OwnCache:
         """As the model's own: puts a cache among model_kwargs, if generate is to make one."""
         given = model_kwargs.get(CACHE) is not None
         self._prepare(generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
-        if given or type(model_kwargs.get(CACHE)) is not DynamicCache or not self._replayed(generation_config, generation_mode):
+        if given or type(model_kwargs.get(CACHE)) is not DynamicCache or max_cache_length > LONGEST:
+            return
+        if not self._replayed(generation_config, generation_mode):
             return
         cache = StaticCache(config=self.model.config.get_text_config(decoder=True), max_cache_len=max_cache_length)
         rows = batch_size * generation_config.num_return_sequences

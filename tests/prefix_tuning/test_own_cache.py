@@ -98,6 +98,16 @@ def test_a_cache_that_would_fill_the_memory_grows_instead(graphs, monkeypatch):
             assert graphs.replays >= least and bool(graphs.replays) == bool(least)
 
 
+def test_rows_that_might_become_very_long_keep_a_cache_that_grows(graphs, monkeypatch):
+    model = tiny_model("llama")
+    call = {"input_ids": ids(), "max_new_tokens": TOKENS} | OPTIONS
+    with attach_prefix(model, random_prefix(model)):
+        for longest, least in ((7 + TOKENS - 2, 0), (7 + TOKENS - 1, TOKENS - 3)):
+            monkeypatch.setattr(own_cache, "LONGEST", longest)
+            model.generate(**call)
+            assert graphs.replays >= least and bool(graphs.replays) == bool(least)
+
+
 def test_detached_and_hooked_models_keep_a_cache_that_grows(graphs):
     model = tiny_model("llama")
     call = {"input_ids": ids(), "max_new_tokens": TOKENS} | OPTIONS
