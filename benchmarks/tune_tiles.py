@@ -1,4 +1,4 @@
-"""Times the Triton kernels with many tile sizes on this GPU: python benchmarks/tune_tiles.py RESULTS_DIR [--seconds 120]
+"""Times the Triton kernels with many tile sizes on this GPU: python benchmarks/tune_tiles.py RESULTS_DIR [--rows D256]
 
 Candidates are compiled by all processor cores first; then one process times them in turn over the shapes below, each only if
 its numbers agree with those of the tile table. RESULTS_DIR/tiles.json gets a row for each kernel and shape: device seconds of
@@ -27,7 +27,7 @@ from prefix_kernels.backends.triton import backward_kernels, forward_kernel, hop
 from prefix_kernels.problem import AttentionInputs
 from rivals import attention_inputs, make_inputs
 
-WHICH = (0, 1, 2, 5, 6, 7, 11, 4)  # of the forward cases
+WHICH = (0, 1, 2, 5, 6, 7, 11, 4, 9)  # of the forward cases
 _CASES = [case for case in gpu_op_cases() if not case.backward]
 SHAPES = {_CASES[index].key.removeprefix("forward "): _CASES[index] for index in WHICH}
 WANTED = {
@@ -35,18 +35,28 @@ WANTED = {
     "dprefix": (False, False, False, True, True),
 }  # fmt: skip
 KERNELS = (*WANTED, "forward")
+ON_HOPPER = {kernel: f"hopper_{kernel}" for kernel in WANTED} | {"forward": "hopper"}
 LIMIT = 2e-2  # ‖difference‖ / ‖table's result‖ of two right candidates in bfloat16
 
 Candidate = tuple[str, int, int, int, int, int]  # kernel, head_dim, BLOCK_M, BLOCK_N, warps, stages
 
 
-def candidates() -> list[Candidate]:
-    """The table's own, then 64 rows of a product for four warps, which is what wgmma takes, with all else varied."""
-    found = [
+def name_of(candidate: Candidate) -> str:
+    return "{}x{} w{} s{}".format(*candidate[2:])
+
+
+def own_candidates() -> list[Candidate]:
+    """The table's."""
+    return [
         (kernel, dim, tile.BLOCK_M, tile.BLOCK_N, tile.num_warps, tile.num_stages)
         for (kernel, architecture, bits, dim), tile in tile_sizes.TABLE.items()
         if kernel in KERNELS and bits == 16 and architecture == tile_sizes.architecture_of(torch.device("cuda"))
     ]
+
+
+def candidates() -> list[Candidate]:
+    """The table's own, then 64 rows of a product for four warps, which is what wgmma takes, with all else varied."""
+    found = own_candidates()
     for dim, stages, (rows, warps), columns in itertools.product(
         (128, 64, 256), (2, 3, 1), ((64, 4), (128, 8), (128, 4)), (64, 32, 128)
     ):
@@ -54,7 +64,12 @@ def candidates() -> list[Candidate]:
             continue  # accumulators of more than 128 registers a thread
         if columns * dim <= 128 * 128 and stages * columns * dim <= 3 * 64 * 128:
             found += [(kernel, dim, rows, columns, warps, stages) for kernel in ("forward", "dq")]
-            found += [(kernel, dim, columns, rows, warps, stages) for kernel in ("dkeys", "dprefix")]
+            if dim <= 128:  # else the sums of keys and values alone are 256 registers a thread
+                found += [(kernel, dim, columns, rows, warps, stages) for kernel in ("dkeys", "dprefix")]
+    found += [
+        (kernel, 256, queries, keys, 8, stages)
+        for kernel, queries, keys, stages in itertools.product(("dkeys", "dprefix"), (16, 32, 64), (32, 64), (1, 2))
+    ]
     return list(dict.fromkeys(found))
 
 
@@ -71,14 +86,14 @@ def use(candidate: Candidate) -> None:
 def run(kernel: str, inputs: AttentionInputs, saved: tuple | None) -> tuple:
     if kernel == "hopper":
         return hopper.forward(inputs)
-    if kernel.startswith("hopper_"):
-        kernel = kernel.removeprefix("hopper_")
-        with mock.patch.dict(tile_sizes.HOPPER_BACKWARD_REGIMES, {kernel: (tile_sizes.Regime(inputs.q.shape[-1], 1, 1, ""),)}):
-            return run(kernel, inputs, saved)
     if kernel == "forward":
         return forward_kernel.forward(inputs)
     out, lse, grad_out = saved
-    grads = backward_kernels.backward(inputs, out, lse, grad_out, None, WANTED[kernel])
+    regimes, name = dict.fromkeys(WANTED, ()), kernel.removeprefix("hopper_")
+    if name != kernel:
+        regimes[name] = (tile_sizes.Regime(inputs.q.shape[-1], 1, 1, ""),)
+    with mock.patch.object(tile_sizes, "HOPPER_BACKWARD_REGIMES", regimes):
+        grads = backward_kernels.backward(inputs, out, lse, grad_out, None, WANTED[name])
     return tuple(grad for grad in grads if grad is not None)
 
 
@@ -115,18 +130,29 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("results", type=Path)
     parser.add_argument("--seconds", type=float, default=120.0)
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    parser.add_argument("--rows", action="append", default=[], help="only rows whose key contains these words; repeatable")
+    parser.add_argument(
+        "--tiles", action="append", default=[], help="of the candidates 64x32 w4 s2, … only those with these words, beside the "
+        "table's own; repeatable"
+    )  # fmt: skip
     args = parser.parse_args(argv)
     begin = time.monotonic()
-    wanted = candidates()
-    on_hopper = [f"hopper_{kernel}" for kernel in WANTED] + ["hopper"]
-    wanted = [(kernel, dim, 0, 0, 0, 0) for kernel in on_hopper for dim in (64, 128)] + wanted
+    rows = [(name, shape, kernel) for (name, shape), kernel in itertools.product(SHAPES.items(), KERNELS)]
+    rows = [row for row in rows if not args.rows or any(words in f"{row[2]} {row[0]}" for words in args.rows)]
+    if not rows:
+        parser.error(f"--rows: no row's key contains {', '.join(args.rows)}")
+    kinds = {(kernel, shape.head_dim) for _, shape, kernel in rows}
+    wanted = [(ON_HOPPER[kernel], dim, 0, 0, 0, 0) for kernel, dim in sorted(kinds)]
+    wanted += [each for each in candidates() if each[:2] in kinds and (
+        not args.tiles or each in own_candidates() or any(words in name_of(each) for words in args.tiles)
+    )]  # fmt: skip
     with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
         said = dict(zip(wanted, pool.map(compile_one, wanted), strict=True))
     print(f"compiled {len(wanted)} candidates, {sum(v is not None for v in said.values())} failed: "
           f"{time.monotonic() - begin:.0f} s")
     results = measure.Results(args.results / "tiles.json", measure.environment("cuda"))
     measure.GPU_SECONDS = 0.01
-    for (name, shape), kernel in itertools.product(SHAPES.items(), KERNELS):
+    for name, shape, kernel in rows:
         if time.monotonic() - begin > args.seconds:
             print("time is over")
             break
@@ -151,10 +177,9 @@ def main(argv: list[str] | None = None) -> int:
             timed.append((seconds if wrong < LIMIT else float("inf"), list(candidate[2:]), wrong))
         tile_sizes.TABLE[key] = table
         other = None
-        if hopper.why_not(inputs) is None:
-            name_of_other = "hopper" if kernel == "forward" else f"hopper_{kernel}"
-            wrong = difference(run(name_of_other, inputs, saved), expected)
-            other = measure.device_timing(functools.partial(once, name_of_other, inputs, saved), 1)["median"]
+        if hopper.why_not(inputs) is None and said[ON_HOPPER[kernel], shape.head_dim, 0, 0, 0, 0] is None:
+            wrong = difference(run(ON_HOPPER[kernel], inputs, saved), expected)
+            other = measure.device_timing(functools.partial(once, ON_HOPPER[kernel], inputs, saved), 1)["median"]
             other = other if wrong < LIMIT else float("inf")
         first = next(seconds for seconds, tile, _ in timed if tile == list(own[2:]))
         timed.sort(key=lambda each: each[0])
@@ -164,7 +189,7 @@ def main(argv: list[str] | None = None) -> int:
             "tiles": [{"tile": tile, "seconds": seconds} for seconds, tile, _ in timed if seconds < float("inf")],
             "wrong": [tile for seconds, tile, _ in timed if seconds == float("inf")],
         })  # fmt: skip
-        best = ", ".join(f"{tile[0]}x{tile[1]} w{tile[2]} s{tile[3]} {seconds * 1e6:.1f}" for seconds, tile, _ in timed[:4])
+        best = ", ".join(f"{name_of((kernel, 0, *tile))} {seconds * 1e6:.1f}" for seconds, tile, _ in timed[:4])
         print(f"{kernel} {name}: table {first * 1e6:.1f} us; {best}" + (f"; hopper {other * 1e6:.1f}" if other else ""))
     print(f"{time.monotonic() - begin:.0f} s")
     return 0

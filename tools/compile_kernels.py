@@ -5,9 +5,10 @@ runs on tensors without memory, and every launch becomes a compilation. That the
 it reads no value back from a device. A row passes if
 
     - nothing spills: no stack and no local memory, with any option (float32, which has no tensor cores to feed: up to 8 words;
-      a row that was measured to be the fastest: up to 40 words, since a time says more than a spill);
+      a row that was measured to be the fastest: more, since a time says more than a spill);
     - shared memory fits the chips that the row serves;
     - 16-bit products use wgmma on sm_90 and tcgen05 on sm_100, unless the row's reason opens with "mma.sync";
+    - the backward pass waits for the launch before where launches are dependent: from sm_90 on;
     - the kernels for Hopper also have what hopper_code.py looks for.
 
 Triton emits those for products of at least 64 rows in programs of 4 or 8 warps; other tiles fall back to mma.sync.
@@ -62,13 +63,14 @@ FILES = {
 FORWARD = {"forward": forward_kernel, "hopper": hopper, "decode": decode_kernel}
 WANTED = {
     "dq": (True, False, False, False, False), "dkeys": (False, True, True, False, False),
-    "dprefix": (False, False, False, True, True), "delta": (False,) * 5,
+    "dprefix": (False, True, True, True, True), "delta": (False,) * 5,
 }  # fmt: skip
 WANTED |= {f"hopper_{kernel}": WANTED[kernel] for kernel in ("dq", "dkeys", "dprefix")}
 FUNCTIONS = {"hopper_dprefix": "hopper_dkeys_kernel"}  # the others': the row's name and _kernel
 # KiB of a program. The rows of sm_80 serve every chip without rows of its own: 8.6, 8.9 and 12.x have 99.
 SHARED_MEMORY = {80: 99, 90: 227, 100: 227}
-STACK, MEASURED_STACK = {16: 0, 32: 32}, 160  # bytes a thread
+STACK = {16: 0, 32: 32}  # bytes a thread, for the bits of the dtype
+MEASURED_STACK = {64: 160, 128: 160, 256: 1024}  # for the head dimension
 MOST_STACK = {"hopper": hopper_code.STACK} | dict.fromkeys(hopper_code.BACKWARD, hopper_code.BACKWARD_STACK)
 TENSOR_CORES = {80: r"mma\.sync", 90: r"wgmma\.mma_async", 100: r"tcgen05\.mma"}
 MOST_CHANGED, SAMPLE = 4, 3  # with --proven
@@ -149,8 +151,8 @@ class NoDevice:
         return 0
 
 
-def compile_kernel(kernel: str, architecture: int, inputs: AttentionInputs):
-    """The compiled kernel that the backend launches for a call on a GPU of this architecture."""
+def compile_kernel(kernel: str, architecture: int, inputs: AttentionInputs) -> list:
+    """What the backend launches of a kernel for a call on a GPU of this architecture, compiled."""
     compiled, run = [], JITFunction.run
 
     def compile_instead(function, *arguments, grid, warmup, **options):
@@ -173,8 +175,7 @@ def compile_kernel(kernel: str, architecture: int, inputs: AttentionInputs):
     finally:
         JITFunction.run, tile_sizes.architecture_of = run, of_device
         tile_sizes.HOPPER_BACKWARD_REGIMES, hopper.why_not = regimes, why_not
-    (one,) = compiled
-    return one
+    return compiled
 
 
 def measure(compiled, architecture: int) -> dict[str, int]:
@@ -207,24 +208,37 @@ def judge(key: tuple[str, int, int, int], variants: tuple[str, ...]) -> tuple[tu
     """The verdict on one row: what was measured with each variant, and what is wrong with it."""
     warnings.filterwarnings("ignore", category=UserWarning)
     kernel, architecture, bits, dim = key
-    tile, wrong, measured = tile_sizes.TABLE[key], [], {}
+    wrong, measured = [], {}
     for variant in variants:
         inputs = VARIANTS_OF.get(kernel, VARIANTS)[variant](dim, torch.bfloat16 if bits == 16 else torch.float32)
-        compiled = compile_kernel(kernel, architecture, inputs)
-        numbers = measured[variant] = measure(compiled, architecture)
-        allowed = MEASURED_STACK if "measured" in tile.reason else MOST_STACK.get(kernel, STACK[bits])
-        if numbers["stack"] > allowed:
-            wrong.append(f"{variant}: {numbers['stack']} bytes of stack")
-        if numbers["shared"] > SHARED_MEMORY[architecture] * 1024:
-            wrong.append(f"{variant}: {numbers['shared'] / 1024:.0f} KiB of shared memory")
-        fallback = tile.reason.startswith("mma.sync") or bits == 32 or kernel == "delta" or variant == "bank"
-        if not fallback and not numbers["tensor_core_products"]:
-            wrong.append(f"{variant}: no {TENSOR_CORES[architecture]}")
-        if kernel == "hopper":
-            wrong += [f"{variant}: {what}" for what in hopper_code.missing_in(compiled)]
-        elif kernel in hopper_code.BACKWARD:
-            wrong += [f"{variant}: {what}" for what in hopper_code.missing_in_backward(compiled, kernel, tile)]
+        for number, compiled in enumerate(compile_kernel(kernel, architecture, inputs)):
+            name = f"{variant}, launch {number}" if number else variant
+            numbers = measured[name] = measure(compiled, architecture)
+            wrong += [f"{name}: {what}" for what in wrong_with(compiled, numbers, key, variant)]
     return key, {"fingerprint": fingerprint(key), "triton": triton.__version__, "measured": measured, "wrong": wrong}
+
+
+def wrong_with(compiled, numbers: dict[str, int], key: tuple[str, int, int, int], variant: str) -> list[str]:
+    """What is wrong with a compiled kernel of a row."""
+    (kernel, architecture, bits, dim), tile, wrong = key, tile_sizes.TABLE[key], []
+    allowed = MOST_STACK.get(kernel, STACK[bits])
+    if "measured" in tile.reason:
+        allowed = MEASURED_STACK[dim]
+    if numbers["stack"] > allowed:
+        wrong.append(f"{numbers['stack']} bytes of stack")
+    if numbers["shared"] > SHARED_MEMORY[architecture] * 1024:
+        wrong.append(f"{numbers['shared'] / 1024:.0f} KiB of shared memory")
+    fallback = tile.reason.startswith("mma.sync") or bits == 32 or kernel == "delta" or variant == "bank"
+    if not fallback and not numbers["tensor_core_products"]:
+        wrong.append(f"no {TENSOR_CORES[architecture]}")
+    waits = len(re.findall(r"griddepcontrol\.wait", compiled.asm["ptx"]))
+    if kernel in WANTED and (waits > 0) != (architecture >= 90):
+        wrong.append(f"{waits} waits for the launch before")
+    if kernel == "hopper":
+        wrong += hopper_code.missing_in(compiled, tile)
+    elif kernel in hopper_code.BACKWARD:
+        wrong += hopper_code.missing_in_backward(compiled, kernel, tile, dim)
+    return wrong
 
 
 def fingerprint(key: tuple[str, int, int, int]) -> str:

@@ -464,10 +464,22 @@ def test_a_gradient_of_lse_alone(backend):
 
 def test_wide_heads_prefer_stock_kernels_on_a_gpu():
     problem = prefix_kernels.api._dense_inputs(*make_inputs(Case("plain", head_dim=128)).tensors).problem()
-    wide = problem._replace(head_dim=256)
+    wide = problem._replace(head_dim=256)  # float32
     assert select.preferred(problem) == select.preferred(wide) == select.preferred(problem._replace(device="cuda"))
     assert select.preferred(wide._replace(device="cuda"))[:2] == ("cuda", "sdpa")
     assert set(select.preferred(wide._replace(device="cuda"))) == set(select.BACKENDS)
+
+
+def test_wide_heads_where_triton_was_measured_to_win(monkeypatch):
+    problem = prefix_kernels.api._dense_inputs(*make_inputs(Case("plain"), torch.bfloat16).tensors).problem()
+    problem = problem._replace(device="cuda", head_dim=256, value_dim=256)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    for change in ({}, {"window": 3}, {"gradients": True}, {"head_dim": 144}, {"dtype": torch.float16}):
+        assert select.preferred(problem._replace(**change))[:3] == ("cuda", "triton", "sdpa"), change
+    assert select.preferred(problem._replace(dtype=torch.float32))[:2] == ("cuda", "sdpa")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (10, 0))
+    assert select.preferred(problem)[:2] == ("cuda", "sdpa")
 
 
 @pytest.mark.parametrize(

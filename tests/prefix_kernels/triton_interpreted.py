@@ -1,12 +1,14 @@
 """The Triton kernels on the CPU, in Triton's interpreter. test_triton.py runs this file with TRITON_INTERPRET=1."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import triton
 import triton.language as tl
 
 import prefix_kernels
-from prefix_kernels.backends.triton import backward_kernels, launch, tile_sizes
+from prefix_kernels.backends.triton import backward_kernels, launch, rows, tile_sizes
 from prefix_kernels.backends.triton.online_softmax import start_of, tile_pointers
 from prefix_kernels.backends.triton.rows import Tokens
 from prefix_kernels.backends.triton.tile_sizes import Tile
@@ -57,6 +59,13 @@ def test_several_blocks(small_blocks, case):
     compare(case, *DTYPES["float32"], "triton")
 
 
+def test_sections_of_heads(small_blocks, monkeypatch):
+    """Programs in an order by sections of two heads, the last of one."""
+    case = Case("", batch=1, heads=5, kv_heads=5, head_dim=16, q_len=40, kv_len=40, prefix_len=20)
+    monkeypatch.setattr(rows, "SECTION", tl.constexpr(2 * case.head_dim * case.q_len))
+    compare(case, *DTYPES["float32"], "triton")
+
+
 def results(inputs):
     """out, lse and the gradients of all five tensors."""
     out, lse = inputs.call(backend="triton", return_lse=True)
@@ -97,6 +106,23 @@ def test_only_what_feeds_a_wanted_gradient_runs(monkeypatch, wanted):
     assert kernels == [name for name, needed in names.items() if needed]
     for tensor, grad, needed in zip(inputs.tensors, expected, wanted, strict=True):
         assert torch.equal(tensor.grad, grad) if needed else tensor.grad is None
+
+
+@pytest.mark.parametrize(
+    ("wanted", "kv_len", "late"), [((1, 1, 1), 20, 1), ((1, 0, 1), 20, 1), ((1, 0, 0), 20, 0), ((1, 1, 1), 0, 0)]
+)
+def test_the_prefix_computes_beside_the_keys_alone(monkeypatch, wanted, kv_len, late):
+    """What the gradients of the prefix read must be there before the launch before: if that computes dq or delta, it is not."""
+    inputs, found, launched = make_inputs(replace(BANK, q_len=5, kv_len=kv_len, causal=False)), {}, launch.Call.launch
+
+    def launch_and_note(call, kernel, *arguments, **more):
+        found[kernel.fn.__name__] = more.get("LATE")
+        launched(call, kernel, *arguments, **more)
+
+    monkeypatch.setattr(launch.Call, "launch", launch_and_note)
+    inputs.tensors = tuple(t.detach().requires_grad_(bool(w)) for t, w in zip(inputs.tensors, (*wanted, 1, 1), strict=True))
+    inputs.call(backend="triton").square().sum().backward()
+    assert found["dprefix_kernel"] == bool(late)
 
 
 def test_the_gradient_of_a_lse_of_minus_infinity_counts_for_nothing():

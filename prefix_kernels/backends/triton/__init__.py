@@ -51,6 +51,12 @@ def workspace_bytes(problem: AttentionProblem) -> tuple[int, int]:
     return rounded + parts, rounded + delta + children + 4 * MAX_SPLITS * problem.prefix_values()
 
 
+def fast_with_wide_heads(problem: AttentionProblem) -> bool:
+    """Whether heads of more than 128 are served faster than by stock kernels: on sm_90, on tensor cores."""
+    on_tensor_cores = problem.dtype in (torch.bfloat16, torch.float16)
+    return on_tensor_cores and torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+
+
 def forward(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
     """(out, lse) of one call: by the kernel for Hopper where a measurement says so, else by one of those for every GPU."""
     from prefix_kernels.backends.triton import forward_kernel, tile_sizes

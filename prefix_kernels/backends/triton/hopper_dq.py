@@ -1,5 +1,6 @@
 """The gradient of the queries for Hopper (sm_90a), in Gluon: one producer warp, two consumer warpgroups, as in hopper.py.
 
+    delta   = rowsum(dout ∘ out) − dlse, which it leaves for the gradients of keys and prefix
     weights = exp(scale · q · [prefix_k ; k]ᵀ − lse)
     dscores = weights ∘ (dout · [prefix_v ; v]ᵀ − delta)        dq = scale · dscores · [prefix_k ; k]
 
@@ -7,12 +8,12 @@ A program owns 128 queries of one head of one row, 64 for each warpgroup. The pr
 into two rings of STAGES tiles. A warpgroup computes dscores of block j while dscores · keys of block j − 1 is still on its way.
 Time goes to the right; ( ) is a wait, | a wait for a product:
 
-    S0 P0 |weights0 (K1 full) |dscores0 (V1 full) S1 P1 Q0 |weights1 (K2 full) |dscores1 (V2 full) |S2 P2 Q1 |weights2 …
+    S0 P0 delta |weights0 dscores0 (K1 V1 full) S1 P1 Q0 |weights1 (V2 full) |dscores1 (V2 full) |(K2 full) S2 P2 Q1 |weights2 …
 
     S, P, Q      the products q · keysᵀ, dout · valuesᵀ and dscores · keys
     full, empty  as in hopper.py. The values of block j are given back after P, the keys with those of block j + 1 in use
 
-The waits for the next tiles stand where they do for the reason given in hopper.py: no wait for a product moves across them.
+V2 is waited for twice for the reason given in hopper.py: no wait for a product moves across such a wait.
 """
 
 from __future__ import annotations
@@ -27,21 +28,24 @@ from prefix_kernels.backends.triton.hopper import (
     LOG2_E,
     PRODUCER_REGISTERS,
     REGISTERS,
+    descriptor,
     issue_scores,
     load_blocks,
     load_tile,
+    place_of,
     prefix_of,
-    readable_descriptor,
+    section_of,
     tokens_of,
     wait_for_keys,
+    wait_for_launch_before,
 )  # fmt: skip
-from prefix_kernels.backends.triton.hopper_dkeys import load_scalars, store_sums
+from prefix_kernels.backends.triton.hopper_dkeys import store_sums
 from prefix_kernels.backends.triton.launch import Call, cdiv, key_of, run
 from prefix_kernels.backends.triton.rows import Operand
 
 LENGTHS = (
     "heads", "kv_heads", "q_len", "kv_len", "q_tokens", "k_tokens", "prefixes", "prefix_len", "lse_row", "lse_head",
-    "grad_row", "grad_head", "grad_token",
+    "section",
 )  # fmt: skip
 
 
@@ -67,8 +71,8 @@ def weights_of(scores, lse, first_key, stop, scale, MASKED: gl.constexpr, BLOCK_
     """[WARPGROUP_M, BLOCK_N]: the weights of keys from `first_key` on, of which a query sees those < stop."""
     weights = gl.exp2(scores * scale - gl.expand_dims(lse, 1))
     if MASKED:
-        key = first_key + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, SCORES))
-        weights = gl.where(gl.expand_dims(key, 0) < gl.expand_dims(stop, 1), weights, 0.0)
+        column = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, SCORES))
+        weights = gl.where(gl.expand_dims(column, 0) < gl.expand_dims(stop - first_key, 1), weights, 0.0)
     return weights
 
 
@@ -91,7 +95,7 @@ def add_block(
     total = issue_dq(dscores, total, k_ring, before, BLOCK_N, STAGES)
     scores = warpgroup_mma_wait(2, deps=(scores,))
     weights = weights_of(scores, lse, first_key, stop, scale, MASKED, BLOCK_N, SCORES)
-    wait_for_keys(k_ring, j + 1, blocks, STAGES)
+    wait_for_keys(v_ring, j + 1, blocks, STAGES)
     dweights, weights = warpgroup_mma_wait(1, deps=(dweights, weights))
     mbarrier.arrive(v_ring[2].index(j % STAGES), count=1)
     next_dscores = (weights * (dweights - gl.expand_dims(delta, 1))).to(q_tile.dtype)
@@ -99,16 +103,17 @@ def add_block(
     wait_for_keys(v_ring, j + 1, blocks, STAGES)
     total, dscores, next_dscores = warpgroup_mma_wait(0, deps=(total, dscores, next_dscores))
     mbarrier.arrive(k_ring[2].index(before % STAGES), count=1)
+    wait_for_keys(k_ring, j + 1, blocks, STAGES)
     return next_dscores, total
 
 
 @gluon.jit
 def consume(
-    dq, lse, delta, q_tiles, grad_tiles, q_full, k_ring, v_ring, first_query, own_q_len, shift, own_kv_len, prefix_len,
-    prefix_blocks, blocks, grad_token, scale, WARPGROUP: gl.constexpr, CAUSAL: gl.constexpr, BLOCK_N: gl.constexpr,
-    STAGES: gl.constexpr,
+    dq, out, lse, grad_lse, delta, q_tiles, grad_tiles, q_full, k_ring, v_ring, first_query, own_q_len, shift, own_kv_len,
+    prefix_len, prefix_blocks, blocks, out_token, grad_token, scale, WARPGROUP: gl.constexpr, CAUSAL: gl.constexpr,
+    BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """One warpgroup's queries: the sum over all blocks of keys, then dq."""
+    """One warpgroup's queries: delta, the sum over all blocks of keys, then dq."""
     WARPGROUP_M: gl.constexpr = q_tiles.shape[4]
     HEAD_DIM: gl.constexpr = q_tiles.shape[5]
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
@@ -116,7 +121,13 @@ def consume(
     DSCORES: gl.constexpr = gl.DotOperandLayout(0, SUMS, 2)
     first = first_query + WARPGROUP * WARPGROUP_M
     query = first + gl.arange(0, WARPGROUP_M, layout=gl.SliceLayout(1, SCORES))
-    lse_of, delta_of = load_scalars(lse, delta, query, own_q_len)  # [WARPGROUP_M]
+    exists = query < own_q_len
+    lse_of = gl.load(lse + query, mask=exists, other=0.0) * LOG2_E  # [WARPGROUP_M]
+    delta_of = gl.zeros([WARPGROUP_M], gl.float32, gl.SliceLayout(1, SCORES))
+    token = gl.expand_dims(first + gl.arange(0, WARPGROUP_M, layout=gl.SliceLayout(1, SUMS)), 1)
+    dim = gl.expand_dims(gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, SUMS)), 0)
+    addresses = out + token.to(gl.int64) * out_token + dim
+    out_tile = gl.load(addresses, mask=(token < own_q_len) & (dim >= 0), other=0.0)  # [WARPGROUP_M, HEAD_DIM]
     prefix_stop = query * 0 + prefix_len
     if CAUSAL:
         stop = gl.minimum(query + shift + 1, own_kv_len)
@@ -134,6 +145,10 @@ def consume(
         scores = issue_scores(q_tile, k_ring, 0, BLOCK_N, STAGES, SCORES)
         wait_for_keys(v_ring, 0, blocks, STAGES)
         dweights = issue_scores(grad_tile, v_ring, 0, BLOCK_N, STAGES, SCORES)
+        delta_of = gl.sum(out_tile.to(gl.float32) * grad_tile.load(SUMS).to(gl.float32), 1)
+        delta_of = gl.convert_layout(delta_of, gl.SliceLayout(1, SCORES), assert_trivial=True)
+        if grad_lse is not None:  # a query that sees nothing takes no gradient from it
+            delta_of -= gl.where(lse_of == float("-inf"), 0.0, gl.load(grad_lse + query, mask=exists, other=0.0))
         scores, dweights = warpgroup_mma_wait(0, deps=(scores, dweights))
         mbarrier.arrive(v_ring[2].index(0), count=1)
         first_stop = gl.where(prefix_blocks > 0, prefix_stop, stop)
@@ -165,32 +180,37 @@ def consume(
         total = issue_dq(dscores, total, k_ring, blocks - 1, BLOCK_N, STAGES)
         total, dscores = warpgroup_mma_wait(0, deps=(total, dscores))
 
+    gl.store(delta + query, delta_of, mask=exists)
     store_sums(dq, total * (scale * LN_2), first, own_q_len, grad_token, SUMS)
 
 
 @gluon.jit(do_not_specialize=LENGTHS)
 def hopper_dq_kernel(
-    q, grad_out, k, v, prefix_k, prefix_v, lse, delta, dq, cu_seqlens_q, cu_seqlens_k, prefix_ids, heads, kv_heads, q_len,
-    kv_len, q_tokens, k_tokens, prefixes, prefix_len, lse_row, lse_head, grad_row, grad_head, grad_token, scale,
-    CAUSAL: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, CONSUMER: gl.constexpr, PRODUCER: gl.constexpr,
+    q, grad_out, k, v, prefix_k, prefix_v, out, lse, grad_lse, delta, dq, cu_seqlens_q, cu_seqlens_k, prefix_ids, heads,
+    kv_heads, q_len, kv_len, q_tokens, k_tokens, prefixes, prefix_len, lse_row, lse_head, out_row, out_head, out_token,
+    grad_row, grad_head, grad_token, section, scale, CAUSAL: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+    CONSUMER: gl.constexpr, PRODUCER: gl.constexpr, DEPENDENT: gl.constexpr,
 ):  # fmt: skip
+    wait_for_launch_before(DEPENDENT)
     DTYPE: gl.constexpr = q.dtype
     WARPGROUP_M: gl.constexpr = q.block_type.shape[3]
     HEAD_DIM: gl.constexpr = q.block_type.shape[4]
     BLOCK_M: gl.constexpr = 2 * WARPGROUP_M
     query_blocks = gl.cdiv(q_len, BLOCK_M)
-    program = gl.program_id(0)
-    first_query = (query_blocks - 1 - program % query_blocks) * BLOCK_M  # those with the most keys first
-    head = program // query_blocks % heads
-    row = program // query_blocks // heads
+    place, head, row = place_of(gl.program_id(0), gl.num_programs(0), query_blocks, heads, section)
+    first_query = (query_blocks - 1 - place) * BLOCK_M
     q_place, own_q_len = tokens_of(cu_seqlens_q, row, q_len, q_tokens)
     k_place, own_kv_len = tokens_of(cu_seqlens_k, row, kv_len, k_tokens)
     prefix_place, own_prefix_len = prefix_of(prefix_ids, row, prefixes, prefix_len)
     start = row.to(gl.int64) * lse_row + head.to(gl.int64) * lse_head
+    out += row.to(gl.int64) * out_row + head.to(gl.int64) * out_head
     dq += row.to(gl.int64) * grad_row + head.to(gl.int64) * grad_head
     if cu_seqlens_q is not None:
         start += q_place[1] - own_q_len
+        out += (q_place[1] - own_q_len).to(gl.int64) * out_token
         dq += (q_place[1] - own_q_len).to(gl.int64) * grad_token
+    if grad_lse is not None:
+        grad_lse += start
 
     shift = own_kv_len - own_q_len  # query i stands at position i + shift
     last_stop = own_kv_len
@@ -220,12 +240,12 @@ def hopper_dq_kernel(
 
     gl.warp_specialize(
         [
-            (consume, (dq, lse + start, delta + start, q_tiles, grad_tiles, q_full, k_ring, v_ring, first_query, own_q_len,
-                       shift, own_kv_len, own_prefix_len, prefix_blocks, blocks, grad_token, scale * LOG2_E,
-                       gl.constexpr(0), CAUSAL, BLOCK_N, STAGES)),
-            (consume, (dq, lse + start, delta + start, q_tiles, grad_tiles, q_full, k_ring, v_ring, first_query, own_q_len,
-                       shift, own_kv_len, own_prefix_len, prefix_blocks, blocks, grad_token, scale * LOG2_E,
-                       gl.constexpr(1), CAUSAL, BLOCK_N, STAGES)),
+            (consume, (dq, out, lse + start, grad_lse, delta + start, q_tiles, grad_tiles, q_full, k_ring, v_ring, first_query,
+                       own_q_len, shift, own_kv_len, own_prefix_len, prefix_blocks, blocks, out_token, grad_token,
+                       scale * LOG2_E, gl.constexpr(0), CAUSAL, BLOCK_N, STAGES)),
+            (consume, (dq, out, lse + start, grad_lse, delta + start, q_tiles, grad_tiles, q_full, k_ring, v_ring, first_query,
+                       own_q_len, shift, own_kv_len, own_prefix_len, prefix_blocks, blocks, out_token, grad_token,
+                       scale * LOG2_E, gl.constexpr(1), CAUSAL, BLOCK_N, STAGES)),
             (produce, (q, grad_out, k, v, prefix_k, prefix_v, q_tiles, grad_tiles, q_full, k_ring, v_ring, q_place, k_place,
                        prefix_place, head, head // (heads // kv_heads), first_query, prefix_blocks, blocks, BLOCK_N,
                        STAGES)),
@@ -236,27 +256,32 @@ def hopper_dq_kernel(
 
 
 def dq(
-    call: Call, q: Operand, k: Operand, v: Operand, prefix_k: Operand, prefix_v: Operand, dq: Operand, grad_out: Operand,
-    lse: Operand, delta: Operand,
+    call: Call, q: Operand, k: Operand, v: Operand, prefix_k: Operand, prefix_v: Operand, dq: Operand, out: Operand,
+    grad_lse: Operand | None, grad_out: Operand, lse: Operand, delta: Operand,
 ) -> None:  # fmt: skip
-    """As dq_kernel of dq_kernel.py."""
+    """As dq_kernel of dq_kernel.py, which leaves delta behind."""
     tile, problem, rows, packed = call.tile("hopper_dq"), call.problem, call.rows.value, call.problem.varlen
     programs = cdiv(problem.q_len, tile.BLOCK_M) * problem.heads * problem.batch
-    q_tiles, grad_tiles = (readable_descriptor(each.value.pointer, tile.BLOCK_M // 2, packed) for each in (q, grad_out))
+    q_tiles, grad_tiles = (descriptor(each.value.pointer, tile.BLOCK_M // 2, packed) for each in (q, grad_out))
     # Nothing is read of an empty tensor, but a descriptor cannot be empty: q stands in.
     columns = ((k, packed), (v, packed), (prefix_k, False), (prefix_v, False))
     columns = [(each.value.pointer, of_row) for each, of_row in columns]
     columns = [(tensor, of_row) if tensor.numel() else (q.value.pointer, packed) for tensor, of_row in columns]
-    keys = [readable_descriptor(tensor, tile.BLOCK_N, of_row) for tensor, of_row in columns]
+    keys = [descriptor(tensor, tile.BLOCK_N, of_row) for tensor, of_row in columns]
     arguments = {
         "q": q_tiles, "grad_out": grad_tiles, "k": keys[0], "v": keys[1], "prefix_k": keys[2], "prefix_v": keys[3],
-        "lse": lse.value.pointer, "delta": delta.value.pointer, "dq": dq.value.pointer, "cu_seqlens_q": rows.cu_seqlens_q,
+        "out": out.value.pointer, "lse": lse.value.pointer, "grad_lse": None if grad_lse is None else grad_lse.value.pointer,
+        "delta": delta.value.pointer, "dq": dq.value.pointer, "cu_seqlens_q": rows.cu_seqlens_q,
         "cu_seqlens_k": rows.cu_seqlens_k, "prefix_ids": rows.prefix_ids, "heads": problem.heads, "kv_heads": problem.kv_heads,
         "q_len": problem.q_len, "kv_len": problem.kv_len, "q_tokens": problem.q_tokens, "k_tokens": problem.k_tokens,
         "prefixes": problem.prefixes, "prefix_len": problem.prefix_len, "lse_row": lse.value.batch, "lse_head": lse.value.head,
-        "grad_row": dq.value.batch, "grad_head": dq.value.head, "grad_token": dq.value.token, "scale": call.lengths["scale"],
+        "out_row": out.value.batch, "out_head": out.value.head, "out_token": out.value.token, "grad_row": dq.value.batch,
+        "grad_head": dq.value.head, "grad_token": dq.value.token,
+        "section": section_of(problem, problem.kv_len * problem.kv_heads, problem.heads * problem.batch),
+        "scale": call.lengths["scale"],
         "CAUSAL": problem.causal, "BLOCK_N": tile.BLOCK_N, "STAGES": tile.num_stages, "CONSUMER": CONSUMER_REGISTERS,
         "PRODUCER": PRODUCER_REGISTERS,
     }  # fmt: skip
-    key = tile, problem.dtype, call.key, tuple(map(key_of, (lse, delta, dq)))
-    run(hopper_dq_kernel, programs, call.device, key, arguments, num_warps=tile.num_warps, maxnreg=REGISTERS)
+    key = tile, problem.dtype, call.key, tuple(map(key_of, (out, lse, grad_lse, delta, dq)))
+    options = {"num_warps": tile.num_warps, "maxnreg": REGISTERS}
+    run(hopper_dq_kernel, programs, call.device, key, arguments, dependent=True, **options)
