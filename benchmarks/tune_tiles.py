@@ -1,4 +1,4 @@
-"""Times the Triton kernels with many tile sizes on this GPU: python benchmarks/tune_tiles.py RESULTS_DIR [--seconds 120]
+"""Times the Triton kernels with many tile sizes on this GPU: python benchmarks/tune_tiles.py RESULTS_DIR [--rows D256]
 
 Candidates are compiled by all processor cores first; then one process times them in turn over the shapes below, each only if
 its numbers agree with those of the tile table. RESULTS_DIR/tiles.json gets a row for each kernel and shape: device seconds of
@@ -35,6 +35,7 @@ WANTED = {
     "dprefix": (False, False, False, True, True),
 }  # fmt: skip
 KERNELS = (*WANTED, "forward")
+ON_HOPPER = {kernel: f"hopper_{kernel}" for kernel in WANTED} | {"forward": "hopper"}
 LIMIT = 2e-2  # ‖difference‖ / ‖table's result‖ of two right candidates in bfloat16
 
 Candidate = tuple[str, int, int, int, int, int]  # kernel, head_dim, BLOCK_M, BLOCK_N, warps, stages
@@ -54,7 +55,12 @@ def candidates() -> list[Candidate]:
             continue  # accumulators of more than 128 registers a thread
         if columns * dim <= 128 * 128 and stages * columns * dim <= 3 * 64 * 128:
             found += [(kernel, dim, rows, columns, warps, stages) for kernel in ("forward", "dq")]
-            found += [(kernel, dim, columns, rows, warps, stages) for kernel in ("dkeys", "dprefix")]
+            if dim <= 128:  # else the sums of keys and values alone are 256 registers a thread
+                found += [(kernel, dim, columns, rows, warps, stages) for kernel in ("dkeys", "dprefix")]
+    found += [
+        (kernel, 256, queries, keys, 8, stages)
+        for kernel, queries, keys, stages in itertools.product(("dkeys", "dprefix"), (16, 32, 64), (32, 64), (1, 2))
+    ]
     return list(dict.fromkeys(found))
 
 
@@ -115,18 +121,23 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("results", type=Path)
     parser.add_argument("--seconds", type=float, default=120.0)
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    parser.add_argument("--rows", action="append", default=[], help="only rows whose key contains these words; repeatable")
     args = parser.parse_args(argv)
     begin = time.monotonic()
-    wanted = candidates()
-    on_hopper = [f"hopper_{kernel}" for kernel in WANTED] + ["hopper"]
-    wanted = [(kernel, dim, 0, 0, 0, 0) for kernel in on_hopper for dim in (64, 128)] + wanted
+    rows = [(name, shape, kernel) for (name, shape), kernel in itertools.product(SHAPES.items(), KERNELS)]
+    rows = [row for row in rows if not args.rows or any(words in f"{row[2]} {row[0]}" for words in args.rows)]
+    if not rows:
+        parser.error(f"--rows: no row's key contains {', '.join(args.rows)}")
+    kinds = {(kernel, shape.head_dim) for _, shape, kernel in rows}
+    wanted = [(ON_HOPPER[kernel], dim, 0, 0, 0, 0) for kernel, dim in sorted(kinds)]
+    wanted += [candidate for candidate in candidates() if candidate[:2] in kinds]
     with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
         said = dict(zip(wanted, pool.map(compile_one, wanted), strict=True))
     print(f"compiled {len(wanted)} candidates, {sum(v is not None for v in said.values())} failed: "
           f"{time.monotonic() - begin:.0f} s")
     results = measure.Results(args.results / "tiles.json", measure.environment("cuda"))
     measure.GPU_SECONDS = 0.01
-    for (name, shape), kernel in itertools.product(SHAPES.items(), KERNELS):
+    for name, shape, kernel in rows:
         if time.monotonic() - begin > args.seconds:
             print("time is over")
             break
@@ -151,10 +162,9 @@ def main(argv: list[str] | None = None) -> int:
             timed.append((seconds if wrong < LIMIT else float("inf"), list(candidate[2:]), wrong))
         tile_sizes.TABLE[key] = table
         other = None
-        if hopper.why_not(inputs) is None:
-            name_of_other = "hopper" if kernel == "forward" else f"hopper_{kernel}"
-            wrong = difference(run(name_of_other, inputs, saved), expected)
-            other = measure.device_timing(functools.partial(once, name_of_other, inputs, saved), 1)["median"]
+        if hopper.why_not(inputs) is None and said[ON_HOPPER[kernel], shape.head_dim, 0, 0, 0, 0] is None:
+            wrong = difference(run(ON_HOPPER[kernel], inputs, saved), expected)
+            other = measure.device_timing(functools.partial(once, ON_HOPPER[kernel], inputs, saved), 1)["median"]
             other = other if wrong < LIMIT else float("inf")
         first = next(seconds for seconds, tile, _ in timed if tile == list(own[2:]))
         timed.sort(key=lambda each: each[0])

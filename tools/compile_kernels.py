@@ -149,8 +149,8 @@ class NoDevice:
         return 0
 
 
-def compile_kernel(kernel: str, architecture: int, inputs: AttentionInputs):
-    """The compiled kernel that the backend launches for a call on a GPU of this architecture."""
+def compile_kernel(kernel: str, architecture: int, inputs: AttentionInputs) -> list:
+    """What the backend launches of a kernel for a call on a GPU of this architecture, compiled."""
     compiled, run = [], JITFunction.run
 
     def compile_instead(function, *arguments, grid, warmup, **options):
@@ -173,8 +173,7 @@ def compile_kernel(kernel: str, architecture: int, inputs: AttentionInputs):
     finally:
         JITFunction.run, tile_sizes.architecture_of = run, of_device
         tile_sizes.HOPPER_BACKWARD_REGIMES, hopper.why_not = regimes, why_not
-    (one,) = compiled
-    return one
+    return compiled
 
 
 def measure(compiled, architecture: int) -> dict[str, int]:
@@ -207,24 +206,36 @@ def judge(key: tuple[str, int, int, int], variants: tuple[str, ...]) -> tuple[tu
     """The verdict on one row: what was measured with each variant, and what is wrong with it."""
     warnings.filterwarnings("ignore", category=UserWarning)
     kernel, architecture, bits, dim = key
-    tile, wrong, measured = tile_sizes.TABLE[key], [], {}
+    wrong, measured = [], {}
     for variant in variants:
         inputs = VARIANTS_OF.get(kernel, VARIANTS)[variant](dim, torch.bfloat16 if bits == 16 else torch.float32)
-        compiled = compile_kernel(kernel, architecture, inputs)
-        numbers = measured[variant] = measure(compiled, architecture)
-        allowed = MEASURED_STACK if "measured" in tile.reason else MOST_STACK.get(kernel, STACK[bits])
-        if numbers["stack"] > allowed:
-            wrong.append(f"{variant}: {numbers['stack']} bytes of stack")
-        if numbers["shared"] > SHARED_MEMORY[architecture] * 1024:
-            wrong.append(f"{variant}: {numbers['shared'] / 1024:.0f} KiB of shared memory")
-        fallback = tile.reason.startswith("mma.sync") or bits == 32 or kernel == "delta" or variant == "bank"
-        if not fallback and not numbers["tensor_core_products"]:
-            wrong.append(f"{variant}: no {TENSOR_CORES[architecture]}")
-        if kernel == "hopper":
-            wrong += [f"{variant}: {what}" for what in hopper_code.missing_in(compiled)]
-        elif kernel in hopper_code.BACKWARD:
-            wrong += [f"{variant}: {what}" for what in hopper_code.missing_in_backward(compiled, kernel, tile)]
+        for number, compiled in enumerate(compile_kernel(kernel, architecture, inputs)):
+            name = f"{variant}, launch {number}" if number else variant
+            numbers = measured[name] = measure(compiled, architecture)
+            wrong += [f"{name}: {what}" for what in wrong_with(compiled, numbers, key, variant)]
     return key, {"fingerprint": fingerprint(key), "triton": triton.__version__, "measured": measured, "wrong": wrong}
+
+
+def wrong_with(compiled, numbers: dict[str, int], key: tuple[str, int, int, int], variant: str) -> list[str]:
+    """What is wrong with a compiled kernel of a row."""
+    (kernel, architecture, bits, dim), tile, wrong = key, tile_sizes.TABLE[key], []
+    allowed = MOST_STACK.get(kernel, STACK[bits])
+    if "measured" in tile.reason:
+        allowed = MEASURED_STACK
+    elif kernel in hopper_code.BACKWARD and dim > hopper_code.WIDE:
+        allowed = hopper_code.WIDE_BACKWARD_STACK
+    if numbers["stack"] > allowed:
+        wrong.append(f"{numbers['stack']} bytes of stack")
+    if numbers["shared"] > SHARED_MEMORY[architecture] * 1024:
+        wrong.append(f"{numbers['shared'] / 1024:.0f} KiB of shared memory")
+    fallback = tile.reason.startswith("mma.sync") or bits == 32 or kernel == "delta" or variant == "bank"
+    if not fallback and not numbers["tensor_core_products"]:
+        wrong.append(f"no {TENSOR_CORES[architecture]}")
+    if kernel == "hopper":
+        wrong += hopper_code.missing_in(compiled, tile)
+    elif kernel in hopper_code.BACKWARD:
+        wrong += hopper_code.missing_in_backward(compiled, kernel, tile, dim)
+    return wrong
 
 
 def fingerprint(key: tuple[str, int, int, int]) -> str:

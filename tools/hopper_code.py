@@ -13,22 +13,19 @@ from prefix_kernels.backends.triton.hopper import CONSUMER_REGISTERS, PRODUCER_R
 from prefix_kernels.backends.triton.tile_sizes import Tile
 
 THREADS = 384  # two consumer warpgroups, and one of whose warps the producer is the only one to work
-ELEMENTS = 64  # of a thread: 64 × 128 scores over a warpgroup
 SOFTMAXES = 8  # for each of two warpgroups: prefix and keys, with and without a mask
-STACK = 8  # bytes: the assembler may save the thread's number once, before the registers are handed out anew
+STACK, BACKWARD_STACK = 48, 48  # bytes, for the thread's number and for what no block needs
+# Backward with heads of more than WIDE: more stack, and a few words of it in a block; dk's and dv's products are launched
+# apart, so that fewer stand beside the exponentials. No wider than WIDE, a block may read the thread's number alone.
+WIDE, WIDE_BACKWARD_STACK, WIDE_WORDS = 128, 128, 4
 SCORES, SUMS = "WARPGROUP.DEPBAR.LE gsb0, 0x1", "WARPGROUP.DEPBAR.LE gsb0, 0x0"  # the waits for them
 OTHER_WAITS = 4  # for each of two warpgroups: the first scores, the last sums
 INSTRUCTIONS = {"HGMMA": 1, "UTMALDG": 6, "UTMASTG": 2, "SYNCS": 20, "USETMAXREG": 2}  # and how many at least
-# Backward: bytes of stack, for what does not depend on the block, and the thread's number, which may be read in each; blocks'
-# softmaxes and waits of two warpgroups; the first and last instruction of a loop after its wait for a tile.
-BACKWARD_STACK = 48
-BACKWARD = {
-    "hopper_dq": (8, 28, "WARPGROUP.DEPBAR.LE gsb0, 0x2"), "hopper_dkeys": (2, 6, "HGMMA"), "hopper_dprefix": (2, 6, "HGMMA"),
-}  # fmt: skip
+BACKWARD = {"hopper_dq": (8, 28), "hopper_dkeys": (2, 6), "hopper_dprefix": (2, 6)}  # softmaxes, waits of two warpgroups
 BACKWARD_INSTRUCTIONS = {"HGMMA": 1, "UTMALDG": 6, "SYNCS": 14, "USETMAXREG": 2}
 
 
-def missing_in(compiled) -> list[str]:
+def missing_in(compiled, tile: Tile) -> list[str]:
     """What is wrong with a compiled hopper_kernel; empty if nothing."""
     sass = disassembled(compiled.asm["cubin"])
     wrong = warps_and_instructions(compiled.asm["ptx"], sass, INSTRUCTIONS)
@@ -36,34 +33,44 @@ def missing_in(compiled) -> list[str]:
     if len(softmaxes) < SOFTMAXES:
         wrong.append(f"{len(softmaxes)} waits for scores that leave sums on their way")
     wrong += [f"{after} of {before + after} exponentials wait for the sums" for before, after in softmaxes if after]
-    wrong += [f"{before} exponentials in a softmax" for before, _ in softmaxes if before < ELEMENTS]
+    wrong += [f"{before} exponentials in a softmax" for before, _ in softmaxes if before < tile.BLOCK_N // 2]
     if sass.count(SUMS) > len(softmaxes) + OTHER_WAITS:
         wrong.append("wgmma is serialised: more waits than the source has")
-    for consumer in sass.split("UTMASTG")[:2]:
-        if re.search(r"\b(STL|LDL)", consumer[consumer.find(SCORES) : consumer.rfind(SCORES)]):
-            wrong.append("local memory in the loops")
-    return wrong
+    return wrong + ["local memory in a loop" for loop in loops(sass) if re.search(r"\b(STL|LDL)", loop)]
 
 
-def missing_in_backward(compiled, kernel: str, tile: Tile) -> list[str]:
+def missing_in_backward(compiled, kernel: str, tile: Tile, head_dim: int) -> list[str]:
     """The same of a kernel of the backward pass, of which a thread has half a row of each block's weights."""
-    softmaxes, waits, loop = BACKWARD[kernel]
+    softmaxes, waits = BACKWARD[kernel]
     sass = disassembled(compiled.asm["cubin"])
     wrong = warps_and_instructions(compiled.asm["ptx"], sass, BACKWARD_INSTRUCTIONS)
     least = softmaxes * (tile.BLOCK_N if kernel == "hopper_dq" else tile.BLOCK_M) // 2
     beside = 0
     for left, between in re.findall(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x(\d)(.*?)(?=WARPGROUP\.DEPBAR|\Z)", sass, re.DOTALL):
         beside += between.count("MUFU.EX2") if int(left) else 0
-    if beside < least:
+    if head_dim <= WIDE and beside < least:
         wrong.append(f"{beside} exponentials beside products, of {least}")
     if len(re.findall(r"WARPGROUP\.DEPBAR", sass)) > waits:
         wrong.append("wgmma is serialised: more waits than the source has")
-    places = [match.start() for match in re.finditer(re.escape(loop), sass)]
-    for consumer in (places[: len(places) // 2], places[len(places) // 2 :]):
-        code = sass[sass.rfind("PHASECHK", 0, consumer[0]) : consumer[-1]] if consumer else ""
-        if "STL" in code or code.count("LDL") > 1:
-            wrong.append("local memory in the loops")
-    return wrong
+    reads, writes = (WIDE_WORDS, WIDE_WORDS) if head_dim > WIDE else (1, 0)
+    spilling = [loop for loop in loops(sass) if loop.count("STL") > writes or loop.count("LDL") > reads]
+    return wrong + ["local memory in a loop"] * len(spilling)
+
+
+def loops(sass: str) -> list[str]:
+    """The code of each loop over blocks: from a label to a conditional jump back to it, with products and no loop between.
+
+    Waits spin at the end of the code and jump back unconditionally.
+    """
+    labels, found = {}, []
+    for match in re.finditer(r"^(\.L_\w+):|@!?U?P\d\s+BRA `\((\.L_\w+)\)", sass, re.MULTILINE):
+        label, target = match.groups()
+        if label:
+            labels[label] = match.end()
+        elif "HGMMA" in sass[labels.get(target, match.start()) : match.start()]:
+            found.append((labels[target], match.start()))
+    innermost = [loop for loop in found if not any(loop[0] <= a and b < loop[1] for a, b in found)]
+    return [sass[begin:end] for begin, end in innermost]
 
 
 def warps_and_instructions(ptx: str, sass: str, least_of: dict[str, int]) -> list[str]:

@@ -61,6 +61,14 @@ def test_other_orders_of_events(monkeypatch, seed):
     check(CASES_BY_NAME["long prefix"], "bfloat16")
 
 
+def test_sections_of_heads(monkeypatch):
+    """A program order by sections of two heads, the last of one."""
+    emulate(monkeypatch)
+    monkeypatch.setattr(hopper, "SECTION_BYTES", 1)
+    check(Case("", **ROWS | {"batch": 1, "heads": 5, "kv_heads": 5}, q_len=300, kv_len=300, prefix_len=20), "bfloat16")
+    check(CASES_BY_NAME["head_dim 256"], "bfloat16")
+
+
 INDEX_VALUES = [  # on the left what a device may hold, on the right what it acts as
     ("bank", {"prefix_ids": (3, -7, 2**32 + 1, 0)}, {"prefix_ids": (-1, -1, -1, 0)}),
     ("pack, no prefix", {"cu_seqlens_q": (-5, 129, 999)}, {"cu_seqlens_q": (0, 129, 169)}),
@@ -94,7 +102,7 @@ BROKEN = {  # the case that must not survive a change of the source, and the cha
     "a turn is not handed on": ("long prefix", "    mbarrier.arrive(turns.index(1 - WARPGROUP), count=1)\n", ""),
     "no fence": ("short", "    fence_async_shared()\n", ""),
     "a query sees the next key": ("odd lengths", "gl.minimum(query + shift + 1, own", "gl.minimum(query + shift + 2, own"),
-    "no mask": ("odd lengths", "    if MASKED:\n        key", "    if False:\n        key"),
+    "no mask": ("odd lengths", "    if MASKED:\n        column", "    if False:\n        column"),
     "a full block too many": ("odd lengths", "(prefix_len // BLOCK_N, 1), prefix", "(prefix_blocks, 1), prefix"),
     "the prefix of another row": ("bank", "prefix = gl.where(exists, wanted, 0)", "prefix = gl.where(exists, 0, 0)"),
     "a head of another group": ("head_dim 128", "head // (heads // kv_heads)", "head % kv_heads"),
@@ -112,7 +120,7 @@ def test_the_emulator_notices(monkeypatch, broken):
 
 EXPONENTIALS, SUMS = "MUFU.EX2\n" * 66, "WARPGROUP.DEPBAR.LE gsb0, 0x0\n"
 SOFTMAX = "HGMMA\nHGMMA\nWARPGROUP.DEPBAR.LE gsb0, 0x1\n" + EXPONENTIALS + SUMS
-CONSUMER = "HGMMA\n" + SUMS + SOFTMAX * 4 + "HGMMA\n" + SUMS + "UTMASTG\n"
+CONSUMER = "HGMMA\n" + SUMS + (".L_x_1:\n" + SOFTMAX + "@P0 BRA `(.L_x_1) ;\n") * 4 + "HGMMA\n" + SUMS + "UTMASTG\n"
 SASS = "USETMAXREG\n" * 2 + "SYNCS\n" * 20 + CONSUMER * 2 + "UTMALDG.5D\n" * 6
 PTX = ".maxnreg 168 .reqntid 384 setmaxnreg.inc.sync.aligned.u32 240; setmaxnreg.dec.sync.aligned.u32 24;"
 WRONG_CODE = [
@@ -123,14 +131,14 @@ WRONG_CODE = [
     (EXPONENTIALS + SUMS, SUMS + EXPONENTIALS,
      ["66 of 66 exponentials wait for the sums"] * 8 + ["0 exponentials in a softmax"] * 8),
     ("HGMMA\nHGMMA\n", "HGMMA\n" + SUMS + "HGMMA\n", ["wgmma is serialised: more waits than the source has"]),
-    ("MUFU.EX2\nWARPGROUP", "MUFU.EX2\nLDL R1\nWARPGROUP", ["local memory in the loops"] * 2),
+    ("MUFU.EX2\nWARPGROUP", "MUFU.EX2\nLDL R1\nWARPGROUP", ["local memory in a loop"] * 8),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("old", "new", "said"), WRONG_CODE)
 def test_what_is_wrong_with_the_machine_code(monkeypatch, old, new, said):
     hopper_code, compiled = machine_code(monkeypatch, *(text.replace(old, new) if old else text for text in (PTX, SASS)))
-    assert hopper_code.missing_in(compiled) == said
+    assert hopper_code.missing_in(compiled, tile_sizes.TABLE["hopper", 90, 16, 128]) == said
 
 
 def inputs_of(dtype="bfloat16", **options):
@@ -145,8 +153,8 @@ REFUSED = [
     ({"prefixes": 2, "prefix_ids": (1,), "prefix_lens": (4, 3)}, "it knows no prefix_lens"),
     ({"seqlens_q": (5, 3), "parent": (-1, 0)}, "it knows no parent"),
     ({"dtype": "float32"}, "it computes in bfloat16 and float16, not in float32"),
-    ({"head_dim": 96}, "heads and values have 64 or 128 dimensions alike, not 96 and 96"),
-    ({"value_dim": 128}, "heads and values have 64 or 128 dimensions alike, not 64 and 128"),
+    ({"head_dim": 96}, "heads and values have 64, 128 or 256 dimensions alike, not 96 and 96"),
+    ({"value_dim": 128}, "heads and values have 64, 128 or 256 dimensions alike, not 64 and 128"),
     ({"scale": 0.0}, "scale is positive, not 0.0"),
 ]
 
@@ -197,7 +205,7 @@ from prefix_kernels.backends.triton import hopper
 
 for dim, q_len, kv_len, prefix_len, causal in (
     (64, 300, 300, 200, True), (64, 1, 1, 0, True), (64, 70, 90, 900, True), (64, 200, 0, 0, False), (64, 130, 260, 1, False),
-    (128, 300, 300, 600, True),
+    (128, 300, 300, 600, True), (256, 300, 300, 600, True), (256, 70, 130, 3, False),
 ):
     q, k, v = (
         torch.randn(2, heads, length, dim, device="cuda", dtype=torch.bfloat16)

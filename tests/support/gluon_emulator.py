@@ -329,7 +329,10 @@ class EmulatedKernel:
 
     def __init__(self, module: ModuleType, name: str, change: tuple[str, str] | None = None, seed: int = 0):
         self.generator, self.programs = random.Random(seed), 0
-        gl = SimpleNamespace(**GL, program_id=lambda axis: value(self.program), warp_specialize=self.warp_specialize)
+        gl = SimpleNamespace(
+            **GL, program_id=lambda axis: value(self.program), num_programs=lambda axis: value(self.grid[axis]),
+            warp_specialize=self.warp_specialize,
+        )  # fmt: skip
         functions = functions_of(module)
         self.namespace = {"range": lambda *ends: map(value, range(*map(int, ends)))}
         for names in (*(function.fn.__globals__ for function in functions), vars(module)):
@@ -358,6 +361,7 @@ class EmulatedKernel:
         for name, each in given.arguments.items():
             if signature.parameters[name].annotation is inspect.Parameter.empty:  # no constexpr
                 given.arguments[name] = self.argument(each)
+        self.grid = grid
         for self.program in range(grid[0]):
             self.kernel(*given.args)
         self.programs += grid[0]

@@ -14,6 +14,7 @@ from support.cases import Case
 from support.inputs import Inputs
 
 ROOT = Path(__file__).resolve().parents[2]
+WIDE = {"batch": 1, "heads": 4, "kv_heads": 2, "head_dim": 256}
 ROWS = {"batch": 1, "heads": 2, "kv_heads": 1, "head_dim": 64}
 CASES_BY_NAME = {case.name: case for case in (
     Case("whole blocks", **ROWS, q_len=256, kv_len=256, prefix_len=128),
@@ -37,6 +38,10 @@ CASES_BY_NAME = {case.name: case for case in (
     Case("pack, longer keys", **ROWS, seqlens_q=(20, 1, 70), seqlens_k=(150, 33, 70), prefix_len=20),
     Case("pack, not causal", **ROWS, seqlens_q=(40, 130, 7), seqlens_k=(180, 50, 0), prefix_len=20, causal=False),
     Case("pack, bank", **ROWS | {"head_dim": 128}, seqlens_q=(20, 50, 7), prefix_len=70, prefixes=2, prefix_ids=(1, -1, 0)),
+    Case("head_dim 256", **WIDE, q_len=150, kv_len=150, prefix_len=200),
+    Case("head_dim 256, not causal", **WIDE, q_len=70, kv_len=330, prefix_len=0, causal=False),
+    Case("head_dim 256, bank", **WIDE | {"batch": 3}, q_len=5, kv_len=40, prefix_len=70, prefixes=2, prefix_ids=(1, -1, 0)),
+    Case("head_dim 256, pack", **WIDE, seqlens_q=(140, 1, 0, 64, 25), prefix_len=130),
 )}  # fmt: skip
 CASES = tuple(CASES_BY_NAME.values())
 

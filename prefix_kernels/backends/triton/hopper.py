@@ -44,7 +44,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from prefix_kernels.backends.triton import tile_sizes
 from prefix_kernels.backends.triton.launch import cdiv, key_of, rounded_prefix, run
 from prefix_kernels.backends.triton.rows import rows_of
-from prefix_kernels.problem import AttentionInputs, empty_token_major
+from prefix_kernels.problem import AttentionInputs, AttentionProblem, empty_token_major
 
 # Renamed in Triton 3.8; where the new names exist, the old ones may exist too and raise.
 tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
@@ -57,12 +57,23 @@ RAGGED = gl.constexpr(2**30)  # the length of a packed dimension: sequences end 
 FAR = 0x7FFF0000  # the length of the two dimensions in front of it
 WRAP = 2**34  # elements; 2^30 times this is a multiple of 2^64 bytes
 LAYOUT_DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
-HEAD_DIMS = (64, 128)
+HEAD_DIMS = (64, 128, 256)
+SECTION_BYTES = 2**25  # of 50 MiB of L2; assumed
 NOT_SERVED = ("window", "softcap", "key_mask", "key_lens", "bias", "prefix_lens", "parent")
 REGISTERS, CONSUMER_REGISTERS, PRODUCER_REGISTERS = 168, 240, 24  # at the start, and after they are handed out anew
 LENGTHS = (
     "heads", "kv_heads", "q_len", "kv_len", "q_tokens", "k_tokens", "prefixes", "prefix_len", "lse_row", "lse_head",
+    "section",
 )  # fmt: skip
+
+
+@gluon.jit
+def place_of(program, programs, blocks, heads, section):
+    """(place, head, row): the blocks of all heads of a section come by place, so that those with the most work come first."""
+    first = program // (section * blocks) * section  # head of the batch
+    number, rest = gl.minimum(section, programs // blocks - first), program % (section * blocks)
+    head = first + rest % number
+    return rest // number, head % heads, head // heads
 
 
 @gluon.jit
@@ -164,8 +175,8 @@ def softmax_step(
     largest and total are in units of log 2; correction is what earlier sums are to be multiplied with.
     """
     if MASKED:
-        key = first_key + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, SCORES))
-        scores = gl.where(gl.expand_dims(key, 0) < gl.expand_dims(stop, 1), scores, HIDDEN)
+        column = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, SCORES))
+        scores = gl.where(gl.expand_dims(column, 0) < gl.expand_dims(stop - first_key, 1), scores, HIDDEN)
     now_largest = gl.maximum(largest, gl.max(scores, 1) * scale)
     subtract = now_largest
     if MASKED:
@@ -281,7 +292,7 @@ def consume(
 @gluon.jit(do_not_specialize=LENGTHS)
 def hopper_kernel(
     q, k, v, prefix_k, prefix_v, out, lse, cu_seqlens_q, cu_seqlens_k, prefix_ids, heads, kv_heads, q_len, kv_len, q_tokens,
-    k_tokens, prefixes, prefix_len, lse_row, lse_head, scale, CAUSAL: gl.constexpr, BLOCK_N: gl.constexpr,
+    k_tokens, prefixes, prefix_len, lse_row, lse_head, section, scale, CAUSAL: gl.constexpr, BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr, CONSUMER: gl.constexpr, PRODUCER: gl.constexpr,
 ):  # fmt: skip
     DTYPE: gl.constexpr = q.dtype
@@ -289,10 +300,8 @@ def hopper_kernel(
     HEAD_DIM: gl.constexpr = q.block_type.shape[4]
     BLOCK_M: gl.constexpr = 2 * WARPGROUP_M
     query_blocks = gl.cdiv(q_len, BLOCK_M)
-    program = gl.program_id(0)
-    first_query = (query_blocks - 1 - program % query_blocks) * BLOCK_M  # those with the most keys first
-    head = program // query_blocks % heads
-    row = program // query_blocks // heads
+    place, head, row = place_of(gl.program_id(0), gl.num_programs(0), query_blocks, heads, section)
+    first_query = (query_blocks - 1 - place) * BLOCK_M
     q_place, own_q_len = tokens_of(cu_seqlens_q, row, q_len, q_tokens)
     k_place, own_kv_len = tokens_of(cu_seqlens_k, row, kv_len, k_tokens)
     prefix_place, own_prefix_len = prefix_of(prefix_ids, row, prefixes, prefix_len)
@@ -359,7 +368,7 @@ def why_not_on_hopper(inputs: AttentionInputs) -> str | None:
     if q.dtype not in LAYOUT_DTYPES:
         return f"it computes in bfloat16 and float16, not in {str(q.dtype).removeprefix('torch.')}"
     if head_dim != value_dim or head_dim not in HEAD_DIMS:
-        return f"heads and values have 64 or 128 dimensions alike, not {head_dim} and {value_dim}"
+        return f"heads and values have 64, 128 or 256 dimensions alike, not {head_dim} and {value_dim}"
     if not inputs.scale > 0:
         return f"scale is positive, not {inputs.scale}"
     for name in ("q", "k", "v", "prefix_k", "prefix_v"):
@@ -402,6 +411,12 @@ def readable_descriptor(tensor: Tensor, rows: int, packed: bool) -> TensorDescri
     return descriptor(tensor if _readable(tensor) else tensor.clone(memory_format=torch.contiguous_format), rows, packed)
 
 
+def section_of(problem: AttentionProblem, tokens: int, heads: int) -> int:
+    """How many of the batch's `heads` are a section: as many as L2 holds two operands of, with q's heads × tokens for all."""
+    operands = 2 * tokens * problem.head_dim * problem.dtype.itemsize * problem.batch
+    return max(min(SECTION_BYTES * heads // max(operands, 1), heads), 1)
+
+
 def forward(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
     """(out, lse) of a call that `why_not` has nothing against; out token-major in q's dtype, lse float32."""
     q, packed, problem = inputs.q, inputs.varlen, inputs.problem()
@@ -423,6 +438,7 @@ def forward(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
         "heads": problem.heads, "kv_heads": problem.kv_heads, "q_len": problem.q_len, "kv_len": problem.kv_len,
         "q_tokens": problem.q_tokens, "k_tokens": problem.k_tokens, "prefixes": problem.prefixes,
         "prefix_len": problem.prefix_len, "lse_row": 0 if packed else lse.stride(0), "lse_head": lse.stride(-2),
+        "section": section_of(problem, problem.kv_len * problem.kv_heads, problem.heads * problem.batch),
         "scale": inputs.scale, "CAUSAL": problem.causal, "BLOCK_N": tile.BLOCK_N, "STAGES": tile.num_stages,
         "CONSUMER": CONSUMER_REGISTERS, "PRODUCER": PRODUCER_REGISTERS,
     }  # fmt: skip

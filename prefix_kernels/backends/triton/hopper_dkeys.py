@@ -32,17 +32,22 @@ from prefix_kernels.backends.triton.hopper import (
     PRODUCER_REGISTERS,
     REGISTERS,
     load_tile,
+    place_of,
     prefix_of,
     readable_descriptor,
+    section_of,
     tokens_of,
 )  # fmt: skip
 from prefix_kernels.backends.triton.launch import Call, cdiv, key_of, run
 from prefix_kernels.backends.triton.rows import Operand
 from prefix_kernels.backends.triton.tile_sizes import Tile
+from prefix_kernels.problem import AttentionProblem
+
+TOGETHER = 128  # the widest heads whose keys' and values' sums one program holds
 
 LENGTHS = (
     "splits", "batch", "heads", "kv_heads", "q_len", "kv_len", "q_tokens", "k_tokens", "prefixes", "prefix_len", "lse_row",
-    "lse_head", "grad_row", "grad_head", "grad_token",
+    "lse_head", "grad_row", "grad_head", "grad_token", "section",
 )  # fmt: skip
 
 
@@ -158,20 +163,24 @@ def consume(
             grad_tile = grad_tiles.index(stage).reshape([BLOCK_M, HEAD_DIM])
             mbarrier.wait(full.index(stage), (t // STAGES) & 1)
             scores = warpgroup_mma(k_tile, q_tile.permute((1, 0)), nothing, use_acc=False, is_async=True)
-            dweights = warpgroup_mma(v_tile, grad_tile.permute((1, 0)), nothing, use_acc=False, is_async=True)
-            scores = warpgroup_mma_wait(1, deps=(scores,))
+            if dk is not None:
+                dweights = warpgroup_mma(v_tile, grad_tile.permute((1, 0)), nothing, use_acc=False, is_async=True)
+            scores = warpgroup_mma_wait(0 if dk is None else 1, deps=(scores,))
             lse_of = lse_tiles.index(stage).load(QUERIES)  # [BLOCK_M]
             weights = gl.exp2(scores * scale - gl.expand_dims(lse_of, 0))  # [WARPGROUP_N, BLOCK_M]
             if MASKED:
                 query = (begin + t % blocks) * BLOCK_M + gl.arange(0, BLOCK_M, layout=QUERIES)
                 weights = gl.where(gl.expand_dims(query + shift, 0) >= gl.expand_dims(key, 1), weights, 0.0)
             rounded = gl.convert_layout(weights.to(DTYPE), WEIGHTS, assert_trivial=True)
-            dv_sum = warpgroup_mma(rounded, grad_tile, dv_sum, is_async=True)
-            dweights = warpgroup_mma_wait(1, deps=(dweights,))
-            delta_of = delta_tiles.index(stage).load(QUERIES)  # [BLOCK_M]
-            dscores = (weights * (dweights - gl.expand_dims(delta_of, 0))).to(DTYPE)
-            dscores = gl.convert_layout(dscores, WEIGHTS, assert_trivial=True)
-            dk_sum = warpgroup_mma(dscores, q_tile, dk_sum, is_async=True)
+            dscores = rounded
+            if dv is not None:
+                dv_sum = warpgroup_mma(rounded, grad_tile, dv_sum, is_async=True)
+            if dk is not None:
+                dweights = warpgroup_mma_wait(0 if dv is None else 1, deps=(dweights,))
+                delta_of = delta_tiles.index(stage).load(QUERIES)  # [BLOCK_M]
+                dscores = (weights * (dweights - gl.expand_dims(delta_of, 0))).to(DTYPE)
+                dscores = gl.convert_layout(dscores, WEIGHTS, assert_trivial=True)
+                dk_sum = warpgroup_mma(dscores, q_tile, dk_sum, is_async=True)
             dk_sum, dv_sum, dscores, rounded = warpgroup_mma_wait(0, deps=(dk_sum, dv_sum, dscores, rounded))
             mbarrier.arrive(empty.index(stage), count=1)
 
@@ -184,8 +193,8 @@ def consume(
 @gluon.jit(do_not_specialize=LENGTHS)
 def hopper_dkeys_kernel(
     q, grad_out, keys, values, lse, delta, dk, dv, cu_seqlens_q, cu_seqlens_k, prefix_ids, splits, batch, heads, kv_heads,
-    q_len, kv_len, q_tokens, k_tokens, prefixes, prefix_len, lse_row, lse_head, grad_row, grad_head, grad_token, scale,
-    PREFIX: gl.constexpr, CAUSAL: gl.constexpr, STAGES: gl.constexpr, CONSUMER: gl.constexpr, PRODUCER: gl.constexpr,
+    q_len, kv_len, q_tokens, k_tokens, prefixes, prefix_len, lse_row, lse_head, grad_row, grad_head, grad_token, section,
+    scale, PREFIX: gl.constexpr, CAUSAL: gl.constexpr, STAGES: gl.constexpr, CONSUMER: gl.constexpr, PRODUCER: gl.constexpr,
 ):  # fmt: skip
     """dk and dv [rows, …] of own keys; PREFIX: the parts [splits · prefixes, kv_heads, prefix_len, …] of a prefix's."""
     DTYPE: gl.constexpr = q.dtype
@@ -196,10 +205,9 @@ def hopper_dkeys_kernel(
     SCALARS: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     group = heads // kv_heads
     key_blocks = gl.cdiv(prefix_len if PREFIX else kv_len, BLOCK_N)
-    program = gl.program_id(0)
-    first_key = program % key_blocks * BLOCK_N  # those with the most queries first
-    kv_head = program // key_blocks % kv_heads
-    result = program // key_blocks // kv_heads  # the row; PREFIX: split · prefixes + prefix
+    # result: the row; PREFIX: split · prefixes + prefix
+    key_block, kv_head, result = place_of(gl.program_id(0), gl.num_programs(0), key_blocks, kv_heads, section)
+    first_key = key_block * BLOCK_N
     shift, start = result * 0, result.to(gl.int64) * grad_row
     if PREFIX:
         k_place, stop_key = (result * 0, result % prefixes, result * 0), prefix_len
@@ -265,8 +273,10 @@ def dkeys(
 ) -> None:
     """As dkeys_kernel of dkeys_kernels.py."""
     tile, problem = call.tile("hopper_dkeys"), call.problem
-    programs = cdiv(problem.kv_len, tile.BLOCK_N) * problem.kv_heads * problem.batch
-    _launch(call, tile, programs, 1, q, (k, v), (dk, dv), prefix=False, **query_side)
+    pairs = problem.kv_heads * problem.batch
+    programs, section = cdiv(problem.kv_len, tile.BLOCK_N) * pairs, section_of(problem, problem.q_len * problem.heads, pairs)
+    for grads in _passes(problem, dk, dv):
+        _launch(call, tile, programs, section, 1, q, (k, v), grads, prefix=False, **query_side)
 
 
 def dprefix(
@@ -275,11 +285,20 @@ def dprefix(
 ) -> None:  # fmt: skip
     """As dprefix_kernel of dkeys_kernels.py."""
     tile = call.tile("hopper_dprefix")
-    _launch(call, tile, programs, splits, q, (prefix_k, prefix_v), (dprefix_k, dprefix_v), prefix=True, **query_side)
+    for grads in _passes(call.problem, dprefix_k, dprefix_v):
+        _launch(call, tile, programs, 1, splits, q, (prefix_k, prefix_v), grads, prefix=True, **query_side)
+
+
+def _passes(
+    problem: AttentionProblem, dk: Operand | None, dv: Operand | None
+) -> list[tuple[Operand | None, Operand | None]]:
+    """(dk, dv) of each launch: wide heads leave no registers for the sums of both."""
+    passes = [(dk, dv)] if problem.head_dim <= TOGETHER else [(dk, None), (None, dv)]
+    return [grads for grads in passes if grads != (None, None)]
 
 
 def _launch(
-    call: Call, tile: Tile, programs: int, splits: int, q: Operand, columns: tuple[Operand, Operand],
+    call: Call, tile: Tile, programs: int, section: int, splits: int, q: Operand, columns: tuple[Operand, Operand],
     grads: tuple[Operand | None, Operand | None], grad_out: Operand, lse: Operand, delta: Operand, prefix: bool,
 ) -> None:  # fmt: skip
     if programs == 0:
@@ -297,7 +316,8 @@ def _launch(
         "prefix_ids": index[2], "splits": splits, "batch": problem.batch, "heads": problem.heads, "kv_heads": problem.kv_heads,
         "q_len": problem.q_len, "kv_len": problem.kv_len, "q_tokens": problem.q_tokens, "k_tokens": problem.k_tokens,
         "prefixes": problem.prefixes, "prefix_len": problem.prefix_len, "lse_row": lse.value.batch, "lse_head": lse.value.head,
-        "grad_row": strides[0], "grad_head": strides[1], "grad_token": strides[2], "scale": call.lengths["scale"],
+        "grad_row": strides[0], "grad_head": strides[1], "grad_token": strides[2], "section": section,
+        "scale": call.lengths["scale"],
         "PREFIX": prefix, "CAUSAL": problem.causal and not prefix, "STAGES": tile.num_stages, "CONSUMER": CONSUMER_REGISTERS,
         "PRODUCER": PRODUCER_REGISTERS,
     }  # fmt: skip

@@ -7,12 +7,12 @@ A program owns 128 queries of one head of one row, 64 for each warpgroup. The pr
 into two rings of STAGES tiles. A warpgroup computes dscores of block j while dscores · keys of block j − 1 is still on its way.
 Time goes to the right; ( ) is a wait, | a wait for a product:
 
-    S0 P0 |weights0 (K1 full) |dscores0 (V1 full) S1 P1 Q0 |weights1 (K2 full) |dscores1 (V2 full) |S2 P2 Q1 |weights2 …
+    S0 P0 |weights0 |dscores0 (K1 V1 full) S1 P1 Q0 |weights1 (V2 full) |dscores1 (V2 full) |(K2 full) S2 P2 Q1 |weights2 …
 
     S, P, Q      the products q · keysᵀ, dout · valuesᵀ and dscores · keys
     full, empty  as in hopper.py. The values of block j are given back after P, the keys with those of block j + 1 in use
 
-The waits for the next tiles stand where they do for the reason given in hopper.py: no wait for a product moves across them.
+V2 is waited for twice for the reason given in hopper.py: no wait for a product moves across such a wait.
 """
 
 from __future__ import annotations
@@ -30,8 +30,10 @@ from prefix_kernels.backends.triton.hopper import (
     issue_scores,
     load_blocks,
     load_tile,
+    place_of,
     prefix_of,
     readable_descriptor,
+    section_of,
     tokens_of,
     wait_for_keys,
 )  # fmt: skip
@@ -41,7 +43,7 @@ from prefix_kernels.backends.triton.rows import Operand
 
 LENGTHS = (
     "heads", "kv_heads", "q_len", "kv_len", "q_tokens", "k_tokens", "prefixes", "prefix_len", "lse_row", "lse_head",
-    "grad_row", "grad_head", "grad_token",
+    "grad_row", "grad_head", "grad_token", "section",
 )  # fmt: skip
 
 
@@ -67,8 +69,8 @@ def weights_of(scores, lse, first_key, stop, scale, MASKED: gl.constexpr, BLOCK_
     """[WARPGROUP_M, BLOCK_N]: the weights of keys from `first_key` on, of which a query sees those < stop."""
     weights = gl.exp2(scores * scale - gl.expand_dims(lse, 1))
     if MASKED:
-        key = first_key + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, SCORES))
-        weights = gl.where(gl.expand_dims(key, 0) < gl.expand_dims(stop, 1), weights, 0.0)
+        column = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, SCORES))
+        weights = gl.where(gl.expand_dims(column, 0) < gl.expand_dims(stop - first_key, 1), weights, 0.0)
     return weights
 
 
@@ -91,7 +93,7 @@ def add_block(
     total = issue_dq(dscores, total, k_ring, before, BLOCK_N, STAGES)
     scores = warpgroup_mma_wait(2, deps=(scores,))
     weights = weights_of(scores, lse, first_key, stop, scale, MASKED, BLOCK_N, SCORES)
-    wait_for_keys(k_ring, j + 1, blocks, STAGES)
+    wait_for_keys(v_ring, j + 1, blocks, STAGES)
     dweights, weights = warpgroup_mma_wait(1, deps=(dweights, weights))
     mbarrier.arrive(v_ring[2].index(j % STAGES), count=1)
     next_dscores = (weights * (dweights - gl.expand_dims(delta, 1))).to(q_tile.dtype)
@@ -99,6 +101,7 @@ def add_block(
     wait_for_keys(v_ring, j + 1, blocks, STAGES)
     total, dscores, next_dscores = warpgroup_mma_wait(0, deps=(total, dscores, next_dscores))
     mbarrier.arrive(k_ring[2].index(before % STAGES), count=1)
+    wait_for_keys(k_ring, j + 1, blocks, STAGES)
     return next_dscores, total
 
 
@@ -171,18 +174,16 @@ def consume(
 @gluon.jit(do_not_specialize=LENGTHS)
 def hopper_dq_kernel(
     q, grad_out, k, v, prefix_k, prefix_v, lse, delta, dq, cu_seqlens_q, cu_seqlens_k, prefix_ids, heads, kv_heads, q_len,
-    kv_len, q_tokens, k_tokens, prefixes, prefix_len, lse_row, lse_head, grad_row, grad_head, grad_token, scale,
-    CAUSAL: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, CONSUMER: gl.constexpr, PRODUCER: gl.constexpr,
+    kv_len, q_tokens, k_tokens, prefixes, prefix_len, lse_row, lse_head, grad_row, grad_head, grad_token, section,
+    scale, CAUSAL: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, CONSUMER: gl.constexpr, PRODUCER: gl.constexpr,
 ):  # fmt: skip
     DTYPE: gl.constexpr = q.dtype
     WARPGROUP_M: gl.constexpr = q.block_type.shape[3]
     HEAD_DIM: gl.constexpr = q.block_type.shape[4]
     BLOCK_M: gl.constexpr = 2 * WARPGROUP_M
     query_blocks = gl.cdiv(q_len, BLOCK_M)
-    program = gl.program_id(0)
-    first_query = (query_blocks - 1 - program % query_blocks) * BLOCK_M  # those with the most keys first
-    head = program // query_blocks % heads
-    row = program // query_blocks // heads
+    place, head, row = place_of(gl.program_id(0), gl.num_programs(0), query_blocks, heads, section)
+    first_query = (query_blocks - 1 - place) * BLOCK_M
     q_place, own_q_len = tokens_of(cu_seqlens_q, row, q_len, q_tokens)
     k_place, own_kv_len = tokens_of(cu_seqlens_k, row, kv_len, k_tokens)
     prefix_place, own_prefix_len = prefix_of(prefix_ids, row, prefixes, prefix_len)
@@ -254,7 +255,9 @@ def dq(
         "cu_seqlens_k": rows.cu_seqlens_k, "prefix_ids": rows.prefix_ids, "heads": problem.heads, "kv_heads": problem.kv_heads,
         "q_len": problem.q_len, "kv_len": problem.kv_len, "q_tokens": problem.q_tokens, "k_tokens": problem.k_tokens,
         "prefixes": problem.prefixes, "prefix_len": problem.prefix_len, "lse_row": lse.value.batch, "lse_head": lse.value.head,
-        "grad_row": dq.value.batch, "grad_head": dq.value.head, "grad_token": dq.value.token, "scale": call.lengths["scale"],
+        "grad_row": dq.value.batch, "grad_head": dq.value.head, "grad_token": dq.value.token,
+        "section": section_of(problem, problem.kv_len * problem.kv_heads, problem.heads * problem.batch),
+        "scale": call.lengths["scale"],
         "CAUSAL": problem.causal, "BLOCK_N": tile.BLOCK_N, "STAGES": tile.num_stages, "CONSUMER": CONSUMER_REGISTERS,
         "PRODUCER": PRODUCER_REGISTERS,
     }  # fmt: skip
