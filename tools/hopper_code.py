@@ -36,7 +36,7 @@ def missing_in(compiled, tile: Tile) -> list[str]:
     wrong += [f"{before} exponentials in a softmax" for before, _ in softmaxes if before < tile.BLOCK_N // 2]
     if sass.count(SUMS) > len(softmaxes) + OTHER_WAITS:
         wrong.append("wgmma is serialised: more waits than the source has")
-    return wrong + ["local memory in a loop" for loop in loops(sass) if re.search(r"\b(STL|LDL)", loop)]
+    return wrong + local_memory(sass, reads=1, writes=1)
 
 
 def missing_in_backward(compiled, kernel: str, tile: Tile, head_dim: int) -> list[str]:
@@ -53,8 +53,13 @@ def missing_in_backward(compiled, kernel: str, tile: Tile, head_dim: int) -> lis
     if len(re.findall(r"WARPGROUP\.DEPBAR", sass)) > waits:
         wrong.append("wgmma is serialised: more waits than the source has")
     reads, writes = (WIDE_WORDS, WIDE_WORDS) if head_dim > WIDE else (1, 0)
-    spilling = [loop for loop in loops(sass) if loop.count("STL") > writes or loop.count("LDL") > reads]
-    return wrong + ["local memory in a loop"] * len(spilling)
+    return wrong + local_memory(sass, reads, writes)
+
+
+def local_memory(sass: str, reads: int, writes: int) -> list[str]:
+    """What is wrong with loops that read and write more words of local memory than these."""
+    found = [(len(re.findall(r"\bLDL", loop)), len(re.findall(r"\bSTL", loop))) for loop in loops(sass)]
+    return [f"{a} reads and {b} writes of local memory in a loop" for a, b in found if a > reads or b > writes]
 
 
 def loops(sass: str) -> list[str]:

@@ -62,11 +62,17 @@ def test_other_orders_of_events(monkeypatch, seed):
 
 
 def test_sections_of_heads(monkeypatch):
-    """A program order by sections of two heads, the last of one."""
+    """Programs in an order by sections of two heads, the last of one."""
     emulate(monkeypatch)
-    monkeypatch.setattr(hopper, "SECTION_BYTES", 1)
-    check(Case("", **ROWS | {"batch": 1, "heads": 5, "kv_heads": 5}, q_len=300, kv_len=300, prefix_len=20), "bfloat16")
-    check(CASES_BY_NAME["head_dim 256"], "bfloat16")
+    monkeypatch.setattr(hopper, "section_of", lambda *_: 2)
+    check(Case("", **ROWS | {"heads": 5, "kv_heads": 5}, q_len=300, kv_len=300, prefix_len=20), "bfloat16")
+
+
+def test_a_section_is_what_l2_holds():
+    problem = inputs_of(batch=3, heads=8, kv_heads=8, q_len=2**14, kv_len=2**14).problem()  # 4 MiB of keys and values a head
+    assert hopper.section_of(problem, problem.kv_len * 8, 24) == hopper.SECTION_BYTES // 2**22
+    assert hopper.section_of(problem, problem.kv_len * 8 * 2**10, 24) == 1
+    assert hopper.section_of(problem, 8, 24) == 24 and hopper.section_of(problem, 0, 24) == 24
 
 
 INDEX_VALUES = [  # on the left what a device may hold, on the right what it acts as
@@ -131,7 +137,7 @@ WRONG_CODE = [
     (EXPONENTIALS + SUMS, SUMS + EXPONENTIALS,
      ["66 of 66 exponentials wait for the sums"] * 8 + ["0 exponentials in a softmax"] * 8),
     ("HGMMA\nHGMMA\n", "HGMMA\n" + SUMS + "HGMMA\n", ["wgmma is serialised: more waits than the source has"]),
-    ("MUFU.EX2\nWARPGROUP", "MUFU.EX2\nLDL R1\nWARPGROUP", ["local memory in a loop"] * 8),
+    ("MUFU.EX2\nWARPGROUP", "MUFU.EX2\nLDL R1\nLDL R2\nWARPGROUP", ["2 reads and 0 writes of local memory in a loop"] * 8),
 ]  # fmt: skip
 
 

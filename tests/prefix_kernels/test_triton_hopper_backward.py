@@ -186,7 +186,7 @@ WRONG_CODE = [
     ("UTMALDG.5D", "LDGSTS", ["0 UTMALDG"]),
     ("gsb0, 0x1\nMUFU", "gsb0, 0x0\nMUFU", ["0 exponentials beside products, of 64"]),
     ("HGMMA\nHGMMA", "HGMMA\nWARPGROUP.DEPBAR.LE gsb0, 0x0\nHGMMA", ["wgmma is serialised: more waits than the source has"]),
-    (EXPONENTIALS, EXPONENTIALS + "STL\n", ["local memory in a loop"] * 2),
+    (EXPONENTIALS, EXPONENTIALS + "STL\n", ["0 reads and 1 writes of local memory in a loop"] * 2),
 ]  # fmt: skip
 
 
