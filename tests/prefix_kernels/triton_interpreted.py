@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 import prefix_kernels
-from prefix_kernels.backends.triton import backward_kernels, launch, tile_sizes
+from prefix_kernels.backends.triton import backward_kernels, launch, rows, tile_sizes
 from prefix_kernels.backends.triton.online_softmax import start_of, tile_pointers
 from prefix_kernels.backends.triton.rows import Tokens
 from prefix_kernels.backends.triton.tile_sizes import Tile
@@ -54,6 +54,13 @@ def test_16_bit(case, dtype):
 
 @pytest.mark.parametrize("case", CASES_OF_SEVERAL_BLOCKS, ids=str)
 def test_several_blocks(small_blocks, case):
+    compare(case, *DTYPES["float32"], "triton")
+
+
+def test_sections_of_heads(small_blocks, monkeypatch):
+    """Programs in an order by sections of two heads, the last of one."""
+    case = Case("", batch=1, heads=5, kv_heads=5, head_dim=16, q_len=40, kv_len=40, prefix_len=20)
+    monkeypatch.setattr(rows, "SECTION", tl.constexpr(2 * case.head_dim * case.q_len))
     compare(case, *DTYPES["float32"], "triton")
 
 

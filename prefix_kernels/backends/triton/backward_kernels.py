@@ -37,7 +37,7 @@ def delta_kernel(
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """delta where no dq is wanted: a block of queries of one head of one row."""
-    block, head, row = block_of(tl.program_id(0), tl.cdiv(q_len, BLOCK_M), heads)
+    block, head, row = block_of(tl.program_id(0), tl.cdiv(q_len, BLOCK_M), heads, kv_heads, kv_len, HEAD_DIM)
     q_start, own_q_len = queries_of(rows, row, q_len, q_tokens)
     first_query = block * BLOCK_M
     if first_query >= own_q_len:

@@ -25,10 +25,12 @@ from prefix_kernels.backends.triton.online_softmax import (
 from prefix_kernels.backends.triton.rows import (
     clamp,
     keys_of,
+    place_of,
     prefix_of,
     queries_of,
     queries_seeing,
     queries_seeing_column,
+    section_of,
     shift_of,
 )  # fmt: skip
 
@@ -75,8 +77,7 @@ def dkeys_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     blocks, group = tl.cdiv(kv_len, BLOCK_N), heads // kv_heads
-    program = tl.program_id(0)
-    block, kv_head, row = program % blocks, program // blocks % kv_heads, program // blocks // kv_heads
+    block, kv_head, row = place_of(tl.program_id(0), blocks, kv_heads, section_of(group * q_len, HEAD_DIM))
     k_start, own_kv_len, buffer_len = keys_of(rows, row, kv_len, k_tokens)
     first_key = block * BLOCK_N
     if first_key >= buffer_len:

@@ -98,7 +98,7 @@ def forward_kernel(
     BLOCK_DIM: tl.constexpr, BLOCK_VALUE_DIM: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    block, head, row = block_of(tl.program_id(0), tl.cdiv(q_len, BLOCK_M), heads)
+    block, head, row = block_of(tl.program_id(0), tl.cdiv(q_len, BLOCK_M), heads, kv_heads, kv_len, HEAD_DIM)
     kv_head = head // (heads // kv_heads)
     q_start, own_q_len = queries_of(rows, row, q_len, q_tokens)
     first_query = block * BLOCK_M

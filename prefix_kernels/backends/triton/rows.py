@@ -18,6 +18,7 @@ from torch import Tensor
 from prefix_kernels.problem import AttentionInputs
 
 MAX_DISTANCE = 2**30  # a window that is wider hides nothing; sums of two stay below 2**31
+SECTION = tl.constexpr(2**23)  # elements of two operands, of 32 MiB in 16 bits; assumed
 MAX_TOKEN_STRIDE = 2**23  # offsets within a block of up to 256 tokens are 32 bit
 
 
@@ -96,9 +97,27 @@ def clamp(value, low, high):
 
 
 @triton.jit
-def block_of(program, blocks, heads):
-    """(block, head, row); the last blocks of a row first, since causal ones have the most keys."""
-    return blocks - 1 - program % blocks, program // blocks % heads, program // blocks // heads
+def section_of(tokens, HEAD_DIM: tl.constexpr):
+    """How many heads are a section: as many as L2 holds two operands of, with so many tokens each."""
+    return tl.maximum(SECTION // HEAD_DIM // tl.maximum(tokens, 1), 1)
+
+
+@triton.jit
+def place_of(program, blocks, heads, section):
+    """(place, head, row): the blocks of all heads of a section come by place, so that those with the most work come first."""
+    every = tl.num_programs(0) // blocks  # heads of the batch
+    section = tl.minimum(section, every)
+    first = program // (section * blocks) * section
+    number, rest = tl.minimum(section, every - first), program % (section * blocks)
+    head = first + rest % number
+    return rest // number, head % heads, head // heads
+
+
+@triton.jit
+def block_of(program, blocks, heads, kv_heads, kv_len, HEAD_DIM: tl.constexpr):
+    """(block, head, row) of a block of queries; of a head the last blocks first, since causal ones have the most keys."""
+    place, head, row = place_of(program, blocks, heads, heads // kv_heads * section_of(kv_len, HEAD_DIM))
+    return blocks - 1 - place, head, row
 
 
 @triton.jit
