@@ -12,7 +12,7 @@ import torch
 from prefix_kernels.problem import AttentionProblem
 
 BACKENDS = ("cpu", "cuda", "triton", "sdpa", "reference")  # in order of preference, but see preferred()
-WIDE_HEAD = 128  # above it sdpa comes before triton on a GPU
+WIDE_HEAD = 128  # above it sdpa comes before triton on a GPU, unless triton's kernels for Hopper are known to be faster
 # Between cuda and triton in decoding, see _cuda_is_faster():
 LONG_PREFIX, SHORT_PREFIX = 2048, 64  # columns
 SMALL_CALL = 2**26  # bytes of memory traffic
@@ -65,7 +65,7 @@ def preferred(problem: AttentionProblem) -> tuple[str, ...]:
     """The backends, the one that is fastest for this problem first."""
     first: tuple[str, ...] = ()
     if problem.device == "cuda" and max(problem.head_dim, problem.value_dim) > WIDE_HEAD:
-        first = ("cuda", "sdpa")
+        first = ("cuda", "triton", "sdpa") if load_backend("triton").serves_on_hopper(problem) else ("cuda", "sdpa")
     elif problem.device == "cuda" and not _cuda_is_faster(problem):
         first = ("triton",)
     return (*first, *(name for name in BACKENDS if name not in first))
