@@ -27,7 +27,7 @@ from prefix_kernels.backends.triton import backward_kernels, forward_kernel, hop
 from prefix_kernels.problem import AttentionInputs
 from rivals import attention_inputs, make_inputs
 
-WHICH = (0, 1, 2, 5, 6, 7, 11, 4)  # of the forward cases
+WHICH = (0, 1, 2, 5, 6, 7, 11, 4, 9)  # of the forward cases
 _CASES = [case for case in gpu_op_cases() if not case.backward]
 SHAPES = {_CASES[index].key.removeprefix("forward "): _CASES[index] for index in WHICH}
 WANTED = {
@@ -41,13 +41,22 @@ LIMIT = 2e-2  # ‖difference‖ / ‖table's result‖ of two right candidates 
 Candidate = tuple[str, int, int, int, int, int]  # kernel, head_dim, BLOCK_M, BLOCK_N, warps, stages
 
 
-def candidates() -> list[Candidate]:
-    """The table's own, then 64 rows of a product for four warps, which is what wgmma takes, with all else varied."""
-    found = [
+def name_of(candidate: Candidate) -> str:
+    return "{}x{} w{} s{}".format(*candidate[2:])
+
+
+def own_candidates() -> list[Candidate]:
+    """The table's."""
+    return [
         (kernel, dim, tile.BLOCK_M, tile.BLOCK_N, tile.num_warps, tile.num_stages)
         for (kernel, architecture, bits, dim), tile in tile_sizes.TABLE.items()
         if kernel in KERNELS and bits == 16 and architecture == tile_sizes.architecture_of(torch.device("cuda"))
     ]
+
+
+def candidates() -> list[Candidate]:
+    """The table's own, then 64 rows of a product for four warps, which is what wgmma takes, with all else varied."""
+    found = own_candidates()
     for dim, stages, (rows, warps), columns in itertools.product(
         (128, 64, 256), (2, 3, 1), ((64, 4), (128, 8), (128, 4)), (64, 32, 128)
     ):
@@ -122,6 +131,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=120.0)
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     parser.add_argument("--rows", action="append", default=[], help="only rows whose key contains these words; repeatable")
+    parser.add_argument(
+        "--tiles", action="append", default=[], help="of the candidates 64x32 w4 s2, … only those with these words, beside the "
+        "table's own; repeatable"
+    )  # fmt: skip
     args = parser.parse_args(argv)
     begin = time.monotonic()
     rows = [(name, shape, kernel) for (name, shape), kernel in itertools.product(SHAPES.items(), KERNELS)]
@@ -130,7 +143,9 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--rows: no row's key contains {', '.join(args.rows)}")
     kinds = {(kernel, shape.head_dim) for _, shape, kernel in rows}
     wanted = [(ON_HOPPER[kernel], dim, 0, 0, 0, 0) for kernel, dim in sorted(kinds)]
-    wanted += [candidate for candidate in candidates() if candidate[:2] in kinds]
+    wanted += [each for each in candidates() if each[:2] in kinds and (
+        not args.tiles or each in own_candidates() or any(words in name_of(each) for words in args.tiles)
+    )]  # fmt: skip
     with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
         said = dict(zip(wanted, pool.map(compile_one, wanted), strict=True))
     print(f"compiled {len(wanted)} candidates, {sum(v is not None for v in said.values())} failed: "
@@ -174,7 +189,7 @@ def main(argv: list[str] | None = None) -> int:
             "tiles": [{"tile": tile, "seconds": seconds} for seconds, tile, _ in timed if seconds < float("inf")],
             "wrong": [tile for seconds, tile, _ in timed if seconds == float("inf")],
         })  # fmt: skip
-        best = ", ".join(f"{tile[0]}x{tile[1]} w{tile[2]} s{tile[3]} {seconds * 1e6:.1f}" for seconds, tile, _ in timed[:4])
+        best = ", ".join(f"{name_of((kernel, 0, *tile))} {seconds * 1e6:.1f}" for seconds, tile, _ in timed[:4])
         print(f"{kernel} {name}: table {first * 1e6:.1f} us; {best}" + (f"; hopper {other * 1e6:.1f}" if other else ""))
     print(f"{time.monotonic() - begin:.0f} s")
     return 0

@@ -12,7 +12,7 @@ import torch
 from prefix_kernels.problem import AttentionProblem
 
 BACKENDS = ("cpu", "cuda", "triton", "sdpa", "reference")  # in order of preference, but see preferred()
-WIDE_HEAD = 128  # above it sdpa comes before triton on a GPU, unless triton's kernels for Hopper are known to be faster
+WIDE_HEAD = 128  # above it sdpa comes before triton on a GPU, unless triton's kernels are known to be faster; assumed
 # Between cuda and triton in decoding, see _cuda_is_faster():
 LONG_PREFIX, SHORT_PREFIX = 2048, 64  # columns
 SMALL_CALL = 2**26  # bytes of memory traffic
@@ -22,9 +22,10 @@ REASONS = {
     "cpu": "measured: 1.6 to 7.9 times as fast as sdpa at the 112 points of benchmarks/results/cpu, so there is no threshold",
     "cuda": "measured on an H200 (benchmarks/results/nvidia-h200): the fastest in decoding with wide heads, and with heads of "
     "128 behind short prefixes; in small calls about as fast as triton, with one operator for the host to call",
-    "triton": "measured on an H200 (benchmarks/results/nvidia-h200): faster than sdpa in training up to head_dim 128, and than "
-    "cuda in decoding behind long prefixes and in large calls",
-    "sdpa": "measured on an H200: 1.6 times as fast as triton forward with head_dim 256; on a CPU it copies nothing per row",
+    "triton": "measured on an H200 (benchmarks/results/nvidia-h200): faster than sdpa in training, and than cuda in decoding "
+    "behind long prefixes and in large calls",
+    "sdpa": "with heads of more than 128 it is assumed to be faster than triton, but for 16 bit on sm_90; on a CPU it copies "
+    "nothing per row",
     "reference": "it is the only one left",
 }
 
@@ -65,7 +66,7 @@ def preferred(problem: AttentionProblem) -> tuple[str, ...]:
     """The backends, the one that is fastest for this problem first."""
     first: tuple[str, ...] = ()
     if problem.device == "cuda" and max(problem.head_dim, problem.value_dim) > WIDE_HEAD:
-        first = ("cuda", "triton", "sdpa") if load_backend("triton").serves_on_hopper(problem) else ("cuda", "sdpa")
+        first = ("cuda", "triton", "sdpa") if load_backend("triton").fast_with_wide_heads(problem) else ("cuda", "sdpa")
     elif problem.device == "cuda" and not _cuda_is_faster(problem):
         first = ("triton",)
     return (*first, *(name for name in BACKENDS if name not in first))

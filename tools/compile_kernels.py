@@ -5,9 +5,10 @@ runs on tensors without memory, and every launch becomes a compilation. That the
 it reads no value back from a device. A row passes if
 
     - nothing spills: no stack and no local memory, with any option (float32, which has no tensor cores to feed: up to 8 words;
-      a row that was measured to be the fastest: up to 40 words, since a time says more than a spill);
+      a row that was measured to be the fastest: more, since a time says more than a spill);
     - shared memory fits the chips that the row serves;
     - 16-bit products use wgmma on sm_90 and tcgen05 on sm_100, unless the row's reason opens with "mma.sync";
+    - the backward pass waits for the launch before where launches are dependent: from sm_90 on;
     - the kernels for Hopper also have what hopper_code.py looks for.
 
 Triton emits those for products of at least 64 rows in programs of 4 or 8 warps; other tiles fall back to mma.sync.
@@ -62,13 +63,14 @@ FILES = {
 FORWARD = {"forward": forward_kernel, "hopper": hopper, "decode": decode_kernel}
 WANTED = {
     "dq": (True, False, False, False, False), "dkeys": (False, True, True, False, False),
-    "dprefix": (False, False, False, True, True), "delta": (False,) * 5,
+    "dprefix": (False, True, True, True, True), "delta": (False,) * 5,
 }  # fmt: skip
 WANTED |= {f"hopper_{kernel}": WANTED[kernel] for kernel in ("dq", "dkeys", "dprefix")}
 FUNCTIONS = {"hopper_dprefix": "hopper_dkeys_kernel"}  # the others': the row's name and _kernel
 # KiB of a program. The rows of sm_80 serve every chip without rows of its own: 8.6, 8.9 and 12.x have 99.
 SHARED_MEMORY = {80: 99, 90: 227, 100: 227}
-STACK, MEASURED_STACK = {16: 0, 32: 32}, 160  # bytes a thread
+STACK = {16: 0, 32: 32}  # bytes a thread, for the bits of the dtype
+MEASURED_STACK = {64: 160, 128: 160, 256: 1024}  # for the head dimension
 MOST_STACK = {"hopper": hopper_code.STACK} | dict.fromkeys(hopper_code.BACKWARD, hopper_code.BACKWARD_STACK)
 TENSOR_CORES = {80: r"mma\.sync", 90: r"wgmma\.mma_async", 100: r"tcgen05\.mma"}
 MOST_CHANGED, SAMPLE = 4, 3  # with --proven
@@ -221,9 +223,7 @@ def wrong_with(compiled, numbers: dict[str, int], key: tuple[str, int, int, int]
     (kernel, architecture, bits, dim), tile, wrong = key, tile_sizes.TABLE[key], []
     allowed = MOST_STACK.get(kernel, STACK[bits])
     if "measured" in tile.reason:
-        allowed = MEASURED_STACK
-    elif kernel in hopper_code.BACKWARD and dim > hopper_code.WIDE:
-        allowed = hopper_code.WIDE_BACKWARD_STACK
+        allowed = MEASURED_STACK[dim]
     if numbers["stack"] > allowed:
         wrong.append(f"{numbers['stack']} bytes of stack")
     if numbers["shared"] > SHARED_MEMORY[architecture] * 1024:
@@ -231,6 +231,9 @@ def wrong_with(compiled, numbers: dict[str, int], key: tuple[str, int, int, int]
     fallback = tile.reason.startswith("mma.sync") or bits == 32 or kernel == "delta" or variant == "bank"
     if not fallback and not numbers["tensor_core_products"]:
         wrong.append(f"no {TENSOR_CORES[architecture]}")
+    waits = len(re.findall(r"griddepcontrol\.wait", compiled.asm["ptx"]))
+    if kernel in WANTED and (waits > 0) != (architecture >= 90):
+        wrong.append(f"{waits} waits for the launch before")
     if kernel == "hopper":
         wrong += hopper_code.missing_in(compiled, tile)
     elif kernel in hopper_code.BACKWARD:

@@ -15,9 +15,7 @@ from prefix_kernels.backends.triton.tile_sizes import Tile
 THREADS = 384  # two consumer warpgroups, and one of whose warps the producer is the only one to work
 SOFTMAXES = 8  # for each of two warpgroups: prefix and keys, with and without a mask
 STACK, BACKWARD_STACK = 48, 48  # bytes, for the thread's number and for what no block needs
-# Backward with heads of more than WIDE: more stack, and a few words of it in a block; dk's and dv's products are launched
-# apart, so that fewer stand beside the exponentials. No wider than WIDE, a block may read the thread's number alone.
-WIDE, WIDE_BACKWARD_STACK, WIDE_WORDS = 128, 128, 4
+WIDE = 128  # heads of more: dk's and dv's products are launched apart, so that fewer stand beside the exponentials
 SCORES, SUMS = "WARPGROUP.DEPBAR.LE gsb0, 0x1", "WARPGROUP.DEPBAR.LE gsb0, 0x0"  # the waits for them
 OTHER_WAITS = 4  # for each of two warpgroups: the first scores, the last sums
 INSTRUCTIONS = {"HGMMA": 1, "UTMALDG": 6, "UTMASTG": 2, "SYNCS": 20, "USETMAXREG": 2}  # and how many at least
@@ -52,8 +50,7 @@ def missing_in_backward(compiled, kernel: str, tile: Tile, head_dim: int) -> lis
         wrong.append(f"{beside} exponentials beside products, of {least}")
     if len(re.findall(r"WARPGROUP\.DEPBAR", sass)) > waits:
         wrong.append("wgmma is serialised: more waits than the source has")
-    reads, writes = (WIDE_WORDS, WIDE_WORDS) if head_dim > WIDE else (1, 0)
-    return wrong + local_memory(sass, reads, writes)
+    return wrong + local_memory(sass, reads=1, writes=0)
 
 
 def local_memory(sass: str, reads: int, writes: int) -> list[str]:

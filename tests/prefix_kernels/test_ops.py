@@ -7,7 +7,6 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import prefix_kernels
 from prefix_kernels import ops, select
 from prefix_kernels.backends import reference, sdpa
-from prefix_kernels.backends.triton import tile_sizes
 from support.cases import CASES, Case
 from support.compare import BACKENDS, DTYPES, gradients, serves
 from support.inputs import make_inputs
@@ -465,29 +464,20 @@ def test_a_gradient_of_lse_alone(backend):
 
 def test_wide_heads_prefer_stock_kernels_on_a_gpu():
     problem = prefix_kernels.api._dense_inputs(*make_inputs(Case("plain", head_dim=128)).tensors).problem()
-    wide = problem._replace(head_dim=256)
+    wide = problem._replace(head_dim=256)  # float32
     assert select.preferred(problem) == select.preferred(wide) == select.preferred(problem._replace(device="cuda"))
     assert select.preferred(wide._replace(device="cuda"))[:2] == ("cuda", "sdpa")
     assert set(select.preferred(wide._replace(device="cuda"))) == set(select.BACKENDS)
 
 
-def test_wide_heads_where_the_kernels_for_hopper_were_measured_to_win(monkeypatch):
-    regime = tile_sizes.Regime(256, 256, 16, "")
-    monkeypatch.setattr(tile_sizes, "HOPPER_REGIMES", (regime,))
-    monkeypatch.setattr(tile_sizes, "HOPPER_BACKWARD_REGIMES", {"dq": (), "dkeys": (regime,), "dprefix": ()})
+def test_wide_heads_where_triton_was_measured_to_win(monkeypatch):
+    problem = prefix_kernels.api._dense_inputs(*make_inputs(Case("plain"), torch.bfloat16).tensors).problem()
+    problem = problem._replace(device="cuda", head_dim=256, value_dim=256)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    problem = prefix_kernels.api._dense_inputs(*make_inputs(Case("plain"), torch.bfloat16).tensors).problem()
-    sizes = {"batch": 2, "heads": 4, "kv_heads": 2, "q_len": 256, "kv_len": 256, "head_dim": 256, "value_dim": 256}
-    problem = problem._replace(device="cuda", gradients=False, **sizes)
-    assert select.preferred(problem)[:3] == ("cuda", "triton", "sdpa")
-    others = [{"window": 3}, {"softcap": 1.0}, {"q_len": 255}, {"batch": 1}, {"value_dim": 128}, {"dtype": torch.float32}]
-    others.append({"gradients": True})
-    others += [{name: True} for name in ("has_key_mask", "has_key_lens", "has_bias", "has_prefix_lens", "has_parent")]
-    for change in others:
-        assert select.preferred(problem._replace(**change))[:2] == ("cuda", "sdpa"), change
-    monkeypatch.setitem(tile_sizes.HOPPER_BACKWARD_REGIMES, "dprefix", (regime,))
-    assert select.preferred(problem._replace(gradients=True))[:2] == ("cuda", "triton")
+    for change in ({}, {"window": 3}, {"gradients": True}, {"head_dim": 144}, {"dtype": torch.float16}):
+        assert select.preferred(problem._replace(**change))[:3] == ("cuda", "triton", "sdpa"), change
+    assert select.preferred(problem._replace(dtype=torch.float32))[:2] == ("cuda", "sdpa")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (10, 0))
     assert select.preferred(problem)[:2] == ("cuda", "sdpa")
 

@@ -48,6 +48,20 @@ def test_a_known_key_launches_what_was_compiled_with_arguments_in_order():
     assert len(kernel.calls) == 3 and len(other.calls) == 1
 
 
+def test_dependent_launches(monkeypatch):
+    """Only where a kernel asks for one, the architecture knows it, and it is not switched off; each is compiled by itself."""
+    kernel, values, meta = Kernel(), {"x": 1, "length": 2, "BLOCK": 16}, torch.device("meta")
+    for architecture in (80, 90, 90):
+        monkeypatch.setattr(launch.tile_sizes, "architecture_of", lambda device, architecture=architecture: architecture)
+        launch.run(kernel, 1, meta, "key", values, dependent=True)
+    monkeypatch.setattr(launch, "DEPENDENT_LAUNCHES", False)
+    launch.run(kernel, 1, meta, "another key", values, dependent=True)
+    launch.run(kernel, 1, meta, "key", values)
+    launch.run(kernel, 1, CPU, "key", values, dependent=True)
+    given = [(values.get("DEPENDENT"), values.get("launch_pdl")) for _, values in kernel.calls]
+    assert given == [(False, None), (True, True), (False, None), (None, None), (False, None)]
+
+
 def test_what_is_compiled_gets_tensors_and_what_is_launched_again_gets_addresses():
     kernel, tensor = Kernel(), torch.zeros(1, 2, 64, 16)
     rows = launch.rows_of(api._dense_inputs(tensor, tensor, tensor, tensor[0], tensor[0], key_lens=torch.tensor([5])))

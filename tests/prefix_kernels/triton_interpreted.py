@@ -1,5 +1,7 @@
 """The Triton kernels on the CPU, in Triton's interpreter. test_triton.py runs this file with TRITON_INTERPRET=1."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import triton
@@ -104,6 +106,23 @@ def test_only_what_feeds_a_wanted_gradient_runs(monkeypatch, wanted):
     assert kernels == [name for name, needed in names.items() if needed]
     for tensor, grad, needed in zip(inputs.tensors, expected, wanted, strict=True):
         assert torch.equal(tensor.grad, grad) if needed else tensor.grad is None
+
+
+@pytest.mark.parametrize(
+    ("wanted", "kv_len", "late"), [((1, 1, 1), 20, 1), ((1, 0, 1), 20, 1), ((1, 0, 0), 20, 0), ((1, 1, 1), 0, 0)]
+)
+def test_the_prefix_computes_beside_the_keys_alone(monkeypatch, wanted, kv_len, late):
+    """What the gradients of the prefix read must be there before the launch before: if that computes dq or delta, it is not."""
+    inputs, found, launched = make_inputs(replace(BANK, q_len=5, kv_len=kv_len, causal=False)), {}, launch.Call.launch
+
+    def launch_and_note(call, kernel, *arguments, **more):
+        found[kernel.fn.__name__] = more.get("LATE")
+        launched(call, kernel, *arguments, **more)
+
+    monkeypatch.setattr(launch.Call, "launch", launch_and_note)
+    inputs.tensors = tuple(t.detach().requires_grad_(bool(w)) for t, w in zip(inputs.tensors, (*wanted, 1, 1), strict=True))
+    inputs.call(backend="triton").square().sum().backward()
+    assert found["dprefix_kernel"] == bool(late)
 
 
 def test_the_gradient_of_a_lse_of_minus_infinity_counts_for_nothing():

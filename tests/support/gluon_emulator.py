@@ -273,7 +273,7 @@ def load(pointer: Pointer, mask: Value | None = None, other: float | None = None
     if mask is None:
         return value(pointer.memory[int(pointer.offset)].numpy())
     result = np.full(mask.shape, other, np.float32)
-    result[np.asarray(mask)] = pointer.memory[torch.from_numpy(np.asarray(pointer.offset)[np.asarray(mask)])].numpy()
+    result[np.asarray(mask)] = pointer.memory[torch.from_numpy(np.asarray(pointer.offset)[np.asarray(mask)])].float().numpy()
     return value(result)
 
 

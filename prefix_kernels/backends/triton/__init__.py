@@ -51,19 +51,10 @@ def workspace_bytes(problem: AttentionProblem) -> tuple[int, int]:
     return rounded + parts, rounded + delta + children + 4 * MAX_SPLITS * problem.prefix_values()
 
 
-def serves_on_hopper(problem: AttentionProblem) -> bool:
-    """Whether kernels for Hopper, measured to be faster, serve a call: forward, and keys and prefix backward."""
-    from prefix_kernels.backends.triton import tile_sizes
-
-    options = problem.window, problem.softcap
-    options += problem.has_key_mask, problem.has_key_lens, problem.has_bias, problem.has_prefix_lens, problem.has_parent
-    if any(option not in (None, False) for option in options) or problem.dtype not in (torch.bfloat16, torch.float16):
-        return False
-    regimes = [tile_sizes.HOPPER_REGIMES]
-    if problem.gradients:
-        regimes += [tile_sizes.HOPPER_BACKWARD_REGIMES[kernel] for kernel in ("dkeys", "dprefix")]
-    measured = all(any(regime.covers(problem) for regime in each) for each in regimes)
-    return measured and torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+def fast_with_wide_heads(problem: AttentionProblem) -> bool:
+    """Whether heads of more than 128 are served faster than by stock kernels: on sm_90, on tensor cores."""
+    on_tensor_cores = problem.dtype in (torch.bfloat16, torch.float16)
+    return on_tensor_cores and torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 
 
 def forward(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,9 @@
 
 Only kernels that feed a wanted gradient run. The prefix's gradients are summed over the batch in float32: a program sums one
 share of the query blocks, and a last kernel adds the shares in order. Their number depends on sizes alone and has a bound.
+
+Launches are dependent where the GPU knows such: a kernel waits for the one before and then lets the next begin to wait. So the
+next finds all done that was done before the one before it began; dprefix reads nothing else, if that was dkeys.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ from torch import Tensor
 from prefix_kernels.backends.triton import tile_sizes
 from prefix_kernels.backends.triton.dkeys_kernels import dkeys_kernel, dprefix_kernel
 from prefix_kernels.backends.triton.dq_kernel import delta_of_block, dq_kernel
-from prefix_kernels.backends.triton.launch import LENGTHS, Call, cdiv, key_of, run
+from prefix_kernels.backends.triton.launch import LENGTHS, Call, cdiv, key_of, run, wait_for_launch_before
 from prefix_kernels.backends.triton.online_softmax import load_tile, start_of
 from prefix_kernels.backends.triton.rows import Operand, block_of, queries_of, scalars, tokens
 from prefix_kernels.backends.triton.tile_sizes import Tile
@@ -26,7 +29,7 @@ PROGRAMS = 264  # of the prefix kernel: two for each multiprocessor of a large G
 HOPPER_PROGRAMS = 132  # of the one for Hopper: one has all registers of a multiprocessor
 MAX_SPLITS = 32
 FEW_BLOCKS = 8  # of queries, that a program goes through sooner than the shares of several are summed; assumed
-SUM_BLOCK = 1024
+SUM_BLOCK, AT_ONCE = 256, tl.constexpr(8)  # elements of a program, and parts whose loads do not wait for each other
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -34,9 +37,10 @@ def delta_kernel(
     out, grad_out, lse, grad_lse, delta, rows, batch, heads, kv_heads, q_len, kv_len, q_tokens, k_tokens, prefixes, prefix_len,
     window, slide, scale, softcap, CAUSAL: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr, BLOCK_VALUE_DIM: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    BLOCK_N: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """delta where no dq is wanted: a block of queries of one head of one row."""
+    wait_for_launch_before(DEPENDENT)
     block, head, row = block_of(tl.program_id(0), tl.cdiv(q_len, BLOCK_M), heads, kv_heads, kv_len, HEAD_DIM)
     q_start, own_q_len = queries_of(rows, row, q_len, q_tokens)
     first_query = block * BLOCK_M
@@ -57,14 +61,19 @@ def delta_kernel(
 def sum_block(parts, total, splits, numel, BLOCK: tl.constexpr):
     index = tl.cast(tl.program_id(0) // 2, tl.int64) * BLOCK + tl.arange(0, BLOCK)
     result = tl.zeros([BLOCK], tl.float32)
-    for split in tl.range(0, splits):
-        result += tl.load(parts + tl.cast(split, tl.int64) * numel + index, mask=index < numel, other=0.0)
+    for first in tl.range(0, splits, AT_ONCE):
+        split = first + tl.arange(0, AT_ONCE)[:, None]
+        exists = (split < splits) & (index < numel)[None, :]
+        result += tl.sum(tl.load(parts + tl.cast(split, tl.int64) * numel + index[None, :], mask=exists, other=0.0), 0)
     tl.store(total + index, result.to(total.dtype.element_ty), mask=index < numel)
 
 
 @triton.jit(do_not_specialize=["splits", "k_numel", "v_numel"])
-def sum_splits_kernel(k_parts, v_parts, k_total, v_total, splits, k_numel, v_numel, BLOCK: tl.constexpr):
+def sum_splits_kernel(
+    k_parts, v_parts, k_total, v_total, splits, k_numel, v_numel, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr
+):
     """total [numel] = Σ parts [splits, numel], in order: keys in even programs, values in odd ones; None is not wanted."""
+    wait_for_launch_before(DEPENDENT)
     if tl.program_id(0) % 2 == 0:
         if k_parts is not None:
             sum_block(k_parts, k_total, splits, k_numel, BLOCK)
@@ -78,6 +87,10 @@ def backward(
     """Gradients of q, k, v, prefix_k, prefix_v, None where not wanted."""
     call, varlen, hopper = Call(inputs), inputs.varlen, hopper_kernels(inputs)
     q, k, v, prefix_k, prefix_v = call.tensors
+    if hopper:
+        from prefix_kernels.backends.triton.hopper import readable
+
+        grad_out = readable(grad_out)  # else a copy would stand between the launches
     grads = [
         empty_token_major(tensor, tuple(tensor.shape)) if needed else None
         for tensor, needed in zip((inputs.q, inputs.k, inputs.v), wanted, strict=False)
@@ -86,16 +99,16 @@ def backward(
     query_side = {"grad_out": tokens(grad_out, varlen), "lse": scalars(lse, varlen)}
     for_delta = {"out": tokens(out, varlen), "grad_lse": None if grad_lse is None else scalars(grad_lse, varlen)}
     # dq leaves delta behind, but for float32: there one more tile spills.
-    if dq is None or "dq" in hopper or call.problem.dtype == torch.float32:
+    if dq is None or call.problem.dtype == torch.float32:
         query_side["delta"] = _delta(call, **for_delta, **query_side)
         for_delta = {"out": None, "grad_lse": None}
     else:
         query_side["delta"] = _empty_delta(call, lse)
     if dq is not None and "dq" in hopper:
-        hopper["dq"](call, q, k, v, prefix_k, prefix_v, dq, **query_side)
+        hopper["dq"](call, q, k, v, prefix_k, prefix_v, dq, **for_delta, **query_side)
     elif dq is not None:
         tile, operands = call.tile("dq"), {"prefix_k": prefix_k, "prefix_v": prefix_v, **for_delta, **query_side}
-        call.launch(dq_kernel, tile, _query_programs(call, tile), q=q, k=k, v=v, dq=dq, **operands)
+        call.launch(dq_kernel, tile, _query_programs(call, tile), dependent=True, q=q, k=k, v=v, dq=dq, **operands)
     if (dk is not None or dv is not None) and "dkeys" in hopper:
         hopper["dkeys"](call, q, k, v, dk, dv, **query_side)
     elif dk is not None or dv is not None:
@@ -103,9 +116,11 @@ def backward(
         programs = cdiv(call.problem.kv_len, tile.BLOCK_N) * call.problem.kv_heads * call.problem.batch
         children, first_child = _children(inputs)
         call.launch(
-            dkeys_kernel, tile, programs, q=q, k=k, v=v, dk=dk, dv=dv, children=children, first_child=first_child, **query_side
-        )
-    return *grads, *_prefix_gradients(call, inputs, wanted[3:], query_side, hopper.get("dprefix"))
+            dkeys_kernel, tile, programs, dependent=True, q=q, k=k, v=v, dk=dk, dv=dv, children=children,
+            first_child=first_child, **query_side,
+        )  # fmt: skip
+    late = (dk is not None or dv is not None) and call.problem.kv_len * call.problem.batch > 0  # right after dkeys
+    return *grads, *_prefix_gradients(call, inputs, wanted[3:], query_side, hopper.get("dprefix"), late)
 
 
 def hopper_kernels(inputs: AttentionInputs) -> dict[str, Callable]:
@@ -125,7 +140,7 @@ def hopper_kernels(inputs: AttentionInputs) -> dict[str, Callable]:
 def _delta(call: Call, lse: Operand, **operands: Operand | None) -> Operand:
     """delta by a kernel of its own."""
     delta, tile = _empty_delta(call, lse.value.pointer), call.tile("delta")
-    call.launch(delta_kernel, tile, _query_programs(call, tile), lse=lse, delta=delta, **operands)
+    call.launch(delta_kernel, tile, _query_programs(call, tile), dependent=True, lse=lse, delta=delta, **operands)
     return delta
 
 
@@ -147,8 +162,9 @@ def _children(inputs: AttentionInputs) -> tuple[Tensor | None, Tensor | None]:
 
 
 def _prefix_gradients(
-    call: Call, inputs: AttentionInputs, wanted: tuple[bool, ...], query_side: dict[str, Operand], hopper: Callable | None
-) -> list[Tensor | None]:
+    call: Call, inputs: AttentionInputs, wanted: tuple[bool, ...], query_side: dict[str, Operand], hopper: Callable | None,
+    late: bool,
+) -> list[Tensor | None]:  # fmt: skip
     """Gradients of prefix_k and prefix_v, in the prefix's dtype; hopper: the launch that takes dprefix_kernel's place."""
     problem, tile = call.problem, call.tile("hopper_dprefix" if hopper else "dprefix")
     q, _, _, prefix_k, prefix_v = call.tensors
@@ -168,11 +184,11 @@ def _prefix_gradients(
         ]
     dprefix_k, dprefix_v = (None if part is None else tokens(part) for part in parts)
     if (dprefix_k is not None or dprefix_v is not None) and hopper:
-        hopper(call, owners * splits, splits, q, prefix_k, prefix_v, dprefix_k, dprefix_v, **query_side)
+        hopper(call, owners * splits, splits, late, q, prefix_k, prefix_v, dprefix_k, dprefix_v, **query_side)
     elif dprefix_k is not None or dprefix_v is not None:
         call.launch(
-            dprefix_kernel, tile, owners * splits, q=q, prefix_k=prefix_k, prefix_v=prefix_v, dprefix_k=dprefix_k,
-            dprefix_v=dprefix_v, splits=splits, **query_side,
+            dprefix_kernel, tile, owners * splits, dependent=True, q=q, prefix_k=prefix_k, prefix_v=prefix_v,
+            dprefix_k=dprefix_k, dprefix_v=dprefix_v, splits=splits, LATE=late, **query_side,
         )  # fmt: skip
     if splits > 1:
         numels = [0 if grad is None else grad.numel() for grad in grads]
@@ -181,7 +197,7 @@ def _prefix_gradients(
             "k_numel": numels[0], "v_numel": numels[1], "BLOCK": SUM_BLOCK,
         }  # fmt: skip
         key = tuple(map(key_of, (*parts, *grads))), max(numels) >> 31
-        run(sum_splits_kernel, 2 * cdiv(max(numels), SUM_BLOCK), call.device, key, values)
+        run(sum_splits_kernel, 2 * cdiv(max(numels), SUM_BLOCK), call.device, key, values, dependent=True)
     return grads
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from prefix_kernels.backends.triton.launch import LENGTHS
+from prefix_kernels.backends.triton.launch import LENGTHS, wait_for_launch_before
 from prefix_kernels.backends.triton.online_softmax import (
     load_log2_lse,
     load_tile,
@@ -74,8 +74,9 @@ def dkeys_kernel(
     q, k, v, grad_out, lse, delta, dk, dv, children, first_child, rows, batch, heads, kv_heads, q_len, kv_len, q_tokens,
     k_tokens, prefixes, prefix_len, window, slide, scale, softcap, CAUSAL: tl.constexpr, HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_VALUE_DIM: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
+    wait_for_launch_before(DEPENDENT)
     blocks, group = tl.cdiv(kv_len, BLOCK_N), heads // kv_heads
     block, kv_head, row = place_of(tl.program_id(0), blocks, kv_heads, section_of(group * q_len, HEAD_DIM))
     k_start, own_kv_len, buffer_len = keys_of(rows, row, kv_len, k_tokens)
@@ -136,9 +137,14 @@ def dprefix_kernel(
     q, prefix_k, prefix_v, grad_out, lse, delta, dprefix_k, dprefix_v, splits, rows, batch, heads, kv_heads, q_len, kv_len,
     q_tokens, k_tokens, prefixes, prefix_len, window, slide, scale, softcap, CAUSAL: tl.constexpr, HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_VALUE_DIM: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DEPENDENT: tl.constexpr, LATE: tl.constexpr,
 ):  # fmt: skip
-    """dprefix_k and dprefix_v [splits · prefixes, kv_heads, prefix_len, …]: the sums over each split's share of the queries."""
+    """dprefix_k and dprefix_v [splits · prefixes, kv_heads, prefix_len, …]: the sums over each split's share of the queries.
+
+    LATE: what it reads was there before the launch before began, so it computes beside that, and waits before it writes.
+    """
+    if not LATE:
+        wait_for_launch_before(DEPENDENT)
     blocks, group = tl.cdiv(prefix_len, BLOCK_N), heads // kv_heads
     program = tl.program_id(0)
     first_column, kv_head = program % blocks * BLOCK_N, program // blocks % kv_heads
@@ -178,6 +184,8 @@ def dprefix_kernel(
             HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_DIM, BLOCK_VALUE_DIM,
         )  # fmt: skip
 
+    if LATE:
+        wait_for_launch_before(DEPENDENT)
     exists = (column < length)[:, None]
     if dprefix_k is not None:
         store_tile(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from prefix_kernels.backends.triton.launch import LENGTHS
+from prefix_kernels.backends.triton.launch import LENGTHS, wait_for_launch_before
 from prefix_kernels.backends.triton.online_softmax import (
     load_log2_lse,
     load_tile,
@@ -104,8 +104,9 @@ def dq_kernel(
     q, k, v, prefix_k, prefix_v, out, grad_out, lse, grad_lse, delta, dq, rows, batch, heads, kv_heads, q_len, kv_len,
     q_tokens, k_tokens, prefixes, prefix_len, window, slide, scale, softcap, CAUSAL: tl.constexpr, HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_VALUE_DIM: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    BLOCK_N: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
+    wait_for_launch_before(DEPENDENT)
     block, head, row = block_of(tl.program_id(0), tl.cdiv(q_len, BLOCK_M), heads, kv_heads, kv_len, HEAD_DIM)
     kv_head = head // (heads // kv_heads)
     q_start, own_q_len = queries_of(rows, row, q_len, q_tokens)

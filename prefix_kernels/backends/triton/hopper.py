@@ -40,6 +40,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )  # fmt: skip
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from prefix_kernels.backends.triton import tile_sizes
 from prefix_kernels.backends.triton.launch import cdiv, key_of, rounded_prefix, run
@@ -65,6 +66,14 @@ LENGTHS = (
     "heads", "kv_heads", "q_len", "kv_len", "q_tokens", "k_tokens", "prefixes", "prefix_len", "lse_row", "lse_head",
     "section",
 )  # fmt: skip
+
+
+@gluon.jit
+def wait_for_launch_before(DEPENDENT: gl.constexpr):
+    """As in launch.py."""
+    if DEPENDENT:
+        gdc_wait()
+        gdc_launch_dependents()
 
 
 @gluon.jit
@@ -406,9 +415,9 @@ def descriptor(tensor: Tensor, rows: int, packed: bool) -> TensorDescriptor:
     return TensorDescriptor(tensor, shape, strides, [1, 1, 1, rows, shape[-1]], layout)
 
 
-def readable_descriptor(tensor: Tensor, rows: int, packed: bool) -> TensorDescriptor:
-    """The same of any tensor: of a copy, if TMA cannot read it."""
-    return descriptor(tensor if _readable(tensor) else tensor.clone(memory_format=torch.contiguous_format), rows, packed)
+def readable(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy that TMA can read."""
+    return tensor if _readable(tensor) else tensor.clone(memory_format=torch.contiguous_format)
 
 
 def section_of(problem: AttentionProblem, tokens: int, heads: int) -> int:

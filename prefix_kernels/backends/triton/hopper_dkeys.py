@@ -31,12 +31,13 @@ from prefix_kernels.backends.triton.hopper import (
     LOG2_E,
     PRODUCER_REGISTERS,
     REGISTERS,
+    descriptor,
     load_tile,
     place_of,
     prefix_of,
-    readable_descriptor,
     section_of,
     tokens_of,
+    wait_for_launch_before,
 )  # fmt: skip
 from prefix_kernels.backends.triton.launch import Call, cdiv, key_of, run
 from prefix_kernels.backends.triton.rows import Operand
@@ -47,7 +48,7 @@ TOGETHER = 128  # the widest heads whose keys' and values' sums one program hold
 
 LENGTHS = (
     "splits", "batch", "heads", "kv_heads", "q_len", "kv_len", "q_tokens", "k_tokens", "prefixes", "prefix_len", "lse_row",
-    "lse_head", "grad_row", "grad_head", "grad_token", "section",
+    "lse_head", "section",
 )  # fmt: skip
 
 
@@ -132,9 +133,9 @@ def store_sums(grad, sums, first, stop, stride, SUMS: gl.constexpr):
 @gluon.jit
 def consume(
     dk, dv, k_tiles, v_tiles, kv_full, ring, first_key, stop_key, shift, begin, blocks, total, grad_token, scale,
-    WARPGROUP: gl.constexpr, MASKED: gl.constexpr, STAGES: gl.constexpr,
+    WARPGROUP: gl.constexpr, MASKED: gl.constexpr, STAGES: gl.constexpr, WAIT: gl.constexpr,
 ):  # fmt: skip
-    """One warpgroup's keys: the sums over all blocks of queries, then dk and dv."""
+    """One warpgroup's keys: the sums over all blocks of queries, then dk and dv. WAIT: for the launch before, to write."""
     q_tiles, grad_tiles, lse_tiles, delta_tiles, full, empty = ring
     DTYPE: gl.constexpr = q_tiles.dtype
     WARPGROUP_N: gl.constexpr = k_tiles.shape[4]
@@ -184,6 +185,7 @@ def consume(
             dk_sum, dv_sum, dscores, rounded = warpgroup_mma_wait(0, deps=(dk_sum, dv_sum, dscores, rounded))
             mbarrier.arrive(empty.index(stage), count=1)
 
+    wait_for_launch_before(WAIT)
     if dk is not None:
         store_sums(dk, dk_sum * (scale * LN_2), first, stop_key, grad_token, SUMS)
     if dv is not None:
@@ -195,8 +197,14 @@ def hopper_dkeys_kernel(
     q, grad_out, keys, values, lse, delta, dk, dv, cu_seqlens_q, cu_seqlens_k, prefix_ids, splits, batch, heads, kv_heads,
     q_len, kv_len, q_tokens, k_tokens, prefixes, prefix_len, lse_row, lse_head, grad_row, grad_head, grad_token, section,
     scale, PREFIX: gl.constexpr, CAUSAL: gl.constexpr, STAGES: gl.constexpr, CONSUMER: gl.constexpr, PRODUCER: gl.constexpr,
+    LATE: gl.constexpr, DEPENDENT: gl.constexpr,
 ):  # fmt: skip
-    """dk and dv [rows, …] of own keys; PREFIX: the parts [splits · prefixes, kv_heads, prefix_len, …] of a prefix's."""
+    """dk and dv [rows, …] of own keys; PREFIX: the parts [splits · prefixes, kv_heads, prefix_len, …] of a prefix's.
+
+    LATE: as of dprefix_kernel.
+    """
+    WAIT: gl.constexpr = DEPENDENT and LATE
+    wait_for_launch_before(DEPENDENT and not LATE)
     DTYPE: gl.constexpr = q.dtype
     BLOCK_M: gl.constexpr = q.block_type.shape[3]
     WARPGROUP_N: gl.constexpr = keys.block_type.shape[3]
@@ -256,9 +264,9 @@ def hopper_dkeys_kernel(
     gl.warp_specialize(
         [
             (consume, (dk, dv, k_tiles, v_tiles, kv_full, ring, first_key, stop_key, shift, begin, blocks, total, grad_token,
-                       scale * LOG2_E, gl.constexpr(0), CAUSAL, STAGES)),
+                       scale * LOG2_E, gl.constexpr(0), CAUSAL, STAGES, WAIT)),
             (consume, (dk, dv, k_tiles, v_tiles, kv_full, ring, first_key, stop_key, shift, begin, blocks, total, grad_token,
-                       scale * LOG2_E, gl.constexpr(1), CAUSAL, STAGES)),
+                       scale * LOG2_E, gl.constexpr(1), CAUSAL, STAGES, WAIT)),
             (produce, (q, grad_out, keys, values, lse, delta, k_tiles, v_tiles, kv_full, ring, k_place, kv_head, group, rows,
                        result, first_key, stop_key, splits, cu_seqlens_q, prefix_ids, batch, q_len, q_tokens, prefixes,
                        prefix_len, shift, lse_row, lse_head, total, PREFIX, CAUSAL, STAGES)),
@@ -276,17 +284,17 @@ def dkeys(
     pairs = problem.kv_heads * problem.batch
     programs, section = cdiv(problem.kv_len, tile.BLOCK_N) * pairs, section_of(problem, problem.q_len * problem.heads, pairs)
     for grads in _passes(problem, dk, dv):
-        _launch(call, tile, programs, section, 1, q, (k, v), grads, prefix=False, **query_side)
+        _launch(call, tile, programs, section, 1, False, q, (k, v), grads, prefix=False, **query_side)
 
 
 def dprefix(
-    call: Call, programs: int, splits: int, q: Operand, prefix_k: Operand, prefix_v: Operand, dprefix_k: Operand | None,
-    dprefix_v: Operand | None, **query_side: Operand,
+    call: Call, programs: int, splits: int, late: bool, q: Operand, prefix_k: Operand, prefix_v: Operand,
+    dprefix_k: Operand | None, dprefix_v: Operand | None, **query_side: Operand,
 ) -> None:  # fmt: skip
     """As dprefix_kernel of dkeys_kernels.py."""
     tile = call.tile("hopper_dprefix")
     for grads in _passes(call.problem, dprefix_k, dprefix_v):
-        _launch(call, tile, programs, 1, splits, q, (prefix_k, prefix_v), grads, prefix=True, **query_side)
+        _launch(call, tile, programs, 1, splits, late, q, (prefix_k, prefix_v), grads, prefix=True, **query_side)
 
 
 def _passes(
@@ -298,8 +306,9 @@ def _passes(
 
 
 def _launch(
-    call: Call, tile: Tile, programs: int, section: int, splits: int, q: Operand, columns: tuple[Operand, Operand],
-    grads: tuple[Operand | None, Operand | None], grad_out: Operand, lse: Operand, delta: Operand, prefix: bool,
+    call: Call, tile: Tile, programs: int, section: int, splits: int, late: bool, q: Operand,
+    columns: tuple[Operand, Operand], grads: tuple[Operand | None, Operand | None], grad_out: Operand, lse: Operand,
+    delta: Operand, prefix: bool,
 ) -> None:  # fmt: skip
     if programs == 0:
         return
@@ -308,8 +317,8 @@ def _launch(
     dk, dv = (None if grad is None else grad.value.pointer for grad in grads)
     rows = call.rows.value
     index = rows.cu_seqlens_q, None if prefix else rows.cu_seqlens_k, rows.prefix_ids if prefix else None
-    q_tiles, grad_tiles = (readable_descriptor(each.value.pointer, tile.BLOCK_M, packed) for each in (q, grad_out))
-    keys, values = (readable_descriptor(each.value.pointer, tile.BLOCK_N // 2, packed and not prefix) for each in columns)
+    q_tiles, grad_tiles = (descriptor(each.value.pointer, tile.BLOCK_M, packed) for each in (q, grad_out))
+    keys, values = (descriptor(each.value.pointer, tile.BLOCK_N // 2, packed and not prefix) for each in columns)
     arguments = {
         "q": q_tiles, "grad_out": grad_tiles, "keys": keys, "values": values, "lse": lse.value.pointer,
         "delta": delta.value.pointer, "dk": dk, "dv": dv, "cu_seqlens_q": index[0], "cu_seqlens_k": index[1],
@@ -319,7 +328,8 @@ def _launch(
         "grad_row": strides[0], "grad_head": strides[1], "grad_token": strides[2], "section": section,
         "scale": call.lengths["scale"],
         "PREFIX": prefix, "CAUSAL": problem.causal and not prefix, "STAGES": tile.num_stages, "CONSUMER": CONSUMER_REGISTERS,
-        "PRODUCER": PRODUCER_REGISTERS,
+        "PRODUCER": PRODUCER_REGISTERS, "LATE": late,
     }  # fmt: skip
-    key = tile, prefix, problem.dtype, call.key, tuple(map(key_of, (lse, delta, *grads)))
-    run(hopper_dkeys_kernel, programs, call.device, key, arguments, num_warps=tile.num_warps, maxnreg=REGISTERS)
+    key = tile, prefix, late, problem.dtype, call.key, tuple(map(key_of, (lse, delta, *grads)))
+    options = {"num_warps": tile.num_warps, "maxnreg": REGISTERS}
+    run(hopper_dkeys_kernel, programs, call.device, key, arguments, dependent=True, **options)

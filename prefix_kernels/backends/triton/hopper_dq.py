@@ -27,23 +27,24 @@ from prefix_kernels.backends.triton.hopper import (
     LOG2_E,
     PRODUCER_REGISTERS,
     REGISTERS,
+    descriptor,
     issue_scores,
     load_blocks,
     load_tile,
     place_of,
     prefix_of,
-    readable_descriptor,
     section_of,
     tokens_of,
     wait_for_keys,
+    wait_for_launch_before,
 )  # fmt: skip
-from prefix_kernels.backends.triton.hopper_dkeys import load_scalars, store_sums
+from prefix_kernels.backends.triton.hopper_dkeys import store_sums
 from prefix_kernels.backends.triton.launch import Call, cdiv, key_of, run
 from prefix_kernels.backends.triton.rows import Operand
 
 LENGTHS = (
     "heads", "kv_heads", "q_len", "kv_len", "q_tokens", "k_tokens", "prefixes", "prefix_len", "lse_row", "lse_head",
-    "grad_row", "grad_head", "grad_token", "section",
+    "section",
 )  # fmt: skip
 
 
@@ -107,11 +108,11 @@ def add_block(
 
 @gluon.jit
 def consume(
-    dq, lse, delta, q_tiles, grad_tiles, q_full, k_ring, v_ring, first_query, own_q_len, shift, own_kv_len, prefix_len,
-    prefix_blocks, blocks, grad_token, scale, WARPGROUP: gl.constexpr, CAUSAL: gl.constexpr, BLOCK_N: gl.constexpr,
-    STAGES: gl.constexpr,
+    dq, out, lse, grad_lse, delta, q_tiles, grad_tiles, q_full, k_ring, v_ring, first_query, own_q_len, shift, own_kv_len,
+    prefix_len, prefix_blocks, blocks, out_token, grad_token, scale, WARPGROUP: gl.constexpr, CAUSAL: gl.constexpr,
+    BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """One warpgroup's queries: the sum over all blocks of keys, then dq."""
+    """One warpgroup's queries: delta, the sum over all blocks of keys, then dq."""
     WARPGROUP_M: gl.constexpr = q_tiles.shape[4]
     HEAD_DIM: gl.constexpr = q_tiles.shape[5]
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
@@ -119,7 +120,13 @@ def consume(
     DSCORES: gl.constexpr = gl.DotOperandLayout(0, SUMS, 2)
     first = first_query + WARPGROUP * WARPGROUP_M
     query = first + gl.arange(0, WARPGROUP_M, layout=gl.SliceLayout(1, SCORES))
-    lse_of, delta_of = load_scalars(lse, delta, query, own_q_len)  # [WARPGROUP_M]
+    exists = query < own_q_len
+    lse_of = gl.load(lse + query, mask=exists, other=0.0) * LOG2_E  # [WARPGROUP_M]
+    delta_of = gl.zeros([WARPGROUP_M], gl.float32, gl.SliceLayout(1, SCORES))
+    token = gl.expand_dims(first + gl.arange(0, WARPGROUP_M, layout=gl.SliceLayout(1, SUMS)), 1)
+    dim = gl.expand_dims(gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, SUMS)), 0)
+    addresses = out + token.to(gl.int64) * out_token + dim
+    out_tile = gl.load(addresses, mask=(token < own_q_len) & (dim >= 0), other=0.0)  # [WARPGROUP_M, HEAD_DIM]
     prefix_stop = query * 0 + prefix_len
     if CAUSAL:
         stop = gl.minimum(query + shift + 1, own_kv_len)
@@ -137,6 +144,10 @@ def consume(
         scores = issue_scores(q_tile, k_ring, 0, BLOCK_N, STAGES, SCORES)
         wait_for_keys(v_ring, 0, blocks, STAGES)
         dweights = issue_scores(grad_tile, v_ring, 0, BLOCK_N, STAGES, SCORES)
+        delta_of = gl.sum(out_tile.to(gl.float32) * grad_tile.load(SUMS).to(gl.float32), 1)
+        delta_of = gl.convert_layout(delta_of, gl.SliceLayout(1, SCORES), assert_trivial=True)
+        if grad_lse is not None:  # a query that sees nothing takes no gradient from it
+            delta_of -= gl.where(lse_of == float("-inf"), 0.0, gl.load(grad_lse + query, mask=exists, other=0.0))
         scores, dweights = warpgroup_mma_wait(0, deps=(scores, dweights))
         mbarrier.arrive(v_ring[2].index(0), count=1)
         first_stop = gl.where(prefix_blocks > 0, prefix_stop, stop)
@@ -168,15 +179,18 @@ def consume(
         total = issue_dq(dscores, total, k_ring, blocks - 1, BLOCK_N, STAGES)
         total, dscores = warpgroup_mma_wait(0, deps=(total, dscores))
 
+    gl.store(delta + query, delta_of, mask=exists)
     store_sums(dq, total * (scale * LN_2), first, own_q_len, grad_token, SUMS)
 
 
 @gluon.jit(do_not_specialize=LENGTHS)
 def hopper_dq_kernel(
-    q, grad_out, k, v, prefix_k, prefix_v, lse, delta, dq, cu_seqlens_q, cu_seqlens_k, prefix_ids, heads, kv_heads, q_len,
-    kv_len, q_tokens, k_tokens, prefixes, prefix_len, lse_row, lse_head, grad_row, grad_head, grad_token, section,
-    scale, CAUSAL: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, CONSUMER: gl.constexpr, PRODUCER: gl.constexpr,
+    q, grad_out, k, v, prefix_k, prefix_v, out, lse, grad_lse, delta, dq, cu_seqlens_q, cu_seqlens_k, prefix_ids, heads,
+    kv_heads, q_len, kv_len, q_tokens, k_tokens, prefixes, prefix_len, lse_row, lse_head, out_row, out_head, out_token,
+    grad_row, grad_head, grad_token, section, scale, CAUSAL: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+    CONSUMER: gl.constexpr, PRODUCER: gl.constexpr, DEPENDENT: gl.constexpr,
 ):  # fmt: skip
+    wait_for_launch_before(DEPENDENT)
     DTYPE: gl.constexpr = q.dtype
     WARPGROUP_M: gl.constexpr = q.block_type.shape[3]
     HEAD_DIM: gl.constexpr = q.block_type.shape[4]
@@ -188,10 +202,14 @@ def hopper_dq_kernel(
     k_place, own_kv_len = tokens_of(cu_seqlens_k, row, kv_len, k_tokens)
     prefix_place, own_prefix_len = prefix_of(prefix_ids, row, prefixes, prefix_len)
     start = row.to(gl.int64) * lse_row + head.to(gl.int64) * lse_head
+    out += row.to(gl.int64) * out_row + head.to(gl.int64) * out_head
     dq += row.to(gl.int64) * grad_row + head.to(gl.int64) * grad_head
     if cu_seqlens_q is not None:
         start += q_place[1] - own_q_len
+        out += (q_place[1] - own_q_len).to(gl.int64) * out_token
         dq += (q_place[1] - own_q_len).to(gl.int64) * grad_token
+    if grad_lse is not None:
+        grad_lse += start
 
     shift = own_kv_len - own_q_len  # query i stands at position i + shift
     last_stop = own_kv_len
@@ -221,12 +239,12 @@ def hopper_dq_kernel(
 
     gl.warp_specialize(
         [
-            (consume, (dq, lse + start, delta + start, q_tiles, grad_tiles, q_full, k_ring, v_ring, first_query, own_q_len,
-                       shift, own_kv_len, own_prefix_len, prefix_blocks, blocks, grad_token, scale * LOG2_E,
-                       gl.constexpr(0), CAUSAL, BLOCK_N, STAGES)),
-            (consume, (dq, lse + start, delta + start, q_tiles, grad_tiles, q_full, k_ring, v_ring, first_query, own_q_len,
-                       shift, own_kv_len, own_prefix_len, prefix_blocks, blocks, grad_token, scale * LOG2_E,
-                       gl.constexpr(1), CAUSAL, BLOCK_N, STAGES)),
+            (consume, (dq, out, lse + start, grad_lse, delta + start, q_tiles, grad_tiles, q_full, k_ring, v_ring, first_query,
+                       own_q_len, shift, own_kv_len, own_prefix_len, prefix_blocks, blocks, out_token, grad_token,
+                       scale * LOG2_E, gl.constexpr(0), CAUSAL, BLOCK_N, STAGES)),
+            (consume, (dq, out, lse + start, grad_lse, delta + start, q_tiles, grad_tiles, q_full, k_ring, v_ring, first_query,
+                       own_q_len, shift, own_kv_len, own_prefix_len, prefix_blocks, blocks, out_token, grad_token,
+                       scale * LOG2_E, gl.constexpr(1), CAUSAL, BLOCK_N, STAGES)),
             (produce, (q, grad_out, k, v, prefix_k, prefix_v, q_tiles, grad_tiles, q_full, k_ring, v_ring, q_place, k_place,
                        prefix_place, head, head // (heads // kv_heads), first_query, prefix_blocks, blocks, BLOCK_N,
                        STAGES)),
@@ -237,29 +255,32 @@ def hopper_dq_kernel(
 
 
 def dq(
-    call: Call, q: Operand, k: Operand, v: Operand, prefix_k: Operand, prefix_v: Operand, dq: Operand, grad_out: Operand,
-    lse: Operand, delta: Operand,
+    call: Call, q: Operand, k: Operand, v: Operand, prefix_k: Operand, prefix_v: Operand, dq: Operand, out: Operand,
+    grad_lse: Operand | None, grad_out: Operand, lse: Operand, delta: Operand,
 ) -> None:  # fmt: skip
-    """As dq_kernel of dq_kernel.py."""
+    """As dq_kernel of dq_kernel.py, which leaves delta behind."""
     tile, problem, rows, packed = call.tile("hopper_dq"), call.problem, call.rows.value, call.problem.varlen
     programs = cdiv(problem.q_len, tile.BLOCK_M) * problem.heads * problem.batch
-    q_tiles, grad_tiles = (readable_descriptor(each.value.pointer, tile.BLOCK_M // 2, packed) for each in (q, grad_out))
+    q_tiles, grad_tiles = (descriptor(each.value.pointer, tile.BLOCK_M // 2, packed) for each in (q, grad_out))
     # Nothing is read of an empty tensor, but a descriptor cannot be empty: q stands in.
     columns = ((k, packed), (v, packed), (prefix_k, False), (prefix_v, False))
     columns = [(each.value.pointer, of_row) for each, of_row in columns]
     columns = [(tensor, of_row) if tensor.numel() else (q.value.pointer, packed) for tensor, of_row in columns]
-    keys = [readable_descriptor(tensor, tile.BLOCK_N, of_row) for tensor, of_row in columns]
+    keys = [descriptor(tensor, tile.BLOCK_N, of_row) for tensor, of_row in columns]
     arguments = {
         "q": q_tiles, "grad_out": grad_tiles, "k": keys[0], "v": keys[1], "prefix_k": keys[2], "prefix_v": keys[3],
-        "lse": lse.value.pointer, "delta": delta.value.pointer, "dq": dq.value.pointer, "cu_seqlens_q": rows.cu_seqlens_q,
+        "out": out.value.pointer, "lse": lse.value.pointer, "grad_lse": None if grad_lse is None else grad_lse.value.pointer,
+        "delta": delta.value.pointer, "dq": dq.value.pointer, "cu_seqlens_q": rows.cu_seqlens_q,
         "cu_seqlens_k": rows.cu_seqlens_k, "prefix_ids": rows.prefix_ids, "heads": problem.heads, "kv_heads": problem.kv_heads,
         "q_len": problem.q_len, "kv_len": problem.kv_len, "q_tokens": problem.q_tokens, "k_tokens": problem.k_tokens,
         "prefixes": problem.prefixes, "prefix_len": problem.prefix_len, "lse_row": lse.value.batch, "lse_head": lse.value.head,
-        "grad_row": dq.value.batch, "grad_head": dq.value.head, "grad_token": dq.value.token,
+        "out_row": out.value.batch, "out_head": out.value.head, "out_token": out.value.token, "grad_row": dq.value.batch,
+        "grad_head": dq.value.head, "grad_token": dq.value.token,
         "section": section_of(problem, problem.kv_len * problem.kv_heads, problem.heads * problem.batch),
         "scale": call.lengths["scale"],
         "CAUSAL": problem.causal, "BLOCK_N": tile.BLOCK_N, "STAGES": tile.num_stages, "CONSUMER": CONSUMER_REGISTERS,
         "PRODUCER": PRODUCER_REGISTERS,
     }  # fmt: skip
-    key = tile, problem.dtype, call.key, tuple(map(key_of, (lse, delta, dq)))
-    run(hopper_dq_kernel, programs, call.device, key, arguments, num_warps=tile.num_warps, maxnreg=REGISTERS)
+    key = tile, problem.dtype, call.key, tuple(map(key_of, (out, lse, grad_lse, delta, dq)))
+    options = {"num_warps": tile.num_warps, "maxnreg": REGISTERS}
+    run(hopper_dq_kernel, programs, call.device, key, arguments, dependent=True, **options)

@@ -13,8 +13,11 @@ from operator import itemgetter
 from typing import Any
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 from torch.nn import Parameter
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from prefix_kernels.backends.triton import tile_sizes
 from prefix_kernels.backends.triton.rows import Operand, distances, rows_of, tokens
@@ -29,13 +32,31 @@ LENGTHS = (
 MOST_COMPILED = 4096  # keys that are remembered: shapes whose strides differ have keys of their own
 _compiled: dict[Hashable, tuple[Any, Callable, Any]] = {}  # compiled kernel, its arguments in order, and the kernel, kept alive
 _NO_CHANGE = nullcontext()
+DEPENDENT_LAUNCHES = True  # programmatic ones, from compute capability 9.0 on, where a kernel asks for it
 
 
-def run(kernel, programs: int, device: torch.device, key: Hashable, values: Mapping[str, Any], **options: Any) -> None:
+@triton.jit
+def wait_for_launch_before(DEPENDENT: tl.constexpr):
+    """Waits until the launch before is done, since a dependent one may begin sooner; then the next may begin."""
+    if DEPENDENT:
+        gdc_wait()
+        gdc_launch_dependents()
+
+
+def run(
+    kernel, programs: int, device: torch.device, key: Hashable, values: Mapping[str, Any], dependent: bool = False,
+    **options: Any,
+) -> None:  # fmt: skip
     """Launches `programs` programs on a device. values: all of the kernel's arguments by name, constants too.
 
     key: differs between any two calls of this kernel for which Triton might compile another one.
+    dependent: the kernel calls wait_for_launch_before(DEPENDENT), and DEPENDENT is given here.
     """
+    if dependent:
+        early = DEPENDENT_LAUNCHES and device.type != "cpu" and tile_sizes.architecture_of(device) >= 90
+        key, values = (key, early), {**values, "DEPENDENT": early}
+        if early:
+            options["launch_pdl"] = True
     key = id(kernel), device, key
     found = _compiled.get(key)
     with _current(device):
@@ -119,7 +140,9 @@ class Call:
         problem = self.problem
         return tile_sizes.find(kernel, self.device, problem.dtype, max(problem.head_dim, problem.value_dim))
 
-    def launch(self, kernel, tile: Tile, programs: int, **arguments: Operand | Tensor | int | None) -> None:
+    def launch(
+        self, kernel, tile: Tile, programs: int, dependent: bool = False, **arguments: Operand | Tensor | int | None
+    ) -> None:
         """Runs `programs` programs of a kernel, or nothing."""
         if programs == 0:
             return
@@ -127,7 +150,8 @@ class Call:
             **arguments, "rows": self.rows, **self.lengths, **self.constants, "BLOCK_M": tile.BLOCK_M, "BLOCK_N": tile.BLOCK_N,
         }  # fmt: skip
         key = tile, self.key, tuple(map(key_of, arguments.values()))
-        run(kernel, programs, self.device, key, values, num_warps=tile.num_warps, num_stages=tile.num_stages)
+        options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+        run(kernel, programs, self.device, key, values, dependent, **options)
 
 
 def rounded_prefix(inputs: AttentionInputs) -> list[Tensor]:

@@ -32,9 +32,9 @@ SMALL_SHARED = "assumed; a second stage would exceed the 99 KiB of 8.6, 8.9 and 
 LARGEST = "assumed; a large block that leaves room for its pipeline stages"
 RING = "assumed; the keys and values that shared memory holds beside the queries"
 NO_STAGE = "assumed; a second stage spills"
-NO_WGMMA = "mma.sync: with 64 keys, which wgmma needs, every shape tried spills; assumed"
 NO_TCGEN05 = "mma.sync: with 64 keys, which tcgen05 needs, every shape tried spills; assumed"
 TIMED = "measured: the fastest of 6 to 27 shapes on an H200 (benchmarks/results/nvidia-h200/tiles.json)"
+TIMED_NEXT = "measured: the fastest of 8 to 27 shapes on an H200 (benchmarks/results/nvidia-h200/tiles_256.json)"
 AS_DKEYS = "as dkeys, where it was measured to be the fastest of 6 shapes"
 STREAM = "assumed; stages enough to stream the keys, for two programs on a multiprocessor"
 SCALAR = "assumed; IEEE products have no tensor cores; up to 8 words spilled are let pass"
@@ -43,7 +43,7 @@ SCALAR = "assumed; IEEE products have no tensor cores; up to 8 words spilled are
 _ROWS = {
     ("forward", 16): {
         80: {64: (128, 64, 8, 3, LARGEST), 128: (64, 64, 8, 2, MASK_SPILLS), 256: (64, 32, 8, 2, SMALL_SHARED)},
-        90: {64: (64, 64, 4, 3, LARGEST), 128: (64, 64, 4, 3, TIMED), 256: (64, 32, 8, 2, PACK_SPILLS)},
+        90: {64: (64, 32, 4, 2, TIMED_NEXT), 128: (64, 64, 4, 3, TIMED), 256: (128, 32, 8, 3, TIMED_NEXT)},
         100: {64: (128, 64, 8, 3, LARGEST), 128: (128, 64, 8, 3, LARGEST), 256: (64, 64, 8, 2, LARGEST)},
     },
     ("decode", 16): {
@@ -54,22 +54,22 @@ _ROWS = {
     ("hopper", 16): {  # warps of a consumer, stages of a ring
         90: {64: (128, 128, 4, 3, RING), 128: (128, 128, 4, 2, RING), 256: (128, 64, 4, 2, RING)},
     },
-    ("hopper_dq", 16): {90: {64: (128, 64, 4, 4, RING), 128: (128, 64, 4, 4, RING), 256: (128, 32, 4, 3, RING)}},
+    ("hopper_dq", 16): {90: {64: (128, 64, 4, 4, RING), 128: (128, 64, 4, 4, RING)}},
     ("hopper_dkeys", 16): {90: {64: (64, 128, 4, 4, RING), 128: (64, 128, 4, 3, RING), 256: (32, 128, 4, 2, RING)}},
     ("hopper_dprefix", 16): {90: {64: (64, 128, 4, 4, RING), 128: (64, 128, 4, 3, RING), 256: (32, 128, 4, 2, RING)}},
     ("dq", 16): {
         80: {64: (64, 64, 8, 2, MASK_SPILLS), 128: (64, 64, 8, 2, LARGEST), 256: (64, 32, 8, 1, SMALL_SHARED)},
-        90: {64: (64, 32, 4, 3, TIMED), 128: (64, 64, 4, 2, TIMED), 256: (128, 32, 8, 1, NO_STAGE)},
+        90: {64: (64, 32, 4, 3, TIMED), 128: (64, 64, 4, 2, TIMED), 256: (128, 32, 8, 3, TIMED_NEXT)},
         100: {64: (128, 64, 8, 2, LARGEST), 128: (128, 64, 8, 2, LARGEST), 256: (64, 32, 8, 1, NO_STAGE)},
     },
     ("dkeys", 16): {
         80: {64: (32, 128, 8, 2, MASK_SPILLS), 128: (32, 64, 8, 2, PACK_SPILLS), 256: (32, 32, 8, 2, MASK_SPILLS)},
-        90: {64: (64, 64, 4, 2, TIMED), 128: (32, 64, 4, 2, TIMED), 256: (32, 32, 8, 2, NO_WGMMA)},
+        90: {64: (64, 64, 4, 2, TIMED), 128: (32, 64, 4, 2, TIMED), 256: (64, 64, 8, 2, TIMED_NEXT)},
         100: {64: (32, 128, 8, 2, MASK_SPILLS), 128: (32, 128, 8, 1, NO_STAGE), 256: (32, 32, 8, 2, NO_TCGEN05)},
     },
     ("dprefix", 16): {
         80: {64: (32, 128, 8, 2, MASK_SPILLS), 128: (64, 64, 8, 2, LARGEST), 256: (32, 32, 8, 2, MASK_SPILLS)},
-        90: {64: (64, 64, 4, 2, AS_DKEYS), 128: (32, 64, 4, 2, TIMED), 256: (32, 32, 8, 2, NO_WGMMA)},
+        90: {64: (64, 64, 4, 2, AS_DKEYS), 128: (32, 64, 4, 2, TIMED), 256: (64, 64, 8, 2, TIMED_NEXT)},
         100: {64: (32, 128, 8, 2, MASK_SPILLS), 128: (32, 128, 8, 1, NO_STAGE), 256: (32, 32, 8, 2, NO_TCGEN05)},
     },
 }  # fmt: skip
@@ -85,7 +85,7 @@ ARCHITECTURES = (80, 90, 100)
 
 
 class Regime(NamedTuple):
-    """Calls of which a kernel for Hopper was measured to be faster than that for every GPU, and the file that says so."""
+    """Calls of which a kernel for Hopper is faster than that for every GPU, and which file says so, or what is assumed."""
 
     head_dim: int
     least_q_len: int
@@ -100,8 +100,13 @@ class Regime(NamedTuple):
 
 # Elsewhere the kernel for every GPU is at least as fast; each kernel was timed against its other by itself.
 _LARGE = Regime(128, 256, 128, "nvidia-h200/tiles.json, at lengths of 512; op.json, of 512 and 2048")
-HOPPER_REGIMES: tuple[Regime, ...] = (_LARGE,)
-HOPPER_BACKWARD_REGIMES: dict[str, tuple[Regime, ...]] = {"dq": (), "dkeys": (_LARGE,), "dprefix": (_LARGE,)}
+_WIDE = Regime(256, 9, 1, "nvidia-h200/tiles_256.json; assumed of fewer than 1024 queries, decoding (8) excepted")
+_WIDE_BACKWARD = Regime(256, 256, 128, "nvidia-h200/tiles_256.json; assumed of fewer than 512 programs")
+_DQ = Regime(128, 256, 128, "assumed: 0.76 of the time before at B4 S2048 P512, since it computes delta itself")
+HOPPER_REGIMES: tuple[Regime, ...] = (_LARGE, _WIDE)
+HOPPER_BACKWARD_REGIMES: dict[str, tuple[Regime, ...]] = {
+    "dq": (_DQ,), "dkeys": (_LARGE, _WIDE_BACKWARD), "dprefix": (_LARGE, _WIDE_BACKWARD),
+}  # fmt: skip
 INTERPRETER = Tile(64, 64, 4, 1, "whole test cases in a block: the interpreter's time goes with the number of blocks")
 
 
