@@ -86,14 +86,14 @@ def use(candidate: Candidate) -> None:
 def run(kernel: str, inputs: AttentionInputs, saved: tuple | None) -> tuple:
     if kernel == "hopper":
         return hopper.forward(inputs)
-    if kernel.startswith("hopper_"):
-        kernel = kernel.removeprefix("hopper_")
-        with mock.patch.dict(tile_sizes.HOPPER_BACKWARD_REGIMES, {kernel: (tile_sizes.Regime(inputs.q.shape[-1], 1, 1, ""),)}):
-            return run(kernel, inputs, saved)
     if kernel == "forward":
         return forward_kernel.forward(inputs)
     out, lse, grad_out = saved
-    grads = backward_kernels.backward(inputs, out, lse, grad_out, None, WANTED[kernel])
+    regimes, name = dict.fromkeys(WANTED, ()), kernel.removeprefix("hopper_")
+    if name != kernel:
+        regimes[name] = (tile_sizes.Regime(inputs.q.shape[-1], 1, 1, ""),)
+    with mock.patch.object(tile_sizes, "HOPPER_BACKWARD_REGIMES", regimes):
+        grads = backward_kernels.backward(inputs, out, lse, grad_out, None, WANTED[name])
     return tuple(grad for grad in grads if grad is not None)
 
 

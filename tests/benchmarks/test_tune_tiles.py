@@ -1,5 +1,7 @@
 """What is compiled and timed on a GPU beforehand: that nothing is left out, without a GPU."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -23,6 +25,24 @@ def test_candidates_hold_the_table_and_use_what_wgmma_takes(monkeypatch):
     tune_tiles.use(("forward", 64, 16, 32, 2, 1))
     used = tile_sizes.TABLE["forward", 90, 16, 64]
     assert used != table and (used.BLOCK_M, used.BLOCK_N, used.num_warps, used.num_stages) == (16, 32, 2, 1)
+
+
+@pytest.mark.parametrize("regimes", [(), (tile_sizes.Regime(64, 1, 1, ""),)])
+def test_which_kernels_are_timed(monkeypatch, regimes):
+    """The plain one and the one for Hopper by their names, whatever the regimes choose."""
+    names = ("dq", "dkeys", "dprefix")
+    monkeypatch.setattr(tile_sizes, "HOPPER_BACKWARD_REGIMES", dict.fromkeys(names, regimes))
+    chosen, inputs = [], SimpleNamespace(q=torch.zeros(1, 1, 1, 64))
+
+    def backward(inputs, out, lse, grad_out, grad_lse, wanted):
+        chosen.append([name for name in names if tile_sizes.HOPPER_BACKWARD_REGIMES[name]])
+        return (None,) * 5
+
+    monkeypatch.setattr(tune_tiles.backward_kernels, "backward", backward)
+    for name in names:
+        for kernel in (name, f"hopper_{name}"):
+            tune_tiles.run(kernel, inputs, (None,) * 3)
+    assert chosen == [[], ["dq"], [], ["dkeys"], [], ["dprefix"]]
 
 
 def test_difference():
