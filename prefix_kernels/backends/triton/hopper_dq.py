@@ -1,5 +1,6 @@
 """The gradient of the queries for Hopper (sm_90a), in Gluon: one producer warp, two consumer warpgroups, as in hopper.py.
 
+    delta   = rowsum(dout ∘ out) − dlse, which it leaves for the gradients of keys and prefix
     weights = exp(scale · q · [prefix_k ; k]ᵀ − lse)
     dscores = weights ∘ (dout · [prefix_v ; v]ᵀ − delta)        dq = scale · dscores · [prefix_k ; k]
 
@@ -7,7 +8,7 @@ A program owns 128 queries of one head of one row, 64 for each warpgroup. The pr
 into two rings of STAGES tiles. A warpgroup computes dscores of block j while dscores · keys of block j − 1 is still on its way.
 Time goes to the right; ( ) is a wait, | a wait for a product:
 
-    S0 P0 |weights0 |dscores0 (K1 V1 full) S1 P1 Q0 |weights1 (V2 full) |dscores1 (V2 full) |(K2 full) S2 P2 Q1 |weights2 …
+    S0 P0 delta |weights0 dscores0 (K1 V1 full) S1 P1 Q0 |weights1 (V2 full) |dscores1 (V2 full) |(K2 full) S2 P2 Q1 |weights2 …
 
     S, P, Q      the products q · keysᵀ, dout · valuesᵀ and dscores · keys
     full, empty  as in hopper.py. The values of block j are given back after P, the keys with those of block j + 1 in use
