@@ -17,7 +17,7 @@ from support.tolerance import assert_close
 if importlib.util.find_spec("triton") is None:
     pytest.skip("needs Triton, which is not installed", allow_module_level=True)
 
-from prefix_kernels.backends.triton import backward_kernels, hopper, hopper_dkeys, hopper_dq, tile_sizes
+from prefix_kernels.backends.triton import backward_kernels, hopper, hopper_dkeys, hopper_dq, launch, tile_sizes
 from prefix_kernels.backends.triton.rows import scalars
 from prefix_kernels.backends.triton.tile_sizes import Regime
 from support.gluon_emulator import EmulatedKernel
@@ -268,15 +268,20 @@ def test_on_the_gpu(forced, case, dtype):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("plain", [False, True])
 @pytest.mark.parametrize("head_dim", hopper.HEAD_DIMS)
-def test_the_same_bits_on_the_gpu(forced, head_dim):
+def test_the_same_bits_on_the_gpu(forced, monkeypatch, head_dim, plain):
+    """Also where launches wait for each other as a whole, and with the kernels for every GPU."""
     case = Case("many rows", batch=8, heads=8, q_len=512, kv_len=512, prefix_len=256, head_dim=head_dim)
     inputs, runs = leaves(case, "bfloat16"), []
-    for _ in range(2):
+    if plain:
+        monkeypatch.setattr(tile_sizes, "HOPPER_BACKWARD_REGIMES", dict.fromkeys(EVERYTHING, ()))
+    for dependent in (True, True, False):
+        monkeypatch.setattr(launch, "DEPENDENT_LAUNCHES", dependent)
         out = inputs.call(backend="triton")
         runs.append(torch.autograd.grad(out.float().square().sum(), inputs.tensors))
-    for value, other in zip(*runs, strict=True):
-        assert torch.equal(value, other)
+    for values in zip(*runs, strict=True):
+        assert all(torch.equal(values[0], value) for value in values[1:])
 
 
 @pytest.mark.gpu

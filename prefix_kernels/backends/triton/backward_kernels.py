@@ -3,8 +3,9 @@
 Only kernels that feed a wanted gradient run. The prefix's gradients are summed over the batch in float32: a program sums one
 share of the query blocks, and a last kernel adds the shares in order. Their number depends on sizes alone and has a bound.
 
-Launches are dependent where the GPU knows such: a kernel waits for the one before and then lets the next begin to wait. So the
-next finds all done that was done before the one before it began; dprefix reads nothing else, if that was dkeys.
+Launches are dependent where the GPU knows such (launch.py): each kernel waits until the one before is done, then lets the next
+begin. So what a kernel finds done at its begin is all but the work of the one before. If that is dkeys, dprefix needs no more: it
+waits only to write.
 """
 
 from __future__ import annotations
