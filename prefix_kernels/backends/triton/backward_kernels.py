@@ -4,8 +4,8 @@ Only kernels that feed a wanted gradient run. The prefix's gradients are summed 
 share of the query blocks, and a last kernel adds the shares in order. Their number depends on sizes alone and has a bound.
 
 Launches are dependent where the GPU knows such (launch.py): each kernel waits until the one before is done, then lets the next
-begin. So what a kernel finds done at its begin is all but the work of the one before. If that is dkeys, dprefix needs no more: it
-waits only to write.
+begin. So when a kernel begins, all is done but the work of the one before. If that is dkeys, dprefix needs no more to read: it
+waits before it writes.
 """
 
 from __future__ import annotations
