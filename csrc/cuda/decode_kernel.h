@@ -126,7 +126,7 @@ DEVICE void decode_item(const DecodeCall& call, SharedMemory<DIM>& shared) {
   const Range prefix_columns = columns_of_tile(call, tile, shared, lane);
   const Range own_columns = item.shared ? Range{0, 0} : keys_of_unit(call, tile.first, own_keys);
   const int prefix_blocks = blocks_of(prefix_columns, KEYS), blocks = prefix_blocks + blocks_of(own_columns, KEYS);
-  const Share share = share_of(blocks, item.shared ? s.shared_splits : s.splits, item.split);
+  const Share share = share_of(blocks, item.shared ? s.by_shared_splits : s.by_splits, item.split);
   const auto first_column = [&](int block) {
     return block < prefix_blocks ? prefix_columns.first + block * KEYS : own_columns.first + (block - prefix_blocks) * KEYS;
   };

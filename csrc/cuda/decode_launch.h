@@ -7,7 +7,7 @@
 
 #include "device.h"
 
-#include "decode_kernel.h"
+#include "few_kernel.h"
 
 namespace prefix_kernels::cuda {
 
@@ -17,6 +17,13 @@ template <typename Element, int DIM>
 __global__ void __launch_bounds__(THREADS, blocks_on_multiprocessor(DIM))
     decode_kernel(const __grid_constant__ DecodeCall call) {
   decode_item<Element>(call, *reinterpret_cast<SharedMemory<DIM>*>(dynamic_shared));
+}
+
+// As many registers as FEW_BLOCKS blocks of THREADS leave each other, with more threads in a block too.
+template <typename Element, int DIM>
+__global__ void __launch_bounds__(FEW_BLOCKS * THREADS, 1) few_kernel(const __grid_constant__ DecodeCall call) {
+  __shared__ FewShared<DIM> shared;
+  decode_few<Element>(call, shared);
 }
 
 template <typename Element, int DIM>
@@ -53,12 +60,23 @@ int launch(const DecodeCall& call, void* stream) {
   cudaLaunchConfig_t config{};
   config.gridDim = unsigned(call.schedule.items()), config.blockDim = THREADS;
   config.dynamicSmemBytes = sizeof(SharedMemory<DIM>), config.stream = static_cast<cudaStream_t>(stream);
-  const int error = cudaLaunchKernelEx(&config, decode_kernel<Element, DIM>, call);
+  int error = cudaSuccess;
+  if constexpr (serves_few(DIM)) {
+    if (has_few_queries(call)) {
+      config.blockDim = unsigned(call.schedule.few_warps * LANES), config.dynamicSmemBytes = 0;
+      error = cudaLaunchKernelEx(&config, few_kernel<Element, DIM>, call);
+    } else {
+      error = cudaLaunchKernelEx(&config, decode_kernel<Element, DIM>, call);
+    }
+  } else {
+    error = cudaLaunchKernelEx(&config, decode_kernel<Element, DIM>, call);
+  }
   if (error || !call.schedule.merges()) return error;
   cudaLaunchAttribute overlap{};
   overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   overlap.val.programmaticStreamSerializationAllowed = 1;
-  config.gridDim = unsigned((call.schedule.merged_queries() + WARPS - 1) / WARPS), config.dynamicSmemBytes = 0;
+  config.gridDim = unsigned((call.schedule.merged_queries() + WARPS - 1) / WARPS);
+  config.blockDim = THREADS, config.dynamicSmemBytes = 0;
   config.attrs = &overlap, config.numAttrs = early ? 1 : 0;
   return cudaLaunchKernelEx(&config, merge_kernel<Element, DIM>, call);
 }

@@ -55,6 +55,7 @@ struct Schedule {
   int tile_units;                 // that one pass over a prefix serves
   int tiles;                      // of a kv head; with a bank an upper bound
   int shared_splits, splits;      // shared_splits 0: row items read the prefix
+  int few_warps;                  // of a thread block of the kernel for few queries; 0: the call is not for it
   Divisor by_kv_heads, by_group, by_unit_queries, by_row_units, by_units, by_tiles, by_shared_splits, by_splits;
   HOST_DEVICE int64_t shared_items() const { return int64_t(tiles) * shared_splits * kv_heads; }
   HOST_DEVICE int64_t items() const { return shared_items() + int64_t(units) * splits * kv_heads; }
@@ -92,8 +93,8 @@ HOST_DEVICE Item item_of(const Schedule& s, int number) {
 }
 
 // Of `blocks` blocks those of one split; the last splits may have none.
-HOST_DEVICE Share share_of(int blocks, int splits, int split) {
-  const int size = (blocks + splits - 1) / splits, begin = split * size;
+HOST_DEVICE Share share_of(int blocks, const Divisor& splits, int split) {
+  const int size = (blocks + int(splits.by) - 1) / splits, begin = split * size;
   return {begin < blocks ? begin : blocks, begin + size < blocks ? begin + size : blocks};
 }
 
@@ -133,10 +134,13 @@ inline Schedule schedule_of(const Sizes& z) {
     columns += z.prefix_len;
   }
   blocks += ceil_div(columns, keys) * units * z.kv_heads;
-  const int64_t share = std::max<int64_t>(1, ceil_div(blocks, blocks_on_multiprocessor(z.head_dim) * z.multiprocessors)) * keys;
+  const bool few = !shared && row_queries <= FEW_QUERIES && serves_few(z.head_dim);
+  const int resident = few ? FEW_BLOCKS : blocks_on_multiprocessor(z.head_dim);
+  const int64_t share = std::max<int64_t>(1, ceil_div(blocks, resident * z.multiprocessors)) * keys;
   const auto splits = [](int64_t of, int64_t size) { return int(std::clamp<int64_t>(ceil_div(of, size), 1, MAX_SPLITS)); };
   if (shared) s.shared_splits = splits(z.prefix_len, std::max(LEAST_SHARED_COLUMNS, 2 * share / s.shared_warps));
   s.splits = !shared && columns <= SHORT_ROW ? 1 : splits(columns, std::max(LEAST_COLUMNS, share));
+  if (few) s.few_warps = s.items() > z.multiprocessors ? WARPS : FEW_WARPS;
   s.by_kv_heads = Divisor(z.kv_heads), s.by_group = Divisor(z.heads / z.kv_heads), s.by_unit_queries = Divisor(unit_queries);
   s.by_row_units = Divisor(row_units), s.by_units = Divisor(units), s.by_splits = Divisor(s.splits);
   s.by_tiles = Divisor(std::max(1, s.tiles)), s.by_shared_splits = Divisor(std::max(1, s.shared_splits));

@@ -63,7 +63,7 @@ def test_other_dtypes(gpu, case, dtype):
     check(case, dtype)
 
 
-@pytest.mark.parametrize("case", CUDA_CASES[::3], ids=str)
+@pytest.mark.parametrize("case", CUDA_CASES, ids=str)
 def test_aligned(gpu, case):
     """Tokens at multiples of 16 bytes are copied asynchronously; those of the other tests are not."""
     gpu.set(2)

@@ -213,6 +213,7 @@ inline void load(uint32_t (&to)[4], const void* row, bool transposed) {
 
 inline int thread_index() { return emulator::machine.thread; }
 inline int block_index() { return emulator::machine.block; }
+inline int threads_of_block() { return emulator::machine.threads; }
 
 inline void sync_threads() {
   emulator::Machine& m = emulator::machine;
@@ -271,6 +272,23 @@ void wait_for_copies() {
       if (copy.exists) std::memcpy(copy.to, copy.from, 16);
       else std::memset(copy.to, 0, 16);
 }
+
+inline void load_once(uint32_t (&to)[4], const void* from) {
+  if (reinterpret_cast<uintptr_t>(from) % 16) emulator::fail("an address of 16 bytes is not aligned");
+  std::memcpy(to, from, 16);
+}
+inline uint32_t transposed(uint32_t pair) {
+  struct Brought { uint32_t pair, result; } brought{pair, 0};
+  static const char kind = 0;
+  emulator::together(&kind, brought, [](auto at) {
+    const auto element = [&](int row, int column) { return at(row * 4 + column / 2).pair >> column % 2 * 16 & 0xffff; };
+    for (int lane = 0; lane < emulator::WARP; ++lane)
+      at(lane).result = element(lane % 4 * 2, lane / 4) | element(lane % 4 * 2 + 1, lane / 4) << 16;
+  });
+  return brought.result;
+}
+inline uint32_t lower_halves(uint32_t a, uint32_t b) { return (a & 0xffff) | b << 16; }
+inline uint32_t upper_halves(uint32_t a, uint32_t b) { return a >> 16 | (b & 0xffff0000u); }
 
 inline void load_matrices(uint32_t (&to)[4], const void* row) { emulator::load(to, row, false); }
 inline void load_matrices_transposed(uint32_t (&to)[4], const void* row) { emulator::load(to, row, true); }

@@ -6,19 +6,19 @@
 
 #include "emulated_device.h"
 
-#include "cuda/decode_kernel.h"
+#include "cuda/few_kernel.h"
 
 namespace prefix_kernels::cuda {
 
 // All thread blocks of a kernel, one after the other.
-static const char* run_grid(int64_t count, unsigned order, void (*prepare)(), const std::function<void()>& body) {
+static const char* run_grid(int64_t count, int threads, unsigned order, void (*prepare)(), const std::function<void()>& body) {
   std::vector<int> blocks(count);
   std::iota(blocks.begin(), blocks.end(), 0);
   if (order % 3 == 1) std::reverse(blocks.begin(), blocks.end());
   if (order % 3 == 2) std::shuffle(blocks.begin(), blocks.end(), std::mt19937(order));
   for (const int block : blocks) {
     prepare();
-    if (const char* failed = emulator::run_block(block, THREADS, order + unsigned(block), body)) return failed;
+    if (const char* failed = emulator::run_block(block, threads, order + unsigned(block), body)) return failed;
   }
   return nullptr;
 }
@@ -29,9 +29,19 @@ static const char* run(const DecodeCall& call, unsigned order) {
   const Schedule& s = call.schedule;
   const auto decode = [&] { decode_item<Element>(call, shared); };
   const auto clear = [] { std::memset(static_cast<void*>(&shared), 0xff, sizeof(shared)); };
-  if (const char* failed = run_grid(s.items(), order, clear, decode)) return failed;
+  const char* failed = nullptr;
+  if constexpr (serves_few(DIM)) {
+    static FewShared<DIM> few;
+    const auto clear_few = [] { std::memset(static_cast<void*>(&few), 0xff, sizeof(few)); };
+    const auto decode_few_queries = [&] { decode_few<Element>(call, few); };
+    failed = has_few_queries(call) ? run_grid(s.items(), s.few_warps * LANES, order, clear_few, decode_few_queries)
+                                   : run_grid(s.items(), THREADS, order, clear, decode);
+  } else {
+    failed = run_grid(s.items(), THREADS, order, clear, decode);
+  }
+  if (failed) return failed;
   const auto merge = [&] { merge_item<Element, DIM>(call); };
-  return s.merges() ? run_grid(ceil_div(s.merged_queries(), WARPS), order, [] {}, merge) : nullptr;
+  return s.merges() ? run_grid(ceil_div(s.merged_queries(), WARPS), THREADS, order, [] {}, merge) : nullptr;
 }
 
 template <typename Element>

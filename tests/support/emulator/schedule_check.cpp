@@ -40,7 +40,7 @@ static void check_shares() {
     for (int splits = 1; splits <= 128; ++splits) {
       int next = 0;
       for (int split = 0; split < splits; ++split) {
-        const Share share = share_of(blocks, splits, split);
+        const Share share = share_of(blocks, Divisor(splits), split);
         HOLDS(share.begin == next && share.begin <= share.end);
         next = share.end;
       }
