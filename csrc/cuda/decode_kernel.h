@@ -113,6 +113,7 @@ DEVICE int blocks_of(Range columns, int keys) {
 template <typename Element, int DIM>
 DEVICE void decode_item(const DecodeCall& call, SharedMemory<DIM>& shared) {
   constexpr int KEYS = TileSizes<DIM>::KEYS, STAGES = TileSizes<DIM>::STAGES;
+  let_next_kernel_start();
   const Schedule& s = call.schedule;
   const Item item = item_of(s, block_index());
   const int warp = thread_index() / LANES, lane = thread_index() % LANES;
@@ -189,7 +190,6 @@ DEVICE void decode_item(const DecodeCall& call, SharedMemory<DIM>& shared) {
     if (block + STAGES < share.end) sync_threads();  // it takes the place of this block
     fetch(block + STAGES);
   }
-  let_next_kernel_start();
   gather_warps(state, shared, query_warps);
   store_item<Element>(call, item, tile, shared, query_warps);
 }

@@ -57,28 +57,26 @@ template <typename Element, int DIM>
 int launch(const DecodeCall& call, void* stream) {
   bool early;
   if (const int error = prepare<Element, DIM>(early)) return error;
-  cudaLaunchConfig_t config{};
-  config.gridDim = unsigned(call.schedule.items()), config.blockDim = THREADS;
-  config.dynamicSmemBytes = sizeof(SharedMemory<DIM>), config.stream = static_cast<cudaStream_t>(stream);
-  int error = cudaSuccess;
-  if constexpr (serves_few(DIM)) {
-    if (has_few_queries(call)) {
-      config.blockDim = unsigned(call.schedule.few_warps * LANES), config.dynamicSmemBytes = 0;
-      error = cudaLaunchKernelEx(&config, few_kernel<Element, DIM>, call);
-    } else {
-      error = cudaLaunchKernelEx(&config, decode_kernel<Element, DIM>, call);
-    }
-  } else {
-    error = cudaLaunchKernelEx(&config, decode_kernel<Element, DIM>, call);
-  }
-  if (error || !call.schedule.merges()) return error;
+  const Schedule& s = call.schedule;
   cudaLaunchAttribute overlap{};
   overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   overlap.val.programmaticStreamSerializationAllowed = 1;
-  config.gridDim = unsigned((call.schedule.merged_queries() + WARPS - 1) / WARPS);
-  config.blockDim = THREADS, config.dynamicSmemBytes = 0;
-  config.attrs = &overlap, config.numAttrs = early ? 1 : 0;
-  return cudaLaunchKernelEx(&config, merge_kernel<Element, DIM>, call);
+  bool first = true;
+  const auto start = [&](auto* kernel, int64_t blocks, int threads, size_t shared) {
+    cudaLaunchConfig_t config{};
+    config.gridDim = unsigned(blocks), config.blockDim = unsigned(threads);
+    config.dynamicSmemBytes = shared, config.stream = static_cast<cudaStream_t>(stream);
+    config.attrs = &overlap, config.numAttrs = early && !first ? 1 : 0;
+    first = false;
+    return int(cudaLaunchKernelEx(&config, kernel, call));
+  };
+  const bool few = has_few_queries(call);
+  if (const int64_t items = few ? s.shared_items() : s.items())
+    if (const int error = start(decode_kernel<Element, DIM>, items, THREADS, sizeof(SharedMemory<DIM>))) return error;
+  if constexpr (serves_few(DIM))
+    if (few)
+      if (const int error = start(few_kernel<Element, DIM>, s.items() - s.shared_items(), s.few_warps * LANES, 0)) return error;
+  return s.merges() ? start(merge_kernel<Element, DIM>, ceil_div(s.merged_queries(), WARPS), THREADS, 0) : 0;
 }
 
 template <typename Element, int DIM>

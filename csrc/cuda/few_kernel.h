@@ -160,10 +160,10 @@ DEVICE void decode_few(const DecodeCall& call, FewShared<DIM>& shared) {
   constexpr int KEYS = State::KEYS;
   let_next_kernel_start();
   const Schedule& s = call.schedule;
-  const Item item = item_of(s, block_index());
+  const Item item = item_of(s, int(s.shared_items()) + block_index());
   const int warp = thread_index() / LANES, lane = thread_index() % LANES, warps = threads_of_block() / LANES;
   const int row = item.index, own_keys = keys_of(call, row);
-  const int prefix = prefix_of(call, row), prefix_len = length_of_prefix(call, prefix);
+  const int prefix = s.shared_splits > 0 ? -1 : prefix_of(call, row), prefix_len = length_of_prefix(call, prefix);
 
   // Chunks of the prefix, then of the row's own keys: from the first column that a query sees.
   const Range prefix_columns{call.slides ? columns_seen(call, 0, own_keys, prefix_len).first : 0, prefix_len};
@@ -260,9 +260,10 @@ DEVICE void decode_few(const DecodeCall& call, FewShared<DIM>& shared) {
       total += weight * shared.total[w][query];
       sums = plus(sums, weight, *reinterpret_cast<const float4*>(&shared.sums[w][query][dim]));
     }
-    store_sums<Element, DIM>(call, query_of(call, row, item.kv_head, query), item.split, item.kv_head, row, query, dim, sums,
+    store_sums<Element, DIM>(call, query_of(call, row, item.kv_head, query), s.shared_splits + item.split, item.kv_head, row, query, dim, sums,
                              largest, total);
   }
+  if (s.shared_splits > 0) wait_for_kernel_before();  // the merge waits for this kernel alone
 }
 
 }  // namespace prefix_kernels::cuda

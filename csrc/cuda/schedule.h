@@ -25,6 +25,7 @@ constexpr int64_t SHORT_PREFIX = 64;           // columns that a row's own item 
 constexpr int64_t SHORT_ROW = 256;             // columns of an item that is not worth a split and a merge
 constexpr int64_t LEAST_COLUMNS = 128;         // of a row that are worth an item
 constexpr int64_t LEAST_SHARED_COLUMNS = 128;  // of a prefix: each split leaves a part for each of many rows
+constexpr bool FEW_BESIDE_SHARED = true;
 constexpr int64_t MAX_SPLITS = 128;            // of each kind: bounds the memory of partial results
 constexpr int64_t MAX_GROUPED_PREFIXES = 1024;  // of a bank, counted in shared memory
 
@@ -134,13 +135,13 @@ inline Schedule schedule_of(const Sizes& z) {
     columns += z.prefix_len;
   }
   blocks += ceil_div(columns, keys) * units * z.kv_heads;
-  const bool few = !shared && row_queries <= FEW_QUERIES && serves_few(z.head_dim);
-  const int resident = few ? FEW_BLOCKS : blocks_on_multiprocessor(z.head_dim);
+  const bool few = (FEW_BESIDE_SHARED || !shared) && row_queries <= FEW_QUERIES && serves_few(z.head_dim);
+  const int resident = few && !shared ? FEW_BLOCKS : blocks_on_multiprocessor(z.head_dim);
   const int64_t share = std::max<int64_t>(1, ceil_div(blocks, resident * z.multiprocessors)) * keys;
   const auto splits = [](int64_t of, int64_t size) { return int(std::clamp<int64_t>(ceil_div(of, size), 1, MAX_SPLITS)); };
   if (shared) s.shared_splits = splits(z.prefix_len, std::max(LEAST_SHARED_COLUMNS, 2 * share / s.shared_warps));
   s.splits = !shared && columns <= SHORT_ROW ? 1 : splits(columns, std::max(LEAST_COLUMNS, share));
-  if (few) s.few_warps = s.items() > z.multiprocessors ? WARPS : FEW_WARPS;
+  if (few) s.few_warps = units * s.splits * z.kv_heads > z.multiprocessors ? WARPS : FEW_WARPS;
   s.by_kv_heads = Divisor(z.kv_heads), s.by_group = Divisor(z.heads / z.kv_heads), s.by_unit_queries = Divisor(unit_queries);
   s.by_row_units = Divisor(row_units), s.by_units = Divisor(units), s.by_splits = Divisor(s.splits);
   s.by_tiles = Divisor(std::max(1, s.tiles)), s.by_shared_splits = Divisor(std::max(1, s.shared_splits));

@@ -29,17 +29,16 @@ static const char* run(const DecodeCall& call, unsigned order) {
   const Schedule& s = call.schedule;
   const auto decode = [&] { decode_item<Element>(call, shared); };
   const auto clear = [] { std::memset(static_cast<void*>(&shared), 0xff, sizeof(shared)); };
-  const char* failed = nullptr;
+  const bool few = has_few_queries(call);
+  if (const char* failed = run_grid(few ? s.shared_items() : s.items(), THREADS, order, clear, decode)) return failed;
   if constexpr (serves_few(DIM)) {
-    static FewShared<DIM> few;
-    const auto clear_few = [] { std::memset(static_cast<void*>(&few), 0xff, sizeof(few)); };
-    const auto decode_few_queries = [&] { decode_few<Element>(call, few); };
-    failed = has_few_queries(call) ? run_grid(s.items(), s.few_warps * LANES, order, clear_few, decode_few_queries)
-                                   : run_grid(s.items(), THREADS, order, clear, decode);
-  } else {
-    failed = run_grid(s.items(), THREADS, order, clear, decode);
+    static FewShared<DIM> few_shared;
+    const auto clear_few = [] { std::memset(static_cast<void*>(&few_shared), 0xff, sizeof(few_shared)); };
+    const auto few_queries = [&] { decode_few<Element>(call, few_shared); };
+    if (few)
+      if (const char* failed = run_grid(s.items() - s.shared_items(), s.few_warps * LANES, order, clear_few, few_queries))
+        return failed;
   }
-  if (failed) return failed;
   const auto merge = [&] { merge_item<Element, DIM>(call); };
   return s.merges() ? run_grid(ceil_div(s.merged_queries(), WARPS), THREADS, order, [] {}, merge) : nullptr;
 }
