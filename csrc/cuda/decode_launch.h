@@ -21,9 +21,9 @@ __global__ void __launch_bounds__(THREADS, blocks_on_multiprocessor(DIM))
 
 // As many registers as FEW_BLOCKS blocks of THREADS leave each other, with more threads in a block too.
 template <typename Element, int DIM>
-__global__ void __launch_bounds__(FEW_BLOCKS * THREADS, 1) few_kernel(const __grid_constant__ DecodeCall call) {
+__global__ void __launch_bounds__(FEW_BLOCKS * THREADS, 1) few_kernel(const __grid_constant__ DecodeCall call, bool clustered) {
   __shared__ FewShared<DIM> shared;
-  decode_few<Element>(call, shared);
+  decode_few<Element>(call, shared, clustered);
 }
 
 template <typename Element, int DIM>
@@ -45,6 +45,9 @@ int prepare(bool& early) {
   if (const int error = cudaFuncSetAttribute(decode_kernel<Element, DIM>, limit, int(sizeof(SharedMemory<DIM>)))) return error;
   const auto carveout = cudaFuncAttributePreferredSharedMemoryCarveout;
   if (const int error = cudaFuncSetAttribute(decode_kernel<Element, DIM>, carveout, cudaSharedmemCarveoutMaxShared)) return error;
+  if constexpr (serves_few(DIM))
+    if (const int error = cudaFuncSetAttribute(few_kernel<Element, DIM>, cudaFuncAttributeNonPortableClusterSizeAllowed, 1))
+      return error;
   cudaFuncAttributes code;
   if (const int error = cudaFuncGetAttributes(&code, merge_kernel<Element, DIM>)) return error;
   early = code.ptxVersion >= 90;  // as in wait_for_kernel_before
@@ -58,25 +61,32 @@ int launch(const DecodeCall& call, void* stream) {
   bool early;
   if (const int error = prepare<Element, DIM>(early)) return error;
   const Schedule& s = call.schedule;
-  cudaLaunchAttribute overlap{};
-  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  overlap.val.programmaticStreamSerializationAllowed = 1;
   bool first = true;
-  const auto start = [&](auto* kernel, int64_t blocks, int threads, size_t shared) {
+  const auto start = [&](auto* kernel, int64_t blocks, int threads, size_t shared, int cluster, auto... arguments) {
+    cudaLaunchAttribute attributes[2]{};
     cudaLaunchConfig_t config{};
     config.gridDim = unsigned(blocks), config.blockDim = unsigned(threads);
-    config.dynamicSmemBytes = shared, config.stream = static_cast<cudaStream_t>(stream);
-    config.attrs = &overlap, config.numAttrs = early && !first ? 1 : 0;
+    config.dynamicSmemBytes = shared, config.stream = static_cast<cudaStream_t>(stream), config.attrs = attributes;
+    if (early && !first) {
+      attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+      attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
+    }
+    if (cluster > 1) {
+      attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
+      attributes[config.numAttrs++].val.clusterDim = {unsigned(cluster), 1, 1};
+    }
     first = false;
-    return int(cudaLaunchKernelEx(&config, kernel, call));
+    return int(cudaLaunchKernelEx(&config, kernel, call, arguments...));
   };
-  const bool few = has_few_queries(call);
+  const bool few = has_few_queries(call), clustered = early && merges_in_clusters(call);
   if (const int64_t items = few ? s.shared_items() : s.items())
-    if (const int error = start(decode_kernel<Element, DIM>, items, THREADS, sizeof(SharedMemory<DIM>))) return error;
+    if (const int error = start(decode_kernel<Element, DIM>, items, THREADS, sizeof(SharedMemory<DIM>), 1)) return error;
   if constexpr (serves_few(DIM))
     if (few)
-      if (const int error = start(few_kernel<Element, DIM>, s.items() - s.shared_items(), s.few_warps * LANES, 0)) return error;
-  return s.merges() ? start(merge_kernel<Element, DIM>, ceil_div(s.merged_queries(), WARPS), THREADS, 0) : 0;
+      if (const int error = start(few_kernel<Element, DIM>, s.items() - s.shared_items(), s.few_warps * LANES, 0,
+                                  clustered ? s.splits : 1, clustered))
+        return error;
+  return s.merges() && !clustered ? start(merge_kernel<Element, DIM>, ceil_div(s.merged_queries(), WARPS), THREADS, 0, 1) : 0;
 }
 
 template <typename Element, int DIM>

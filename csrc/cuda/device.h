@@ -133,4 +133,34 @@ DEVICE void wait_for_kernel_before() {
 #endif
 }
 
+// Of a cluster of thread blocks (sm_90 and newer): all its threads, and what another one of its blocks has in shared memory.
+DEVICE void sync_cluster() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
+}
+DEVICE uint32_t address_in_cluster(const void* shared, int block) {
+  uint32_t result = shared_address(shared);
+#if __CUDA_ARCH__ >= 900
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(result) : "r"(result), "r"(block));
+#endif
+  return result;
+}
+DEVICE float4 load_in_cluster(const float4* shared, int block) {
+  float4 result{};
+#if __CUDA_ARCH__ >= 900
+  asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(result.x), "=f"(result.y), "=f"(result.z), "=f"(result.w) : "r"(address_in_cluster(shared, block)));
+#endif
+  return result;
+}
+DEVICE float2 load_in_cluster(const float2* shared, int block) {
+  float2 result{};
+#if __CUDA_ARCH__ >= 900
+  asm volatile("ld.shared::cluster.v2.f32 {%0, %1}, [%2];"
+               : "=f"(result.x), "=f"(result.y) : "r"(address_in_cluster(shared, block)));
+#endif
+  return result;
+}
+
 }  // namespace prefix_kernels::cuda

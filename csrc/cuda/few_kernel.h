@@ -16,6 +16,7 @@ template <int DIM>
 struct FewShared {
   float sums[FEW_WARPS][FEW_QUERIES][DIM + 4];
   float largest[FEW_WARPS][FEW_QUERIES], total[FEW_WARPS][FEW_QUERIES];
+  float2 states[FEW_QUERIES];  // of this thread block: largest, total; its sums are in sums[0]
 };
 
 template <int DIM>
@@ -154,8 +155,40 @@ struct FewState {
   }
 };
 
+// The results of a row from the splits of a cluster, which are its thread blocks.
 template <typename Element, int DIM>
-DEVICE void decode_few(const DecodeCall& call, FewShared<DIM>& shared) {
+DEVICE void merge_cluster(const DecodeCall& call, FewShared<DIM>& shared, const Item& item) {
+  const Schedule& s = call.schedule;
+  sync_cluster();
+  for (int i = thread_index(); i * s.splits + item.split < s.unit_queries * (DIM / 4); i += threads_of_block()) {
+    const int index = i * s.splits + item.split, query = index / (DIM / 4), dim = index % (DIM / 4) * 4;
+    float largest = -INFINITE, total = 0;
+    float2 states[FEW_CLUSTER];
+#pragma unroll
+    for (int j = 0; j < FEW_CLUSTER; ++j) {
+      states[j] = float2{-INFINITE, 0};
+      if (j < s.splits) states[j] = load_in_cluster(&shared.states[query], j);
+      largest = max_of(largest, states[j].x);
+    }
+    const float base = largest == -INFINITE ? 0.0f : largest;
+    float4 sums{0, 0, 0, 0};
+#pragma unroll
+    for (int j = 0; j < FEW_CLUSTER; ++j) {
+      if (j >= s.splits) break;
+      const float weight = exp2_of(states[j].x - base);
+      total += weight * states[j].y;
+      sums = plus(sums, weight, load_in_cluster(reinterpret_cast<const float4*>(&shared.sums[0][query][dim]), j));
+    }
+    const Query at = query_of(call, item.index, item.kv_head, query);
+    store_out<Element, DIM>(call, at, dim, sums, total);
+    if (dim == 0) store_lse(call, at, largest, total);
+  }
+  sync_cluster();  // until then others may read this block's shared memory
+}
+
+// clustered: the splits of a row are a cluster.
+template <typename Element, int DIM>
+DEVICE void decode_few(const DecodeCall& call, FewShared<DIM>& shared, bool clustered) {
   using State = FewState<DIM>;
   constexpr int KEYS = State::KEYS;
   let_next_kernel_start();
@@ -260,9 +293,15 @@ DEVICE void decode_few(const DecodeCall& call, FewShared<DIM>& shared) {
       total += weight * shared.total[w][query];
       sums = plus(sums, weight, *reinterpret_cast<const float4*>(&shared.sums[w][query][dim]));
     }
+    if (clustered) {
+      *reinterpret_cast<float4*>(&shared.sums[0][query][dim]) = sums;
+      if (dim == 0) shared.states[query] = float2{largest, total};
+      continue;
+    }
     store_sums<Element, DIM>(call, query_of(call, row, item.kv_head, query), s.shared_splits + item.split, item.kv_head, row, query, dim, sums,
                              largest, total);
   }
+  if (clustered) merge_cluster<Element>(call, shared, item);
   if (s.shared_splits > 0) wait_for_kernel_before();  // the merge waits for this kernel alone
 }
 

@@ -66,8 +66,9 @@ def test_other_dtypes(gpu, case, dtype):
 @pytest.mark.parametrize("case", CUDA_CASES, ids=str)
 def test_aligned(gpu, case):
     """Tokens at multiples of 16 bytes are copied asynchronously; those of the other tests are not."""
-    gpu.set(2)
-    check(case, "bfloat16", aligned_inputs(case, "bfloat16"))
+    for multiprocessors, clusters in ((132, True), (3, True), (132, False)):
+        gpu.set(2, multiprocessors, clusters)
+        check(case, "bfloat16", aligned_inputs(case, "bfloat16"))
 
 
 def test_what_a_call_takes(gpu):
