@@ -27,6 +27,8 @@ struct FewState {
   float sums[DIM / 16][4];
   float largest[2], total[2];  // total: over the keys of this thread
 
+  int group, place;            // lane = 4 · group + place
+
   DEVICE void start() {
 #pragma unroll
     for (int i = 0; i < DIM / 16; ++i)
@@ -36,28 +38,27 @@ struct FewState {
     for (int i = 0; i < 2; ++i) largest[i] = -INFINITE, total[i] = 0;
   }
 
-  DEVICE void load_query(const uint16_t* from, int lane) {
+  DEVICE void load_query(const uint16_t* from) {
 #pragma unroll
-    for (int j = 0; j < DIM / 32; ++j) load_once(queries[j], from + 32 * j + lane % 4 * 8);
+    for (int j = 0; j < DIM / 32; ++j) load_once(queries[j], from + 32 * j + place * VECTOR);
   }
 
-  // Keys past the last one are read as that one: hide() takes them out.
-  DEVICE void fetch_keys(const uint16_t* from, int stride, int first, int exists, int lane) {
+  // Keys past the last one are read as that one: hide() takes them out. from: where this lane's first bytes of key 0 are.
+  DEVICE void fetch_keys(const unsigned char* from, uint32_t bytes, int first, int last) {
 #pragma unroll
     for (int i = 0; i < 2 * TILES; ++i) {
-      const int key = first + i * 8 + lane / 4;
-      const uint16_t* at = from + int64_t(key < exists ? key : exists - 1) * stride + lane % 4 * 8;
+      const unsigned char* at = from + uint64_t(uint32_t(least(first + i * 8 + group, last))) * bytes;
 #pragma unroll
-      for (int j = 0; j < DIM / 32; ++j) load_once(keys[i / 2][i % 2][j], at + 32 * j);
+      for (int j = 0; j < DIM / 32; ++j) load_once(keys[i / 2][i % 2][j], at + 64 * j);
     }
   }
-  DEVICE void fetch_values(const uint16_t* from, int stride, int first, int exists, int lane) {
+  DEVICE void fetch_values(const unsigned char* from, uint32_t bytes, int first, int last) {
 #pragma unroll
     for (int i = 0; i < 4 * TILES; ++i) {
-      const int key = first + i / 2 * 8 + lane % 4 * 2 + i % 2;
-      const uint16_t* at = from + int64_t(key < exists ? key : exists - 1) * stride + lane / 4 * 8;
+      const int value = first + i / 2 * 8 + place * 2 + i % 2;
+      const unsigned char* at = from + uint64_t(uint32_t(least(value, last))) * bytes;
 #pragma unroll
-      for (int h = 0; h < DIM / 64; ++h) load_once(values[i / 4][i % 4][h], at + 64 * h);
+      for (int h = 0; h < DIM / 64; ++h) load_once(values[i / 4][i % 4][h], at + 128 * h);
     }
   }
 
@@ -128,27 +129,27 @@ struct FewState {
   }
 
   // Scores of the keys from `column` on that a query does not see, or that are not shown.
-  DEVICE static void hide(float (&scores)[TILES][4], int column, const Range (&seen)[2], unsigned shown, int lane) {
+  DEVICE void hide(float (&scores)[TILES][4], int column, const Range (&seen)[2], unsigned shown) const {
 #pragma unroll
     for (int i = 0; i < 2 * TILES; ++i)
 #pragma unroll
       for (int q = 0; q < 2; ++q) {
-        const int at = column + i * 8 + lane / 4;
+        const int at = column + i * 8 + group;
         if (at < seen[q].first || at >= seen[q].stop || !(shown >> i & 1)) scores[i / 2][i % 2 * 2 + q] = -INFINITE;
       }
   }
 
   // For the other warps.
-  DEVICE void put(FewShared<DIM>& shared, int queries, int warp, int lane) {
+  DEVICE void put(FewShared<DIM>& shared, int queries, int warp) {
 #pragma unroll
     for (int q = 0; q < 2; ++q) {
       for (int mask = 4; mask < LANES; mask *= 2) total[q] += shuffle_xor(total[q], mask);
-      const int query = lane % 4 * 2 + q;
+      const int query = place * 2 + q;
       if (query >= queries) continue;
-      if (lane / 4 == 0) shared.largest[warp][query] = largest[q], shared.total[warp][query] = total[q];
+      if (group == 0) shared.largest[warp][query] = largest[q], shared.total[warp][query] = total[q];
 #pragma unroll
       for (int i = 0; i < DIM / 16; i += 2) {
-        float4* to = reinterpret_cast<float4*>(&shared.sums[warp][query][i / 4 * 64 + lane / 4 * 8 + i % 4 * 2]);
+        float4* to = reinterpret_cast<float4*>(&shared.sums[warp][query][i / 4 * 64 + group * 8 + i % 4 * 2]);
         *to = float4{sums[i][q], sums[i][q + 2], sums[i + 1][q], sums[i + 1][q + 2]};
       }
     }
@@ -193,42 +194,49 @@ DEVICE void decode_few(const DecodeCall& call, FewShared<DIM>& shared, bool clus
   constexpr int KEYS = State::KEYS;
   let_next_kernel_start();
   const Schedule& s = call.schedule;
-  const Item item = item_of(s, int(s.shared_items()) + block_index());
-  const int warp = thread_index() / LANES, lane = thread_index() % LANES, warps = threads_of_block() / LANES;
+  const Item item = row_item_of(s, block_index());
+  const unsigned thread = thread_index(), lane = thread % LANES;
+  const int warp = thread / LANES, warps = threads_of_block() / LANES;
   const int row = item.index, own_keys = keys_of(call, row);
   const int prefix = s.shared_splits > 0 ? -1 : prefix_of(call, row), prefix_len = length_of_prefix(call, prefix);
 
   // Chunks of the prefix, then of the row's own keys: from the first column that a query sees.
   const Range prefix_columns{call.slides ? columns_seen(call, 0, own_keys, prefix_len).first : 0, prefix_len};
-  const Range own_columns = keys_of_unit(call, row, own_keys);
+  Range own_columns{0, own_keys};
+  if (call.window > 0) own_columns = keys_of_unit(call, row, own_keys);
   const int prefix_chunks = blocks_of(prefix_columns, KEYS), chunks = prefix_chunks + blocks_of(own_columns, KEYS);
   const Share share = share_of(chunks, s.by_splits, item.split);
+  State state;
+  state.group = lane / 4, state.place = lane % 4;
   struct {
-    const uint16_t *keys, *values;
-    int key_stride, value_stride, exists, column;  // column: of chunk 0, if all chunks were of this kind
+    const unsigned char *keys, *values;
+    uint32_t key_bytes, value_bytes;  // from one to the next
+    int last, column;                 // column: of chunk 0, if all chunks were of this kind
   } from;
   const auto turn_to = [&](bool own) {
     const Tokens &k = own ? call.k : call.prefix_k, &v = own ? call.v : call.prefix_v;
-    from = {start_of(k, own ? row : prefix, item.kv_head), start_of(v, own ? row : prefix, item.kv_head), int(k.token),
-            int(v.token), own ? own_keys : prefix_len, own ? own_columns.first - prefix_chunks * KEYS : prefix_columns.first};
+    const auto* keys = start_of(k, own ? row : prefix, item.kv_head) + state.place * VECTOR;
+    const auto* values = start_of(v, own ? row : prefix, item.kv_head) + state.group * VECTOR;
+    from = {reinterpret_cast<const unsigned char*>(keys), reinterpret_cast<const unsigned char*>(values),
+            2 * uint32_t(k.token), 2 * uint32_t(v.token), (own ? own_keys : prefix_len) - 1,
+            own ? own_columns.first - prefix_chunks * KEYS : prefix_columns.first};
   };
   const uint8_t* mask = call.key_mask ? call.key_mask + row * call.key_mask_row : nullptr;
-  unsigned shown = ~0u;  // bit i: the chunk's key 8 i + lane / 4
-  State state;
+  unsigned shown = ~0u;  // bit i: the chunk's key 8 i + group
   const auto fetch_keys = [&](int chunk) {
     const int first = from.column + chunk * KEYS;
-    state.fetch_keys(from.keys, from.key_stride, first, from.exists, lane);
+    state.fetch_keys(from.keys, from.key_bytes, first, from.last);
     if (mask && chunk >= prefix_chunks) {
       shown = 0;
 #pragma unroll
       for (int i = 0; i < KEYS / 8; ++i) {
-        const int key = first + i * 8 + lane / 4;
+        const int key = first + i * 8 + state.group;
         if (key < own_keys && mask[key]) shown |= 1u << i;
       }
     }
   };
   const auto fetch_values = [&](int chunk) {
-    state.fetch_values(from.values, from.value_stride, from.column + chunk * KEYS, from.exists, lane);
+    state.fetch_values(from.values, from.value_bytes, from.column + chunk * KEYS, from.last);
   };
 
   int chunk = share.begin + warp;
@@ -236,8 +244,8 @@ DEVICE void decode_few(const DecodeCall& call, FewShared<DIM>& shared, bool clus
   if (chunk < share.end) fetch_keys(chunk), fetch_values(chunk);
   state.start();
   {
-    const Query at = query_of(call, row, item.kv_head, lane / 4 < s.unit_queries ? lane / 4 : 0);
-    state.load_query(start_of(call.q, at.row, at.head) + at.query * call.q.token, lane);
+    const Query at = query_of(call, row, item.kv_head, state.group < s.unit_queries ? state.group : 0);
+    state.load_query(start_of(call.q, at.row, at.head) + at.query * call.q.token);
   }
   int queries[2];
   Range seen[2];
@@ -248,7 +256,7 @@ DEVICE void decode_few(const DecodeCall& call, FewShared<DIM>& shared, bool clus
   };
 #pragma unroll
   for (int q = 0; q < 2; ++q) {  // one that does not exist sees what the last one does
-    const int number = lane % 4 * 2 + q;
+    const int number = state.place * 2 + q;
     queries[q] = (number < s.unit_queries ? number : s.unit_queries - 1) / s.by_group;
   }
   look(chunk >= prefix_chunks);
@@ -271,14 +279,14 @@ DEVICE void decode_few(const DecodeCall& call, FewShared<DIM>& shared, bool clus
     bool edge = shown_now != ~0u;
 #pragma unroll
     for (int q = 0; q < 2; ++q) edge = edge || seen[q].first > column || seen[q].stop < column + KEYS;
-    if (any(edge)) state.hide(scores, column, seen, shown_now, lane);
+    if (any(edge)) state.hide(scores, column, seen, shown_now);
     state.weigh(scores);
     state.template add_values<Element>(scores);
     if (next < share.end) fetch_values(next);
     if (turns) look(true);
   }
 
-  state.put(shared, s.unit_queries, warp, lane);
+  state.put(shared, s.unit_queries, warp);
   sync_threads();
   for (int index = thread_index(); index < s.unit_queries * (DIM / 4); index += threads_of_block()) {
     const int query = index / (DIM / 4), dim = index % (DIM / 4) * 4;

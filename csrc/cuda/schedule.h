@@ -81,6 +81,11 @@ struct Share {
 
 HOST_DEVICE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+HOST_DEVICE Item row_item_of(const Schedule& s, int number) {
+  const int rest = number / s.by_splits;
+  return {false, rest % s.by_kv_heads, number % s.by_splits, rest / s.by_kv_heads};
+}
+
 // Tiles of one prefix run at a time: the first reads it from memory, the others from the L2 cache.
 HOST_DEVICE Item item_of(const Schedule& s, int number) {
   const int shared = s.tiles * s.shared_splits * s.kv_heads;
@@ -88,9 +93,7 @@ HOST_DEVICE Item item_of(const Schedule& s, int number) {
     const int rest = number / s.by_tiles;
     return {true, rest / s.by_shared_splits, rest % s.by_shared_splits, number % s.by_tiles};
   }
-  number -= shared;
-  const int rest = number / s.by_splits;
-  return {false, rest % s.by_kv_heads, number % s.by_splits, rest / s.by_kv_heads};
+  return row_item_of(s, number - shared);
 }
 
 // Of `blocks` blocks those of one split; the last splits may have none.
