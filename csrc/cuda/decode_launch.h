@@ -83,7 +83,7 @@ int launch(const DecodeCall& call, void* stream) {
     if (const int error = start(decode_kernel<Element, DIM>, items, THREADS, sizeof(SharedMemory<DIM>), 1)) return error;
   if constexpr (serves_few(DIM))
     if (few)
-      if (const int error = start(few_kernel<Element, DIM>, s.items() - s.shared_items(), s.few_warps * LANES, 0,
+      if (const int error = start(few_kernel<Element, DIM>, s.row_blocks(), s.few_warps * LANES, 0,
                                   clustered ? s.splits : 1, clustered))
         return error;
   return s.merges() && !clustered ? start(merge_kernel<Element, DIM>, ceil_div(s.merged_queries(), WARPS), THREADS, 0, 1) : 0;

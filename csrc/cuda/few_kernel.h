@@ -21,7 +21,7 @@ struct FewShared {
 
 template <int DIM>
 struct FewState {
-  static constexpr int TILES = 128 / DIM, KEYS = TILES * CHUNK;  // of a chunk: 4 KiB of keys
+  static constexpr int KEYS = keys_of_few_chunk(DIM), TILES = KEYS / CHUNK;
   uint32_t queries[DIM / 32][4];
   uint32_t keys[TILES][2][DIM / 32][4], values[TILES][4][DIM / 64][4];
   float sums[DIM / 16][4];
@@ -187,14 +187,12 @@ DEVICE void merge_cluster(const DecodeCall& call, FewShared<DIM>& shared, const 
   sync_cluster();  // until then others may read this block's shared memory
 }
 
-// clustered: the splits of a row are a cluster.
+// One thread block's part of an item. clustered: the splits of a row are a cluster.
 template <typename Element, int DIM>
-DEVICE void decode_few(const DecodeCall& call, FewShared<DIM>& shared, bool clustered) {
+DEVICE void decode_row(const DecodeCall& call, FewShared<DIM>& shared, const Item& item, Share part, bool alone, bool clustered) {
   using State = FewState<DIM>;
   constexpr int KEYS = State::KEYS;
-  let_next_kernel_start();
   const Schedule& s = call.schedule;
-  const Item item = row_item_of(s, block_index());
   const unsigned thread = thread_index(), lane = thread % LANES;
   const int warp = thread / LANES, warps = threads_of_block() / LANES;
   const int row = item.index, own_keys = keys_of(call, row);
@@ -205,7 +203,11 @@ DEVICE void decode_few(const DecodeCall& call, FewShared<DIM>& shared, bool clus
   Range own_columns{0, own_keys};
   if (call.window > 0) own_columns = keys_of_unit(call, row, own_keys);
   const int prefix_chunks = blocks_of(prefix_columns, KEYS), chunks = prefix_chunks + blocks_of(own_columns, KEYS);
-  const Share share = share_of(chunks, s.by_splits, item.split);
+  Share share = part;
+  if (s.length == 0)
+    share = share_of(chunks, s.by_splits, item.split);
+  else if (chunks != s.length)  // the same share of what is there
+    share = {part.begin * chunks / s.by_length, part.end * chunks / s.by_length};
   State state;
   state.group = lane / 4, state.place = lane % 4;
   struct {
@@ -306,10 +308,30 @@ DEVICE void decode_few(const DecodeCall& call, FewShared<DIM>& shared, bool clus
       if (dim == 0) shared.states[query] = float2{largest, total};
       continue;
     }
-    store_sums<Element, DIM>(call, query_of(call, row, item.kv_head, query), s.shared_splits + item.split, item.kv_head, row, query, dim, sums,
+    store_sums<Element, DIM>(call, query_of(call, row, item.kv_head, query), alone, s.shared_splits + item.split, item.kv_head, row, query, dim, sums,
                              largest, total);
   }
   if (clustered) merge_cluster<Element>(call, shared, item);
+}
+
+template <typename Element, int DIM>
+DEVICE void decode_few(const DecodeCall& call, FewShared<DIM>& shared, bool clustered) {
+  let_next_kernel_start();
+  const Schedule& s = call.schedule;
+  if (s.length == 0) {
+    decode_row<Element>(call, shared, row_item_of(s, block_index()), {0, 0}, !s.merges(), clustered);
+  } else {
+    const int share = int(s.by_share.by), stop = least((block_index() + 1) * share, s.units * s.kv_heads * s.length);
+#pragma unroll 1
+    for (int at = block_index() * share; at < stop;) {
+      const int number = at / s.by_length, begin = at - number * s.length, end = least(s.length, begin + stop - at);
+      const Holders holders = holders_of(s, number);
+      const Item item{false, number % s.by_kv_heads, block_index() - holders.first, number / s.by_kv_heads};
+      decode_row<Element>(call, shared, item, {begin, end}, s.shared_splits + holders.count == 1, false);
+      at += end - begin;
+      if (at < stop) sync_threads();  // the next part takes the place of this one's sums
+    }
+  }
   if (s.shared_splits > 0) wait_for_kernel_before();  // the merge waits for this kernel alone
 }
 

@@ -26,6 +26,7 @@ constexpr int64_t SHORT_ROW = 256;             // columns of an item that is not
 constexpr int64_t LEAST_COLUMNS = 128;         // of a row that are worth an item
 constexpr int64_t LEAST_SHARED_COLUMNS = 128;  // of a prefix: each split leaves a part for each of many rows
 constexpr bool FEW_BESIDE_SHARED = true;
+constexpr bool CONTINUOUS = true;
 constexpr int64_t MAX_SPLITS = 128;            // of each kind: bounds the memory of partial results
 constexpr int64_t MAX_GROUPED_PREFIXES = 1024;  // of a bank, counted in shared memory
 
@@ -57,12 +58,16 @@ struct Schedule {
   int tiles;                      // of a kv head; with a bank an upper bound
   int shared_splits, splits;      // shared_splits 0: row items read the prefix
   int few_warps;                  // of a thread block of the kernel for few queries; 0: the call is not for it
-  Divisor by_kv_heads, by_group, by_unit_queries, by_row_units, by_units, by_tiles, by_shared_splits, by_splits;
+  // The chunks of all row items in a row are cut into equal shares, one a thread block, which may begin and end within an item;
+  // length: chunks of an item at most, blocks: of threads. 0: each split of an item is a thread block's.
+  int length, blocks;
+  Divisor by_kv_heads, by_group, by_unit_queries, by_row_units, by_units, by_tiles, by_shared_splits, by_splits, by_length, by_share;
   HOST_DEVICE int64_t shared_items() const { return int64_t(tiles) * shared_splits * kv_heads; }
   HOST_DEVICE int64_t items() const { return shared_items() + int64_t(units) * splits * kv_heads; }
   HOST_DEVICE bool merges() const { return shared_splits + splits > 1; }
   HOST_DEVICE int64_t merged_queries() const { return int64_t(kv_heads) * units * unit_queries; }
   HOST_DEVICE int64_t places() const { return (shared_splits + splits) * merged_queries(); }
+  HOST_DEVICE int64_t row_blocks() const { return length > 0 ? blocks : items() - shared_items(); }
   // Of a split (shared ones first) and a query in its unit.
   HOST_DEVICE int64_t place(int split, int kv_head, int unit, int query) const {
     return ((int64_t(split) * kv_heads + kv_head) * units + unit) * unit_queries + query;
@@ -80,6 +85,15 @@ struct Share {
 };
 
 HOST_DEVICE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// The thread blocks whose shares have chunks of an item: the first one, and how many.
+struct Holders {
+  int first, count;
+};
+HOST_DEVICE Holders holders_of(const Schedule& s, int item) {
+  const int begin = item * s.length, first = begin / s.by_share;
+  return {first, (begin + s.length - 1) / s.by_share - first + 1};
+}
 
 HOST_DEVICE Item row_item_of(const Schedule& s, int number) {
   const int rest = number / s.by_splits;
@@ -144,6 +158,19 @@ inline Schedule schedule_of(const Sizes& z) {
   const auto splits = [](int64_t of, int64_t size) { return int(std::clamp<int64_t>(ceil_div(of, size), 1, MAX_SPLITS)); };
   if (shared) s.shared_splits = splits(z.prefix_len, std::max(LEAST_SHARED_COLUMNS, 2 * share / s.shared_warps));
   s.splits = !shared && columns <= SHORT_ROW ? 1 : splits(columns, std::max(LEAST_COLUMNS, share));
+  if (few && CONTINUOUS) {
+    const int chunk = keys_of_few_chunk(z.head_dim);
+    const int64_t slots = FEW_BLOCKS * z.multiprocessors, row_items = units * z.kv_heads, items = row_items * s.splits;
+    const int64_t length = ceil_div(columns - (shared ? 0 : z.prefix_len), chunk) + (shared ? 0 : ceil_div(z.prefix_len, chunk));
+    const int64_t total = length * row_items, equal = ceil_div(total, slots);
+    // Where whole items leave the last round of thread blocks idle.
+    if (length <= 32768 && total <= INT32_MAX - length && equal * chunk > LEAST_COLUMNS && length * chunk > SHORT_ROW &&
+        items * 20 < ceil_div(items, slots) * slots * 19 && length <= equal * (MAX_SPLITS - 2)) {
+      s.length = int(length), s.blocks = int(ceil_div(total, equal));
+      s.splits = equal % length ? int(ceil_div(length - 1, equal)) + 1 : 1;
+      s.by_length = Divisor(length), s.by_share = Divisor(equal);
+    }
+  }
   if (few) s.few_warps = units * s.splits * z.kv_heads > z.multiprocessors ? WARPS : FEW_WARPS;
   s.by_kv_heads = Divisor(z.kv_heads), s.by_group = Divisor(z.heads / z.kv_heads), s.by_unit_queries = Divisor(unit_queries);
   s.by_row_units = Divisor(row_units), s.by_units = Divisor(units), s.by_splits = Divisor(s.splits);

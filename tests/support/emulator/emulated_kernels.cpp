@@ -40,7 +40,7 @@ static const char* run(const DecodeCall& call, bool clusters, unsigned order) {
     const auto rows = [&](FewShared<DIM>& shared) { decode_few<Element>(call, shared, clustered); };
     const int cluster = clustered ? s.splits : 1;
     if (few)
-      if (const char* failed = run_grid<FewShared<DIM>>(s.items() - items, cluster, s.few_warps * LANES, order, rows))
+      if (const char* failed = run_grid<FewShared<DIM>>(s.row_blocks(), cluster, s.few_warps * LANES, order, rows))
         return failed;
   }
   const auto merge = [&](char&) { merge_item<Element, DIM>(call); };
