@@ -19,9 +19,14 @@ __global__ void __launch_bounds__(THREADS, blocks_on_multiprocessor(DIM))
   decode_item<Element>(call, *reinterpret_cast<SharedMemory<DIM>*>(dynamic_shared));
 }
 
-// As many registers as FEW_BLOCKS blocks of THREADS leave each other, with more threads in a block too.
+// As many registers as FEW_BLOCKS blocks of THREADS leave each other, with more threads in a block too; code for sm_100 needs more.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr int FEW_THREADS = FEW_WARPS * LANES;
+#else
+constexpr int FEW_THREADS = FEW_BLOCKS * THREADS;
+#endif
 template <typename Element, int DIM>
-__global__ void __launch_bounds__(FEW_BLOCKS * THREADS, 1) few_kernel(const __grid_constant__ DecodeCall call, bool clustered) {
+__global__ void __launch_bounds__(FEW_THREADS, 1) few_kernel(const __grid_constant__ DecodeCall call, bool clustered) {
   __shared__ FewShared<DIM> shared;
   decode_few<Element>(call, shared, clustered);
 }

@@ -136,7 +136,7 @@ DEVICE void wait_for_kernel_before() {
 // Of a cluster of thread blocks (sm_90 and newer): all its threads, and what another one of its blocks has in shared memory.
 DEVICE void sync_cluster() {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.arrive.release;\n\tbarrier.cluster.wait.acquire;" ::: "memory");
 #endif
 }
 DEVICE uint32_t address_in_cluster(const void* shared, int block) {

@@ -27,6 +27,7 @@ constexpr int64_t LEAST_COLUMNS = 128;         // of a row that are worth an ite
 constexpr int64_t LEAST_SHARED_COLUMNS = 128;  // of a prefix: each split leaves a part for each of many rows
 constexpr bool FEW_BESIDE_SHARED = true;
 constexpr bool CONTINUOUS = true;
+constexpr bool ONE_CLUSTER = false;
 constexpr int64_t MAX_SPLITS = 128;            // of each kind: bounds the memory of partial results
 constexpr int64_t MAX_GROUPED_PREFIXES = 1024;  // of a bank, counted in shared memory
 
@@ -158,20 +159,23 @@ inline Schedule schedule_of(const Sizes& z) {
   const auto splits = [](int64_t of, int64_t size) { return int(std::clamp<int64_t>(ceil_div(of, size), 1, MAX_SPLITS)); };
   if (shared) s.shared_splits = splits(z.prefix_len, std::max(LEAST_SHARED_COLUMNS, 2 * share / s.shared_warps));
   s.splits = !shared && columns <= SHORT_ROW ? 1 : splits(columns, std::max(LEAST_COLUMNS, share));
-  if (few && CONTINUOUS) {
+  if (few) {
     const int chunk = keys_of_few_chunk(z.head_dim);
-    const int64_t slots = FEW_BLOCKS * z.multiprocessors, row_items = units * z.kv_heads, items = row_items * s.splits;
-    const int64_t length = ceil_div(columns - (shared ? 0 : z.prefix_len), chunk) + (shared ? 0 : ceil_div(z.prefix_len, chunk));
-    const int64_t total = length * row_items, equal = ceil_div(total, slots);
+    const int64_t slots = FEW_BLOCKS * z.multiprocessors, row_items = units * z.kv_heads;
+    const int64_t own_prefix = shared ? 0 : z.prefix_len, length = ceil_div(columns - own_prefix, chunk) + ceil_div(own_prefix, chunk);
+    if (ONE_CLUSTER && s.splits > FEW_CLUSTER && 2 * FEW_CLUSTER * row_items >= z.multiprocessors) s.splits = FEW_CLUSTER;
+    const int64_t items = row_items * s.splits, total = length * row_items, equal = ceil_div(total, slots);
     // Where whole items leave the last round of thread blocks idle.
-    if (length <= 32768 && total <= INT32_MAX - length && equal * chunk > LEAST_COLUMNS && length * chunk > SHORT_ROW &&
-        items * 20 < ceil_div(items, slots) * slots * 19 && length <= equal * (MAX_SPLITS - 2)) {
+    if (CONTINUOUS && length <= 32768 && total <= INT32_MAX - length && equal * chunk > LEAST_COLUMNS &&
+        length * chunk > SHORT_ROW && items * 20 < ceil_div(items, slots) * slots * 19 && length <= equal * (MAX_SPLITS - 2)) {
       s.length = int(length), s.blocks = int(ceil_div(total, equal));
       s.splits = equal % length ? int(ceil_div(length - 1, equal)) + 1 : 1;
       s.by_length = Divisor(length), s.by_share = Divisor(equal);
     }
+    // A thread block that has a multiprocessor for itself: all its chunks at a time, or in equal rounds.
+    const int64_t each = std::max<int64_t>(1, ceil_div(length, s.splits)), rounds = ceil_div(each, FEW_WARPS);
+    s.few_warps = items > z.multiprocessors ? WARPS : int(std::clamp<int64_t>(ceil_div(each, rounds), WARPS, FEW_WARPS));
   }
-  if (few) s.few_warps = units * s.splits * z.kv_heads > z.multiprocessors ? WARPS : FEW_WARPS;
   s.by_kv_heads = Divisor(z.kv_heads), s.by_group = Divisor(z.heads / z.kv_heads), s.by_unit_queries = Divisor(unit_queries);
   s.by_row_units = Divisor(row_units), s.by_units = Divisor(units), s.by_splits = Divisor(s.splits);
   s.by_tiles = Divisor(std::max(1, s.tiles)), s.by_shared_splits = Divisor(std::max(1, s.shared_splits));
