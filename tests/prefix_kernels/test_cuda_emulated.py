@@ -181,7 +181,7 @@ MUTATIONS = {  # each breaks one thing that a case below must notice
     "sliding prefix": ("visibility.h", "call.slide + 1, 0", "call.slide, 0"),
     "key mask": ("softmax.h", " || !(shown >> key & 1)", ""),
     "splits overlap": ("schedule.h", "begin = split * size;", "begin = split * size - (split > 0);"),
-    "last block of a split": ("schedule.h", "(blocks + splits - 1) / splits", "blocks / splits"),
+    "last block of a split": ("schedule.h", "(blocks + int(splits.by) - 1) / splits", "blocks / splits"),
     "merge forgets the first split": ("merge.h", "int from = first_split;", "int from = first_split + 1;"),
     "merge without weights": ("merge.h", "weight = exp2_of(state.x - base);", "weight = 1;"),
     "merge of another query": ("merge.h", "query = number % s.by_unit_queries;", "query = number / s.by_unit_queries % 2;"),
@@ -191,11 +191,27 @@ MUTATIONS = {  # each breaks one thing that a case below must notice
     "copies not waited for": ("decode_kernel.h", "wait_for_copies<STAGES - 1>", "wait_for_copies<STAGES>"),
     "past the fill": ("decode_kernel.h", "left = exists - first - int(token)", "left = exists + 1 - first - int(token)"),
     "prefix of a tile": ("tile.h", "shared.prefix = chosen,", "shared.prefix = 0,"),
+    "few: key mask": ("few_kernel.h", " || !(shown >> i & 1)", ""),
+    "few: mask of another chunk": ("few_kernel.h", "shown_now = shown;", "shown_now = ~0u;"),
+    "few: past the fill": ("few_kernel.h", "at >= seen[q].stop", "at > seen[q].stop"),
+    "few: own keys as the prefix's": ("few_kernel.h", "if (turns) look(true);", ""),
+    "few: correction of the sums": ("few_kernel.h", "sums[i][q + 2] *= correction", "sums[i][q + 2] *= 1"),
+    "few: weights not transposed": ("few_kernel.h", "first = transposed(packed<Element>(weights[t][0], weights[t][1]));",
+                                    "first = packed<Element>(weights[t][0], weights[t][1]);"),
+    "few: a barrier less": ("few_kernel.h", "warp);\n  sync_threads();", "warp);"),
+    "few: merged in a cluster without weights": ("few_kernel.h", "weight = exp2_of(states[j].x - base);", "weight = 1;"),
+    "few: a barrier of the cluster less": ("few_kernel.h", "sync_cluster();\n  for", "for"),
+    "few: sums overwritten by the next part": ("few_kernel.h", "if (at < stop) sync_threads();", ""),
+    "few: parts of an item": ("schedule.h", "begin = item * s.length, first", "begin = item * s.length + 1, first"),
+    "few: a share of what is there": ("few_kernel.h", "{part.begin * chunks / s.by_length,", "{part.begin * chunks / s.by_length + 1,"),
 }  # fmt: skip
 NOTICED_BY = (
     Case("all at once", batch=5, heads=6, kv_heads=2, q_len=3, kv_len=300, prefix_len=170, head_dim=64, window=280,
          first_key_position=0, key_lens=(300, 290, 7, 0, 131)),
     Case("holes", batch=2, heads=6, kv_heads=2, q_len=2, kv_len=300, prefix_len=70, head_dim=64, padding="holes"),
+    Case("equal shares", batch=5, heads=6, kv_heads=2, q_len=1, kv_len=700, prefix_len=20, head_dim=64,
+         key_lens=(700, 3, 650, 0, 129)),
+    Case("cluster", batch=1, heads=2, kv_heads=1, q_len=1, kv_len=700, prefix_len=20, head_dim=64),
     Case("bank", batch=40, heads=2, kv_heads=1, q_len=1, kv_len=9, prefix_len=70, head_dim=64, prefixes=2,
          prefix_ids=tuple(i % 3 - 1 for i in range(40))),
 )  # fmt: skip
@@ -203,12 +219,13 @@ NOTICED_BY = (
 
 def noticed():
     for case in NOTICED_BY:
+        check(case, "bfloat16")  # tokens that lie anywhere: not for the kernel for few queries
         check(case, "bfloat16", aligned_inputs(case, "bfloat16"))
 
 
 def test_nothing_is_noticed_without_a_mutation(gpu):
     for order in range(3):
-        gpu.set(order, 8)
+        gpu.set(order, 3)
         noticed()
 
 
@@ -217,5 +234,5 @@ def test_mutations_are_noticed(built, name):
     kernels = built.build_kernels(name.replace(" ", "_"), (64,), MUTATIONS[name])
     with built.serving(kernels), torch.no_grad(), pytest.raises((AssertionError, RuntimeError)):
         for order in range(3):
-            built.set(order, 8)
+            built.set(order, 3)
             noticed()
