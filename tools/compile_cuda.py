@@ -122,8 +122,8 @@ def problems(kernels: dict[str, dict[str, int]]) -> list[str]:
             found.append(f"{name}: {kernel['stack']} bytes of stack and spills")
         if kernel.get("shared bytes", 0) > min(SHARED[architecture], DESKTOP_SHARED) * 1024:
             found.append(f"{name}: {kernel['shared bytes']} bytes of shared memory")
-        # A chunk of 16 keys: two products of 8 keys, and two of 8 dimensions, for every 16 dimensions. For few queries:
-        # of 4 KiB of keys, one of 16 keys and one of 16 dimensions.
+        # A chunk of 16 keys: two products of 8 keys, and two of 8 dimensions, for every 16 dimensions. For few
+        # queries: of 4 KiB of keys, one of 16 keys and one of 16 dimensions.
         if kernel.get("tensor core products", 1e9) < (16 if name.endswith("few") else int(head_dim) // 16 * 4):
             found.append(f"{name}: {kernel['tensor core products']} products on tensor cores")
     return found

@@ -203,7 +203,8 @@ MUTATIONS = {  # each breaks one thing that a case below must notice
     "few: a barrier of the cluster less": ("few_kernel.h", "sync_cluster();\n  for", "for"),
     "few: sums overwritten by the next part": ("few_kernel.h", "if (at < stop) sync_threads();", ""),
     "few: parts of an item": ("schedule.h", "begin = item * s.length, first", "begin = item * s.length + 1, first"),
-    "few: a share of what is there": ("few_kernel.h", "{part.begin * chunks / s.by_length,", "{part.begin * chunks / s.by_length + 1,"),
+    "few: a share of what is there": ("few_kernel.h", "{part.begin * chunks / s.by_length,",
+                                    "{part.begin * chunks / s.by_length + 1,"),
 }  # fmt: skip
 NOTICED_BY = (
     Case("all at once", batch=5, heads=6, kv_heads=2, q_len=3, kv_len=300, prefix_len=170, head_dim=64, window=280,
