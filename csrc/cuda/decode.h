@@ -50,8 +50,7 @@ HOST_DEVICE bool has_few_queries(const DecodeCall& call) {
 
 // Whether its splits can be merged by the thread blocks that have them, where the GPU has clusters of thread blocks.
 HOST_DEVICE bool merges_in_clusters(const DecodeCall& call) {
-  const Schedule& s = call.schedule;
-  return has_few_queries(call) && s.shared_splits == 0 && s.length == 0 && s.splits > 1 && s.splits <= FEW_CLUSTER;
+  return has_few_queries(call) && call.schedule.clustered;
 }
 
 // Registers, shared memory and code of the kernel that serves a head_dim on the current device.

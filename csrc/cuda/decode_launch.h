@@ -50,9 +50,6 @@ int prepare(bool& early) {
   if (const int error = cudaFuncSetAttribute(decode_kernel<Element, DIM>, limit, int(sizeof(SharedMemory<DIM>)))) return error;
   const auto carveout = cudaFuncAttributePreferredSharedMemoryCarveout;
   if (const int error = cudaFuncSetAttribute(decode_kernel<Element, DIM>, carveout, cudaSharedmemCarveoutMaxShared)) return error;
-  if constexpr (serves_few(DIM))
-    if (const int error = cudaFuncSetAttribute(few_kernel<Element, DIM>, cudaFuncAttributeNonPortableClusterSizeAllowed, 1))
-      return error;
   cudaFuncAttributes code;
   if (const int error = cudaFuncGetAttributes(&code, merge_kernel<Element, DIM>)) return error;
   early = code.ptxVersion >= 90;  // as in wait_for_kernel_before
@@ -83,14 +80,13 @@ int launch(const DecodeCall& call, void* stream) {
     first = false;
     return int(cudaLaunchKernelEx(&config, kernel, call, arguments...));
   };
-  const bool few = has_few_queries(call), clustered = early && merges_in_clusters(call);
-  if (const int64_t items = few ? s.shared_items() : s.items())
-    if (const int error = start(decode_kernel<Element, DIM>, items, THREADS, sizeof(SharedMemory<DIM>), 1)) return error;
-  if constexpr (serves_few(DIM))
-    if (few)
-      if (const int error = start(few_kernel<Element, DIM>, s.row_blocks(), s.few_warps * LANES, 0,
-                                  clustered ? s.splits : 1, clustered))
-        return error;
+  const bool clustered = early && merges_in_clusters(call);
+  int error = cudaErrorInvalidValue;
+  if (!has_few_queries(call))
+    error = start(decode_kernel<Element, DIM>, s.items(), THREADS, sizeof(SharedMemory<DIM>), 1);
+  else if constexpr (serves_few(DIM))
+    error = start(few_kernel<Element, DIM>, s.row_blocks(), s.few_warps * LANES, 0, clustered ? s.splits : 1, clustered);
+  if (error) return error;
   return s.merges() && !clustered ? start(merge_kernel<Element, DIM>, ceil_div(s.merged_queries(), WARPS), THREADS, 0, 1) : 0;
 }
 

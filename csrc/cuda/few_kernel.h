@@ -196,7 +196,7 @@ DEVICE void decode_row(const DecodeCall& call, FewShared<DIM>& shared, const Ite
   const unsigned thread = thread_index(), lane = thread % LANES;
   const int warp = thread / LANES, warps = threads_of_block() / LANES;
   const int row = item.index, own_keys = keys_of(call, row);
-  const int prefix = s.shared_splits > 0 ? -1 : prefix_of(call, row), prefix_len = length_of_prefix(call, prefix);
+  const int prefix = prefix_of(call, row), prefix_len = length_of_prefix(call, prefix);
 
   // Chunks of the prefix, then of the row's own keys: from the first column that a query sees.
   const Range prefix_columns{call.slides ? columns_seen(call, 0, own_keys, prefix_len).first : 0, prefix_len};
@@ -308,7 +308,7 @@ DEVICE void decode_row(const DecodeCall& call, FewShared<DIM>& shared, const Ite
       if (dim == 0) shared.states[query] = float2{largest, total};
       continue;
     }
-    store_sums<Element, DIM>(call, query_of(call, row, item.kv_head, query), alone, s.shared_splits + item.split, item.kv_head, row, query, dim, sums,
+    store_sums<Element, DIM>(call, query_of(call, row, item.kv_head, query), alone, item.split, item.kv_head, row, query, dim, sums,
                              largest, total);
   }
   if (clustered) merge_cluster<Element>(call, shared, item);
@@ -325,14 +325,12 @@ DEVICE void decode_few(const DecodeCall& call, FewShared<DIM>& shared, bool clus
 #pragma unroll 1
     for (int at = block_index() * share; at < stop;) {
       const int number = at / s.by_length, begin = at - number * s.length, end = least(s.length, begin + stop - at);
-      const Holders holders = holders_of(s, number);
-      const Item item{false, number % s.by_kv_heads, block_index() - holders.first, number / s.by_kv_heads};
-      decode_row<Element>(call, shared, item, {begin, end}, s.shared_splits + holders.count == 1, false);
-      at += end - begin;
+      const Item item{false, number % s.by_kv_heads, block_index() - holders_of(s, number).first, number / s.by_kv_heads};
+      decode_row<Element>(call, shared, item, {begin, end}, end - begin == s.length, false);
+      at += s.length - at % s.by_length;
       if (at < stop) sync_threads();  // the next part takes the place of this one's sums
     }
   }
-  if (s.shared_splits > 0) wait_for_kernel_before();  // the merge waits for this kernel alone
 }
 
 }  // namespace prefix_kernels::cuda

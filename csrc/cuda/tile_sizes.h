@@ -25,9 +25,9 @@ struct TileSizes {
 
 // Of the kernel for rows with few queries (few_kernel.h).
 constexpr int FEW_QUERIES = 8;  // of a row and a kv head: the columns of one product
-constexpr int FEW_WARPS = 9;    // of a thread block at most
+constexpr int FEW_WARPS = 11;   // of a thread block at most
 constexpr int FEW_BLOCKS = 3;   // of THREADS threads on a multiprocessor that registers are kept for
-constexpr int FEW_CLUSTER = 16;  // thread blocks that merge what they have in shared memory
+constexpr int FEW_CLUSTER = 8;  // thread blocks that merge what they have in shared memory
 constexpr int keys_of_few_chunk(int64_t dim) { return int(CHUNK * 128 / dim); }  // 4 KiB of keys
 constexpr bool serves_few(int64_t dim) { return dim == 64 || dim == 128; }
 

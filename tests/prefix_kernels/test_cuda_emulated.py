@@ -65,22 +65,28 @@ def test_other_dtypes(gpu, case, dtype):
 
 @pytest.mark.parametrize("case", CUDA_CASES, ids=str)
 def test_aligned(gpu, case):
-    """Tokens at multiples of 16 bytes are copied asynchronously; those of the other tests are not."""
+    """Tokens at multiples of 16 bytes are copied asynchronously, and of few queries read into registers; those of the other
+    tests are not."""
+    inputs = aligned_inputs(case, "bfloat16")
     for multiprocessors, clusters in ((132, True), (3, True), (132, False)):
+        gpu.set(0, multiprocessors, clusters)
+        first = check(case, "bfloat16", inputs)
         gpu.set(2, multiprocessors, clusters)
-        check(case, "bfloat16", aligned_inputs(case, "bfloat16"))
+        for value, other in zip(check(case, "bfloat16", inputs), first, strict=True):
+            assert torch.equal(value, other)
 
 
 def test_what_a_call_takes(gpu):
     """Partial results as they are announced, and none for what is not split."""
-    case = Case("decode", q_len=1, kv_len=60, prefix_len=300, head_dim=64, batch=3)
-    inputs = make_inputs(case, torch.bfloat16)
-    short = replace(case, prefix_len=10)
-    stated = [
-        prefix_kernels.workspace_bytes(*each.tensors, **each.options, backend="cuda")["forward"]
-        for each in (inputs, make_inputs(short, torch.bfloat16))
-    ]
-    assert stated == [4 * (3 + 1) * 3 * 4 * (64 + 2), 0]  # 3 splits of the prefix, 1 of the keys
+
+    def stated(case):
+        inputs = make_inputs(case, torch.bfloat16)
+        return prefix_kernels.workspace_bytes(*inputs.tensors, **inputs.options, backend="cuda")["forward"]
+
+    case = Case("decode", q_len=1, kv_len=60, prefix_len=300, head_dim=80, batch=3)
+    assert stated(case) == 4 * (3 + 1) * 3 * 4 * (80 + 2)  # 3 splits of the prefix, 1 of the keys
+    assert stated(replace(case, head_dim=64)) == 4 * 2 * 3 * 4 * (64 + 2)  # each row reads the prefix itself: 2 splits
+    assert stated(replace(case, prefix_len=10)) == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=("prefix of 16 bit", "float32 prefix"))
@@ -125,9 +131,10 @@ STRIDES = {
 
 @pytest.mark.parametrize("which", range(5), ids=("q", "k", "v", "prefix_k", "prefix_v"))
 @pytest.mark.parametrize("layout", STRIDES)
-def test_any_strides(gpu, layout, which):
-    inputs = make_inputs(Case("strides", q_len=2, kv_len=9, head_dim=64, prefix_len=70), torch.bfloat16)
-    values = [tensor.detach() for tensor in inputs.tensors]
+@pytest.mark.parametrize("head_dim", [64, 80])
+def test_any_strides(gpu, head_dim, layout, which):
+    inputs = make_inputs(Case("strides", q_len=2, kv_len=9, head_dim=head_dim, prefix_len=70), torch.bfloat16)
+    values = [tensor.detach().contiguous() for tensor in inputs.tensors]
     values[which] = STRIDES[layout](values[which])
     calls = [prefix_kernels.prefix_attention(*each, backend="cuda") for each in (values, [t.contiguous() for t in values])]
     assert torch.equal(*calls)
@@ -213,7 +220,7 @@ NOTICED_BY = (
     Case("equal shares", batch=5, heads=6, kv_heads=2, q_len=1, kv_len=700, prefix_len=20, head_dim=64,
          key_lens=(700, 3, 650, 0, 129)),
     Case("cluster", batch=1, heads=2, kv_heads=1, q_len=1, kv_len=700, prefix_len=20, head_dim=64),
-    Case("bank", batch=40, heads=2, kv_heads=1, q_len=1, kv_len=9, prefix_len=70, head_dim=64, prefixes=2,
+    Case("bank", batch=40, heads=9, kv_heads=1, q_len=1, kv_len=9, prefix_len=70, head_dim=64, prefixes=2,
          prefix_ids=tuple(i % 3 - 1 for i in range(40))),
 )  # fmt: skip
 

@@ -34,15 +34,14 @@ static const char* run(const DecodeCall& call, bool clusters, unsigned order) {
   const Schedule& s = call.schedule;
   const bool few = has_few_queries(call), clustered = clusters && merges_in_clusters(call);
   const auto decode = [&](SharedMemory<DIM>& shared) { decode_item<Element>(call, shared); };
-  const int64_t items = few ? s.shared_items() : s.items();
-  if (const char* failed = run_grid<SharedMemory<DIM>>(items, 1, THREADS, order, decode)) return failed;
-  if constexpr (serves_few(DIM)) {
+  const char* failed = "the kernel for few queries does not serve this head_dim";
+  if (!few) {
+    failed = run_grid<SharedMemory<DIM>>(s.items(), 1, THREADS, order, decode);
+  } else if constexpr (serves_few(DIM)) {
     const auto rows = [&](FewShared<DIM>& shared) { decode_few<Element>(call, shared, clustered); };
-    const int cluster = clustered ? s.splits : 1;
-    if (few)
-      if (const char* failed = run_grid<FewShared<DIM>>(s.row_blocks(), cluster, s.few_warps * LANES, order, rows))
-        return failed;
+    failed = run_grid<FewShared<DIM>>(s.row_blocks(), clustered ? s.splits : 1, s.few_warps * LANES, order, rows);
   }
+  if (failed) return failed;
   const auto merge = [&](char&) { merge_item<Element, DIM>(call); };
   const int64_t merged = s.merges() && !clustered ? ceil_div(s.merged_queries(), WARPS) : 0;
   return run_grid<char>(merged, 1, THREADS, order, merge);
