@@ -41,7 +41,7 @@ def _constant(name: str, old: int, new: int) -> tuple[str, str, str]:
 
 
 def _items(halves: str) -> tuple[str, str, str]:
-    kept = "blocks_on_multiprocessor(z.head_dim) * z.multiprocessors"
+    kept = "resident * z.multiprocessors"
     return "schedule.h", f"ceil_div(blocks, {kept})", f"ceil_div(2 * blocks, {halves} * {kept})"
 
 

@@ -42,6 +42,17 @@ struct DecodeCall {
   float* parts;  // part_values(…)
 };
 
+// Whether the kernel for few queries takes it: it reads 16 bytes at a time.
+HOST_DEVICE bool has_few_queries(const DecodeCall& call) {
+  return call.schedule.few_warps > 0 && call.q.aligned && call.k.aligned && call.v.aligned && call.prefix_k.aligned &&
+         call.prefix_v.aligned;
+}
+
+// Whether its splits can be merged by the thread blocks that have them, where the GPU has clusters of thread blocks.
+HOST_DEVICE bool merges_in_clusters(const DecodeCall& call) {
+  return has_few_queries(call) && call.schedule.clustered;
+}
+
 // Registers, shared memory and code of the kernel that serves a head_dim on the current device.
 struct KernelInfo {
   int registers, spilled_bytes, shared_bytes;

@@ -113,6 +113,7 @@ DEVICE int blocks_of(Range columns, int keys) {
 template <typename Element, int DIM>
 DEVICE void decode_item(const DecodeCall& call, SharedMemory<DIM>& shared) {
   constexpr int KEYS = TileSizes<DIM>::KEYS, STAGES = TileSizes<DIM>::STAGES;
+  let_next_kernel_start();
   const Schedule& s = call.schedule;
   const Item item = item_of(s, block_index());
   const int warp = thread_index() / LANES, lane = thread_index() % LANES;
@@ -126,7 +127,7 @@ DEVICE void decode_item(const DecodeCall& call, SharedMemory<DIM>& shared) {
   const Range prefix_columns = columns_of_tile(call, tile, shared, lane);
   const Range own_columns = item.shared ? Range{0, 0} : keys_of_unit(call, tile.first, own_keys);
   const int prefix_blocks = blocks_of(prefix_columns, KEYS), blocks = prefix_blocks + blocks_of(own_columns, KEYS);
-  const Share share = share_of(blocks, item.shared ? s.shared_splits : s.splits, item.split);
+  const Share share = share_of(blocks, item.shared ? s.by_shared_splits : s.by_splits, item.split);
   const auto first_column = [&](int block) {
     return block < prefix_blocks ? prefix_columns.first + block * KEYS : own_columns.first + (block - prefix_blocks) * KEYS;
   };
@@ -189,7 +190,6 @@ DEVICE void decode_item(const DecodeCall& call, SharedMemory<DIM>& shared) {
     if (block + STAGES < share.end) sync_threads();  // it takes the place of this block
     fetch(block + STAGES);
   }
-  let_next_kernel_start();
   gather_warps(state, shared, query_warps);
   store_item<Element>(call, item, tile, shared, query_warps);
 }

@@ -7,7 +7,7 @@
 
 #include "device.h"
 
-#include "decode_kernel.h"
+#include "few_kernel.h"
 
 namespace prefix_kernels::cuda {
 
@@ -17,6 +17,18 @@ template <typename Element, int DIM>
 __global__ void __launch_bounds__(THREADS, blocks_on_multiprocessor(DIM))
     decode_kernel(const __grid_constant__ DecodeCall call) {
   decode_item<Element>(call, *reinterpret_cast<SharedMemory<DIM>*>(dynamic_shared));
+}
+
+// As many registers as FEW_BLOCKS blocks of THREADS leave each other, with more threads in a block too; code for sm_100 needs more.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr int FEW_THREADS = FEW_WARPS * LANES;
+#else
+constexpr int FEW_THREADS = FEW_BLOCKS * THREADS;
+#endif
+template <typename Element, int DIM>
+__global__ void __launch_bounds__(FEW_THREADS, 1) few_kernel(const __grid_constant__ DecodeCall call, bool clustered) {
+  __shared__ FewShared<DIM> shared;
+  decode_few<Element>(call, shared, clustered);
 }
 
 template <typename Element, int DIM>
@@ -50,17 +62,32 @@ template <typename Element, int DIM>
 int launch(const DecodeCall& call, void* stream) {
   bool early;
   if (const int error = prepare<Element, DIM>(early)) return error;
-  cudaLaunchConfig_t config{};
-  config.gridDim = unsigned(call.schedule.items()), config.blockDim = THREADS;
-  config.dynamicSmemBytes = sizeof(SharedMemory<DIM>), config.stream = static_cast<cudaStream_t>(stream);
-  const int error = cudaLaunchKernelEx(&config, decode_kernel<Element, DIM>, call);
-  if (error || !call.schedule.merges()) return error;
-  cudaLaunchAttribute overlap{};
-  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  overlap.val.programmaticStreamSerializationAllowed = 1;
-  config.gridDim = unsigned((call.schedule.merged_queries() + WARPS - 1) / WARPS), config.dynamicSmemBytes = 0;
-  config.attrs = &overlap, config.numAttrs = early ? 1 : 0;
-  return cudaLaunchKernelEx(&config, merge_kernel<Element, DIM>, call);
+  const Schedule& s = call.schedule;
+  bool first = true;
+  const auto start = [&](auto* kernel, int64_t blocks, int threads, size_t shared, int cluster, auto... arguments) {
+    cudaLaunchAttribute attributes[2]{};
+    cudaLaunchConfig_t config{};
+    config.gridDim = unsigned(blocks), config.blockDim = unsigned(threads);
+    config.dynamicSmemBytes = shared, config.stream = static_cast<cudaStream_t>(stream), config.attrs = attributes;
+    if (early && !first) {
+      attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+      attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
+    }
+    if (cluster > 1) {
+      attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
+      attributes[config.numAttrs++].val.clusterDim = {unsigned(cluster), 1, 1};
+    }
+    first = false;
+    return int(cudaLaunchKernelEx(&config, kernel, call, arguments...));
+  };
+  const bool clustered = early && merges_in_clusters(call);
+  int error = cudaErrorInvalidValue;
+  if (!has_few_queries(call))
+    error = start(decode_kernel<Element, DIM>, s.items(), THREADS, sizeof(SharedMemory<DIM>), 1);
+  else if constexpr (serves_few(DIM))
+    error = start(few_kernel<Element, DIM>, s.row_blocks(), s.few_warps * LANES, 0, clustered ? s.splits : 1, clustered);
+  if (error) return error;
+  return s.merges() && !clustered ? start(merge_kernel<Element, DIM>, ceil_div(s.merged_queries(), WARPS), THREADS, 0, 1) : 0;
 }
 
 template <typename Element, int DIM>

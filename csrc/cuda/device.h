@@ -13,6 +13,7 @@ struct float16 {};
 
 DEVICE int thread_index() { return threadIdx.x; }
 DEVICE int block_index() { return blockIdx.x; }
+DEVICE int threads_of_block() { return blockDim.x; }
 DEVICE void sync_threads() { __syncthreads(); }
 DEVICE float shuffle_xor(float value, int mask) { return __shfl_xor_sync(~0u, value, mask); }
 DEVICE int shuffle_xor(int value, int mask) { return __shfl_xor_sync(~0u, value, mask); }
@@ -29,7 +30,7 @@ DEVICE uint32_t shared_address(const void* shared) { return static_cast<uint32_t
 
 // 16 bytes from global to shared memory, zeros where nothing exists; complete after wait_for_copies.
 DEVICE void copy_async(void* shared, const void* global, bool exists) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(exists ? 16 : 0)
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(exists ? 16 : 0)
                : "memory");
 }
 DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
@@ -48,6 +49,21 @@ DEVICE void load_matrices_transposed(uint32_t (&to)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(shared_address(row)) : "memory");
 }
+
+// 16 bytes that are read once, past the L1 cache.
+DEVICE void load_once(uint32_t (&to)[4], const void* from) {
+  asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "l"(from));
+}
+// Of an 8 × 8 matrix of 16-bit elements of which lane l has row l / 4, columns l % 4 · 2 and the next: the same of its transpose.
+DEVICE uint32_t transposed(uint32_t pair) {
+  uint32_t result;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(result) : "r"(pair));
+  return result;
+}
+// The lower, or the upper, halves of two words; that of the first one in the lower half.
+DEVICE uint32_t lower_halves(uint32_t a, uint32_t b) { return __byte_perm(a, b, 0x5410); }
+DEVICE uint32_t upper_halves(uint32_t a, uint32_t b) { return __byte_perm(a, b, 0x7632); }
 
 // sums [16, 8] += a [16, 16] · b [16, 8]
 template <typename Element>
@@ -115,6 +131,36 @@ DEVICE void wait_for_kernel_before() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
+}
+
+// Of a cluster of thread blocks (sm_90 and newer): all its threads, and what another one of its blocks has in shared memory.
+DEVICE void sync_cluster() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release;\n\tbarrier.cluster.wait.acquire;" ::: "memory");
+#endif
+}
+DEVICE uint32_t address_in_cluster(const void* shared, int block) {
+  uint32_t result = shared_address(shared);
+#if __CUDA_ARCH__ >= 900
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(result) : "r"(result), "r"(block));
+#endif
+  return result;
+}
+DEVICE float4 load_in_cluster(const float4* shared, int block) {
+  float4 result{};
+#if __CUDA_ARCH__ >= 900
+  asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(result.x), "=f"(result.y), "=f"(result.z), "=f"(result.w) : "r"(address_in_cluster(shared, block)));
+#endif
+  return result;
+}
+DEVICE float2 load_in_cluster(const float2* shared, int block) {
+  float2 result{};
+#if __CUDA_ARCH__ >= 900
+  asm volatile("ld.shared::cluster.v2.f32 {%0, %1}, [%2];"
+               : "=f"(result.x), "=f"(result.y) : "r"(address_in_cluster(shared, block)));
+#endif
+  return result;
 }
 
 }  // namespace prefix_kernels::cuda

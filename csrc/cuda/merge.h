@@ -77,13 +77,29 @@ DEVICE void gather_warps(WarpState<DIM>& state, SharedMemory<DIM>& shared, int q
   sync_threads();
 }
 
-// What gather_warps left: the result, where this item is the only one of its unit, else a partial result.
+// Four dimensions of one query of an item, and at the first ones its largest and total: the result, where this item is the only
+// one of its unit, else a partial result. split: among all, shared ones first.
+template <typename Element, int DIM>
+DEVICE void store_sums(const DecodeCall& call, const Query& at, bool alone, int split, int kv_head, int unit, int number, int dim,
+                       float4 sums, float largest, float total) {
+  const Schedule& s = call.schedule;
+  if (alone) {
+    store_out<Element, DIM>(call, at, dim, sums, total);
+    if (dim == 0) store_lse(call, at, largest, total);
+  } else {
+    const Parts parts = parts_of<DIM>(call);
+    const int64_t place = s.place(split, kv_head, unit, number);
+    if (total != 0) *reinterpret_cast<float4*>(parts.sums + place * DIM + dim) = sums;
+    if (dim == 0) parts.states[place] = float2{largest, total};
+  }
+}
+
+// What gather_warps left.
 template <typename Element, int DIM>
 DEVICE void store_item(const DecodeCall& call, const Item& item, const Tile& tile, const SharedMemory<DIM>& shared,
                        int query_warps) {
   const Schedule& s = call.schedule;
   const int slots = tile.count * s.unit_queries;
-  const Parts parts = parts_of<DIM>(call);
   for (int index = thread_index(); index < slots * (DIM / 4); index += THREADS) {
     const int slot = index / (DIM / 4), dim = index % (DIM / 4) * 4;
     const int unit = tile.unit(slot / s.by_unit_queries, shared), number = slot % s.by_unit_queries;
@@ -92,25 +108,17 @@ DEVICE void store_item(const DecodeCall& call, const Item& item, const Tile& til
     float4 sums{0, 0, 0, 0};
     for (int w = slot / WARP_QUERIES; w < WARPS; w += query_warps)
       sums = plus(sums, 1, *reinterpret_cast<const float4*>(&shared.sums[w][slot % WARP_QUERIES][dim]));
-    const float largest = shared.slot_largest[slot], total = shared.slot_total[slot];
-    if (!s.merges()) {
-      store_out<Element, DIM>(call, at, dim, sums, total);
-      if (dim == 0) store_lse(call, at, largest, total);
-    } else {
-      const int split = item.shared ? item.split : s.shared_splits + item.split;
-      const int64_t place = s.place(split, item.kv_head, unit, number);
-      if (total != 0) *reinterpret_cast<float4*>(parts.sums + place * DIM + dim) = sums;
-      if (dim == 0) parts.states[place] = float2{largest, total};
-    }
+    store_sums<Element, DIM>(call, at, !s.merges(), item.shared ? item.split : s.shared_splits + item.split, item.kv_head, unit, number, dim,
+                             sums, shared.slot_largest[slot], shared.slot_total[slot]);
   }
 }
 
 // out and lse of one query from its partial results. All lanes of a warp, four dimensions each.
 template <typename Element, int DIM>
-DEVICE void merge_query(const DecodeCall& call, const Query& at, int64_t place, int first_split) {
+DEVICE void merge_query(const DecodeCall& call, const Query& at, int64_t place, int first_split, int splits) {
   const Schedule& s = call.schedule;
   const Parts parts = parts_of<DIM>(call);
-  const int splits = s.shared_splits + s.splits, lane = thread_index() % LANES;
+  const int lane = thread_index() % LANES;
   const int64_t step = s.place(1, 0, 0, 0);
   constexpr int VECTORS = DIM / 4, ROUNDS = (VECTORS + LANES - 1) / LANES;
   float largest = -INFINITE;
@@ -170,7 +178,11 @@ DEVICE void merge_item(const DecodeCall& call) {
   if (!at.exists) return;
   // Of a row that has no prefix nobody left a part of it.
   const bool lacks_prefix = call.prefix_ids.data && length_of_prefix(call, prefix_of(call, at.row)) == 0;
-  merge_query<Element, DIM>(call, at, s.place(0, kv_head, unit, query), lacks_prefix ? s.shared_splits : 0);
+  int splits = s.splits;
+  if (s.length > 0 && has_few_queries(call)) splits = holders_of(s, unit * s.kv_heads + kv_head).count;
+  if (s.shared_splits + splits == 1) return;  // stored by the only thread block that had it
+  merge_query<Element, DIM>(call, at, s.place(0, kv_head, unit, query), lacks_prefix ? s.shared_splits : 0,
+                            s.shared_splits + splits);
 }
 
 }  // namespace prefix_kernels::cuda

@@ -22,6 +22,7 @@ namespace prefix_kernels::cuda {
 // Measured on an H200 with heads of 64 and 128, against half and twice as much or (SHORT_ROW, SHORT_PREFIX) more; MAX_SPLITS and
 // MAX_GROUPED_PREFIXES are assumed.
 constexpr int64_t SHORT_PREFIX = 64;           // columns that a row's own item reads sooner than others help
+constexpr int64_t READ_AGAIN = 48 << 20;       // bytes of prefixes, those of all rows, that few queries read sooner from the L2 cache
 constexpr int64_t SHORT_ROW = 256;             // columns of an item that is not worth a split and a merge
 constexpr int64_t LEAST_COLUMNS = 128;         // of a row that are worth an item
 constexpr int64_t LEAST_SHARED_COLUMNS = 128;  // of a prefix: each split leaves a part for each of many rows
@@ -55,12 +56,18 @@ struct Schedule {
   int tile_units;                 // that one pass over a prefix serves
   int tiles;                      // of a kv head; with a bank an upper bound
   int shared_splits, splits;      // shared_splits 0: row items read the prefix
-  Divisor by_kv_heads, by_group, by_unit_queries, by_row_units, by_units, by_tiles, by_shared_splits, by_splits;
+  int few_warps;                  // of a thread block of the kernel for few queries; 0: the call is not for it
+  bool clustered;                 // its splits of a row are a cluster of thread blocks, where the GPU has them
+  // The chunks of all row items in a row are cut into equal shares, one a thread block, which may begin and end within an item;
+  // length: chunks of an item at most, blocks: of threads. 0: each split of an item is a thread block's.
+  int length, blocks;
+  Divisor by_kv_heads, by_group, by_unit_queries, by_row_units, by_units, by_tiles, by_shared_splits, by_splits, by_length, by_share;
   HOST_DEVICE int64_t shared_items() const { return int64_t(tiles) * shared_splits * kv_heads; }
   HOST_DEVICE int64_t items() const { return shared_items() + int64_t(units) * splits * kv_heads; }
   HOST_DEVICE bool merges() const { return shared_splits + splits > 1; }
   HOST_DEVICE int64_t merged_queries() const { return int64_t(kv_heads) * units * unit_queries; }
   HOST_DEVICE int64_t places() const { return (shared_splits + splits) * merged_queries(); }
+  HOST_DEVICE int64_t row_blocks() const { return length > 0 ? blocks : items() - shared_items(); }
   // Of a split (shared ones first) and a query in its unit.
   HOST_DEVICE int64_t place(int split, int kv_head, int unit, int query) const {
     return ((int64_t(split) * kv_heads + kv_head) * units + unit) * unit_queries + query;
@@ -79,6 +86,20 @@ struct Share {
 
 HOST_DEVICE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// The thread blocks whose shares have chunks of an item: the first one, and how many.
+struct Holders {
+  int first, count;
+};
+HOST_DEVICE Holders holders_of(const Schedule& s, int item) {
+  const int begin = item * s.length, first = begin / s.by_share;
+  return {first, (begin + s.length - 1) / s.by_share - first + 1};
+}
+
+HOST_DEVICE Item row_item_of(const Schedule& s, int number) {
+  const int rest = number / s.by_splits;
+  return {false, rest % s.by_kv_heads, number % s.by_splits, rest / s.by_kv_heads};
+}
+
 // Tiles of one prefix run at a time: the first reads it from memory, the others from the L2 cache.
 HOST_DEVICE Item item_of(const Schedule& s, int number) {
   const int shared = s.tiles * s.shared_splits * s.kv_heads;
@@ -86,14 +107,12 @@ HOST_DEVICE Item item_of(const Schedule& s, int number) {
     const int rest = number / s.by_tiles;
     return {true, rest / s.by_shared_splits, rest % s.by_shared_splits, number % s.by_tiles};
   }
-  number -= shared;
-  const int rest = number / s.by_splits;
-  return {false, rest % s.by_kv_heads, number % s.by_splits, rest / s.by_kv_heads};
+  return row_item_of(s, number - shared);
 }
 
 // Of `blocks` blocks those of one split; the last splits may have none.
-HOST_DEVICE Share share_of(int blocks, int splits, int split) {
-  const int size = (blocks + splits - 1) / splits, begin = split * size;
+HOST_DEVICE Share share_of(int blocks, const Divisor& splits, int split) {
+  const int size = (blocks + int(splits.by) - 1) / splits, begin = split * size;
   return {begin < blocks ? begin : blocks, begin + size < blocks ? begin + size : blocks};
 }
 
@@ -103,8 +122,18 @@ inline int query_warps(int64_t queries, int keys) {
   return warps;
 }
 
+inline int64_t own_columns(const Sizes& z) {
+  return z.window > 0 ? std::min(z.kv_len, (z.causal ? 1 : 2) * z.window + z.q_len) : z.kv_len;
+}
+
+inline bool has_few_queries(const Sizes& z) { return z.q_len * (z.heads / z.kv_heads) <= FEW_QUERIES && serves_few(z.head_dim); }
+
+// The kernel for few queries is held up by what it reads from memory: besides that, three quarters as much come from the L2 cache.
 inline bool shares_prefix(const Sizes& z) {
-  return z.batch > 1 && z.prefix_len > SHORT_PREFIX && (!z.bank || z.prefixes <= MAX_GROUPED_PREFIXES);
+  if (z.batch == 1 || (z.bank && z.prefixes > MAX_GROUPED_PREFIXES)) return false;
+  if (!has_few_queries(z)) return z.prefix_len > SHORT_PREFIX;
+  const int64_t column = z.batch * z.kv_heads * z.head_dim * 4;
+  return column * (4 * z.prefix_len - 3 * own_columns(z)) > 4 * READ_AGAIN;
 }
 
 // Blocks of work as long as there are columns worth an item, and no more than occupy the device.
@@ -113,8 +142,7 @@ inline Schedule schedule_of(const Sizes& z) {
   const int64_t row_queries = z.q_len * (z.heads / z.kv_heads);
   const int64_t unit_queries = std::clamp<int64_t>(row_queries, 1, MAX_SLOTS);
   const int64_t row_units = ceil_div(row_queries, unit_queries), units = z.batch * row_units;
-  int64_t columns = z.kv_len;
-  if (z.window > 0) columns = std::min(columns, (z.causal ? 1 : 2) * z.window + z.q_len);
+  int64_t columns = own_columns(z);
   Schedule s{};
   s.kv_heads = int(z.kv_heads), s.row_queries = int(row_queries), s.unit_queries = int(unit_queries);
   s.row_units = int(row_units), s.units = int(units);
@@ -133,10 +161,33 @@ inline Schedule schedule_of(const Sizes& z) {
     columns += z.prefix_len;
   }
   blocks += ceil_div(columns, keys) * units * z.kv_heads;
-  const int64_t share = std::max<int64_t>(1, ceil_div(blocks, blocks_on_multiprocessor(z.head_dim) * z.multiprocessors)) * keys;
+  const bool few = !shared && has_few_queries(z);
+  const int resident = few ? FEW_BLOCKS : blocks_on_multiprocessor(z.head_dim);
+  const int64_t share = std::max<int64_t>(1, ceil_div(blocks, resident * z.multiprocessors)) * keys;
   const auto splits = [](int64_t of, int64_t size) { return int(std::clamp<int64_t>(ceil_div(of, size), 1, MAX_SPLITS)); };
   if (shared) s.shared_splits = splits(z.prefix_len, std::max(LEAST_SHARED_COLUMNS, 2 * share / s.shared_warps));
   s.splits = !shared && columns <= SHORT_ROW ? 1 : splits(columns, std::max(LEAST_COLUMNS, share));
+  if (few) {
+    const int chunk = keys_of_few_chunk(z.head_dim);
+    const int64_t row_items = units * z.kv_heads, slots = FEW_BLOCKS * z.multiprocessors;
+    const int64_t length = ceil_div(z.prefix_len, chunk) + ceil_div(columns - z.prefix_len, chunk);
+    const int64_t total = length * row_items, equal = ceil_div(total, slots);
+    if (row_items <= z.multiprocessors) {  // a thread block with many warps on each multiprocessor, or as many as a cluster allows
+      s.splits = 1;
+      while (s.splits < FEW_CLUSTER && 2 * s.splits * row_items <= z.multiprocessors && columns > s.splits * SHORT_ROW) s.splits *= 2;
+    } else if (const int64_t items = row_items * s.splits;  // where whole items leave the last round of thread blocks idle
+               length <= 32768 && total <= INT32_MAX - length && equal * chunk > LEAST_COLUMNS && columns > SHORT_ROW &&
+               items * 20 < ceil_div(items, slots) * slots * 19 && length <= equal * (MAX_SPLITS - 2)) {
+      s.length = int(length), s.blocks = int(ceil_div(total, equal));
+      s.splits = equal % length ? int(ceil_div(length - 1, equal)) + 1 : 1;
+      s.by_length = Divisor(length), s.by_share = Divisor(equal);
+    }
+    const bool alone = row_items * s.splits <= z.multiprocessors;  // each thread block on its multiprocessor
+    s.clustered = s.length == 0 && s.splits > 1 && s.splits <= FEW_CLUSTER && (s.splits == 2 || alone);
+    // All of its chunks at a time, or in equal rounds.
+    const int64_t each = std::max<int64_t>(1, ceil_div(length, s.splits)), rounds = ceil_div(each, FEW_WARPS);
+    s.few_warps = alone ? int(std::clamp<int64_t>(ceil_div(each, rounds), WARPS, FEW_WARPS)) : WARPS;
+  }
   s.by_kv_heads = Divisor(z.kv_heads), s.by_group = Divisor(z.heads / z.kv_heads), s.by_unit_queries = Divisor(unit_queries);
   s.by_row_units = Divisor(row_units), s.by_units = Divisor(units), s.by_splits = Divisor(s.splits);
   s.by_tiles = Divisor(std::max(1, s.tiles)), s.by_shared_splits = Divisor(std::max(1, s.shared_splits));

@@ -84,10 +84,13 @@ struct WarpState {
 #pragma unroll
     for (int i = 0; i < 2; ++i)
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        scores[i][j] *= call.scale;
-        if (call.softcap > 0) scores[i][j] = tanh_of(scores[i][j]) * call.softcap;
-      }
+      for (int j = 0; j < 4; ++j) scores[i][j] *= call.scale;
+    if (call.softcap > 0) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i)
+#pragma unroll
+        for (int j = 0; j < 4; ++j) scores[i][j] = tanh_of(scores[i][j]) * call.softcap;
+    }
     bool edge = shown != EVERY_KEY;
 #pragma unroll
     for (int r = 0; r < 2; ++r) edge = edge || seen[r].first > column || seen[r].stop < column + CHUNK;

@@ -23,6 +23,14 @@ struct TileSizes {
   static constexpr int STAGES = 2;                     // blocks in shared memory: one is met, the others are under way
 };
 
+// Of the kernel for rows with few queries (few_kernel.h).
+constexpr int FEW_QUERIES = 8;  // of a row and a kv head: the columns of one product
+constexpr int FEW_WARPS = 11;   // of a thread block at most
+constexpr int FEW_BLOCKS = 3;   // of THREADS threads on a multiprocessor that registers are kept for
+constexpr int FEW_CLUSTER = 8;  // thread blocks that merge what they have in shared memory
+constexpr int keys_of_few_chunk(int64_t dim) { return int(CHUNK * 128 / dim); }  // 4 KiB of keys
+constexpr bool serves_few(int64_t dim) { return dim == 64 || dim == 128; }
+
 constexpr int keys_of_block(int64_t dim) { return dim <= 128 ? 64 : 32; }
 
 // Thread blocks of a multiprocessor that registers are kept for. Measured: with three at 128 it reads a row's own keys 8 % slower.

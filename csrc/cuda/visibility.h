@@ -10,6 +10,8 @@ struct Range {
   int first, stop;
 };
 
+HOST_DEVICE int least(int a, int b) { return a < b ? a : b; }
+
 HOST_DEVICE int clamped(int64_t value, int64_t low, int64_t high) {
   return int(value < low ? low : value > high ? high : value);
 }

@@ -63,23 +63,30 @@ def test_other_dtypes(gpu, case, dtype):
     check(case, dtype)
 
 
-@pytest.mark.parametrize("case", CUDA_CASES[::3], ids=str)
+@pytest.mark.parametrize("case", CUDA_CASES, ids=str)
 def test_aligned(gpu, case):
-    """Tokens at multiples of 16 bytes are copied asynchronously; those of the other tests are not."""
-    gpu.set(2)
-    check(case, "bfloat16", aligned_inputs(case, "bfloat16"))
+    """Tokens at multiples of 16 bytes are copied asynchronously, and of few queries read into registers; those of the other
+    tests are not."""
+    inputs = aligned_inputs(case, "bfloat16")
+    for multiprocessors, clusters in ((132, True), (3, True), (132, False)):
+        gpu.set(0, multiprocessors, clusters)
+        first = check(case, "bfloat16", inputs)
+        gpu.set(2, multiprocessors, clusters)
+        for value, other in zip(check(case, "bfloat16", inputs), first, strict=True):
+            assert torch.equal(value, other)
 
 
 def test_what_a_call_takes(gpu):
     """Partial results as they are announced, and none for what is not split."""
-    case = Case("decode", q_len=1, kv_len=60, prefix_len=300, head_dim=64, batch=3)
-    inputs = make_inputs(case, torch.bfloat16)
-    short = replace(case, prefix_len=10)
-    stated = [
-        prefix_kernels.workspace_bytes(*each.tensors, **each.options, backend="cuda")["forward"]
-        for each in (inputs, make_inputs(short, torch.bfloat16))
-    ]
-    assert stated == [4 * (3 + 1) * 3 * 4 * (64 + 2), 0]  # 3 splits of the prefix, 1 of the keys
+
+    def stated(case):
+        inputs = make_inputs(case, torch.bfloat16)
+        return prefix_kernels.workspace_bytes(*inputs.tensors, **inputs.options, backend="cuda")["forward"]
+
+    case = Case("decode", q_len=1, kv_len=60, prefix_len=300, head_dim=80, batch=3)
+    assert stated(case) == 4 * (3 + 1) * 3 * 4 * (80 + 2)  # 3 splits of the prefix, 1 of the keys
+    assert stated(replace(case, head_dim=64)) == 4 * 2 * 3 * 4 * (64 + 2)  # each row reads the prefix itself: 2 splits
+    assert stated(replace(case, prefix_len=10)) == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=("prefix of 16 bit", "float32 prefix"))
@@ -124,9 +131,10 @@ STRIDES = {
 
 @pytest.mark.parametrize("which", range(5), ids=("q", "k", "v", "prefix_k", "prefix_v"))
 @pytest.mark.parametrize("layout", STRIDES)
-def test_any_strides(gpu, layout, which):
-    inputs = make_inputs(Case("strides", q_len=2, kv_len=9, head_dim=64, prefix_len=70), torch.bfloat16)
-    values = [tensor.detach() for tensor in inputs.tensors]
+@pytest.mark.parametrize("head_dim", [64, 80])
+def test_any_strides(gpu, head_dim, layout, which):
+    inputs = make_inputs(Case("strides", q_len=2, kv_len=9, head_dim=head_dim, prefix_len=70), torch.bfloat16)
+    values = [tensor.detach().contiguous() for tensor in inputs.tensors]
     values[which] = STRIDES[layout](values[which])
     calls = [prefix_kernels.prefix_attention(*each, backend="cuda") for each in (values, [t.contiguous() for t in values])]
     assert torch.equal(*calls)
@@ -180,7 +188,7 @@ MUTATIONS = {  # each breaks one thing that a case below must notice
     "sliding prefix": ("visibility.h", "call.slide + 1, 0", "call.slide, 0"),
     "key mask": ("softmax.h", " || !(shown >> key & 1)", ""),
     "splits overlap": ("schedule.h", "begin = split * size;", "begin = split * size - (split > 0);"),
-    "last block of a split": ("schedule.h", "(blocks + splits - 1) / splits", "blocks / splits"),
+    "last block of a split": ("schedule.h", "(blocks + int(splits.by) - 1) / splits", "blocks / splits"),
     "merge forgets the first split": ("merge.h", "int from = first_split;", "int from = first_split + 1;"),
     "merge without weights": ("merge.h", "weight = exp2_of(state.x - base);", "weight = 1;"),
     "merge of another query": ("merge.h", "query = number % s.by_unit_queries;", "query = number / s.by_unit_queries % 2;"),
@@ -190,24 +198,42 @@ MUTATIONS = {  # each breaks one thing that a case below must notice
     "copies not waited for": ("decode_kernel.h", "wait_for_copies<STAGES - 1>", "wait_for_copies<STAGES>"),
     "past the fill": ("decode_kernel.h", "left = exists - first - int(token)", "left = exists + 1 - first - int(token)"),
     "prefix of a tile": ("tile.h", "shared.prefix = chosen,", "shared.prefix = 0,"),
+    "few: key mask": ("few_kernel.h", " || !(shown >> i & 1)", ""),
+    "few: mask of another chunk": ("few_kernel.h", "shown_now = shown;", "shown_now = ~0u;"),
+    "few: past the fill": ("few_kernel.h", "at >= seen[q].stop", "at > seen[q].stop"),
+    "few: own keys as the prefix's": ("few_kernel.h", "if (turns) look(true);", ""),
+    "few: correction of the sums": ("few_kernel.h", "sums[i][q + 2] *= correction", "sums[i][q + 2] *= 1"),
+    "few: weights not transposed": ("few_kernel.h", "first = transposed(packed<Element>(weights[t][0], weights[t][1]));",
+                                    "first = packed<Element>(weights[t][0], weights[t][1]);"),
+    "few: a barrier less": ("few_kernel.h", "warp);\n  sync_threads();", "warp);"),
+    "few: merged in a cluster without weights": ("few_kernel.h", "weight = exp2_of(states[j].x - base);", "weight = 1;"),
+    "few: a barrier of the cluster less": ("few_kernel.h", "sync_cluster();\n  for", "for"),
+    "few: sums overwritten by the next part": ("few_kernel.h", "if (at < stop) sync_threads();", ""),
+    "few: parts of an item": ("schedule.h", "begin = item * s.length, first", "begin = item * s.length + 1, first"),
+    "few: a share of what is there": ("few_kernel.h", "{part.begin * chunks / s.by_length,",
+                                    "{part.begin * chunks / s.by_length + 1,"),
 }  # fmt: skip
 NOTICED_BY = (
     Case("all at once", batch=5, heads=6, kv_heads=2, q_len=3, kv_len=300, prefix_len=170, head_dim=64, window=280,
          first_key_position=0, key_lens=(300, 290, 7, 0, 131)),
     Case("holes", batch=2, heads=6, kv_heads=2, q_len=2, kv_len=300, prefix_len=70, head_dim=64, padding="holes"),
-    Case("bank", batch=40, heads=2, kv_heads=1, q_len=1, kv_len=9, prefix_len=70, head_dim=64, prefixes=2,
+    Case("equal shares", batch=5, heads=6, kv_heads=2, q_len=1, kv_len=700, prefix_len=20, head_dim=64,
+         key_lens=(700, 3, 650, 0, 129)),
+    Case("cluster", batch=1, heads=2, kv_heads=1, q_len=1, kv_len=700, prefix_len=20, head_dim=64),
+    Case("bank", batch=40, heads=9, kv_heads=1, q_len=1, kv_len=9, prefix_len=70, head_dim=64, prefixes=2,
          prefix_ids=tuple(i % 3 - 1 for i in range(40))),
 )  # fmt: skip
 
 
 def noticed():
     for case in NOTICED_BY:
+        check(case, "bfloat16")  # tokens that lie anywhere: not for the kernel for few queries
         check(case, "bfloat16", aligned_inputs(case, "bfloat16"))
 
 
 def test_nothing_is_noticed_without_a_mutation(gpu):
     for order in range(3):
-        gpu.set(order, 8)
+        gpu.set(order, 3)
         noticed()
 
 
@@ -216,5 +242,5 @@ def test_mutations_are_noticed(built, name):
     kernels = built.build_kernels(name.replace(" ", "_"), (64,), MUTATIONS[name])
     with built.serving(kernels), torch.no_grad(), pytest.raises((AssertionError, RuntimeError)):
         for order in range(3):
-            built.set(order, 8)
+            built.set(order, 3)
             noticed()

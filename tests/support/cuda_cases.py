@@ -19,9 +19,10 @@ def fitted(case: Case) -> Case:
     return replace(case, head_dim=head_dim, value_dim=None)
 
 
-_ROWS = {"heads": 6, "kv_heads": 2, "q_len": 1, "head_dim": 64, "kv_len": 30, "prefix_len": 70}
+_ROWS = {"heads": 6, "kv_heads": 2, "q_len": 1, "head_dim": 80, "kv_len": 30, "prefix_len": 70}
 _IDS = (2, 0, -1, 2, 4, 2, 0, 2, 2, 1, 4, -1, 2, 0, 2, 2, 4, 0, 2, 2, 2, 2)
 _BANK = _ROWS | {"batch": 22, "prefixes": 6, "prefix_ids": _IDS}
+_FEW = {"batch": 5, "heads": 6, "kv_heads": 2, "q_len": 1, "head_dim": 64, "kv_len": 700, "prefix_len": 10}
 CUDA_CASES = (
     *map(fitted, DECODE_CASES),
     Case("tiles, all full", **_ROWS | {"batch": 16, "heads": 8}),
@@ -45,6 +46,13 @@ CUDA_CASES = (
     Case("holes, long cache", **_ROWS | {"kv_len": 290, "prefix_len": 10}, padding="holes"),
     Case("holes, sixteen queries", **_ROWS | {"kv_len": 190, "heads": 64, "q_len": 2}, padding="holes", window=100),
     Case("split with nothing in it", **_ROWS | {"kv_len": 900, "batch": 2}, key_lens=(5, 130)),
+    Case("few", **_FEW | {"prefix_len": 0, "batch": 13}),
+    Case("few, head_dim 128", **_FEW | {"head_dim": 128}),
+    Case("few, prefix of some chunks", **_FEW | {"prefix_len": 300, "batch": 7}),
+    Case("few, fill", **_FEW | {"q_len": 2}, key_lens=(700, 3, 650, 1, 129), softcap=2.0),
+    Case("few, holes", **_FEW | {"batch": 11, "kv_len": 333}, padding="holes"),
+    Case("few, sliding prefix", **_FEW | {"q_len": 2, "prefix_len": 64}, window=500, first_key_position=0),
+    Case("few, bank", **_FEW | {"prefix_len": 70}, prefixes=3, prefix_ids=(0, -1, 2, 2, -1), key_lens=(700, 3, 650, 0, 129)),
 )  # fmt: skip
 
 

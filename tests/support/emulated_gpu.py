@@ -54,9 +54,9 @@ class EmulatedGpu:
         built = subprocess.run(command, capture_output=True, text=True)
         assert built.returncode == 0, built.stderr
 
-    def set(self, order: int = 0, multiprocessors: int = 132) -> None:
-        """order: in which thread blocks and warps run."""
-        self.functions.emulator_set(order, multiprocessors)
+    def set(self, order: int = 0, multiprocessors: int = 132, clusters: bool = True) -> None:
+        """order: in which thread blocks and warps run; clusters: whether the GPU has clusters of thread blocks."""
+        self.functions.emulator_set(order, multiprocessors, clusters)
 
     @contextmanager
     def serving(self, kernels=None):

@@ -54,12 +54,20 @@ struct Together {
   unsigned passed = 0;
 };
 
+struct Barrier {
+  int waiting = 0;
+  unsigned passed = 0;
+};
+
 struct Machine {
-  std::deque<Fiber> fibers;
+  std::deque<Fiber> fibers;  // of all blocks of a cluster
   std::vector<Together> warps;
+  std::vector<Barrier> blocks;
+  Barrier cluster;
   std::function<void()> body;
   jmp_buf scheduler;
-  int thread = 0, block = 0, threads = 0, waiting = 0, finished = 0;
+  int thread = 0, block = 0, threads = 0, finished = 0;  // block: the first one; threads: of a block
+  size_t shared_bytes = 0;  // from what a block has in shared memory to what the next one has
   unsigned barriers = 0;
   const char* failed = nullptr;
 };
@@ -87,14 +95,25 @@ inline void begin_fiber() {
   _longjmp(machine.scheduler, 1);
 }
 
+inline void meet(Barrier& barrier, int threads) {
+  if (++barrier.waiting == threads) {
+    barrier.waiting = 0, ++barrier.passed, ++machine.barriers;
+  } else {
+    for (const unsigned now = barrier.passed; barrier.passed == now;) yield();
+  }
+}
+
 inline void resume(int thread) {
   machine.thread = thread;
   if (_setjmp(machine.scheduler) == 0) _longjmp(machine.fibers[thread].place, 1);
 }
 
-// Runs all threads of one block; `order` says how the warps take turns. What went wrong, or null.
-inline const char* run_block(int block, int threads, unsigned order, const std::function<void()>& body) {
-  machine.body = body, machine.block = block, machine.threads = threads, machine.waiting = 0;
+// Runs all threads of a cluster of `blocks` blocks; `order` says how the warps take turns. What went wrong, or null.
+inline const char* run_cluster(int block, int blocks, int threads_of_block, size_t shared_bytes, unsigned order,
+                               const std::function<void()>& body) {
+  const int threads = blocks * threads_of_block;
+  machine.body = body, machine.block = block, machine.threads = threads_of_block, machine.shared_bytes = shared_bytes;
+  machine.blocks.assign(blocks, Barrier()), machine.cluster = Barrier();
   machine.failed = nullptr;
   machine.warps.assign(threads / WARP, Together());
   while (int(machine.fibers.size()) < threads) machine.fibers.emplace_back();
@@ -211,17 +230,12 @@ inline void load(uint32_t (&to)[4], const void* row, bool transposed) {
 
 }  // namespace emulator
 
-inline int thread_index() { return emulator::machine.thread; }
-inline int block_index() { return emulator::machine.block; }
+inline int block_in_cluster() { return emulator::machine.thread / emulator::machine.threads; }
+inline int thread_index() { return emulator::machine.thread % emulator::machine.threads; }
+inline int block_index() { return emulator::machine.block + block_in_cluster(); }
+inline int threads_of_block() { return emulator::machine.threads; }
 
-inline void sync_threads() {
-  emulator::Machine& m = emulator::machine;
-  if (++m.waiting == m.threads) {
-    m.waiting = 0, ++m.barriers;
-  } else {
-    for (const unsigned now = m.barriers; m.barriers == now;) emulator::yield();
-  }
-}
+inline void sync_threads() { emulator::meet(emulator::machine.blocks[block_in_cluster()], emulator::machine.threads); }
 inline float shuffle_xor(float value, int mask) {
   static const char kind = 0;
   return emulator::exchange(&kind, value, thread_index() % emulator::WARP ^ mask);
@@ -256,21 +270,38 @@ inline void copy_async(void* shared, const void* global, bool exists) {
   if (reinterpret_cast<uintptr_t>(shared) % 16 || reinterpret_cast<uintptr_t>(global) % 16)
     emulator::fail("cp.async: an address is not aligned");
   std::memset(shared, 0xff, 16);
-  emulator::machine.fibers[thread_index()].copies.push_back({shared, global, exists});
+  emulator::machine.fibers[emulator::machine.thread].copies.push_back({shared, global, exists});
 }
 inline void commit_copies() {
-  auto& fiber = emulator::machine.fibers[thread_index()];
+  auto& fiber = emulator::machine.fibers[emulator::machine.thread];
   fiber.groups.push_back(std::move(fiber.copies));
   fiber.copies.clear();
 }
 template <int pending>
 void wait_for_copies() {
-  auto& groups = emulator::machine.fibers[thread_index()].groups;
+  auto& groups = emulator::machine.fibers[emulator::machine.thread].groups;
   for (; int(groups.size()) > pending; groups.pop_front())
     for (const emulator::Copy& copy : groups.front())
       if (copy.exists) std::memcpy(copy.to, copy.from, 16);
       else std::memset(copy.to, 0, 16);
 }
+
+inline void load_once(uint32_t (&to)[4], const void* from) {
+  if (reinterpret_cast<uintptr_t>(from) % 16) emulator::fail("an address of 16 bytes is not aligned");
+  std::memcpy(to, from, 16);
+}
+inline uint32_t transposed(uint32_t pair) {
+  struct Brought { uint32_t pair, result; } brought{pair, 0};
+  static const char kind = 0;
+  emulator::together(&kind, brought, [](auto at) {
+    const auto element = [&](int row, int column) { return at(row * 4 + column / 2).pair >> column % 2 * 16 & 0xffff; };
+    for (int lane = 0; lane < emulator::WARP; ++lane)
+      at(lane).result = element(lane % 4 * 2, lane / 4) | element(lane % 4 * 2 + 1, lane / 4) << 16;
+  });
+  return brought.result;
+}
+inline uint32_t lower_halves(uint32_t a, uint32_t b) { return (a & 0xffff) | b << 16; }
+inline uint32_t upper_halves(uint32_t a, uint32_t b) { return a >> 16 | (b & 0xffff0000u); }
 
 inline void load_matrices(uint32_t (&to)[4], const void* row) { emulator::load(to, row, false); }
 inline void load_matrices_transposed(uint32_t (&to)[4], const void* row) { emulator::load(to, row, true); }
@@ -311,6 +342,14 @@ inline float max_of(float a, float b) { return std::isnan(a) || std::isnan(b) ? 
 inline float4 load_written(const float4* from) { return *from; }
 inline float2 load_written(const float2* from) { return *from; }
 inline void add_one_shared(int* counter) { ++*counter; }
+inline void sync_cluster() {
+  emulator::meet(emulator::machine.cluster, int(emulator::machine.blocks.size()) * emulator::machine.threads);
+}
+template <typename T>
+T load_in_cluster(const T* shared, int block) {
+  const auto distance = (block - block_in_cluster()) * int64_t(emulator::machine.shared_bytes);
+  return *reinterpret_cast<const T*>(reinterpret_cast<const char*>(shared) + distance);
+}
 inline void let_next_kernel_start() {}
 inline void wait_for_kernel_before() {}
 

@@ -6,38 +6,51 @@
 
 #include "emulated_device.h"
 
-#include "cuda/decode_kernel.h"
+#include "cuda/few_kernel.h"
 
 namespace prefix_kernels::cuda {
 
-// All thread blocks of a kernel, one after the other.
-static const char* run_grid(int64_t count, unsigned order, void (*prepare)(), const std::function<void()>& body) {
-  std::vector<int> blocks(count);
-  std::iota(blocks.begin(), blocks.end(), 0);
-  if (order % 3 == 1) std::reverse(blocks.begin(), blocks.end());
-  if (order % 3 == 2) std::shuffle(blocks.begin(), blocks.end(), std::mt19937(order));
-  for (const int block : blocks) {
-    prepare();
-    if (const char* failed = emulator::run_block(block, THREADS, order + unsigned(block), body)) return failed;
+// All thread blocks of a kernel, or its clusters of them, one after the other. body: what a thread does with its block's shared
+// memory, which begins as NaN.
+template <typename Shared, typename Body>
+static const char* run_grid(int64_t count, int cluster, int threads, unsigned order, const Body& body) {
+  static Shared shared[FEW_CLUSTER];
+  std::vector<int> clusters(count / cluster);
+  std::iota(clusters.begin(), clusters.end(), 0);
+  if (order % 3 == 1) std::reverse(clusters.begin(), clusters.end());
+  if (order % 3 == 2) std::shuffle(clusters.begin(), clusters.end(), std::mt19937(order));
+  for (const int number : clusters) {
+    std::memset(static_cast<void*>(&shared), 0xff, cluster * sizeof(Shared));
+    const auto thread = [&] { body(shared[block_in_cluster()]); };
+    const int first = number * cluster;
+    if (const char* failed = emulator::run_cluster(first, cluster, threads, sizeof(Shared), order + unsigned(first), thread))
+      return failed;
   }
   return nullptr;
 }
 
 template <typename Element, int DIM>
-static const char* run(const DecodeCall& call, unsigned order) {
-  static SharedMemory<DIM> shared;
+static const char* run(const DecodeCall& call, bool clusters, unsigned order) {
   const Schedule& s = call.schedule;
-  const auto decode = [&] { decode_item<Element>(call, shared); };
-  const auto clear = [] { std::memset(static_cast<void*>(&shared), 0xff, sizeof(shared)); };
-  if (const char* failed = run_grid(s.items(), order, clear, decode)) return failed;
-  const auto merge = [&] { merge_item<Element, DIM>(call); };
-  return s.merges() ? run_grid(ceil_div(s.merged_queries(), WARPS), order, [] {}, merge) : nullptr;
+  const bool few = has_few_queries(call), clustered = clusters && merges_in_clusters(call);
+  const auto decode = [&](SharedMemory<DIM>& shared) { decode_item<Element>(call, shared); };
+  const char* failed = "the kernel for few queries does not serve this head_dim";
+  if (!few) {
+    failed = run_grid<SharedMemory<DIM>>(s.items(), 1, THREADS, order, decode);
+  } else if constexpr (serves_few(DIM)) {
+    const auto rows = [&](FewShared<DIM>& shared) { decode_few<Element>(call, shared, clustered); };
+    failed = run_grid<FewShared<DIM>>(s.row_blocks(), clustered ? s.splits : 1, s.few_warps * LANES, order, rows);
+  }
+  if (failed) return failed;
+  const auto merge = [&](char&) { merge_item<Element, DIM>(call); };
+  const int64_t merged = s.merges() && !clustered ? ceil_div(s.merged_queries(), WARPS) : 0;
+  return run_grid<char>(merged, 1, THREADS, order, merge);
 }
 
 template <typename Element>
-static const char* run(const DecodeCall& call, int head_dim, unsigned order) {
+static const char* run(const DecodeCall& call, int head_dim, bool clusters, unsigned order) {
   switch (head_dim) {
-#define HEAD_DIM(dim) case dim: return run<Element, dim>(call, order);
+#define HEAD_DIM(dim) case dim: return run<Element, dim>(call, clusters, order);
     HEAD_DIMS
 #undef HEAD_DIM
   }
@@ -46,9 +59,9 @@ static const char* run(const DecodeCall& call, int head_dim, unsigned order) {
 
 }  // namespace prefix_kernels::cuda
 
-// What went wrong, or null. order: in which thread blocks and warps run.
+// What went wrong, or null. clusters: whether the GPU has them. order: in which thread blocks and warps run.
 extern "C" __attribute__((visibility("default"))) const char* emulated_decode(
-    const prefix_kernels::cuda::DecodeCall* call, bool bfloat16, int head_dim, unsigned order) {
+    const prefix_kernels::cuda::DecodeCall* call, bool bfloat16, int head_dim, bool clusters, unsigned order) {
   using namespace prefix_kernels::cuda;
-  return bfloat16 ? run<struct bfloat16>(*call, head_dim, order) : run<float16>(*call, head_dim, order);
+  return bfloat16 ? run<struct bfloat16>(*call, head_dim, clusters, order) : run<float16>(*call, head_dim, clusters, order);
 }

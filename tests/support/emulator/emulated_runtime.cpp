@@ -6,16 +6,17 @@
 namespace prefix_kernels::cuda {
 
 static struct {
-  const char* (*decode)(const DecodeCall*, bool, int, unsigned) = nullptr;
+  const char* (*decode)(const DecodeCall*, bool, int, bool, unsigned) = nullptr;
   unsigned order = 0;
   int multiprocessors = 132;
+  bool clusters = true;
   const char* failed = nullptr;
 } settings;
 
 int multiprocessors() { return settings.multiprocessors; }
 
 int launch_decode(const DecodeCall& call, bool bfloat16, int head_dim, void*) {
-  settings.failed = settings.decode(&call, bfloat16, head_dim, settings.order);
+  settings.failed = settings.decode(&call, bfloat16, head_dim, settings.clusters, settings.order);
   return settings.failed != nullptr;
 }
 
@@ -28,6 +29,6 @@ using prefix_kernels::cuda::settings;
 #define EXPORTED extern "C" __attribute__((visibility("default")))
 
 EXPORTED void emulator_use(decltype(settings.decode) decode) { settings.decode = decode; }
-EXPORTED void emulator_set(unsigned order, int multiprocessors) {
-  settings.order = order, settings.multiprocessors = multiprocessors;
+EXPORTED void emulator_set(unsigned order, int multiprocessors, bool clusters) {
+  settings.order = order, settings.multiprocessors = multiprocessors, settings.clusters = clusters;
 }

@@ -40,7 +40,7 @@ static void check_shares() {
     for (int splits = 1; splits <= 128; ++splits) {
       int next = 0;
       for (int split = 0; split < splits; ++split) {
-        const Share share = share_of(blocks, splits, split);
+        const Share share = share_of(blocks, Divisor(splits), split);
         HOLDS(share.begin == next && share.begin <= share.end);
         next = share.end;
       }
@@ -79,6 +79,19 @@ static void check_bank(const Schedule& s, std::mt19937& random) {
   HOLDS(tiles <= s.tiles);
 }
 
+// Every chunk of every row item is in one share, and the parts of an item are numbered as holders_of says.
+static void check_continuous(const Schedule& s) {
+  const int items = s.units * s.kv_heads, share = int(s.by_share.by);
+  HOLDS(int64_t(s.blocks) * share >= int64_t(items) * s.length && int64_t(s.blocks - 1) * share < int64_t(items) * s.length);
+  for (int item = 0; item < items; ++item) {
+    const Holders holders = holders_of(s, item);
+    HOLDS(holders.count >= 1 && holders.count <= s.splits && holders.first + holders.count <= s.blocks);
+    HOLDS(int64_t(holders.first) * share <= int64_t(item) * s.length);
+    HOLDS(int64_t(holders.first + holders.count) * share >= int64_t(item + 1) * s.length);
+    HOLDS(int64_t(holders.first + holders.count - 1) * share < int64_t(item + 1) * s.length);
+  }
+}
+
 static void check(const Schedule& s, std::mt19937& random) {
   const int keys = keys_of_block(z.head_dim);
   HOLDS(s.row_queries == z.q_len * (z.heads / z.kv_heads));
@@ -102,7 +115,10 @@ static void check(const Schedule& s, std::mt19937& random) {
   HOLDS((part_values(s, z.head_dim) == 0) == (s.shared_splits + s.splits == 1));
   // Several splits of much work alone: about as many items as the device takes, or the results of large batches would be many.
   const int64_t row_items = int64_t(s.units) * s.kv_heads;
-  HOLDS(s.splits == 1 || row_items * (s.splits - 1) <= 2 * blocks_on_multiprocessor(z.head_dim) * z.multiprocessors);
+  // Equal shares of long rows: each thread block leaves two at most of which others have a part.
+  const int64_t parts = row_items * (s.splits - 1), resident = blocks_on_multiprocessor(z.head_dim) * z.multiprocessors;
+  HOLDS(s.splits == 1 || parts <= 2 * resident || (s.length > 0 && parts <= std::max<int64_t>(3 * s.blocks, row_items)));
+  if (s.length > 0) check_continuous(s);
   if (s.items() <= 3000) check_items(s);
   if (s.places() <= 20000) check_places(s);
 }
