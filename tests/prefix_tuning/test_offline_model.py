@@ -3,13 +3,14 @@
 import importlib.util
 from types import SimpleNamespace
 
-import gguf
 import pytest
 import torch
 from transformers import LlamaForCausalLM
 
 from prefix_tuning import offline_model
 from prefix_tuning.offline_model import load_model_and_tokenizer, offline_model_path, shipped_gguf
+
+gguf = pytest.importorskip("gguf", reason="needs gguf, which is not installed")
 
 
 @pytest.fixture(scope="module")
