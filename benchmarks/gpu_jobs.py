@@ -86,5 +86,5 @@ def _whole_model(run: Run, device: str) -> dict[str, Any]:
         _models[run.model] = random_model(run.model, device, torch.bfloat16 if device == "cuda" else torch.float32)
     model = _models[run.model]
     prefix = Prefix.for_model(model, run.prefix_len, seed=0)
-    seconds, rounds = (2.0, 2) if device == "cuda" else (0.02, 2)
+    seconds, rounds = (1.0, 2) if device == "cuda" else (0.02, 2)
     return measure_run(run, model, prefix, random_inputs(run), seconds, rounds)
