@@ -215,7 +215,8 @@ def gpu_runs() -> list[Run]:
     first = [
         Run(GPT2_MEDIUM_MODEL, "train", 8, 200), Run(LLAMA_1B_MODEL, "generate", 64, 512), Run(LLAMA_1B_MODEL, "train", 8, 200),
         Run(LLAMA_1B_MODEL, "train", 8, 2048), Run(LLAMA_8B_MODEL, "train", 8, 200), Run(SMOLLM2_MODEL, "train", 8, 16),
-        Run(LLAMA_1B_MODEL, "generate", 8, 512), Run(SMOLLM2_MODEL, "generate", 8, 512), Run(LLAMA_8B_MODEL, "generate", 64, 512),
+        Run(LLAMA_1B_MODEL, "generate", 8, 512), Run(SMOLLM2_MODEL, "generate", 8, 512),
+        Run(LLAMA_8B_MODEL, "generate", 64, 512),
     ]  # fmt: skip
     models = (GPT2_MEDIUM_MODEL, LLAMA_8B_MODEL, SMOLLM2_MODEL, LLAMA_1B_MODEL)
     sizes = [(8, 1), (64, 1), (8, 2), (64, 0), (8, 0), (1, 1), (64, 2), (1, 2), (1, 0)]  # batch, index of the prefix length
