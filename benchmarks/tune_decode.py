@@ -36,7 +36,7 @@ LIMIT = 2e-2  # ‖difference‖ / ‖result of the source as it is‖ in bfloat
 OWN = "as it is"
 
 
-def _constant(name: str, old: int, new: int) -> tuple[str, str, str]:
+def _constant(name: str, old: int | str, new: int | str) -> tuple[str, str, str]:
     return "schedule.h", f"constexpr int64_t {name} = {old};", f"constexpr int64_t {name} = {new};"
 
 
@@ -55,7 +55,11 @@ VARIANTS: dict[str, tuple[str, str, str] | None] = {  # file in csrc/cuda, its t
     "256 shared columns a split": _constant("LEAST_SHARED_COLUMNS", 128, 256),
     "rows of 128 unsplit": _constant("SHORT_ROW", 256, 128),
     "rows of 1024 unsplit": _constant("SHORT_ROW", 256, 1024),
-    "prefixes of 512 not shared": _constant("SHORT_PREFIX", 64, 512),
+    "half as much read again": _constant("READ_AGAIN", "48 << 20", "24 << 20"),
+    "twice as much read again": _constant("READ_AGAIN", "48 << 20", "96 << 20"),
+    "every prefix shared": ("schedule.h", "if (!has_few_queries(z)) return", "return"),
+    "clusters of four": ("tile_sizes.h", "FEW_CLUSTER = 8;", "FEW_CLUSTER = 4;"),
+    "nine warps": ("tile_sizes.h", "FEW_WARPS = 11;", "FEW_WARPS = 9;"),
     "one tile": ("schedule.h", "ceil_div(units * unit_queries, 2)", "units * unit_queries"),
     "four tiles": ("schedule.h", "ceil_div(units * unit_queries, 2)", "ceil_div(units * unit_queries, 4)"),
     "a thread block more": ("tile_sizes.h", "dim <= 96 ? 3 : 2", "dim <= 96 ? 4 : 3"),

@@ -308,8 +308,8 @@ DEVICE void decode_row(const DecodeCall& call, FewShared<DIM>& shared, const Ite
       if (dim == 0) shared.states[query] = float2{largest, total};
       continue;
     }
-    store_sums<Element, DIM>(call, query_of(call, row, item.kv_head, query), alone, item.split, item.kv_head, row, query, dim, sums,
-                             largest, total);
+    const Query at = query_of(call, row, item.kv_head, query);
+    store_sums<Element, DIM>(call, at, alone, item.split, item.kv_head, row, query, dim, sums, largest, total);
   }
   if (clustered) merge_cluster<Element>(call, shared, item);
 }

@@ -108,8 +108,9 @@ DEVICE void store_item(const DecodeCall& call, const Item& item, const Tile& til
     float4 sums{0, 0, 0, 0};
     for (int w = slot / WARP_QUERIES; w < WARPS; w += query_warps)
       sums = plus(sums, 1, *reinterpret_cast<const float4*>(&shared.sums[w][slot % WARP_QUERIES][dim]));
-    store_sums<Element, DIM>(call, at, !s.merges(), item.shared ? item.split : s.shared_splits + item.split, item.kv_head, unit, number, dim,
-                             sums, shared.slot_largest[slot], shared.slot_total[slot]);
+    const int split = item.shared ? item.split : s.shared_splits + item.split;
+    store_sums<Element, DIM>(call, at, !s.merges(), split, item.kv_head, unit, number, dim, sums, shared.slot_largest[slot],
+                             shared.slot_total[slot]);
   }
 }
 

@@ -22,7 +22,7 @@ namespace prefix_kernels::cuda {
 // Measured on an H200 with heads of 64 and 128, against half and twice as much or (SHORT_ROW, SHORT_PREFIX) more; MAX_SPLITS and
 // MAX_GROUPED_PREFIXES are assumed.
 constexpr int64_t SHORT_PREFIX = 64;           // columns that a row's own item reads sooner than others help
-constexpr int64_t READ_AGAIN = 48 << 20;       // bytes of prefixes, those of all rows, that few queries read sooner from the L2 cache
+constexpr int64_t READ_AGAIN = 48 << 20;       // bytes of a prefix, for every row anew, that few queries read sooner from a cache
 constexpr int64_t SHORT_ROW = 256;             // columns of an item that is not worth a split and a merge
 constexpr int64_t LEAST_COLUMNS = 128;         // of a row that are worth an item
 constexpr int64_t LEAST_SHARED_COLUMNS = 128;  // of a prefix: each split leaves a part for each of many rows
@@ -128,12 +128,12 @@ inline int64_t own_columns(const Sizes& z) {
 
 inline bool has_few_queries(const Sizes& z) { return z.q_len * (z.heads / z.kv_heads) <= FEW_QUERIES && serves_few(z.head_dim); }
 
-// The kernel for few queries is held up by what it reads from memory: besides that, three quarters as much come from the L2 cache.
+// The kernel for few queries waits for memory while the L2 cache has time: half as much as a row's own keys, and READ_AGAIN more.
 inline bool shares_prefix(const Sizes& z) {
   if (z.batch == 1 || (z.bank && z.prefixes > MAX_GROUPED_PREFIXES)) return false;
   if (!has_few_queries(z)) return z.prefix_len > SHORT_PREFIX;
   const int64_t column = z.batch * z.kv_heads * z.head_dim * 4;
-  return column * (4 * z.prefix_len - 3 * own_columns(z)) > 4 * READ_AGAIN;
+  return column * (2 * z.prefix_len - own_columns(z)) > 2 * READ_AGAIN;
 }
 
 // Blocks of work as long as there are columns worth an item, and no more than occupy the device.
