@@ -17,13 +17,14 @@ WIDE_HEAD = 128  # above it sdpa comes before triton on a GPU, unless triton's k
 LONG_PREFIX, SHORT_PREFIX = 2048, 64  # columns
 SMALL_CALL = 2**26  # bytes of memory traffic
 MOST_ROWS = 64
+FEW_QUERIES, READ_AGAIN = 8, 48 * 2**20  # as in csrc/cuda: tile_sizes.h, schedule.h
 # Why a backend comes before those after it.
 REASONS = {
     "cpu": "measured: 1.6 to 7.9 times as fast as sdpa at the 112 points of benchmarks/results/cpu, so there is no threshold",
-    "cuda": "measured on an H200 (benchmarks/results/nvidia-h200): the fastest in decoding with wide heads, and with heads of "
-    "128 behind short prefixes; in small calls about as fast as triton, with one operator for the host to call",
+    "cuda": "measured on an H200 (benchmarks/results/nvidia-h200): the fastest in decoding with wide heads, and of few queries "
+    "a row behind prefixes shorter than the row; in small calls as fast as triton, with one operator for the host to call",
     "triton": "measured on an H200 (benchmarks/results/nvidia-h200): faster than sdpa in training, and than cuda in decoding "
-    "behind long prefixes and in large calls",
+    "of many rows behind longer prefixes",
     "sdpa": "with heads of more than 128 it is assumed to be faster than triton, but for 16 bit on sm_90; on a CPU it copies "
     "nothing per row",
     "reference": "it is the only one left",
@@ -74,12 +75,23 @@ def preferred(problem: AttentionProblem) -> tuple[str, ...]:
 
 def _cuda_is_faster(problem: AttentionProblem) -> bool:
     """Whether decoding with heads of up to 128 is cuda's rather than triton's; a bank's rows it alone groups by prefix."""
-    if problem.has_prefix_ids:
+    if problem.has_prefix_ids or _each_row_reads_the_prefix(problem):
         return True
     if problem.prefix_len >= LONG_PREFIX:
         return False
     few_rows = problem.head_dim > 64 and problem.prefix_len <= SHORT_PREFIX and problem.batch <= MOST_ROWS
     return few_rows or problem.bytes_moved() < SMALL_CALL
+
+
+def _each_row_reads_the_prefix(problem: AttentionProblem) -> bool:
+    """Whether cuda's kernel for few queries does all the work: has_few_queries and shares_prefix in csrc/cuda/schedule.h."""
+    if problem.head_dim not in (64, 128) or problem.q_len * problem.heads > FEW_QUERIES * problem.kv_heads:
+        return False
+    columns = problem.kv_len
+    if problem.window is not None:
+        columns = min(columns, (1 if problem.causal else 2) * problem.window + problem.q_len)
+    column = problem.batch * problem.kv_heads * problem.head_dim * 4
+    return problem.batch == 1 or column * (2 * problem.prefix_len - columns) <= 2 * READ_AGAIN
 
 
 def explain(problem: AttentionProblem, backend: str | None) -> dict[str, str]:

@@ -30,8 +30,8 @@ DEVICE uint32_t shared_address(const void* shared) { return static_cast<uint32_t
 
 // 16 bytes from global to shared memory, zeros where nothing exists; complete after wait_for_copies.
 DEVICE void copy_async(void* shared, const void* global, bool exists) {
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(exists ? 16 : 0)
-               : "memory");
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;"
+               ::"r"(shared_address(shared)), "l"(global), "r"(exists ? 16 : 0) : "memory");
 }
 DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // All but the last `pending` groups of this thread have arrived.

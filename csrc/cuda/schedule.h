@@ -19,8 +19,8 @@
 
 namespace prefix_kernels::cuda {
 
-// Measured on an H200 with heads of 64 and 128, against half and twice as much or (SHORT_ROW, SHORT_PREFIX) more; MAX_SPLITS and
-// MAX_GROUPED_PREFIXES are assumed.
+// Measured on an H200 with heads of 64 and 128, against half and twice as much or (SHORT_ROW, SHORT_PREFIX) more. READ_AGAIN
+// follows from the bandwidths measured there; MAX_SPLITS and MAX_GROUPED_PREFIXES are assumed.
 constexpr int64_t SHORT_PREFIX = 64;           // columns that a row's own item reads sooner than others help
 constexpr int64_t READ_AGAIN = 48 << 20;       // bytes of a prefix, for every row anew, that few queries read sooner from a cache
 constexpr int64_t SHORT_ROW = 256;             // columns of an item that is not worth a split and a merge
@@ -61,7 +61,8 @@ struct Schedule {
   // The chunks of all row items in a row are cut into equal shares, one a thread block, which may begin and end within an item;
   // length: chunks of an item at most, blocks: of threads. 0: each split of an item is a thread block's.
   int length, blocks;
-  Divisor by_kv_heads, by_group, by_unit_queries, by_row_units, by_units, by_tiles, by_shared_splits, by_splits, by_length, by_share;
+  Divisor by_kv_heads, by_group, by_unit_queries, by_row_units, by_units, by_tiles, by_shared_splits, by_splits;
+  Divisor by_length, by_share;
   HOST_DEVICE int64_t shared_items() const { return int64_t(tiles) * shared_splits * kv_heads; }
   HOST_DEVICE int64_t items() const { return shared_items() + int64_t(units) * splits * kv_heads; }
   HOST_DEVICE bool merges() const { return shared_splits + splits > 1; }
@@ -136,6 +137,18 @@ inline bool shares_prefix(const Sizes& z) {
   return column * (2 * z.prefix_len - own_columns(z)) > 2 * READ_AGAIN;
 }
 
+// Splits of a row of few queries whose thread blocks, with many warps each, have a multiprocessor to themselves and merge what
+// they have in a cluster; 0: they would leave too much of the device idle (how much that is, is assumed). On a full device clusters
+// of more than two wait for each other: measured, those of three and six took a fifth longer than the second kernel takes.
+inline int64_t few_cluster_of(int64_t row_items, int64_t columns, int64_t multiprocessors) {
+  int64_t splits = 1;
+  while (splits < FEW_CLUSTER && columns > SHORT_ROW && columns >= 2 * splits * LEAST_COLUMNS &&
+         (splits == 1 ? 2 : 4) * splits * row_items <= multiprocessors)
+    splits *= 2;
+  const int64_t items = splits * row_items;
+  return items <= multiprocessors && (3 * items >= multiprocessors || columns <= 2 * SHORT_ROW * splits) ? splits : 0;
+}
+
 // Blocks of work as long as there are columns worth an item, and no more than occupy the device.
 inline Schedule schedule_of(const Sizes& z) {
   const int keys = keys_of_block(z.head_dim);
@@ -172,9 +185,9 @@ inline Schedule schedule_of(const Sizes& z) {
     const int64_t row_items = units * z.kv_heads, slots = FEW_BLOCKS * z.multiprocessors;
     const int64_t length = ceil_div(z.prefix_len, chunk) + ceil_div(columns - z.prefix_len, chunk);
     const int64_t total = length * row_items, equal = ceil_div(total, slots);
-    if (row_items <= z.multiprocessors) {  // a thread block with many warps on each multiprocessor, or as many as a cluster allows
-      s.splits = 1;
-      while (s.splits < FEW_CLUSTER && 2 * s.splits * row_items <= z.multiprocessors && columns > s.splits * SHORT_ROW) s.splits *= 2;
+    const int64_t cluster = few_cluster_of(row_items, columns, z.multiprocessors);
+    if (cluster > 0) {
+      s.splits = int(cluster);
     } else if (const int64_t items = row_items * s.splits;  // where whole items leave the last round of thread blocks idle
                length <= 32768 && total <= INT32_MAX - length && equal * chunk > LEAST_COLUMNS && columns > SHORT_ROW &&
                items * 20 < ceil_div(items, slots) * slots * 19 && length <= equal * (MAX_SPLITS - 2)) {
@@ -182,11 +195,10 @@ inline Schedule schedule_of(const Sizes& z) {
       s.splits = equal % length ? int(ceil_div(length - 1, equal)) + 1 : 1;
       s.by_length = Divisor(length), s.by_share = Divisor(equal);
     }
-    const bool alone = row_items * s.splits <= z.multiprocessors;  // each thread block on its multiprocessor
-    s.clustered = s.length == 0 && s.splits > 1 && s.splits <= FEW_CLUSTER && (s.splits == 2 || alone);
+    s.clustered = s.length == 0 && s.splits > 1 && (cluster > 0 || s.splits == 2);
     // All of its chunks at a time, or in equal rounds.
     const int64_t each = std::max<int64_t>(1, ceil_div(length, s.splits)), rounds = ceil_div(each, FEW_WARPS);
-    s.few_warps = alone ? int(std::clamp<int64_t>(ceil_div(each, rounds), WARPS, FEW_WARPS)) : WARPS;
+    s.few_warps = cluster > 0 ? int(std::clamp<int64_t>(ceil_div(each, rounds), WARPS, FEW_WARPS)) : WARPS;
   }
   s.by_kv_heads = Divisor(z.kv_heads), s.by_group = Divisor(z.heads / z.kv_heads), s.by_unit_queries = Divisor(unit_queries);
   s.by_row_units = Divisor(row_units), s.by_units = Divisor(units), s.by_splits = Divisor(s.splits);
