@@ -17,7 +17,7 @@ WIDE_HEAD = 128  # above it sdpa comes before triton on a GPU, unless triton's k
 LONG_PREFIX, SHORT_PREFIX = 2048, 64  # columns
 SMALL_CALL = 2**26  # bytes of memory traffic
 MOST_ROWS = 64
-FEW_QUERIES, READ_AGAIN = 8, 48 * 2**20  # as in csrc/cuda: tile_sizes.h, schedule.h
+FEW_QUERIES, READ_AGAIN, CACHED = 8, 48 * 2**20, 24 * 2**20  # as in csrc/cuda: tile_sizes.h, schedule.h
 # Why a backend comes before those after it.
 REASONS = {
     "cpu": "measured: 1.6 to 7.9 times as fast as sdpa at the 112 points of benchmarks/results/cpu, so there is no threshold",
@@ -90,8 +90,9 @@ def _each_row_reads_the_prefix(problem: AttentionProblem) -> bool:
     columns = problem.kv_len
     if problem.window is not None:
         columns = min(columns, (1 if problem.causal else 2) * problem.window + problem.q_len)
-    column = problem.batch * problem.kv_heads * problem.head_dim * 4
-    return problem.batch == 1 or column * (2 * problem.prefix_len - columns) <= 2 * READ_AGAIN
+    token = problem.kv_heads * problem.head_dim * 4  # bytes
+    again = problem.batch * token * (2 * problem.prefix_len - columns)
+    return problem.batch == 1 or (token * problem.prefix_len <= CACHED and again <= 2 * READ_AGAIN)
 
 
 def explain(problem: AttentionProblem, backend: str | None) -> dict[str, str]:

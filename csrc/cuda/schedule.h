@@ -20,9 +20,10 @@
 namespace prefix_kernels::cuda {
 
 // Measured on an H200 with heads of 64 and 128, against half and twice as much or (SHORT_ROW, SHORT_PREFIX) more. READ_AGAIN
-// follows from the bandwidths measured there; MAX_SPLITS and MAX_GROUPED_PREFIXES are assumed.
+// follows from the bandwidths measured there; CACHED, MAX_SPLITS and MAX_GROUPED_PREFIXES are assumed.
 constexpr int64_t SHORT_PREFIX = 64;           // columns that a row's own item reads sooner than others help
 constexpr int64_t READ_AGAIN = 48 << 20;       // bytes of a prefix, for every row anew, that few queries read sooner from a cache
+constexpr int64_t CACHED = 24 << 20;           // bytes of a prefix that stay in the L2 cache beside the rows' own keys
 constexpr int64_t SHORT_ROW = 256;             // columns of an item that is not worth a split and a merge
 constexpr int64_t LEAST_COLUMNS = 128;         // of a row that are worth an item
 constexpr int64_t LEAST_SHARED_COLUMNS = 128;  // of a prefix: each split leaves a part for each of many rows
@@ -133,8 +134,8 @@ inline bool has_few_queries(const Sizes& z) { return z.q_len * (z.heads / z.kv_h
 inline bool shares_prefix(const Sizes& z) {
   if (z.batch == 1 || (z.bank && z.prefixes > MAX_GROUPED_PREFIXES)) return false;
   if (!has_few_queries(z)) return z.prefix_len > SHORT_PREFIX;
-  const int64_t column = z.batch * z.kv_heads * z.head_dim * 4;
-  return column * (2 * z.prefix_len - own_columns(z)) > 2 * READ_AGAIN;
+  const int64_t token = z.kv_heads * z.head_dim * 4;  // bytes
+  return token * z.prefix_len > CACHED || z.batch * token * (2 * z.prefix_len - own_columns(z)) > 2 * READ_AGAIN;
 }
 
 // Splits of a row of few queries whose thread blocks, with many warps each, have a multiprocessor to themselves and merge what

@@ -1,7 +1,9 @@
 """CUDA C++ kernels (csrc/cuda) for decoding: a few queries a row, forward only.
 
-Queries of many rows meet a shared prefix together on the tensor cores, each row's own keys are split among thread blocks, and
-a second kernel, which starts while the first one ends, merges what is split. Their memory depends on shapes alone.
+Where a row has few queries of a kv head, and the L2 cache can give each row the prefix anew, keys and values go from memory
+straight into the registers of warps that have nothing in common. Else queries of many rows meet a shared prefix together on the
+tensor cores. What is split is merged within clusters of thread blocks or by a second kernel, which starts while the first one
+ends. Their memory depends on shapes alone.
 """
 
 from __future__ import annotations

@@ -33,8 +33,9 @@ def test_selection_knows_the_schedule():
     sources = "".join((ROOT / "csrc" / "cuda" / name).read_text() for name in ("tile_sizes.h", "schedule.h"))
     assert f"FEW_QUERIES = {select.FEW_QUERIES};" in sources
     assert f"READ_AGAIN = {select.READ_AGAIN // 2**20} << 20;" in sources
+    assert f"CACHED = {select.CACHED // 2**20} << 20;" in sources
     assert "serves_few(int64_t dim) { return dim == 64 || dim == 128; }" in sources
-    assert "return column * (2 * z.prefix_len - own_columns(z)) > 2 * READ_AGAIN;" in sources
+    assert "> CACHED || z.batch * token * (2 * z.prefix_len - own_columns(z)) > 2 * READ_AGAIN;" in sources
 
 
 @pytest.mark.skipif(cxx_compiler() is None, reason="needs a C++ compiler, and none is found")

@@ -489,6 +489,7 @@ def test_wide_heads_where_triton_was_measured_to_win(monkeypatch):
         ("cuda", 64, 4096, 128, 2240, False), ("triton", 64, 4096, 128, 2241, False), ("triton", 64, 1024, 64, 1500, False),
         ("cuda", 256, 4096, 64, 16, False), ("cuda", 1, 128, 128, 9000, False), ("cuda", 64, 4096, 256, 9000, False),
         ("cuda", 64, 4096, 96, 64, False), ("triton", 64, 4096, 96, 65, False), ("triton", 65, 4096, 96, 64, False),
+        ("cuda", 8, 32768, 128, 6144, False), ("triton", 8, 32768, 128, 6145, False),
     ],
 )  # fmt: skip
 def test_who_decodes_on_a_gpu(first, batch, kv_len, head_dim, prefix_len, bank):
