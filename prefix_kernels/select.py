@@ -15,7 +15,7 @@ BACKENDS = ("cpu", "cuda", "triton", "sdpa", "reference")  # in order of prefere
 WIDE_HEAD = 128  # above it sdpa comes before triton on a GPU, unless triton's kernels are known to be faster; assumed
 # Between cuda and triton in decoding, see _cuda_is_faster():
 LONG_PREFIX, SHORT_PREFIX = 2048, 64  # columns
-SMALL_CALL = 2**26  # bytes of memory traffic
+SMALL_CALL, LARGE_CALL = 2**26, 2**28  # bytes of memory traffic
 MOST_ROWS = 64
 FEW_QUERIES, READ_AGAIN, CACHED = 8, 48 * 2**20, 24 * 2**20  # as in csrc/cuda: tile_sizes.h, schedule.h
 # Why a backend comes before those after it.
@@ -23,10 +23,10 @@ REASONS = {
     "cpu": "measured: 1.6 to 7.9 times as fast as sdpa at the 112 points of benchmarks/results/cpu, so there is no threshold",
     "cuda": "measured on an H200 (benchmarks/results/nvidia-h200): the fastest in decoding with wide heads, and of few queries "
     "a row behind prefixes shorter than the row; in small calls as fast as triton, with one operator for the host to call",
-    "triton": "measured on an H200 (benchmarks/results/nvidia-h200): faster than sdpa in training, and than cuda in decoding "
-    "of many rows behind longer prefixes",
-    "sdpa": "with heads of more than 128 it is assumed to be faster than triton, but for 16 bit on sm_90; on a CPU it copies "
-    "nothing per row",
+    "triton": "measured on an H200 (benchmarks/results/nvidia-h200): faster than sdpa in training in 16 bit, and than cuda in "
+    "decoding of many rows behind longer prefixes",
+    "sdpa": "in float32 it was measured to be twice as fast as triton forward on an H200; with heads of more than 128 it is "
+    "assumed to be faster, but for 16 bit on sm_90; on a CPU it copies nothing per row",
     "reference": "it is the only one left",
 }
 
@@ -68,6 +68,8 @@ def preferred(problem: AttentionProblem) -> tuple[str, ...]:
     first: tuple[str, ...] = ()
     if problem.device == "cuda" and max(problem.head_dim, problem.value_dim) > WIDE_HEAD:
         first = ("cuda", "triton", "sdpa") if load_backend("triton").fast_with_wide_heads(problem) else ("cuda", "sdpa")
+    elif problem.device == "cuda" and problem.dtype == torch.float32 and problem.q_len > FEW_QUERIES:
+        first = ("sdpa",)  # triton's float32 products have no tensor cores
     elif problem.device == "cuda" and not _cuda_is_faster(problem):
         first = ("triton",)
     return (*first, *(name for name in BACKENDS if name not in first))
@@ -75,10 +77,11 @@ def preferred(problem: AttentionProblem) -> tuple[str, ...]:
 
 def _cuda_is_faster(problem: AttentionProblem) -> bool:
     """Whether decoding with heads of up to 128 is cuda's rather than triton's; a bank's rows it alone groups by prefix."""
-    if problem.has_prefix_ids or _each_row_reads_the_prefix(problem):
+    alone = _each_row_reads_the_prefix(problem)
+    if problem.has_prefix_ids or (alone and (problem.batch == 1 or problem.prefix_len < LONG_PREFIX)):
         return True
     if problem.prefix_len >= LONG_PREFIX:
-        return False
+        return alone and problem.prefix_len <= 2 * problem.kv_len and problem.bytes_moved() < LARGE_CALL
     few_rows = problem.head_dim > 64 and problem.prefix_len <= SHORT_PREFIX and problem.batch <= MOST_ROWS
     return few_rows or problem.bytes_moved() < SMALL_CALL
 

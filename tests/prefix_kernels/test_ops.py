@@ -465,9 +465,17 @@ def test_a_gradient_of_lse_alone(backend):
 def test_wide_heads_prefer_stock_kernels_on_a_gpu():
     problem = prefix_kernels.api._dense_inputs(*make_inputs(Case("plain", head_dim=128)).tensors).problem()
     wide = problem._replace(head_dim=256)  # float32
-    assert select.preferred(problem) == select.preferred(wide) == select.preferred(problem._replace(device="cuda"))
+    assert select.preferred(problem) == select.preferred(wide) == select.BACKENDS
     assert select.preferred(wide._replace(device="cuda"))[:2] == ("cuda", "sdpa")
     assert set(select.preferred(wide._replace(device="cuda"))) == set(select.BACKENDS)
+
+
+def test_float32_prefers_stock_kernels_on_a_gpu_but_in_decoding():
+    problem = prefix_kernels.api._dense_inputs(*make_inputs(Case("plain", q_len=9)).tensors).problem()._replace(device="cuda")
+    assert select.preferred(problem)[0] == "sdpa"
+    assert select.preferred(problem._replace(dtype=torch.float16))[0] != "sdpa"
+    assert select.preferred(problem._replace(q_len=8, head_dim=16))[:2] == ("cpu", "cuda")
+    assert set(select.preferred(problem)) == set(select.BACKENDS)
 
 
 def test_wide_heads_where_triton_was_measured_to_win(monkeypatch):
@@ -486,10 +494,11 @@ def test_wide_heads_where_triton_was_measured_to_win(monkeypatch):
     ("first", "batch", "kv_len", "head_dim", "prefix_len", "bank"),
     [
         ("triton", 8, 128, 128, 2048, False), ("cuda", 8, 128, 128, 2048, True), ("cuda", 8, 128, 128, 2047, False),
-        ("cuda", 64, 4096, 128, 2240, False), ("triton", 64, 4096, 128, 2241, False), ("triton", 64, 1024, 64, 1500, False),
+        ("cuda", 64, 1024, 128, 704, False), ("triton", 64, 1024, 128, 705, False), ("triton", 64, 1024, 64, 1500, False),
+        ("cuda", 8, 1024, 128, 2048, False), ("triton", 64, 4096, 128, 2048, False), ("triton", 8, 512, 64, 2048, False),
         ("cuda", 256, 4096, 64, 16, False), ("cuda", 1, 128, 128, 9000, False), ("cuda", 64, 4096, 256, 9000, False),
         ("cuda", 64, 4096, 96, 64, False), ("triton", 64, 4096, 96, 65, False), ("triton", 65, 4096, 96, 64, False),
-        ("cuda", 8, 32768, 128, 6144, False), ("triton", 8, 32768, 128, 6145, False),
+        ("cuda", 2, 16384, 128, 6144, False), ("triton", 2, 16384, 128, 6145, False),
     ],
 )  # fmt: skip
 def test_who_decodes_on_a_gpu(first, batch, kv_len, head_dim, prefix_len, bank):

@@ -177,6 +177,16 @@ def test_engines_without_a_gradient_of_lse(monkeypatch, calls, engines, fold):
     assert {call.query.shape[-1] for call in calls} == {LONG.head_dim}
 
 
+def test_the_memory_efficient_kernel_gets_a_short_prefix_row_by_row(calls):
+    """In the backward pass, where it has one program for a head of a row."""
+    case = Case("chunk", batch=2, heads=4, kv_heads=2, q_len=12, kv_len=20, head_dim=32, prefix_len=5)
+    for prefix_len, passes_over_all_rows in ((4 * 12, 0), (4 * 12 + 1, 1)):
+        calls.clear()
+        compare(replace(case, prefix_len=prefix_len), *DTYPES["float32"], "sdpa")
+        rows = [call.query.shape[0] for call in calls if call.operator == EFFICIENT_BACKWARD]
+        assert rows.count(1) == passes_over_all_rows and rows.count(2) > 0
+
+
 CHUNK = Case("chunk", batch=2, heads=4, kv_heads=2, q_len=12, kv_len=20, head_dim=32, prefix_len=5)
 PREFIX_PASS = {
     "batch": ((1, 4, 24, 32), (1, 2, 5, 32), False), "expanded": ((2, 4, 12, 32), (2, 2, 5, 32), False),

@@ -55,8 +55,11 @@ def workspace_bytes(problem: AttentionProblem) -> tuple[int, int]:
     copies = size * (keys if problem.has_key_lens else 0) + (size * prefix if problem.prefix_dtype != problem.dtype else 0)
     forward = (size + 2 * wide) * queries + 6 * lse + masks + copies + scratch
     backward = 5 * wide * queries + 4 * wide * (keys + prefix) + 6 * lse + masks + copies + scratch
-    if problem.device == "cuda" and expands_prefix(problem.heads, problem.q_len, problem.prefix_len):
-        backward += size * problem.batch * prefix * (1 + problem.heads // problem.kv_heads)  # a row's dprefix, by head
+    group, splits_keys = problem.heads // problem.kv_heads, problem.dtype.itemsize == 2
+    heads = problem.heads if splits_keys else problem.kv_heads
+    if problem.device == "cuda" and expands_prefix(heads, problem.q_len, problem.prefix_len, splits_keys):
+        # A row's dprefix, by head; the memory-efficient kernel wants the prefix by head, too.
+        backward += size * problem.batch * prefix * (1 + group * (1 if splits_keys else 2))
     return forward, backward
 
 

@@ -6,8 +6,9 @@ gradient is summed where the kernel sums over rows, in float32. Only a mask over
 over it) forbids the folding; then each row is a pass of its own.
 
 Where a CUDA kernel takes fewer kv heads than heads, the batch alone is folded, [1, heads, batch · q_len, head_dim]: of
-token-major memory that is a view. Its backward kernels give a block of keys of one head to one program, so a short prefix
-leaves most of the chip idle; it is expanded instead (a view too), and the rows' gradients are summed in float32.
+token-major memory that is a view. Its backward kernels give a block of keys of one head to one program (the memory-efficient
+one all keys of a head), so a short prefix leaves most of the chip idle; it is expanded instead, and the rows' gradients are
+summed in float32.
 """
 
 from __future__ import annotations
@@ -101,17 +102,22 @@ def _row_groups(ids: Tensor | None, inputs: AttentionInputs) -> Iterator[tuple[i
             yield prefix, None if rows.shape[0] == ids.shape[0] else rows, lens[prefix]
 
 
-def expands_prefix(heads: int, q_len: int, prefix_len: int) -> bool:
-    """Whether the backward pass over a prefix without a mask expands it over the batch, where the kernel lets it choose."""
-    return heads * -(-prefix_len // EXPAND_KEYS) < EXPAND_BELOW and prefix_len <= EXPAND_UP_TO * q_len
+def expands_prefix(heads: int, q_len: int, prefix_len: int, splits_keys: bool = True) -> bool:
+    """Whether the backward pass over a prefix without a mask expands it over the batch, on CUDA.
+
+    splits_keys: blocks of a head's keys have programs of their own, as in all kernels but the memory-efficient one.
+    """
+    programs = heads * (-(-prefix_len // EXPAND_KEYS) if splits_keys else 1)
+    return programs < EXPAND_BELOW and prefix_len <= EXPAND_UP_TO * q_len
 
 
 def _folded_heads(inputs: AttentionInputs, length: int, backward: bool) -> int | None:
     """Heads that the queries of a pass over the prefix are folded to; None: the prefix is expanded over the batch."""
-    heads, q_len = inputs.q.shape[1:3]
-    if q_len <= GROUP_UP_TO or not takes_fewer_kv_heads(inputs.q, inputs.v):
-        return inputs.k.shape[1]
-    return None if backward and expands_prefix(heads, q_len, length) else heads
+    (heads, q_len), splits_keys = inputs.q.shape[1:3], takes_fewer_kv_heads(inputs.q, inputs.v)
+    folded = heads if splits_keys and q_len > GROUP_UP_TO else inputs.k.shape[1]
+    if q_len <= GROUP_UP_TO or inputs.q.device.type == "cpu":
+        return folded
+    return None if backward and expands_prefix(folded, q_len, length, splits_keys) else folded
 
 
 def _prefix_passes(inputs: AttentionInputs, backward: bool) -> Iterator[Pass]:
