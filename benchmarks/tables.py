@@ -299,7 +299,7 @@ def readme_gpu(operator: dict[str, Any], decode: dict[str, Any] | None, whole: d
             mean = geometric_mean(row["ratio"] for row in rows)
             lines.append((f"{title}, {len(rows)} points", _mean_over(rows, "peft"), f"{mean:.2f}x", place))
     for row in whole["rows"] if whole else []:
-        for way, addition in (("selected", ""), ("growing cache", ", growing cache"), ("kept graphs", ", kept graphs")):
+        for way, addition in (("selected", ""), ("static cache", ", static cache"), ("kept graphs", ", kept graphs")):
             if (ratio := over(row, "peft", way)) is not None:
                 lines.append((f"whole model: {row['key']}{addition}", f"{ratio:.2f}x", "", ""))
     head = ("speed on a GPU, geometric means", "over PEFT's way", "over the best rival", "worst point")
