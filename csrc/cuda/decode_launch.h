@@ -27,8 +27,8 @@ constexpr int FEW_THREADS = FEW_BLOCKS * THREADS;
 #endif
 template <typename Element, int DIM>
 __global__ void __launch_bounds__(FEW_THREADS, 1) few_kernel(const __grid_constant__ DecodeCall call, bool clustered) {
-  __shared__ FewShared<DIM> shared;
-  decode_few<Element>(call, shared, clustered);
+  static_assert(sizeof(FewShared<DIM>) <= 48 * 1024, "more would have to be asked for");
+  decode_few<Element>(call, *reinterpret_cast<FewShared<DIM>*>(dynamic_shared), clustered);
 }
 
 template <typename Element, int DIM>
@@ -85,7 +85,8 @@ int launch(const DecodeCall& call, void* stream) {
   if (!has_few_queries(call))
     error = start(decode_kernel<Element, DIM>, s.items(), THREADS, sizeof(SharedMemory<DIM>), 1);
   else if constexpr (serves_few(DIM))
-    error = start(few_kernel<Element, DIM>, s.row_blocks(), s.few_warps * LANES, 0, clustered ? s.splits : 1, clustered);
+    error = start(few_kernel<Element, DIM>, s.row_blocks(), s.few_warps * LANES, FewShared<DIM>::bytes(s.few_warps),
+                  clustered ? s.splits : 1, clustered);
   if (error) return error;
   return s.merges() && !clustered ? start(merge_kernel<Element, DIM>, ceil_div(s.merged_queries(), WARPS), THREADS, 0, 1) : 0;
 }

@@ -12,11 +12,14 @@
 
 namespace prefix_kernels::cuda {
 
+// A thread block has as much of it as its warps need: what it leaves is L1 cache, through which the keys under way come.
 template <int DIM>
 struct FewShared {
-  float sums[FEW_WARPS][FEW_QUERIES][DIM + 4];
-  float largest[FEW_WARPS][FEW_QUERIES], total[FEW_WARPS][FEW_QUERIES];
   float2 states[FEW_QUERIES];  // of this thread block: largest, total; its sums are in sums[0]
+  float largest[FEW_WARPS][FEW_QUERIES], total[FEW_WARPS][FEW_QUERIES];
+  float sums[FEW_WARPS][FEW_QUERIES][DIM + 4];
+
+  static constexpr int64_t bytes(int64_t warps) { return sizeof(FewShared) - (FEW_WARPS - warps) * int64_t(sizeof(sums[0])); }
 };
 
 template <int DIM>

@@ -11,9 +11,10 @@
 namespace prefix_kernels::cuda {
 
 // All thread blocks of a kernel, or its clusters of them, one after the other. body: what a thread does with its block's shared
-// memory, which begins as NaN.
+// memory, which begins as NaN. bytes: how much of it a block has.
 template <typename Shared, typename Body>
-static const char* run_grid(int64_t count, int cluster, int threads, unsigned order, const Body& body) {
+static const char* run_grid(int64_t count, int cluster, int threads, unsigned order, const Body& body,
+                            int64_t bytes = sizeof(Shared)) {
   static Shared shared[FEW_CLUSTER];
   std::vector<int> clusters(count / cluster);
   std::iota(clusters.begin(), clusters.end(), 0);
@@ -25,6 +26,11 @@ static const char* run_grid(int64_t count, int cluster, int threads, unsigned or
     const int first = number * cluster;
     if (const char* failed = emulator::run_cluster(first, cluster, threads, sizeof(Shared), order + unsigned(first), thread))
       return failed;
+    for (int block = 0; block < cluster; ++block) {
+      const auto* memory = reinterpret_cast<const unsigned char*>(&shared[block]);
+      if (std::any_of(memory + bytes, memory + sizeof(Shared), [](unsigned char byte) { return byte != 0xff; }))
+        return "shared memory is written that the thread block does not have";
+    }
   }
   return nullptr;
 }
@@ -39,7 +45,8 @@ static const char* run(const DecodeCall& call, bool clusters, unsigned order) {
     failed = run_grid<SharedMemory<DIM>>(s.items(), 1, THREADS, order, decode);
   } else if constexpr (serves_few(DIM)) {
     const auto rows = [&](FewShared<DIM>& shared) { decode_few<Element>(call, shared, clustered); };
-    failed = run_grid<FewShared<DIM>>(s.row_blocks(), clustered ? s.splits : 1, s.few_warps * LANES, order, rows);
+    failed = run_grid<FewShared<DIM>>(s.row_blocks(), clustered ? s.splits : 1, s.few_warps * LANES, order, rows,
+                                      FewShared<DIM>::bytes(s.few_warps));
   }
   if (failed) return failed;
   const auto merge = [&](char&) { merge_item<Element, DIM>(call); };
