@@ -6,11 +6,12 @@ import pytest
 import torch
 from transformers import CompileConfig, DynamicCache, StaticCache
 
-from prefix_tuning import attach_prefix, own_cache
+from prefix_tuning import accelerate_peft, attach_prefix, own_cache
 from prefix_tuning.own_cache import LEAST_REPLAYED, OwnCache
 from support.encoder_decoders import tiny_encoder_decoder
 from support.generation import CACHE, KINDS, OPTIONS, STATIC, attach, ids, on_gpu, padded
 from support.models import random_prefix, tiny_model
+from support.peft_models import peft_model
 
 TOKENS = 18
 GROWING = {"cache_implementation": "dynamic"}
@@ -120,6 +121,16 @@ def test_detached_and_hooked_models_keep_a_cache_that_grows(graphs):
     model.generate(**call)
     assert "_prepare_cache_for_generation" not in vars(model)
     assert graphs.recorded == 0
+
+
+def test_a_prefix_of_peft(graphs):
+    pytest.importorskip("peft")
+    model = accelerate_peft(peft_model(tiny_model("llama"), 5))
+    call = padded() | {"max_new_tokens": TOKENS} | OPTIONS
+    expected = model.generate(**call, **GROWING)
+    assert graphs.recorded == 0
+    assert torch.equal(model.generate(**call), expected)
+    assert graphs.replays == TOKENS - 2
 
 
 @pytest.mark.gpu
