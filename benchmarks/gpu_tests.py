@@ -30,7 +30,7 @@ SECONDS_A_TEST = 60
 MOST_PROCESSES = 15  # each with a CUDA context of its own
 SANITIZER = "compute-sanitizer"
 SANITIZER_TOOLS = ("memcheck", "racecheck")  # addresses out of bounds; shared memory read and written without a barrier
-# Without torch's kernels: racecheck reports hazards in cuDNN's and in its own of every size.
+# Without torch's kernels: racecheck reports hazards in cuDNN's and in the memory-efficient one.
 SANITIZED = ["-m", "gpu", "-k", "plain or mqa", "tests/prefix_kernels", "--ignore", "tests/prefix_kernels/test_stock_cuda.py"]
 SANITIZER_SECONDS = 40  # left at least, or it is not started
 LOST_DEVICE = 3  # a worker's exit status

@@ -17,7 +17,6 @@ WIDE_HEAD = 128  # above it sdpa comes before triton on a GPU, unless triton's k
 LONG_PREFIX, SHORT_PREFIX = 2048, 64  # columns
 SMALL_CALL, LARGE_CALL = 2**26, 2**28  # bytes of memory traffic
 MOST_ROWS = 64
-FEW_QUERIES, READ_AGAIN, CACHED = 8, 48 * 2**20, 24 * 2**20  # as in csrc/cuda: tile_sizes.h, schedule.h
 # Why a backend comes before those after it.
 REASONS = {
     "cpu": "measured: 1.6 to 7.9 times as fast as sdpa at the 112 points of benchmarks/results/cpu, so there is no threshold",
@@ -68,7 +67,7 @@ def preferred(problem: AttentionProblem) -> tuple[str, ...]:
     first: tuple[str, ...] = ()
     if problem.device == "cuda" and max(problem.head_dim, problem.value_dim) > WIDE_HEAD:
         first = ("cuda", "triton", "sdpa") if load_backend("triton").fast_with_wide_heads(problem) else ("cuda", "sdpa")
-    elif problem.device == "cuda" and problem.dtype == torch.float32 and problem.q_len > FEW_QUERIES:
+    elif problem.device == "cuda" and problem.dtype == torch.float32 and problem.q_len > load_backend("cuda").MAX_QUERIES:
         first = ("sdpa",)  # triton's float32 products have no tensor cores
     elif problem.device == "cuda" and not _cuda_is_faster(problem):
         first = ("triton",)
@@ -77,25 +76,13 @@ def preferred(problem: AttentionProblem) -> tuple[str, ...]:
 
 def _cuda_is_faster(problem: AttentionProblem) -> bool:
     """Whether decoding with heads of up to 128 is cuda's rather than triton's; a bank's rows it alone groups by prefix."""
-    alone = _each_row_reads_the_prefix(problem)
+    alone = load_backend("cuda").each_row_reads_the_prefix(problem)
     if problem.has_prefix_ids or (alone and (problem.batch == 1 or problem.prefix_len < LONG_PREFIX)):
         return True
     if problem.prefix_len >= LONG_PREFIX:
         return alone and problem.prefix_len <= 2 * problem.kv_len and problem.bytes_moved() < LARGE_CALL
     few_rows = problem.head_dim > 64 and problem.prefix_len <= SHORT_PREFIX and problem.batch <= MOST_ROWS
     return few_rows or problem.bytes_moved() < SMALL_CALL
-
-
-def _each_row_reads_the_prefix(problem: AttentionProblem) -> bool:
-    """Whether cuda's kernel for few queries does all the work: has_few_queries and shares_prefix in csrc/cuda/schedule.h."""
-    if problem.head_dim not in (64, 128) or problem.q_len * problem.heads > FEW_QUERIES * problem.kv_heads:
-        return False
-    columns = problem.kv_len
-    if problem.window is not None:
-        columns = min(columns, (1 if problem.causal else 2) * problem.window + problem.q_len)
-    token = problem.kv_heads * problem.head_dim * 4  # bytes
-    again = problem.batch * token * (2 * problem.prefix_len - columns)
-    return problem.batch == 1 or (token * problem.prefix_len <= CACHED and again <= 2 * READ_AGAIN)
 
 
 def explain(problem: AttentionProblem, backend: str | None) -> dict[str, str]:

@@ -22,6 +22,9 @@ DEVICE, OPERATORS = "cuda", "prefix_kernels_cuda"
 DTYPES = (torch.bfloat16, torch.float16)
 HEAD_DIMS = (64, 80, 96, 128, 256)  # as in csrc/cuda/decode_launch.h
 MAX_QUERIES = 8  # a row: one new token, or a few that were guessed ahead
+# As in csrc/cuda, tile_sizes.h and schedule.h:
+FEW_HEAD_DIMS, FEW_QUERIES = (64, 128), 8  # of a row and kv head
+READ_AGAIN, CACHED = 48 * 2**20, 24 * 2**20  # bytes
 
 
 @functools.cache
@@ -63,6 +66,18 @@ def why_not(problem: AttentionProblem) -> str | None:
         dims = ", ".join(map(str, HEAD_DIMS))
         return f"it serves head_dim {dims} with value_dim the same, got {problem.head_dim} and {problem.value_dim}"
     return _missing()
+
+
+def each_row_reads_the_prefix(problem: AttentionProblem) -> bool:
+    """Whether the kernel for few queries does all the work: has_few_queries and shares_prefix in csrc/cuda/schedule.h."""
+    if problem.head_dim not in FEW_HEAD_DIMS or problem.q_len * problem.heads > FEW_QUERIES * problem.kv_heads:
+        return False
+    columns = problem.kv_len
+    if problem.window is not None:
+        columns = min(columns, (1 if problem.causal else 2) * problem.window + problem.q_len)
+    token = problem.kv_heads * problem.head_dim * 4  # bytes
+    again = problem.batch * token * (2 * problem.prefix_len - columns)
+    return problem.batch == 1 or (token * problem.prefix_len <= CACHED and again <= 2 * READ_AGAIN)
 
 
 def workspace_bytes(problem: AttentionProblem) -> tuple[int, int]:

@@ -182,11 +182,11 @@ class _Steps:
             return outputs[-1]
 
         loaded, first = kind in decoding.loaded, None
-        decoding.loaded.add(kind)
         device_of_model = torch.cuda.device_of(next(decoding.model.parameters()))
         try:
             with cuda_graphs.one_at_a_time, device_of_model, _rolling(layers):
                 recorded = _Recorded(cuda_graphs.Graph(step, decoding.pool(), large=False, loaded=loaded), buffers)
+                decoding.loaded.add(kind)
         except cuda_graphs.CaptureError as error:
             if loaded:  # what was changed since, by an adapter say, may have to be loaded
                 uncount()

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from prefix_kernels import select
+from prefix_kernels.backends import cuda
 from support.building import ROOT, cuda_compiler, cxx_compiler
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -29,11 +30,11 @@ def test_measured_is_what_was_measured():
     assert measured or select.BACKENDS.index("cuda") > max(map(select.BACKENDS.index, ("triton", "sdpa")))
 
 
-def test_selection_knows_the_schedule():
+def test_the_backend_knows_the_schedule():
     sources = "".join((ROOT / "csrc" / "cuda" / name).read_text() for name in ("tile_sizes.h", "schedule.h"))
-    assert f"FEW_QUERIES = {select.FEW_QUERIES};" in sources
-    assert f"READ_AGAIN = {select.READ_AGAIN // 2**20} << 20;" in sources
-    assert f"CACHED = {select.CACHED // 2**20} << 20;" in sources
+    assert f"FEW_QUERIES = {cuda.FEW_QUERIES};" in sources
+    assert f"READ_AGAIN = {cuda.READ_AGAIN // 2**20} << 20;" in sources
+    assert f"CACHED = {cuda.CACHED // 2**20} << 20;" in sources
     assert "serves_few(int64_t dim) { return dim == 64 || dim == 128; }" in sources
     assert "> CACHED || z.batch * token * (2 * z.prefix_len - own_columns(z)) > 2 * READ_AGAIN;" in sources
 
