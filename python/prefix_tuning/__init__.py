@@ -4,6 +4,8 @@ from prefix_tuning.attach import Attachment, attach_prefix
 from prefix_tuning.bank import PrefixBank
 from prefix_tuning.peft import accelerate_peft, restore_peft
 from prefix_tuning.prefix import Prefix
-from prefix_tuning.train import PrefixTrainer
+from prefix_tuning.train import PrefixedModel, PrefixTrainer
 
-__all__ = ["Attachment", "Prefix", "PrefixBank", "PrefixTrainer", "accelerate_peft", "attach_prefix", "restore_peft"]
+__all__ = [
+    "Attachment", "Prefix", "PrefixBank", "PrefixTrainer", "PrefixedModel", "accelerate_peft", "attach_prefix", "restore_peft",
+]  # fmt: skip

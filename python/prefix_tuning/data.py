@@ -197,14 +197,14 @@ def pair_collator(tokenizer: PreTrainedTokenizerBase) -> DataCollatorForSeq2Seq:
     return DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED)
 
 
-def without_idle_mask(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+def without_idle_mask(batch: dict[str, Tensor], wait: bool = False) -> dict[str, Tensor]:
     """A batch for a causal model, without its attention mask if that hides nothing but padding on the right.
 
     Causal attention keeps such padding from every token by itself, no label stands there, and without a mask every layer can
-    run its fastest kernel. A batch on a device stays as it is: looking into its mask would stop the host.
+    run its fastest kernel. A batch on a device stays as it is unless the host may wait: looking into its mask stops it.
     """
     mask = batch.get("attention_mask")
-    if "position_ids" in batch or not isinstance(mask, Tensor) or mask.dim() != 2 or mask.device.type != "cpu":
+    if "position_ids" in batch or not isinstance(mask, Tensor) or mask.dim() != 2 or not (wait or mask.device.type == "cpu"):
         return batch
     real = mask.bool()
     if not bool(real[:, 0].all()) or bool((real[:, 1:] & ~real[:, :-1]).any()):

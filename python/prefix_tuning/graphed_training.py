@@ -61,6 +61,8 @@ class GraphedSteps:
             return False
         if not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return False
+        if self._most_tokens is not None and ids.shape[-1] > self._most_tokens:
+            return False
         one_device = len(set(getattr(self._model, "hf_device_map", {}).values())) <= 1
         # The gradients inside are not scaled, so those of float16 could vanish.
         return one_device and torch.float16 not in (self._model.dtype, _autocast(ids.device)) and ids.dim() == 2

@@ -45,6 +45,13 @@ _REFUSED = (
 class PrefixedModel(nn.Module):
     """A frozen model and the prefix attached to it, as one module whose only trainable parameters are the prefix's.
 
+    PrefixTrainer makes one of its own; around it stands a training loop of yours:
+
+        with attach_prefix(model, prefix):
+            trained = PrefixedModel(model, prefix)
+            for batch in batches:  # input_ids, labels (−100 where no loss is), and attention_mask where rows are padded
+                trained(**batch)["loss"].backward()
+
     train() puts the prefix alone in training mode. forward returns {"loss"}. For a model that writes text, causal or
     encoder-decoder, that is the mean cross-entropy of the target tokens, or their sum divided by num_items_in_batch, and
     with return_logits there are also "logits" [batch, length, vocabulary]. Any other model has its own loss, and its logits
@@ -52,10 +59,14 @@ class PrefixedModel(nn.Module):
 
     cuda_graphs: on a GPU a training step of a causal model is replayed as a CUDA graph where it can be (GraphedSteps). The
     model's own code then runs for new shapes of batches alone; with forward hooks of others it always does.
+
+    Raises ValueError for a model that has no prefix attached.
     """
 
     def __init__(self, model: PreTrainedModel, prefix: Prefix, cuda_graphs: bool = True):
         super().__init__()
+        if not any(hasattr(module, "layer_prefix") for module in model.modules()):
+            raise ValueError("model: it has no prefix attached; attach_prefix(model, prefix) comes first")
         self.task = task_of(model)
         # Trainer passes num_items_in_batch: accumulated steps then add up to one big batch.
         self.accepts_loss_kwargs = self.task is not Task.OWN_LOSS
@@ -107,8 +118,11 @@ class PrefixedModel(nn.Module):
 
     def _target_loss(self, labels: Tensor, inputs: dict[str, Any]) -> tuple[Tensor, int]:
         replayed = None
-        if self.graphs is not None and self.checkpointing is None and self.graphs.serves(inputs):
-            replayed = self.graphs.loss(inputs["input_ids"], labels)
+        if self.graphs is not None and self.checkpointing is None:
+            if self.graphs.serves({name: value for name, value in inputs.items() if name != "attention_mask"}):
+                inputs = without_idle_mask(inputs, wait=True)  # the labels are waited for as well
+            if self.graphs.serves(inputs):
+                replayed = self.graphs.loss(inputs["input_ids"], labels)
         return target_loss(self.model, labels=labels, **inputs) if replayed is None else replayed
 
     def activation_checkpointing_enable(

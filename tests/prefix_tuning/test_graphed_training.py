@@ -126,6 +126,51 @@ def test_what_is_recorded(graphs):
 
 
 @pytest.mark.parametrize("device", DEVICES, indirect=True)
+@pytest.mark.parametrize("padded", ("right", "left", "between"))
+def test_a_mask_that_hides_padding_on_the_right_alone_is_looked_at(device, padded):
+    """As a loop of one's own gives it, on the device; any other mask keeps the step from being recorded."""
+    model = tiny_model("gpt2").to(device)
+    prefix = random_prefix(model).to(device)
+    mask = torch.ones(4, 13, dtype=torch.long)
+    mask[1, {"right": slice(11, None), "left": slice(2), "between": slice(3, 4)}[padded]] = 0
+    with attach_prefix(model, prefix):
+        trained = PrefixedModel(model, prefix)
+        for number in range(3):
+            batch = batch_of(4, 13, number, device) | {"attention_mask": mask.to(device)}
+            batch["labels"][batch["attention_mask"] == 0] = IGNORED
+            prefix.zero_grad()
+            expected, expected_grads = step(without_graphs(trained), batch)
+            prefix.zero_grad()
+            loss, grads = step(trained, batch)
+            torch.testing.assert_close(loss, expected, **TOLERANCE)
+            for grad, expected_grad in zip(grads, expected_grads, strict=True):
+                torch.testing.assert_close(grad, expected_grad, **TOLERANCE)
+        assert len(trained.graphs._steps) == (padded == "right")
+
+
+def test_rows_longer_than_the_model_has_positions_for_keep_their_mask(graphs):
+    """Padding takes no positions then."""
+    model = tiny_model("gpt2")
+    prefix = random_prefix(model)
+    longest = model.config.max_position_embeddings - prefix.position_offset
+    with attach_prefix(model, prefix):
+        trained = PrefixedModel(model, prefix)
+        batch = batch_of(2, longest + 3)
+        batch["attention_mask"] = (torch.arange(longest + 3) < longest).long().expand(2, -1)
+        batch["labels"][batch["attention_mask"] == 0] = IGNORED
+        batch["labels"][:, 5] = 3
+        for _ in range(3):
+            assert step(trained, batch)[0].isfinite()
+        assert not trained.graphs._steps
+
+
+def test_a_model_without_a_prefix_is_refused():
+    model = tiny_model("llama")
+    with pytest.raises(ValueError, match="model: it has no prefix attached"):
+        PrefixedModel(model, random_prefix(model))
+
+
+@pytest.mark.parametrize("device", DEVICES, indirect=True)
 def test_accumulation_and_losses_that_are_still_held(device):
     """Gradients of several batches add up, in any order of backward(); an old loss keeps its own."""
     model = tiny_model("llama").to(device)
@@ -209,13 +254,13 @@ def test_what_cannot_be_recorded_runs_as_it_is(graphs, caplog):
     assert [record.message for record in caplog.records] == [f"training steps run without CUDA graphs: {graphs.refusal}"]
 
 
-@pytest.mark.parametrize("why", ("mask", "half autocast", "no_grad", "float16", "off", "one token", "eval loss"))
+@pytest.mark.parametrize("why", ("positions", "half autocast", "no_grad", "float16", "off", "one token", "eval loss"))
 def test_steps_that_are_not_recorded(graphs, why):
     model = tiny_model("llama")
     prefix = random_prefix(model)
     batch = batch_of(4, 13)
-    if why == "mask":
-        batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+    if why == "positions":
+        batch["position_ids"] = torch.arange(13).expand(4, -1)
     elif why == "float16":
         model.half()
     elif why == "one token":
