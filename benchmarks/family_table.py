@@ -94,7 +94,8 @@ def _table(kind: str, columns: dict[str, list[str]], families: dict[str, dict[st
 def _legend(ours: dict[str, Any], peft: dict[str, Any]) -> str:
     return (
         f"First ours (transformers {ours['transformers']}), then PEFT's ({peft['source']}). ✓ right, ✗ silently wrong; fails: "
-        "with an error from within; refused: with the reason; –: the plain model cannot do it either. One mark is ours."
+        "with an error from within; refused: with the reason; –: the plain model cannot do it either. A single mark is ours: "
+        "nothing is recorded of PEFT."
     )
 
 

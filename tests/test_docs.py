@@ -1,4 +1,4 @@
-"""What the documents say is so: files they name exist, the tree is real, the example runs, tables are the committed results."""
+"""What the documents say is so: files they name exist, the tree is real, the examples run, tables are the committed results."""
 
 import importlib.util
 import json
@@ -10,8 +10,9 @@ import pytest
 import torch
 import transformers
 
-from prefix_tuning import Prefix
+from prefix_tuning import Prefix, attach_prefix
 from prefix_tuning.encoder_families import ENCODER_DECODERS, ENCODERS
+from prefix_tuning.peft import STATE
 from support.encoder_decoders import tiny_encoder_decoder
 from support.encoders import tiny_encoder
 from support.models import random_prefix, tiny_model
@@ -75,8 +76,12 @@ def test_every_encoder_and_encoder_decoder_is_in_the_table():
     assert support["families"].keys() == {*ENCODER_DECODERS, *ENCODERS, "deberta-v2"}
 
 
-def test_readme_example_runs(tmp_path, monkeypatch, capsys):
-    source = re.search(r"```python\n(from transformers.*?)```", (ROOT / "README.md").read_text(), re.DOTALL).group(1)
+def python_examples(document):
+    return re.findall(r"```python\n(.*?)```", (ROOT / document).read_text(), re.DOTALL)
+
+
+def test_first_readme_example_runs(tmp_path, monkeypatch, capsys):
+    source = python_examples("README.md")[0]
     model = tiny_model("llama", max_position_embeddings=256)
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", lambda name: model)
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda name: tiny_tokenizer())
@@ -88,8 +93,25 @@ def test_readme_example_runs(tmp_path, monkeypatch, capsys):
     assert "name : Aromi" in capsys.readouterr().out
 
 
+def test_further_readme_examples_run(tmp_path, monkeypatch):
+    peft = pytest.importorskip("peft")
+    bank, accelerated, operation = python_examples("README.md")[1:]
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+    monkeypatch.chdir(tmp_path)
+    random_prefix(model, 3).save("runs/pubs/prefix")
+    rows = {"input_ids": torch.randint(3, 128, (3, 5)), "attention_mask": torch.ones(3, 5, dtype=torch.long)}
+    names = {"model": model, "tokenizer": tokenizer, "three_rows": rows, "Prefix": Prefix, "attach_prefix": attach_prefix}
+    exec(compile(bank, "README.md", "exec"), names)
+    assert names["tokens"].shape[0] == 3
+    adapted = peft.get_peft_model(model, peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
+    exec(compile(accelerated, "README.md", "exec"), names := {"model": adapted})
+    assert names["model"] is adapted and hasattr(adapted, STATE)
+    exec(compile(operation, "README.md", "exec"), names := {})
+    assert names["out"].shape == names["q"].shape
+
+
 def test_serving_examples_run(tmp_path, monkeypatch):
-    source = "".join(re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "serving.md").read_text(), re.DOTALL))
+    source = "".join(python_examples("docs/serving.md"))
     model = tiny_model("llama", max_position_embeddings=256)
     tokenizer = tiny_tokenizer(bos=True, chat_template=CHAT_TEMPLATE)
     tokenizer.padding_side = "left"
@@ -104,7 +126,7 @@ def test_serving_examples_run(tmp_path, monkeypatch):
 
 
 def test_examples_for_encoders_run(tmp_path, monkeypatch):
-    source = "".join(re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "encoders.md").read_text(), re.DOTALL))
+    source = "".join(python_examples("docs/encoders.md"))
     models = {
         "Seq2SeqLM": tiny_encoder_decoder("t5", vocab_size=128),
         "SequenceClassification": tiny_encoder("modernbert", vocab_size=128),
