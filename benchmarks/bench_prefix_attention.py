@@ -67,13 +67,15 @@ def line(case: Case, row: dict[str, Any]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument(
+        "--output", type=Path, default=OUTPUT, help="results file, whose rows of this code are kept; default: in results/cpu"
     )
-    parser.add_argument("--output", type=Path, default=OUTPUT, help="results file; its rows of this very code are kept")
-    parser.add_argument("--only", nargs="+", default=[""], metavar="TEXT", help="rows whose key has one of these in it")
-    parser.add_argument("--seconds-per-row", type=float, default=5.0, help="of timing")
-    parser.add_argument("--rounds", type=int, default=7, help="of every way at least, however long they take")
+    parser.add_argument(
+        "--only", nargs="+", default=[""], metavar="TEXT", help="rows whose key has one of these in it; default: all"
+    )
+    parser.add_argument("--seconds-per-row", type=float, default=5.0, help="of timing; default: 5")
+    parser.add_argument("--rounds", type=int, default=7, help="of every way at least, however long they take; default: 7")
     parser.add_argument("--threads", type=int, help="of torch; default: torch's own")
     parser.add_argument("--backend", help="ours; default: what is chosen for each point")
     args = parser.parse_args(argv)

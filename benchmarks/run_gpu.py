@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("results", type=Path, help="folder of the results")
     parser.add_argument("stage", choices=STAGES)
     parser.add_argument("--seconds", type=float, help="for the whole stage; default: " + str(STAGES))
-    parser.add_argument("--dry-run", action="store_true")
+    parser.add_argument("--dry-run", action="store_true", help="tiny shapes, on any machine")
     parser.add_argument("--progress", type=Path, help=argparse.SUPPRESS)  # makes it a worker
     args = parser.parse_args(argv)
     if args.progress:

@@ -109,9 +109,11 @@ def shapes() -> list[Case]:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("results", type=Path)
-    parser.add_argument("--seconds", type=float, default=150.0)
+    parser.add_argument("results", type=Path, help="folder of decode_variants.json")
+    parser.add_argument("--seconds", type=float, default=150.0, help="after which no further shape is begun; default 150")
     args = parser.parse_args(argv)
+    if not torch.cuda.is_available():
+        parser.error("torch finds no GPU")
     begin = time.monotonic()
     major, minor = torch.cuda.get_device_capability()
     architecture = f"{major}{minor}" + ("a" if major == 9 else "")

@@ -127,15 +127,17 @@ def difference(results: tuple, expected: tuple) -> float:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("results", type=Path)
-    parser.add_argument("--seconds", type=float, default=120.0)
-    parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    parser.add_argument("results", type=Path, help="folder of tiles.json")
+    parser.add_argument("--seconds", type=float, default=120.0, help="after which no further row is begun; default 120")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes that compile; default: one a core")
     parser.add_argument("--rows", action="append", default=[], help="only rows whose key contains these words; repeatable")
     parser.add_argument(
         "--tiles", action="append", default=[], help="of the candidates 64x32 w4 s2, … only those with these words, beside the "
         "table's own; repeatable"
     )  # fmt: skip
     args = parser.parse_args(argv)
+    if not torch.cuda.is_available():
+        parser.error("torch finds no GPU")
     begin = time.monotonic()
     rows = [(name, shape, kernel) for (name, shape), kernel in itertools.product(SHAPES.items(), KERNELS)]
     rows = [row for row in rows if not args.rows or any(words in f"{row[2]} {row[0]}" for words in args.rows)]

@@ -5,6 +5,7 @@ Each case runs once, which leaves its kernels in Triton's cache; a stage of run_
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from concurrent.futures import ProcessPoolExecutor
@@ -42,6 +43,10 @@ def kinds_of(cases: list[Case]) -> dict[tuple, Case]:
 
 
 def main() -> int:
+    argparse.ArgumentParser(description=__doc__).parse_args()
+    if not torch.cuda.is_available():
+        print("warm_up: torch finds no GPU")
+        return 1
     kinds = kinds_of(gpu_op_cases() + gpu_decode_cases())
     with ProcessPoolExecutor(min(os.cpu_count() or 1, MOST_PROCESSES), mp_context=get_context("spawn")) as pool:
         failed = [reason for reason in pool.map(compile_kernels, kinds.values()) if reason is not None]

@@ -131,8 +131,8 @@ def problems(kernels: dict[str, dict[str, int]]) -> list[str]:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("file", type=Path)
-    parser.add_argument("--write", action="store_true", help="the table, instead of comparing with it")
+    parser.add_argument("file", type=Path, help="the table to compare with: tests/prefix_kernels/cuda_code.json")
+    parser.add_argument("--write", action="store_true", help="write the table instead")
     args = parser.parse_args(argv)
     if nvcc() is None:
         print("nvcc is missing")

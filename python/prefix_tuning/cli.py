@@ -9,8 +9,8 @@ import argparse
 import random
 import re
 import sys
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +135,11 @@ def convert(args: argparse.Namespace) -> None:
 
 
 def doctor(args: argparse.Namespace) -> None:
-    print(report() if args.model is None else model_report(args.model))
+    if args.model is None:
+        print(report())
+        return
+    with _named(args.model):
+        print(model_report(args.model))
 
 
 def _model(args: argparse.Namespace):
@@ -144,10 +148,17 @@ def _model(args: argparse.Namespace):
         raise ValueError(f"--device: expected cpu, cuda or cuda:N, got {device!r}")
     if device != "cpu" and int(device[5:] or 0) >= torch.cuda.device_count():
         raise ValueError(f"--device: got {device}, but torch finds {torch.cuda.device_count() or 'no'} GPU here")
-    try:
+    with _named(args.model or OFFLINE_MODEL):
         return load_model_and_tokenizer(args.model, dtype=DTYPES[args.dtype], device=device)
-    except (OSError, ValueError) as error:  # transformers does not always say which model
-        raise ValueError(f"--model {args.model or OFFLINE_MODEL}: {error}") from error
+
+
+@contextmanager
+def _named(model: str) -> Iterator[None]:
+    """Errors say which model they are about, as those of transformers do not always."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--model {model}: {error}") from error
 
 
 def _attached(model, prefixes: dict[str, str], backend: str | None) -> AbstractContextManager:
@@ -176,7 +187,8 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
     """Shows the defaults that say something."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
+        says_nothing = action.default is None or isinstance(action.default, bool)
+        return action.help if says_nothing else super()._get_help_string(action)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -185,7 +197,10 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="prefix-tuning", description="Train, score and use prefixes of frozen language models.")
+    parser = _Parser(
+        prog="prefix-tuning", description="Train, score and use prefixes of frozen language models.",
+        epilog="prefix-tuning COMMAND --help says what a command takes.",
+    )  # fmt: skip
     commands = parser.add_subparsers(dest="command", required=True, metavar="train | evaluate | generate | convert | doctor")
     _train_options(_command(commands, train, "train a prefix on a file of prompts and completions, or conversations"))
     _evaluate_options(_command(commands, evaluate, "score a model, with or without a prefix, on a file"))
@@ -207,7 +222,7 @@ def _command(commands, run, text: str) -> argparse.ArgumentParser:
 
 def _model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", metavar="NAME", help=f"hub id or folder; {OFFLINE_MODEL} if not given")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the model; a prefix is always float32")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the model; prefixes are trained in float32")
     parser.add_argument("--device", help="cpu, cuda or cuda:N; a GPU where there is one if not given")
     parser.add_argument("--backend", choices=available_backends(), help="attention backend; chosen per call if not given")
     parser.add_argument("--seed", type=int, default=0, help="of everything random")

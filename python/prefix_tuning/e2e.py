@@ -174,7 +174,7 @@ def corpus_bleu(texts: Sequence[str], references: Sequence[Sequence[str]]) -> fl
     try:
         from sacrebleu.metrics import BLEU
     except ImportError as error:
-        raise ImportError("BLEU needs sacrebleu: pip install 'prefix-kernels[eval]'") from error
+        raise ImportError("BLEU needs sacrebleu: pip install sacrebleu") from error
     width = max(len(group) for group in references)
     streams = [[group[i] if i < len(group) else None for group in references] for i in range(width)]
     return BLEU(lowercase=True).corpus_score(list(texts), streams).score

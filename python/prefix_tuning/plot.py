@@ -17,7 +17,7 @@ def save_loss_curve(
 ) -> None:
     """Draws the loss of each optimiser step, and (step, loss) pairs of evaluations, to a PNG file.
 
-    Raises ImportError naming the extra to install where matplotlib is missing, ValueError for no losses at all.
+    Raises ImportError that says what to install where matplotlib is missing, ValueError for no losses at all.
     """
     if not losses:
         raise ValueError("losses: expected at least one")
@@ -25,7 +25,7 @@ def save_loss_curve(
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError("drawing the loss needs matplotlib: pip install 'prefix-kernels[plot]'") from error
+        raise ImportError("drawing the loss needs matplotlib: pip install matplotlib") from error
     figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot(xlabel="optimiser step", ylabel="loss per target token", title=title or "")

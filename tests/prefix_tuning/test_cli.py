@@ -296,11 +296,11 @@ def test_evaluation_loss_and_patience(run, tmp_path):
 
 def test_without_matplotlib_all_but_the_picture_is_written(run, tmp_path, monkeypatch):
     def missing(*args, **kwargs):
-        raise ImportError("drawing the loss needs matplotlib: pip install 'prefix-kernels[plot]'")
+        raise ImportError("drawing the loss needs matplotlib: pip install matplotlib")
 
     monkeypatch.setattr(cli, "save_loss_curve", missing)
     status, out, err = train(run, tmp_path, "--steps", 1, "--quiet")
-    assert status == 0 and err == "no loss.png: drawing the loss needs matplotlib: pip install 'prefix-kernels[plot]'\n"
+    assert status == 0 and err == "no loss.png: drawing the loss needs matplotlib: pip install matplotlib\n"
     assert {path.name for path in tmp_path.iterdir()} == {"prefix", "metrics.json"} and "loss.png" not in out
 
 
@@ -445,7 +445,14 @@ def test_traceback_shows_where(folder, monkeypatch):
         cli.main(["train", "--traceback", "--model", "model", "--train-file", "none.jsonl", "--output", "x"])
 
 
+def test_doctor_names_the_model_that_it_cannot_read(run):
+    status, _, err = run("doctor", "--model", "no/such")
+    assert status == 2 and err.startswith("prefix-tuning doctor: error: --model no/such: ")
+
+
 @pytest.mark.parametrize("command", ["train", "evaluate", "generate", "convert", "doctor"])
 def test_help(run, command):
     status, out, _ = run(command, "--help")
     assert status == 0 and f"prefix-tuning {command}" in out
+    assert not re.search(r"default:\s+(True|False|None)", out)
+    assert ("--seed" in out) == bool(re.search(r"everything random\s+\(default:\s+0\)", out))

@@ -331,5 +331,5 @@ def test_corpus_bleu_refuses():
 
 def test_corpus_bleu_without_sacrebleu(monkeypatch):
     monkeypatch.setitem(sys.modules, "sacrebleu.metrics", None)
-    with pytest.raises(ImportError, match=r"prefix-kernels\[eval\]"):
+    with pytest.raises(ImportError, match="pip install sacrebleu"):
         e2e.corpus_bleu(["a"], [["a"]])

@@ -43,10 +43,10 @@ def test_no_losses_are_refused(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_without_matplotlib_the_extra_is_named(tmp_path, monkeypatch):
+def test_without_matplotlib_it_is_named(tmp_path, monkeypatch):
     for name in ("matplotlib.figure", "matplotlib.backends.backend_agg"):
         monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(ImportError, match=r"drawing the loss needs matplotlib: pip install 'prefix-kernels\[plot\]'"):
+    with pytest.raises(ImportError, match=r"drawing the loss needs matplotlib: pip install matplotlib"):
         save_loss_curve(LOSSES, tmp_path / "loss.png")
     assert not list(tmp_path.iterdir())
 
