@@ -25,6 +25,10 @@ def prefix_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """Attention of a batch of rows over a shared prefix and each row's own keys. Differentiable in q, k, v and the prefix.
 
+    All tensors are on one device. Index tensors are int32 or int64. Their values are checked on the CPU; on CUDA they are never
+    read back: ids out of range count as −1, lengths are clamped. Under torch.autocast q, k and v take its dtype. The same call
+    on the same device gives the same bits.
+
     Args:
         q: [batch, heads, q_len, head_dim], float16, bfloat16, float32 or float64.
         k: [batch, kv_heads, kv_len, head_dim], q's dtype; kv_heads divides heads.
@@ -36,18 +40,20 @@ def prefix_attention(
         causal: with n = key_lens[b] (else kv_len), query i stands at position i + n − q_len and sees keys up to it. Queries
             at negative positions see the prefix alone. The prefix is visible to every query. Needs q_len ≤ kv_len.
         scale: factor of the scores; default head_dim ** −0.5.
-        key_mask: bool [batch, kv_len], True where a key may be attended. Hides keys, never shifts positions.
+        key_mask: bool [batch, kv_len], True where a key may be attended, in any pattern. Hides keys, never shifts positions.
         key_lens: int [batch]: only the first key_lens[b] keys exist (a preallocated cache with its fill). What lies past
             them may be NaN.
-        window: causal: the query at position t sees keys t − window < j ≤ t; else |i − j| < window. The prefix stays visible.
-        softcap: c: scores become c · tanh(score / c), prefix columns included.
-        bias: broadcastable to [batch, heads, q_len, prefix_len + kv_len], float32 or q's dtype, added after the softcap. No
-            gradient.
+        window: at least 1. causal: the query at position t sees keys t − window < j ≤ t; else |i − j| < window. The prefix
+            stays visible.
+        softcap: c > 0: scores become c · tanh(score / c), prefix columns included.
+        bias: broadcastable to [batch, heads, q_len, prefix_len + kv_len], float32 or q's dtype, added after the softcap; −inf
+            hides. It gets no gradient: one that requires it is a ValueError. Served by sdpa and reference.
         prefix_ids: int [batch], the prefix of each row, −1 for none. Only and always with a bank.
         prefix_lens: int [prefixes], the valid length of each prefix of a bank. What lies past it may be NaN.
-        first_key_position: f: key j stands at position L + f + j behind its row's prefix of length L, and the window slides
-            over the prefix too. None pins the prefix.
-        backend: the name of a backend, which then runs or raises; None picks one.
+        first_key_position: f ≥ 0: key j stands at position L + f + j behind its row's prefix of length L, and the window slides
+            over the prefix too. None pins the prefix; without a window it makes no difference.
+        backend: one of cpu, cuda, triton, sdpa and reference, which then runs or raises; None picks one for the call, by
+            PREFIX_KERNELS_BACKEND where that is set.
         return_lse: also return the log-sum-exp of each query's scores.
 
     Returns:
@@ -83,9 +89,10 @@ def prefix_attention_varlen(
     """Attention of packed sequences, each over its prefix and its own keys only. Differentiable as prefix_attention is.
 
     Args:
-        q: [tokens, heads, head_dim]; k, v: [tokens, kv_heads, head_dim or value_dim]; dtypes and prefix as prefix_attention.
+        q: [tokens, heads, head_dim]; k, v: [tokens, kv_heads, head_dim or value_dim], where k and v may have other tokens than
+            q. prefix_k, prefix_v and dtypes as for prefix_attention.
         cu_seqlens_q, cu_seqlens_k: int [sequences + 1], from 0, never falling, ending at the token count.
-        max_seqlen_q, max_seqlen_k: upper bounds of the sequences' lengths.
+        max_seqlen_q, max_seqlen_k: upper bounds of the sequences' lengths; one that is too small is a ValueError on the CPU.
         causal, scale, window, softcap: as prefix_attention, in each sequence (q_len ≤ kv_len in each where causal).
         prefix_ids: int [sequences], with a bank; prefix_lens: int [prefixes].
         parent: int [sequences], −1 or an earlier sequence whose keys this one sees wholly besides its own: one source
@@ -111,8 +118,15 @@ def explain_backends(
 ) -> dict[str, str]:
     """What prefix_attention (or, with cu_seqlens_q, prefix_attention_varlen) would run for these arguments, and why.
 
+    Args:
+        q, k, v, prefix_k, prefix_v, backend: as for the call.
+        options: any further keyword argument of the call.
+
     Returns:
-        One line per backend: "chosen", "not chosen: …" or "refused: …". Nothing is computed.
+        Of each backend "chosen", "not chosen: …" or "refused: …". Nothing is computed.
+
+    Raises:
+        ValueError, TypeError: a wrong argument, as from the call.
     """
     return select.explain(_problem(q, k, v, prefix_k, prefix_v, backend, options), backend)
 
@@ -121,6 +135,8 @@ def workspace_bytes(
     q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, *, backend: str | None = None, **options: Any
 ) -> dict[str, int]:
     """How much memory the chosen backend takes for these arguments, besides the tensors that go in and come out.
+
+    Args: as for explain_backends.
 
     Returns:
         {"forward": bytes, "backward": bytes}, upper bounds. Copies of tensors whose last stride is not 1 are not counted.

@@ -58,7 +58,7 @@ class PrefixSource(Protocol):
 
 
 class Attachment:
-    """A prefix attached to a model, until detach() or the end of the with block."""
+    """A prefix attached to a model, until detach() or the end of the with block. attach_prefix makes it."""
 
     def __init__(self, model: nn.Module, prefix: PrefixSource | PrefixBank, backend: str | None, prefix_window: str):
         self.model = model

@@ -30,7 +30,7 @@ class PrefixBank:
     prefix too many doubles the capacity and a longer one raises max_prefix_len, by new tensors: ids stay what they are,
     compiled code is compiled anew, and graphs captured by hand must be captured anew.
 
-    Raises ValueError or TypeError naming the argument.
+    Raises ValueError or TypeError naming the argument, NotImplementedError for prefixes with other parts or with heads.
     """
 
     def __init__(
@@ -67,10 +67,12 @@ class PrefixBank:
 
     @property
     def names(self) -> tuple[str, ...]:
+        """Those that are in the bank, in the order in which they were added."""
         return tuple(self._slots)
 
     @property
     def default(self) -> str | None:
+        """Whose prefix rows get in a call without prefix_ids; may be set, to a name that is in the bank or to None."""
         return self._default
 
     @default.setter
@@ -81,10 +83,12 @@ class PrefixBank:
 
     @property
     def capacity(self) -> int:
+        """How many prefixes there is room for."""
         return self.keys[0].shape[0]
 
     @property
     def max_prefix_len(self) -> int:
+        """How many positions each prefix may have."""
         return self.keys[0].shape[2]
 
     def add(self, name: str, prefix: Prefix) -> None:

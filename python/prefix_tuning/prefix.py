@@ -83,6 +83,7 @@ class Prefix(nn.Module):
 
     @property
     def heads(self) -> dict[str, dict[str, nn.Parameter]]:
+        """Path of a module in the model -> name of each of its parameters -> that parameter, as the prefix trains it."""
         heads: dict[str, dict[str, nn.Parameter]] = {}
         for key, parameter in self._heads.items():
             module, name = key.replace(":", ".").split("/")
