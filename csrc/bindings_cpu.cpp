@@ -7,6 +7,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -60,6 +61,12 @@ struct Call {
   }
 };
 
+// Values are checked before a call, but for one that was compiled: there they must at least lie within the tensors.
+void check_ends(const char* name, const int64_t* ends, int64_t count, int64_t tokens) {
+  STD_TORCH_CHECK(ends[0] == 0 && ends[count] == tokens && std::is_sorted(ends, ends + count + 1), name,
+                  ": expected values that start at 0, never fall and end at ", tokens, " tokens");
+}
+
 Call describe(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& prefix_k, const Tensor& prefix_v,
               const MaybeTensor& key_mask, const MaybeTensor& key_lens, const MaybeTensor& prefix_ids,
               const MaybeTensor& prefix_lens, const MaybeTensor& cu_seqlens_q, const MaybeTensor& cu_seqlens_k,
@@ -85,6 +92,7 @@ Call describe(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& p
   const int64_t *ends_q = indices(cu_seqlens_q), *ends_k = indices(cu_seqlens_k), *parents = indices(parent);
   const int64_t count = varlen ? cu_seqlens_q->size(0) - 1 : q.size(0);
   call.sequences.reserve(count);
+  if (varlen) check_ends("cu_seqlens_q", ends_q, count, q.size(0)), check_ends("cu_seqlens_k", ends_k, count, k.size(0));
   for (int64_t i = 0; i < count; ++i) {
     Sequence s{};
     if (varlen) {
@@ -99,6 +107,8 @@ Call describe(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& p
     s.prefix_len = s.prefix < 0 ? 0 : lens ? std::clamp<int64_t>(lens[s.prefix], 0, p.prefix_len) : p.prefix_len;
     if (s.prefix_len == 0) s.prefix = -1;
     s.parent = parents ? parents[i] : -1;
+    STD_TORCH_CHECK(s.parent < i && (s.parent < 0 || (parents[s.parent] < 0 && call.sequences[s.parent].prefix == s.prefix)),
+                    "parent: expected an earlier sequence with the same prefix and no parent, got ", s.parent);
     call.max_q_len = std::max(call.max_q_len, s.q_len);
     call.sequences.push_back(s);
   }

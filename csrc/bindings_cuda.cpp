@@ -91,7 +91,7 @@ std::tuple<Tensor, Tensor> decode(
   const int32_t float32 = aoti_torch_dtype_float32();
   const Tensor out = empty<4>(q, {batch, heads, q_len, head_dim}, {q_len * token, head_dim, token, 1}, dtype_of(q));
   const Tensor lse = empty<3>(q, {batch, heads, q_len}, {heads * q_len, q_len, 1}, float32);
-  if (batch == 0 || q_len == 0) return {out, lse};
+  if (batch == 0 || heads == 0 || q_len == 0) return {out, lse};
   constexpr int64_t FAR = int64_t(1) << 30;  // a window that is wider hides nothing; sums of two stay below 2³¹
   std::optional<torch::stable::accelerator::DeviceGuard> guard;
   if (q.is_cuda()) guard.emplace(q.get_device_index());
@@ -131,7 +131,7 @@ std::tuple<Tensor, Tensor> decode(
 // How many float32 numbers a call takes for partial results.
 int64_t values_of_parts(int64_t batch, int64_t heads, int64_t kv_heads, int64_t q_len, int64_t kv_len, int64_t head_dim,
                         int64_t prefixes, int64_t prefix_len, int64_t window, bool causal, bool bank) {
-  if (batch == 0 || q_len == 0) return 0;
+  if (batch == 0 || heads == 0 || q_len == 0) return 0;
   const Sizes sizes{batch, heads, kv_heads, q_len, kv_len, head_dim, prefixes, prefix_len, window, multiprocessors(), causal,
                     bank};
   return part_values(checked_schedule(sizes), head_dim);

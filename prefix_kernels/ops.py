@@ -11,6 +11,7 @@ from typing import get_type_hints
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from prefix_kernels.problem import AttentionInputs, empty_token_major
@@ -59,6 +60,7 @@ def _forward(inputs: AttentionInputs, backend: ModuleType) -> tuple[Tensor, Tens
 )
 def attention(*args):
     """(out, lse) of one call; arguments are those of AttentionInputs, then backend, then return_lse (for the backward pass)."""
+    _refuse_forward_mode()
     inputs = AttentionInputs(*args[:_INPUT_COUNT])
     gradients = any(tensor.requires_grad for tensor in inputs.tensors)
     return _forward(inputs, _backend_for(inputs, args[_INPUT_COUNT], gradients))
@@ -66,6 +68,7 @@ def attention(*args):
 
 @attention.register_fake
 def _(*args):
+    _refuse_forward_mode()
     inputs = AttentionInputs(*args[:_INPUT_COUNT])
     q, value_dim = inputs.q, inputs.v.shape[-1]
     lse_shape = (q.shape[1], q.shape[0]) if inputs.varlen else q.shape[:3]
@@ -157,7 +160,11 @@ class _Recorded(torch.autograd.Function):
 
 def run(inputs: AttentionInputs, backend: str | None, return_lse: bool) -> tuple[Tensor, Tensor]:
     """(out, lse); through the operator where something traces, counts or transforms what is called."""
-    if torch.compiler.is_compiling() or not is_plain(inputs):
+    if torch.compiler.is_compiling():
+        return attention(*inputs, backend, return_lse)
+    if not is_plain(inputs):
+        if any(torch._C._functorch.is_gradtrackingtensor(tensor) and tensor.requires_grad for tensor in inputs.tensors):
+            raise NotImplementedError("torch.func.grad, vjp and what is built on them are not served: use torch.autograd")
         return attention(*inputs, backend, return_lse)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs.tensors):
         return _Recorded.apply(*inputs, backend, return_lse)
@@ -173,4 +180,16 @@ def is_plain(inputs: AttentionInputs) -> bool:
 
 def intercepted() -> bool:
     """Whether what is called now is transformed or counted."""
-    return torch._C._functorch.peek_interpreter_stack() is not None or torch._C._len_torch_dispatch_stack() > 0
+    return (
+        torch._C._functorch.peek_interpreter_stack() is not None or torch._C._len_torch_dispatch_stack() > 0
+        or forward_ad._current_level >= 0
+    )  # fmt: skip
+
+
+def _refuse_forward_mode() -> None:
+    """An operator has no rule for it: torch would go on with tangents of 0, without a word."""
+    if forward_ad._current_level >= 0:
+        raise NotImplementedError(
+            "forward-mode differentiation (torch.autograd.forward_ad, torch.func.jvp, jacfwd) is not served: "
+            "use reverse mode, or call this outside of dual_level()"
+        )

@@ -44,7 +44,7 @@ def find(
         )  # fmt: skip
         known = _kernels.get(kind, False)
         return (kind, None) if known is False else (None, known)
-    except (AttributeError, TypeError):  # a wrong call
+    except (AttributeError, RuntimeError, TypeError):  # a wrong call
         return None, None
 
 

@@ -1,7 +1,7 @@
 """Argument checks: a wrong call raises before any kernel starts, naming the argument, what came and what was expected.
 
-Values of index tensors (ids, lengths, cu_seqlens, parent) are read only for CPU tensors outside torch.compile; on other
-devices a backend treats ids out of range as −1 and clamps lengths.
+Values of index tensors (ids, lengths, cu_seqlens, parent) are read only for CPU tensors that nothing traces or maps; elsewhere
+a backend treats ids out of range as −1 and clamps lengths, and the C++ kernels refuse cu_seqlens and parents that are wrong.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INDEX_DTYPES = (torch.int32, torch.int64)
-
+LARGEST_POSITION = 2**31 - 1  # so that no sum of positions is beyond 64 bit
 
 MOST_PASSED = 4096
 _passed: set[tuple] = set()  # shapes, dtypes and devices that check_tensors has found right
@@ -30,10 +30,10 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: T
     if torch.compiler.is_compiling():
         return _check_tensors(q, k, v, prefix_k, prefix_v, varlen)
     try:
-        key = (varlen, *[(type(t), t.shape, t.dtype, t.device) for t in (q, k, v, prefix_k, prefix_v)])
+        key = (varlen, *[(type(t), t.layout, t.shape, t.dtype, t.device) for t in (q, k, v, prefix_k, prefix_v)])
         if key in _passed:
             return
-    except (AttributeError, TypeError):  # no tensor; or a traced one, whose sizes have no hash
+    except (AttributeError, RuntimeError, TypeError):  # no tensor; one without sizes (nested); traced ones, which have no hash
         return _check_tensors(q, k, v, prefix_k, prefix_v, varlen)
     _check_tensors(q, k, v, prefix_k, prefix_v, varlen)
     if len(_passed) >= MOST_PASSED:
@@ -43,15 +43,16 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: T
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, varlen: bool) -> None:
     layout = "[tokens, {heads}, head_dim]" if varlen else "[batch, {heads}, {length}, head_dim]"
-    for name, tensor, rank in (("q", q, 3 if varlen else 4), ("k", k, 3 if varlen else 4), ("v", v, 3 if varlen else 4)):
+    for name, tensor in (("q", q), ("k", k), ("v", v), ("prefix_k", prefix_k), ("prefix_v", prefix_v)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+        if tensor.layout != torch.strided or tensor.is_nested:
+            raise TypeError(f"{name}: expected a dense tensor, got {'a nested one' if tensor.is_nested else tensor.layout}")
+    for name, tensor, rank in (("q", q, 3 if varlen else 4), ("k", k, 3 if varlen else 4), ("v", v, 3 if varlen else 4)):
         if tensor.dim() != rank:
             words = {"heads": "heads" if name == "q" else "kv_heads", "length": "q_len" if name == "q" else "kv_len"}
             raise ValueError(f"{name}: expected {layout.format(**words)}, got shape {shape_of(tensor)}")
     for name, tensor in (("prefix_k", prefix_k), ("prefix_v", prefix_v)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
         if tensor.dim() not in (3, 4):
             raise ValueError(
                 f"{name}: expected [kv_heads, prefix_len, head_dim] or [prefixes, kv_heads, prefix_len, head_dim], "
@@ -120,6 +121,8 @@ def check_options(causal, scale, window, softcap, first_key_position) -> None:
             raise TypeError(f"{name}: expected an int or None, got {type(value).__name__}")
         if value < least:
             raise ValueError(f"{name}: expected at least {least} or None, got {value}")
+        if value > LARGEST_POSITION:
+            raise ValueError(f"{name}: expected at most {LARGEST_POSITION} or None, got {value}")
 
 
 def check_call(backend, return_lse) -> None:
@@ -145,8 +148,12 @@ def check_index(name: str, tensor: Tensor | None, length: int, of: str, device: 
 
 
 def may_read(tensor: Tensor | None) -> bool:
-    """Whether the values may be read here without stopping a device or breaking a graph."""
-    return tensor is not None and tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+    """Whether the values may be read here: they are there, and reading them stops no device and breaks no graph or map."""
+    if tensor is None or tensor.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    if type(tensor) not in (Tensor, torch.nn.Parameter) or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        return False
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is None  # that of make_fx
 
 
 def check_range(name: str, tensor: Tensor | None, low: int, high: int) -> None:

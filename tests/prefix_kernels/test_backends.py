@@ -92,6 +92,22 @@ def test_any_strides(backend, layout, which):
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("value_dim", [16, 48])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_channels_last(backend, value_dim):
+    """Padding keeps that layout, in which the heads have stride 1."""
+    inputs = make_inputs(Case("value_dim", value_dim=value_dim))
+    tensors = [tensor.detach().clone() for tensor in inputs.tensors]
+    layouts = [torch.channels_last] * 3 + [torch.contiguous_format] * 2
+    results = []
+    for values in (tensors, [t.contiguous(memory_format=to) for t, to in zip(tensors, layouts, strict=True)]):
+        inputs.tensors = tuple(tensor.requires_grad_() for tensor in values)
+        out, lse = inputs.call(backend=backend, return_lse=True)
+        results.append((out, lse, *torch.autograd.grad(out.square().sum() + lse.sum(), inputs.tensors)))
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("case", [Case("dense"), Case("folded one query", q_len=1), Case("varlen", seqlens_q=(4, 3))], ids=str)
 @pytest.mark.parametrize("layout", STRIDES)
 @pytest.mark.parametrize("with_lse", [False, True])

@@ -122,6 +122,15 @@ def test_indices_that_no_public_call_lets_through(gpu):
         assert torch.equal(value, other)
 
 
+@pytest.mark.parametrize("head_dim", [64, 80])
+def test_no_heads(gpu, head_dim):
+    """Nothing is divided by the size of a group of none."""
+    q, *others = (tensor.detach() for tensor in make_inputs(Case("heads", head_dim=head_dim), torch.bfloat16).tensors)
+    out, lse = prefix_kernels.prefix_attention(q[:, :0, :1], *others, backend="cuda", return_lse=True)
+    assert (out.shape, lse.shape) == ((2, 0, 1, head_dim), (2, 0, 1))
+    assert prefix_kernels.workspace_bytes(q[:, :0, :1], *others, backend="cuda") == {"forward": 0, "backward": 0}
+
+
 STRIDES = {
     "last stride not 1": lambda t: t.transpose(-1, -2).contiguous().transpose(-1, -2),
     "first axis expanded": lambda t: t[:1].expand(t.shape),

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.autograd import forward_ad
 
 import prefix_kernels
 from prefix_kernels import ops, select
@@ -452,6 +453,52 @@ def test_eager_calls_pass_the_operator_by(operator_calls, monkeypatch, backend, 
     meta = make_inputs(case, device="meta")
     with torch.no_grad():
         assert meta.call().is_meta and operator_calls["attention"]
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "enable_grad"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_forward_mode_is_refused(backend, grad):
+    """torch drops the tangents of an operator that has no rule for them, and torch.func.jvp makes zeros of that."""
+    q, *others = (tensor.detach() for tensor in make_inputs(Case("plain")).tensors)
+
+    def function(q):
+        return prefix_kernels.prefix_attention(q, *others, backend=backend)
+
+    with torch.set_grad_enabled(grad):
+        for _ in range(2):
+            function(q)  # a call like an earlier one
+        with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="^forward-mode differentiation"):
+            function(forward_ad.make_dual(q, q))
+        for transformed in (lambda: torch.func.jvp(function, (q,), (q,)), lambda: torch.func.jacfwd(function)(q)):
+            with pytest.raises(NotImplementedError, match="^forward-mode differentiation"):
+                transformed()
+        torch.compiler.reset()
+        with pytest.raises(torch._dynamo.exc.Unsupported, match="forward-mode differentiation"):
+            torch.compile(lambda q: torch.func.jvp(function, (q,), (q,)), backend="eager", fullgraph=True)(q)
+
+
+def test_reverse_mode_of_torch_func_is_refused():
+    q, *others = (tensor.detach() for tensor in make_inputs(Case("plain")).tensors)
+    with pytest.raises(NotImplementedError, match="^torch.func.grad, vjp and what is built on them are not served"):
+        torch.func.grad(lambda q: prefix_kernels.prefix_attention(q, *others).sum())(q)
+    out = prefix_kernels.prefix_attention(q, *others)
+    factor, grad = torch.ones(()), torch.func.grad(lambda factor: (prefix_kernels.prefix_attention(q, *others) * factor).sum())
+    torch.testing.assert_close(grad(factor), out.sum())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_vmap(backend):
+    """One call after the other, gradients too."""
+    q, *others = make_inputs(Case("plain")).tensors
+    many = torch.stack([q.detach(), 2 * q.detach()]).requires_grad_()
+    results = []
+    for out in (
+        torch.vmap(lambda q: prefix_kernels.prefix_attention(q, *others, backend=backend))(many),
+        torch.stack([prefix_kernels.prefix_attention(q, *others, backend=backend) for q in many]),
+    ):
+        results.append((out, *torch.autograd.grad(out.square().sum(), (many, *others))))
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import prefix_kernels
 from prefix_kernels import api, ops, prefix_attention, validate
@@ -59,6 +61,10 @@ def each(names, change, error, message, base=DENSE):
 TENSORS = [
     *each(DENSE, [1.0], TypeError, "{}: expected a tensor, got list"),
     *each(PACKED.keys() & DENSE.keys(), None, TypeError, "{}: expected a tensor, got NoneType", PACKED),
+    *(Wrong(base, {name: base[name].to_sparse()}, TypeError, f"{name}: expected a dense tensor, got torch.sparse_coo")
+      for base in (DENSE, PACKED) for name in DENSE),
+    Wrong(DENSE, {"k": torch.nested.nested_tensor([rand(2, 7, 8), rand(2, 3, 8)], layout=torch.strided)}, TypeError,
+          "k: expected a dense tensor, got a nested one"),
     Wrong(DENSE, {"q": rand(4, 5, 8)}, ValueError, "q: expected [batch, heads, q_len, head_dim], got shape [4, 5, 8]"),
     *each("kv", rand(2, 2, 1, 7, 8), ValueError, "{}: expected [batch, kv_heads, kv_len, head_dim], got shape [2, 2, 1, 7, 8]"),
     Wrong(PACKED, {"q": rand(1, 6, 4, 8)}, ValueError, "q: expected [tokens, heads, head_dim], got shape [1, 6, 4, 8]"),
@@ -123,6 +129,10 @@ OPTIONS = [
       for base in (DENSE, PACKED) for value, kind in ((2.0, "float"), (True, "bool"), ("3", "str"))),
     *(Wrong(base, {"window": value}, ValueError, f"window: expected at least 1 or None, got {value}")
       for base in (DENSE, PACKED) for value in (0, -1)),
+    *(Wrong(base, {"window": 2**31}, ValueError, "window: expected at most 2147483647 or None, got 2147483648")
+      for base in (DENSE, PACKED)),
+    Wrong(DENSE, {"first_key_position": 2**63}, ValueError,
+          "first_key_position: expected at most 2147483647 or None, got 9223372036854775808"),
     Wrong(DENSE, {"first_key_position": 1.0}, TypeError, "first_key_position: expected an int or None, got float"),
     Wrong(DENSE, {"first_key_position": -1}, ValueError, "first_key_position: expected at least 0 or None, got -1"),
     *(Wrong(base, {"backend": 3}, TypeError, "backend: expected a name or None, got int") for base in (DENSE, PACKED)),
@@ -322,6 +332,58 @@ def test_index_values_are_not_read_under_compile(backend, base, outside, inside)
     compiled = torch.compile(prefix_kernels.prefix_attention, backend="aot_eager", fullgraph=True)
     got = compiled(**base | outside, backend=backend)
     assert torch.equal(got, prefix_kernels.prefix_attention(**base | inside, backend=backend))
+
+
+PACKED_OUT_OF_RANGE = [
+    (PACKED, {"cu_seqlens_k": ints(0, 4, 8, 10**9)}, "cu_seqlens_k: expected values that start at 0"),
+    (PACKED, {"cu_seqlens_k": ints(0, 4, 3, 9)}, "cu_seqlens_k: expected values that start at 0"),
+    (PACKED, {"cu_seqlens_q": ints(-5, 2, 5, 6)}, "cu_seqlens_q: expected values that start at 0"),
+    (PACKED, {"cu_seqlens_q": ints(0, 2, 5, 5)}, "cu_seqlens_q: expected values that start at 0"),
+    (PACKED, {"parent": ints(-1, 10**6, -1)}, "parent: expected an earlier sequence"),
+    (PACKED, {"parent": ints(1, -1, -1)}, "parent: expected an earlier sequence"),
+    (PACKED, {"parent": ints(-1, 0, 1)}, "parent: expected an earlier sequence"),
+    (PACKED_BANK, {"parent": ints(-1, -1, 1)}, "parent: expected an earlier sequence"),
+]
+
+
+@pytest.mark.skipif("cpu" not in prefix_kernels.available_backends(), reason="the C++ kernels are not built")
+@pytest.mark.parametrize(("base", "outside", "message"), PACKED_OUT_OF_RANGE)
+def test_packs_that_lie_outside_of_their_tensors_are_refused_under_compile(base, outside, message):
+    """By the C++ kernels, which would read and write what belongs to others."""
+    base = base | {name: torch.randn(*base[name].shape[:-1], 16, requires_grad=True) for name in DENSE}
+    torch.compiler.reset()
+    compiled = torch.compile(prefix_kernels.prefix_attention_varlen, backend="aot_eager", fullgraph=True)
+    compiled(**base, backend="cpu").sum().backward()
+    with pytest.raises(RuntimeError, match=message):
+        compiled(**base | outside, backend="cpu").sum().backward()
+
+
+INDEXED = [
+    (DENSE, {"key_lens": ints(7, 3)}), (BANK, {"prefix_lens": ints(1, 2, 3)}), (PACKED_BANK, {"parent": ints(-1, 0, -1)}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
+@pytest.mark.parametrize(("base", "change"), INDEXED)
+def test_index_values_are_not_read_while_something_traces(base, change, mode):
+    arguments = base | change
+    expected = Wrong(base, change, ValueError, "").call()
+    tensors = {name: value for name, value in arguments.items() if isinstance(value, torch.Tensor)}
+
+    def function(*values):
+        return Wrong(arguments, dict(zip(tensors, values, strict=True)), ValueError, "").call()
+
+    traced = make_fx(function, tracing_mode=mode)(*tensors.values())
+    assert torch.equal(traced(*tensors.values()), expected)
+    with FakeTensorMode() as fakes:
+        assert function(*map(fakes.from_tensor, tensors.values())).shape == expected.shape
+
+
+def test_index_values_are_not_read_while_something_maps():
+    lens = ints([7, 3], [2, 0], [5, 6])
+    base = DENSE | {name: torch.randn(tensor.shape) for name, tensor in DENSE.items()}
+    mapped = torch.func.vmap(lambda lens: prefix_attention(**base, key_lens=lens))(lens)
+    assert torch.equal(mapped, torch.stack([prefix_attention(**base, key_lens=row) for row in lens]))
 
 
 @pytest.mark.parametrize("wrong", [wrong for wrong in TABLE if "expected values" in wrong.message], ids=name_of)

@@ -197,7 +197,7 @@ def _rows(tensor: Tensor, dim: int) -> Tensor:
     """
     if tensor.device.type == "cpu":
         if tensor.shape[-1] != dim:
-            return pad(tensor, (0, dim - tensor.shape[-1]))
+            tensor = pad(tensor, (0, dim - tensor.shape[-1]))  # keeps channels last
         return tensor if tensor.stride(-1) == 1 else tensor.clone(memory_format=torch.contiguous_format)
     steps = (tensor.storage_offset(), *tensor.stride()[:-1])
     fits = tensor.stride(-1) == 1 and all(step * tensor.element_size() % _CUDA_ALIGNMENT == 0 for step in steps)
