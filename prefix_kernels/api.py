@@ -23,11 +23,12 @@ def prefix_attention(
     prefix_ids: Tensor | None = None, prefix_lens: Tensor | None = None, first_key_position: int | None = None,
     backend: str | None = None, return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
-    """Attention of a batch of rows over a shared prefix and each row's own keys. Differentiable in q, k, v and the prefix.
+    """Attention of a batch of rows over a shared prefix and each row's own keys. Differentiable in q, k, v and the prefix, once
+    and by torch.autograd: neither forward-mode nor torch.func.grad.
 
-    All tensors are on one device. Index tensors are int32 or int64. Their values are checked on the CPU; on CUDA they are never
-    read back: ids out of range count as −1, lengths are clamped. Under torch.autocast q, k and v take its dtype. The same call
-    on the same device gives the same bits.
+    All tensors are on one device. Index tensors are int32 or int64. Their values are checked on the CPU; on CUDA, and where a
+    call is traced (torch.compile), they are never read: ids out of range count as −1, lengths are clamped. Under torch.autocast
+    q, k and v take its dtype. The same call on the same device gives the same bits.
 
     Args:
         q: [batch, heads, q_len, head_dim], float16, bfloat16, float32 or float64.
@@ -43,15 +44,15 @@ def prefix_attention(
         key_mask: bool [batch, kv_len], True where a key may be attended, in any pattern. Hides keys, never shifts positions.
         key_lens: int [batch]: only the first key_lens[b] keys exist (a preallocated cache with its fill). What lies past
             them may be NaN.
-        window: at least 1. causal: the query at position t sees keys t − window < j ≤ t; else |i − j| < window. The prefix
+        window: 1 to 2^31 − 1. causal: the query at position t sees keys t − window < j ≤ t; else |i − j| < window. The prefix
             stays visible.
         softcap: c > 0: scores become c · tanh(score / c), prefix columns included.
         bias: broadcastable to [batch, heads, q_len, prefix_len + kv_len], float32 or q's dtype, added after the softcap; −inf
             hides. It gets no gradient: one that requires it is a ValueError. Served by sdpa and reference.
         prefix_ids: int [batch], the prefix of each row, −1 for none. Only and always with a bank.
         prefix_lens: int [prefixes], the valid length of each prefix of a bank. What lies past it may be NaN.
-        first_key_position: f ≥ 0: key j stands at position L + f + j behind its row's prefix of length L, and the window slides
-            over the prefix too. None pins the prefix; without a window it makes no difference.
+        first_key_position: f, 0 to 2^31 − 1: key j stands at position L + f + j behind its row's prefix of length L, and the
+            window slides over the prefix too. None pins the prefix; without a window it makes no difference.
         backend: one of cpu, cuda, triton, sdpa and reference, which then runs or raises; None picks one for the call, by
             PREFIX_KERNELS_BACKEND where that is set.
         return_lse: also return the log-sum-exp of each query's scores.
@@ -61,7 +62,8 @@ def prefix_attention(
         float32 (float64 for float64), differentiable. A query that sees nothing has out 0 and lse −inf.
 
     Raises:
-        ValueError, TypeError: a wrong argument. NotImplementedError: the backend asked for cannot serve the call.
+        ValueError, TypeError: a wrong argument. NotImplementedError: the backend asked for cannot serve the call, or no
+        backend can (forward-mode differentiation, torch.func.grad and vjp).
     """
     kind = None
     if return_lse is False and key_lens is None and bias is None and prefix_ids is None and prefix_lens is None:
