@@ -1,11 +1,19 @@
-"""What tests of training share: rows, arguments of a short run, a silent trainer."""
+"""What tests of training share: rows, arguments of a short run, silent trainers, the loss of a row, prefixes compared."""
 
 import dataclasses
 
-from transformers import PrinterCallback, TrainingArguments
+import torch
+from torch.nn.functional import cross_entropy
+from transformers import DynamicCache, PrinterCallback, TrainingArguments
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from prefix_tuning import PrefixTrainer
+from support.generation import CACHE
+from support.models import random_prefix, tiny_model
 from support.tokenizer import tiny_tokenizer
+
+PREFIX_LEN = 5
+TOLERANCE = {"atol": 2e-5, "rtol": 1e-4}
 
 NAMES = ("Aromi", "Browns Cambridge", "Cotto", "Fitzbillies", "Green Man", "Loch Fyne", "Strada", "Wildwood")
 ROWS = [{"prompt": f"name : {name}\n", "completion": f"{name} is a pub." * (1 + i % 3)} for i, name in enumerate(NAMES)]
@@ -35,3 +43,59 @@ def silent_trainer(folder, model, prefix, rows, options=None, **changes):
 
 def losses(trainer):
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def make_trainer(folder, model=None, prefix=None, rows=ROWS, options=None, **changes):
+    """A silent trainer on the rows, of a tiny Llama and a random prefix if none are given."""
+    model = tiny_model("llama") if model is None else model
+    prefix = random_prefix(model, PREFIX_LEN) if prefix is None else prefix
+    return silent_trainer(folder, model, prefix, rows, options, **changes)
+
+
+def trained(folder, *args, **kwargs):
+    """A trainer as of make_trainer, after training and detached."""
+    trainer = make_trainer(folder, *args, **kwargs)
+    trainer.train()
+    trainer.detach()
+    return trainer
+
+
+def row_loss(model, prefix, tokenizer, row):
+    """Summed loss of the completion and the number of its tokens, by the plain model with the prefix as its cache."""
+    prompt = tokenizer(row["prompt"])["input_ids"]
+    target = [*tokenizer(row["completion"], add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    ids = torch.tensor([prompt + target])
+    cache = DynamicCache(config=model.config)
+    for index, (key, value) in enumerate(prefix.layers()):
+        cache.update(key[None], value[None], index)
+    logits = model(
+        input_ids=ids, attention_mask=torch.ones(1, PREFIX_LEN + ids.shape[1], dtype=torch.long), **{CACHE: cache},
+        position_ids=torch.arange(ids.shape[1])[None] + PREFIX_LEN,
+    ).logits  # fmt: skip
+    return cross_entropy(logits[0, len(prompt) - 1 : -1], torch.tensor(target), reduction="sum"), len(target)
+
+
+def count_forwards(model):
+    """How often each layer has begun to run, updated as it does; recomputation ends as early as it can."""
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    counts = [0] * len(layers)
+
+    def count(index):
+        def hook(module, args):
+            counts[index] += 1
+
+        return hook
+
+    for index, layer in enumerate(layers):
+        next(layer.children()).register_forward_pre_hook(count(index))
+    return counts
+
+
+def assert_prefixes_close(actual, expected, **tolerance):
+    assert actual.state_dict().keys() == expected.state_dict().keys()
+    for name, tensor in actual.state_dict().items():
+        torch.testing.assert_close(tensor, expected.state_dict()[name], **tolerance or TOLERANCE)
+
+
+def assert_prefixes_equal(actual, expected):
+    assert_prefixes_close(actual, expected, atol=0, rtol=0)

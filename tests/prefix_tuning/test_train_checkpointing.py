@@ -1,0 +1,85 @@
+"""Gradient checkpointing under PrefixTrainer recomputes layers, changes nothing and is undone."""
+
+import copy
+
+import pytest
+import torch
+
+from prefix_tuning import attach_prefix
+from support.models import random_prefix, tiny_model
+from support.prefixes import mlp_prefix
+from support.training import (
+    CHECKPOINTING,
+    PREFIX_LEN,
+    ROWS,
+    assert_prefixes_close,
+    count_forwards,
+    losses,
+    make_trainer,
+    trained,
+)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({CHECKPOINTING: False}, [2, 2, 2]),
+        ({CHECKPOINTING: True}, [4, 4, 4]),
+        ({CHECKPOINTING: True, f"{CHECKPOINTING}_kwargs": {"use_reentrant": False, "preserve_rng_state": False}}, [4, 4, 4]),
+        ({CHECKPOINTING: True, f"{CHECKPOINTING}_kwargs": {"every_n_layers": 2}}, [4, 2, 4]),
+    ],
+    ids=("stored", "recomputed", "options", "every second layer"),
+)
+@pytest.mark.parametrize(("family", "reparametrization"), [("gpt2", None), ("llama", "mlp")])
+def test_gradient_checkpointing_recomputes_layers_and_changes_nothing(family, reparametrization, options, expected, tmp_path):
+    model = tiny_model(family)
+    prefix = random_prefix(model, PREFIX_LEN) if reparametrization is None else mlp_prefix(model)
+    plain = trained(tmp_path, model, copy.deepcopy(prefix), max_steps=2)
+    counts = count_forwards(model)
+    trainer = trained(tmp_path, model, prefix, max_steps=2, **options)
+    assert counts == expected
+    assert losses(trainer) == pytest.approx(losses(plain), rel=1e-6)
+    assert_prefixes_close(trainer.prefix, plain.prefix, atol=1e-6, rtol=1e-5)
+
+
+def test_detach_undoes_gradient_checkpointing(tmp_path):
+    model = tiny_model("llama")
+    layers = model.base_model.layers
+    layers[1].gradient_checkpointing = False  # an own attribute, to be found again; the others have their class's
+    before = [vars(layer).copy() for layer in layers]
+    trainer = make_trainer(tmp_path, model, max_steps=1, **{CHECKPOINTING: True})
+    trainer.train()
+    trainer.train()
+    assert all(layer.gradient_checkpointing for layer in layers)
+    trainer.detach()
+    trainer.detach()
+    assert [vars(layer) for layer in layers] == before
+    counts = count_forwards(model)
+    ids = torch.ones(1, 4, dtype=torch.long)
+    with attach_prefix(model, trainer.prefix):
+        model.train()(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    assert counts == [1, 1, 1]
+
+
+def test_evaluation_recomputes_nothing(tmp_path):
+    model = tiny_model("llama")
+    trainer = make_trainer(tmp_path, model, max_steps=1, options={"eval_dataset": ROWS[:4]}, **{CHECKPOINTING: True})
+    trainer.train()
+    counts = count_forwards(model)
+    trainer.evaluate()
+    assert counts == [1, 1, 1]
+    assert not any(module.training for module in trainer.model.modules())
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"use_reentrant": True}, ValueError, "use_reentrant: expected False"),
+        ({"every_n_layers": 0}, ValueError, "every_n_layers: expected at least 1, got 0"),
+        ({"offload": True}, NotImplementedError, "offload"),
+    ],
+)
+def test_kinds_of_checkpointing_that_are_refused(options, error, message, tmp_path):
+    trainer = make_trainer(tmp_path, **{CHECKPOINTING: True, f"{CHECKPOINTING}_kwargs": options})
+    with pytest.raises(error, match=message):
+        trainer.train()

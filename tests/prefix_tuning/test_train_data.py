@@ -1,0 +1,118 @@
+"""What PrefixTrainer trains and evaluates on: rows of text, conversations, tokenised data sets, streams."""
+
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+from prefix_tuning.data import PromptCompletionCollator, tokenize_rows
+from support.models import tiny_model
+from support.tokenizer import tiny_tokenizer
+from support.training import PREFIX_LEN, ROWS, assert_prefixes_close, losses, make_trainer, row_loss, trained
+
+
+def test_evaluation_without_predictions_and_with(tmp_path):
+    """The same loss; compute_metrics gets logits [rows, tokens, vocabulary] that give that loss, and the labels."""
+    model = tiny_model("llama")
+    expected = make_trainer(tmp_path, model, options={"eval_dataset": ROWS[:4]})
+    plain = expected.evaluate()["eval_loss"]
+    expected.detach()
+    seen = []
+
+    def compute_metrics(result):
+        seen.append(result)
+        return {"rows": len(result.predictions)}
+
+    options = {"eval_dataset": ROWS[:4], "compute_metrics": compute_metrics}
+    trainer = make_trainer(tmp_path, model, options=options)
+    metrics = trainer.evaluate()
+    assert metrics["eval_loss"] == pytest.approx(plain, rel=1e-6) and metrics["eval_rows"] == 4
+    logits, labels = torch.tensor(seen[0].predictions), torch.tensor(seen[0].label_ids)
+    batch = PromptCompletionCollator(tiny_tokenizer())(tokenize_rows(ROWS[:4], tiny_tokenizer()))
+    assert torch.equal(labels, batch["labels"])
+    assert logits.shape == (*labels.shape, model.config.vocab_size)
+    assert cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()).item() == pytest.approx(plain, rel=1e-5)
+    sums, counts = zip(*(row_loss_attached(trainer, row) for row in ROWS[:4]), strict=True)
+    assert plain == pytest.approx(sum(sums) / sum(counts), rel=1e-5)
+    trainer.detach()
+
+
+def row_loss_attached(trainer, row):
+    loss, count = row_loss(tiny_model("llama"), trainer.prefix, tiny_tokenizer(), row)
+    return loss.item(), count
+
+
+def test_evaluate_and_predict_take_rows_of_text(tmp_path):
+    trainer = make_trainer(tmp_path, options={"eval_dataset": ROWS[:4]})
+    expected = trainer.evaluate()["eval_loss"]
+    assert trainer.evaluate(ROWS[:4])["eval_loss"] == expected
+    assert trainer.evaluate(tokenize_rows(ROWS[:4], tiny_tokenizer()))["eval_loss"] == expected
+    two = trainer.evaluate({"a": ROWS[:4], "b": ROWS[4:]})
+    assert two["eval_a_loss"] == expected != two["eval_b_loss"]
+    output = trainer.predict(ROWS[:4])
+    assert output.predictions.shape == (*output.label_ids.shape, 128) and output.metrics["test_loss"] == expected
+    with pytest.raises(ValueError, match=r"test_dataset: rows\[1\]: "):
+        trainer.predict([*ROWS[:1], {"text": "?"}])
+
+
+def test_eval_datasets_by_name(tmp_path):
+    sets = {"a": ROWS[:4], "b": tokenize_rows(ROWS[4:], tiny_tokenizer())}
+    trainer = make_trainer(tmp_path, options={"eval_dataset": sets}, max_steps=1, eval_strategy="steps", eval_steps=1)
+    trainer.train()
+    (a,), (b,) = ([e[f"eval_{name}_loss"] for e in trainer.state.log_history if f"eval_{name}_loss" in e] for name in sets)
+    assert a != b
+    assert trainer.evaluate(ROWS[:4])["eval_loss"] == a and trainer.evaluate(ROWS[4:])["eval_loss"] == b
+
+
+class Stream(torch.utils.data.IterableDataset):
+    def __init__(self, examples):
+        self.examples = examples
+
+    def __iter__(self):
+        return iter(self.examples)
+
+
+@pytest.mark.parametrize("kind", ("list", "with more columns", "stream"))
+def test_tokenised_datasets(kind, tmp_path):
+    """As they are, without a tokenizer; a label on a row's first token counts nowhere."""
+    examples = tokenize_rows(ROWS[:4], tiny_tokenizer())
+    expected = trained(tmp_path / "text", rows=ROWS[:4])
+    for example in examples:
+        example["labels"][0] = example["input_ids"][0]
+    if kind == "with more columns":
+        examples = [example | {"prompt": "text", "weight": 1.0} for example in examples]
+    dataset = Stream(examples * 4) if kind == "stream" else examples
+    options = {"processing_class": None, "data_collator": PromptCompletionCollator(tiny_tokenizer())}
+    trainer = trained(tmp_path / "ids", rows=dataset, options=options)
+    assert losses(trainer) == pytest.approx(losses(expected), rel=1e-5)
+    assert_prefixes_close(trainer.prefix, expected.prefix, atol=2e-4, rtol=1e-3)
+
+
+def test_conversations_are_trained_on(tmp_path):
+    template = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + eos_token }}{% endfor %}" \
+        "{% if add_generation_prompt %}assistant: {% endif %}"  # fmt: skip
+    talks = [
+        {"messages": [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["completion"]}]}
+        for row in ROWS[:4]
+    ]
+    trainer = trained(tmp_path, rows=talks, options={"processing_class": tiny_tokenizer(chat_template=template)})
+    assert losses(trainer)[-1] < losses(trainer)[0]
+
+
+def test_rows_are_cut_to_the_positions_that_the_prefix_leaves(tmp_path):
+    model = tiny_model("gpt2")
+    rows = [{"prompt": "word " * 60, "completion": "abc"}, {"prompt": "x", "completion": "abc"}]
+
+    def longest(max_length):
+        options = {"max_length": max_length, "eval_dataset": rows}
+        trainer = make_trainer(tmp_path, model, rows=rows, options=options, max_steps=1)
+        trainer.train()
+        trainer.detach()
+        lengths = [[len(example["input_ids"]) for example in data] for data in (trainer.train_dataset, trainer.eval_dataset)]
+        assert lengths[0] == lengths[1]
+        return max(lengths[0])
+
+    left = model.config.n_positions - PREFIX_LEN
+    assert [longest(max_length) for max_length in (None, 1000, 20)] == [left, left, 20]
+    with pytest.raises(ValueError, match=r"train_dataset: rows\[0\]: max_length: .*got max_length 4"):
+        longest(4)

@@ -1,0 +1,142 @@
+"""Checkpoints of PrefixTrainer: a run that was interrupted goes on as if it never was, the best prefix is kept."""
+
+import copy
+import random
+
+import numpy as np
+import pytest
+import torch
+from transformers import EarlyStoppingCallback, TrainerCallback
+
+from prefix_tuning import Prefix
+from support.models import tiny_model
+from support.prefixes import mlp_prefix
+from support.training import (
+    PREFIX_LEN,
+    ROWS,
+    assert_prefixes_equal,
+    count_forwards,
+    losses,
+    make_trainer,
+    trained,
+)
+
+
+class Interrupt(TrainerCallback):
+    """Ends training after `step` as Ctrl-C does."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+class Draws(TrainerCallback):
+    """Uses up random numbers at every step, and keeps them."""
+
+    def __init__(self):
+        self.seen = {}
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.seen[state.global_step] = (torch.rand(()).item(), random.random(), float(np.random.rand()))
+
+
+RESUMED = {"max_steps": 7, "save_strategy": "steps", "save_steps": 3, "warmup_steps": 2, "per_device_train_batch_size": 2}
+
+
+@pytest.mark.parametrize("reparametrization", (None, "mlp"))
+def test_resuming_equals_an_uninterrupted_run(reparametrization, tmp_path):
+    """Bitwise, with the optimiser's moments, the schedule, the order of the rows in both epochs and all random numbers."""
+
+    def start(folder, callbacks, seed=0):
+        model = tiny_model("llama")
+        prefix = Prefix.for_model(model, PREFIX_LEN, reparametrization=reparametrization, hidden_size=8, seed=seed)
+        return make_trainer(tmp_path / folder, model, prefix, options={"callbacks": callbacks}, **RESUMED)
+
+    draws, drawn_again = Draws(), Draws()
+    whole = start("whole", [draws])
+    whole.train()
+    interrupted = start("cut", [Draws(), Interrupt(5)])
+    with pytest.raises(KeyboardInterrupt):
+        interrupted.train()
+    resumed = start("cut", [drawn_again], seed=1)
+    resumed.train(resume_from_checkpoint=True)
+    assert sorted(drawn_again.seen) == [4, 5, 6, 7]
+    assert drawn_again.seen.items() <= draws.seen.items()
+    assert losses(resumed) == losses(whole)
+    rates = [[entry.get("learning_rate") for entry in run.state.log_history] for run in (resumed, whole)]
+    assert rates[0] == rates[1]
+    assert_prefixes_equal(resumed.prefix, whole.prefix)
+
+
+def test_resuming_a_finished_run_trains_nothing(tmp_path):
+    """Seven steps of two rows are not whole epochs, where Trainer itself would take an eighth step."""
+    whole = trained(tmp_path, **RESUMED)
+    resumed = make_trainer(tmp_path, **RESUMED)
+    counts = count_forwards(resumed.model.model)
+    resumed.train(resume_from_checkpoint=True)
+    assert counts == [0, 0, 0] and resumed.state.global_step == 7
+    assert losses(resumed) == losses(whole)
+    assert_prefixes_equal(resumed.prefix, whole.prefix)
+    assert {path.name for path in tmp_path.glob("checkpoint-*")} == {"checkpoint-3", "checkpoint-6", "checkpoint-7"}
+
+
+def test_checkpoints_keep_the_reparametrisation_and_save_model_drops_it(tmp_path):
+    model = tiny_model("llama")
+    trainer = make_trainer(tmp_path, model, mlp_prefix(model), max_steps=2, save_strategy="steps", save_steps=2)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "prefix"))
+    trainer.save_model()
+    kept = Prefix.load(tmp_path / "checkpoint-2")
+    assert_prefixes_equal(kept, trainer.prefix)
+    assert not list((tmp_path / "checkpoint-2").glob("*model*")), "the model itself was saved"
+    for folder in (tmp_path / "prefix", tmp_path):
+        saved = Prefix.load(folder)
+        assert saved.reparametrization is None
+        for (key, value), (expected_key, expected_value) in zip(saved.layers(), trainer.prefix.layers(), strict=True):
+            assert torch.equal(key, expected_key) and torch.equal(value, expected_value)
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"reparametrization": "mlp", "hidden_size": 8}, "trained with a reparametrisation.*saved without"),
+        ({"prefix_len": 6}, r"prefix_len is 5 in \S+checkpoint-2, expected 6"),
+        ({"offset": 0}, r"position_offset is 5 in \S+checkpoint-2, expected 0"),
+        ({"layers": 2}, r"decoder.2 is \[2, 5, 16\] in \S+checkpoint-2, expected no such tensor"),
+    ],
+    ids=("reparametrisation", "prefix_len", "position_offset", "layers"),
+)
+def test_resuming_with_another_prefix_is_refused_in_one_line(other, message, tmp_path):
+    trained(tmp_path, max_steps=2, save_strategy="steps", save_steps=2)
+    model = tiny_model("llama", num_hidden_layers=other.pop("layers", 3))
+    offset = other.pop("offset", None)
+    prefix = Prefix.for_model(model, other.pop("prefix_len", PREFIX_LEN), **other)
+    prefix.position_offset = prefix.prefix_len if offset is None else offset
+    start = copy.deepcopy(prefix)
+    trainer = make_trainer(tmp_path, model, prefix)
+    with pytest.raises(ValueError, match=f"^resume_from_checkpoint: .*{message}.*$") as error:
+        trainer.train(resume_from_checkpoint=True)
+    assert "\n" not in str(error.value)
+    assert_prefixes_equal(prefix, start)
+
+
+def test_early_stopping_and_the_best_prefix(tmp_path):
+    """Learning to write one letter makes another less likely in the end: the evaluation loss rises long before step 40."""
+    rows, contrary = ([row | {"completion": letter * 20} for row in ROWS[:4]] for letter in "aZ")
+    evaluations = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
+    keep_best = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": False}
+    model = tiny_model("llama")
+    trainer = make_trainer(
+        tmp_path, model, mlp_prefix(model), rows, max_steps=40, learning_rate=0.1, **evaluations, **keep_best,
+        options={"eval_dataset": contrary, "callbacks": [EarlyStoppingCallback(2)]},
+    )  # fmt: skip
+    trainer.train()
+    seen = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    best = seen.index(min(seen))
+    assert len(seen) == best + 3 and trainer.state.global_step == 2 * len(seen) < 40
+    assert trainer.state.best_model_checkpoint == str(tmp_path / f"checkpoint-{2 * (best + 1)}")
+    assert_prefixes_equal(trainer.prefix, Prefix.load(trainer.state.best_model_checkpoint))
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(seen[best], rel=1e-6)
