@@ -1,4 +1,4 @@
-"""The operators under torch's machinery (opcheck, compile, autocast), what is computed at all, and which backend does it."""
+"""The operators under torch's machinery: opcheck, compile, autocast, transforms; what is computed at all, and its bits."""
 
 import pytest
 import torch
@@ -6,14 +6,13 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import forward_ad
 
 import prefix_kernels
-from prefix_kernels import ops, select
-from prefix_kernels.backends import reference, sdpa
+from prefix_kernels import ops
+from prefix_kernels.backends import sdpa
 from support.cases import CASES, Case
 from support.compare import BACKENDS, DTYPES, gradients, serves
 from support.inputs import make_inputs
 from support.oracle import naive_attention
 
-MODULES = {"reference": reference, "sdpa": sdpa}
 SAMPLE = (
     "plain", "mqa", "value_dim above head_dim", "no prefix", "decode", "batch of one", "empty batch", "no queries",
     "left padding", "scale", "window, padded", "sliding prefix, fill", "softcap", "fill, ragged", "bias, bank",
@@ -48,44 +47,8 @@ def run(inputs, function=None, **more):
 
 
 @pytest.fixture
-def operator_calls(monkeypatch):
-    """{"attention": [arguments, …], "attention_backward": [arguments, …]} of the calls in this test."""
-    calls = {"attention": [], "attention_backward": []}
-
-    def spied(operator, seen):
-        def call(*args):
-            seen.append(args)
-            return operator(*args)
-
-        return call
-
-    for name, seen in calls.items():
-        monkeypatch.setattr(ops, name, spied(getattr(ops, name), seen))
-    return calls
-
-
-@pytest.fixture
 def through_the_operator(monkeypatch):
     monkeypatch.setattr(ops, "is_plain", lambda inputs: False)
-
-
-@pytest.fixture
-def backend_calls(monkeypatch):
-    """[(backend, "forward" or "backward", wanted or None), …] in order, where there are two backends."""
-    calls = []
-    monkeypatch.setattr(select, "BACKENDS", ("sdpa", "reference"))
-
-    def spied(name, direction, function):
-        def call(*args):
-            calls.append((name, direction, args[5] if direction == "backward" else None))
-            return function(*args)
-
-        return call
-
-    for name, module in MODULES.items():
-        for direction in ("forward", "backward"):
-            monkeypatch.setattr(module, direction, spied(name, direction, getattr(module, direction)))
-    return calls
 
 
 def opcheck(name, arguments, differentiable, **tolerance):
@@ -337,97 +300,6 @@ def test_inputs_are_not_modified(backend, case):
         torch.testing.assert_close(tensor.detach(), copy, rtol=0, atol=0, equal_nan=True)
 
 
-SOFTCAP = [Case("softcap", softcap=2.0), Case("varlen, softcap", seqlens_q=(5, 3), softcap=2.0)]
-
-
-@of(SOFTCAP)
-def test_a_backend_asked_for_by_name_never_falls_back(monkeypatch, backend_calls, case):
-    inputs = make_inputs(case)
-    message = "backend 'sdpa' cannot serve this call: torch's kernels know no softcap"
-    with pytest.raises(NotImplementedError, match=message):
-        inputs.call(backend="sdpa")
-    monkeypatch.setenv("PREFIX_KERNELS_BACKEND", "sdpa")
-    with pytest.raises(NotImplementedError, match=message):
-        inputs.call()
-    assert not backend_calls
-    inputs.call(backend="reference")
-    monkeypatch.delenv("PREFIX_KERNELS_BACKEND")
-    inputs.call()
-    assert [call[0] for call in backend_calls] == ["reference", "reference"]
-
-
-@pytest.mark.parametrize("case", [Case("plain"), PACKED], ids=str)
-def test_the_variable_acts_where_the_call_names_no_backend(monkeypatch, backend_calls, case):
-    inputs = make_inputs(case)
-    for value, asked, chosen in (
-        (None, None, "sdpa"), ("", None, "sdpa"), ("reference", None, "reference"), ("reference", "sdpa", "sdpa"),
-        ("sdpa", "reference", "reference"), (None, "reference", "reference"),
-    ):  # fmt: skip
-        if value is None:
-            monkeypatch.delenv("PREFIX_KERNELS_BACKEND", raising=False)
-        else:
-            monkeypatch.setenv("PREFIX_KERNELS_BACKEND", value)
-        explanation = prefix_kernels.explain_backends(*inputs.tensors, **inputs.options, backend=asked)
-        assert not backend_calls
-        inputs.call(backend=asked).sum().backward()
-        assert [call[:2] for call in backend_calls] == [(chosen, "forward"), (chosen, "backward")]
-        assert [name for name, line in explanation.items() if line == "chosen"] == [chosen]
-        backend_calls.clear()
-
-
-def test_unknown_backends(monkeypatch, backend_calls):
-    inputs = make_inputs(Case("plain"))
-    for ask in (inputs.call, lambda **more: prefix_kernels.explain_backends(*inputs.tensors, **inputs.options, **more)):
-        for name in ("flashy", ""):
-            with pytest.raises(ValueError, match=f"^backend: expected one of sdpa, reference, got '{name}'"):
-                ask(backend=name)
-        with monkeypatch.context() as context:
-            context.setenv("PREFIX_KERNELS_BACKEND", "flashy")
-            with pytest.raises(ValueError, match="^PREFIX_KERNELS_BACKEND: expected one of sdpa, reference, got 'flashy'"):
-                ask()
-            ask(backend="reference")
-    assert [call[0] for call in backend_calls] == ["reference"]
-
-
-PREFERRED = f"not chosen: sdpa is preferred ({select.REASONS['sdpa']})"
-
-
-@pytest.mark.parametrize(
-    ("case", "more", "expected"),
-    [
-        (Case("plain"), {}, {"sdpa": "chosen", "reference": PREFERRED}),
-        (Case("plain"), {"backend": "reference"}, {"sdpa": "not chosen: reference was asked for", "reference": "chosen"}),
-        (PACKED, {"return_lse": True}, {"sdpa": "chosen", "reference": PREFERRED}),
-        *((case, {}, {"sdpa": "refused: torch's kernels know no softcap", "reference": "chosen"}) for case in SOFTCAP),
-        (
-            SOFTCAP[0],
-            {"backend": "sdpa"},
-            {"sdpa": "refused: torch's kernels know no softcap", "reference": "not chosen: sdpa was asked for"},
-        ),
-    ],
-    ids=str,
-)
-def test_explain_backends(operator_calls, backend_calls, case, more, expected):
-    inputs = make_inputs(case)
-    assert prefix_kernels.explain_backends(*inputs.tensors, **inputs.options, **more) == expected
-    assert not backend_calls and not any(operator_calls.values())
-
-
-def test_explain_backends_says_which_machine_code_a_backend_has(monkeypatch, backend_calls):
-    inputs = make_inputs(Case("plain"))
-    monkeypatch.setattr(select.load_backend("reference"), "machine_code", lambda: "sm_80", raising=False)
-    said = prefix_kernels.explain_backends(*inputs.tensors, **inputs.options)
-    assert said == {"sdpa": "chosen", "reference": f"{PREFERRED}; it would run sm_80"}
-
-
-def test_explain_backends_rejects_wrong_calls_as_the_call_does():
-    q, k, v, prefix_k, prefix_v = make_inputs(Case("plain")).tensors
-    with pytest.raises(ValueError, match="^k: expected head_dim 32 as in q"):
-        prefix_kernels.explain_backends(q, k[..., :-1], v, prefix_k, prefix_v)
-    with pytest.raises(TypeError, match="cu_seqlens_k"):
-        prefix_kernels.explain_backends(q, k, v, prefix_k, prefix_v, cu_seqlens_k=torch.tensor([0]))
-
-
 @pytest.mark.parametrize("case", [Case("plain"), BANK, PACKED], ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_eager_calls_pass_the_operator_by(operator_calls, monkeypatch, backend, case):
@@ -507,63 +379,3 @@ def test_a_gradient_of_lse_alone(backend):
     lses = [inputs.call(return_lse=True, backend=name)[1] for name in (backend, "reference")]
     for value, other in zip(*(torch.autograd.grad(lse.sum(), inputs.tensors) for lse in lses), strict=True):
         torch.testing.assert_close(value, other, atol=1e-5, rtol=1e-4)
-
-
-def test_wide_heads_prefer_stock_kernels_on_a_gpu():
-    problem = prefix_kernels.api._dense_inputs(*make_inputs(Case("plain", head_dim=128)).tensors).problem()
-    wide = problem._replace(head_dim=256)  # float32
-    assert select.preferred(problem) == select.preferred(wide) == select.BACKENDS
-    assert select.preferred(wide._replace(device="cuda"))[:2] == ("cuda", "sdpa")
-    assert set(select.preferred(wide._replace(device="cuda"))) == set(select.BACKENDS)
-
-
-def test_float32_prefers_stock_kernels_on_a_gpu_but_in_decoding():
-    problem = prefix_kernels.api._dense_inputs(*make_inputs(Case("plain", q_len=9)).tensors).problem()._replace(device="cuda")
-    assert select.preferred(problem)[0] == "sdpa"
-    assert select.preferred(problem._replace(dtype=torch.float16))[0] != "sdpa"
-    assert select.preferred(problem._replace(q_len=8, head_dim=16))[:2] == ("cpu", "cuda")
-    assert set(select.preferred(problem)) == set(select.BACKENDS)
-
-
-def test_wide_heads_where_triton_was_measured_to_win(monkeypatch):
-    problem = prefix_kernels.api._dense_inputs(*make_inputs(Case("plain"), torch.bfloat16).tensors).problem()
-    problem = problem._replace(device="cuda", head_dim=256, value_dim=256)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    for change in ({}, {"window": 3}, {"gradients": True}, {"head_dim": 144}, {"dtype": torch.float16}):
-        assert select.preferred(problem._replace(**change))[:3] == ("cuda", "triton", "sdpa"), change
-    assert select.preferred(problem._replace(dtype=torch.float32))[:2] == ("cuda", "sdpa")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (10, 0))
-    assert select.preferred(problem)[:2] == ("cuda", "sdpa")
-
-
-@pytest.mark.parametrize(
-    ("first", "batch", "kv_len", "head_dim", "prefix_len", "bank"),
-    [
-        ("triton", 8, 128, 128, 2048, False), ("cuda", 8, 128, 128, 2048, True), ("cuda", 8, 128, 128, 2047, False),
-        ("cuda", 64, 1024, 128, 704, False), ("triton", 64, 1024, 128, 705, False), ("triton", 64, 1024, 64, 1500, False),
-        ("cuda", 8, 1024, 128, 2048, False), ("triton", 64, 4096, 128, 2048, False), ("triton", 8, 512, 64, 2048, False),
-        ("cuda", 256, 4096, 64, 16, False), ("cuda", 1, 128, 128, 9000, False), ("cuda", 64, 4096, 256, 9000, False),
-        ("cuda", 64, 4096, 96, 64, False), ("triton", 64, 4096, 96, 65, False), ("triton", 65, 4096, 96, 64, False),
-        ("cuda", 2, 16384, 128, 6144, False), ("triton", 2, 16384, 128, 6145, False),
-    ],
-)  # fmt: skip
-def test_who_decodes_on_a_gpu(first, batch, kv_len, head_dim, prefix_len, bank):
-    problem = prefix_kernels.api._dense_inputs(*make_inputs(Case("plain", q_len=1), torch.bfloat16).tensors).problem()
-    problem = problem._replace(
-        device="cuda", batch=batch, heads=16, kv_heads=8, kv_len=kv_len, k_tokens=batch * kv_len, q_tokens=batch,
-        head_dim=head_dim, value_dim=head_dim, prefix_len=prefix_len, has_prefix_ids=bank,
-    )  # fmt: skip
-    names = [name for name in select.preferred(problem) if name != "cpu"]
-    assert names[0] == first and {*names, "cpu"} == set(select.BACKENDS)
-
-
-def test_available_backends():
-    """Those of BACKENDS that run here; the order is that of preference."""
-    available, inputs = prefix_kernels.available_backends(), make_inputs(Case("plain"))
-    explained = prefix_kernels.explain_backends(*inputs.tensors)
-    assert set(available) == {name for name, line in explained.items() if not line.startswith("refused")}
-    assert list(available) == [name for name in select.BACKENDS if name in available]
-    assert available[-2:] == ("sdpa", "reference")
-    for name in prefix_kernels.available_backends():
-        inputs.call(backend=name)
