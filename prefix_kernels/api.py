@@ -177,7 +177,7 @@ def _dense_inputs(
         bias = bias.expand(*bias.shape[:3], prefix_k.shape[-2] + kv_len)
     return AttentionInputs(
         q, k, v, _bank(prefix_k), _bank(prefix_v), key_mask, key_lens, bias, prefix_ids, prefix_lens, None, None, None,
-        causal, head_dim**-0.5 if scale is None else float(scale), window, softcap, first_key_position, None, None,
+        causal, _float(scale, head_dim**-0.5), window, _float(softcap), first_key_position, None, None,
     )  # fmt: skip
 
 
@@ -201,9 +201,13 @@ def _varlen_inputs(
     validate.check_parent(parent, prefix_ids, sequences, window, q.device)
     return AttentionInputs(
         q, k, v, _bank(prefix_k), _bank(prefix_v), None, None, None, prefix_ids, prefix_lens, cu_seqlens_q, cu_seqlens_k,
-        parent, causal, q.shape[-1] ** -0.5 if scale is None else float(scale), window, softcap, None, max_seqlen_q,
-        max_seqlen_k,
+        parent, causal, _float(scale, q.shape[-1] ** -0.5), window, _float(softcap), None, max_seqlen_q, max_seqlen_k,
     )  # fmt: skip
+
+
+def _float(value: float | None, default: float | None = None) -> float | None:
+    """An int becomes a float: Triton would compile it in, and 1 and 1.0 are one key of a dictionary."""
+    return default if value is None else float(value)
 
 
 def _bank(prefix: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -321,6 +322,33 @@ def test_deterministic_switch_is_put_back(calls):
             assert torch.utils.deterministic.fill_uninitialized_memory
         finally:
             torch.use_deterministic_algorithms(False)
+
+
+def test_deterministic_switch_of_two_threads():
+    """Each device has its own thread for backward passes. The second one to come is the last to leave."""
+    first_is_in, second_is_in, first_may_leave = (threading.Event() for _ in range(3))
+
+    def first():
+        with stock._deterministic():
+            first_is_in.set()
+            first_may_leave.wait(10)
+
+    def second():
+        with stock._deterministic():
+            second_is_in.set()
+            threads[0].join()
+
+    threads = [threading.Thread(target=first), threading.Thread(target=second)]
+    threads[0].start()
+    first_is_in.wait(10)
+    threads[1].start()
+    second_is_in.wait(0.2)
+    first_may_leave.set()
+    threads[1].join()
+    try:
+        assert second_is_in.is_set() and not torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -111,6 +111,19 @@ def test_keys_tell_apart_what_triton_specialises():
     assert launch.key_of(vector) != launch.key_of(vector[1:]) and launch.key_of(vector) != launch.key_of(vector.long())
 
 
+@pytest.mark.parametrize("option", ["scale", "softcap"])
+def test_numbers_are_floats(option):
+    """Triton compiles a kernel of its own for the int 1, which the key of another int would find."""
+    q, prefix = torch.zeros(1, 2, 4, 16), torch.zeros(2, 3, 16)
+    for value in (1, 2, 1.0):
+        inputs = api._dense_inputs(q, q, q, prefix, prefix, **{option: value})
+        (lengths, _, _), cu_seqlens = launch._numbers(inputs.problem(), inputs.scale, None, None), torch.tensor([0, 2])
+        assert (type(lengths[option]), lengths[option]) == (float, value)
+        packed = {"cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens, "max_seqlen_q": 2, "max_seqlen_k": 2, option: value}
+        tokens = torch.zeros(2, 2, 16)
+        assert type(getattr(api._varlen_inputs(tokens, tokens, tokens, prefix, prefix, **packed), option)) is float
+
+
 def test_host_arithmetic():
     assert [launch.cdiv(a, 4) for a in (0, 1, 4, 5)] == [0, 1, 1, 2]
     assert [launch.next_power_of_2(n) for n in (1, 2, 3, 16, 17, 80)] == [1, 2, 4, 16, 32, 128]

@@ -11,6 +11,7 @@ memory-efficient kernel needs them repeated.
 
 from __future__ import annotations
 
+import threading
 from contextlib import contextmanager
 
 import torch
@@ -33,6 +34,7 @@ _CUDNN_LARGEST_TENSOR = 2**31  # elements, exclusive
 _CUDA_ALIGNMENT = 16  # bytes, of every row of q, k and v
 _LSE_ALIGNMENT = 32  # the memory-efficient kernel's rows of lse
 _BIAS_ALIGNMENT = 16  # elements; the memory-efficient kernel's rows of the mask
+_SWITCH = threading.Lock()  # torch's deterministic switch is the process's
 
 
 def engine_of(q: Tensor, k: Tensor, mask: Tensor | None, backward: bool) -> str:
@@ -228,18 +230,19 @@ def _efficient_bias(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor | None:
 def _deterministic():
     """Flash attention's backward pass orders its additions only under this global switch, and not where it only warns.
 
-    The switch also has all new memory filled; that is left out unless the caller has it so already.
+    The switch also has all new memory filled; that is left out unless the caller has it so already. Each device has a thread
+    for its backward passes: of two at a time the later one would put back what the earlier one had set.
     """
     if not FLASH_DETERMINISTIC:
         yield
         return
-    settings = torch.utils.deterministic
-    before, warn_only = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    fill = settings.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True)
-    settings.fill_uninitialized_memory = before and fill
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before, warn_only=warn_only)
-        settings.fill_uninitialized_memory = fill
+    with _SWITCH:
+        settings, before = torch.utils.deterministic, torch.are_deterministic_algorithms_enabled()
+        warn_only, fill = torch.is_deterministic_algorithms_warn_only_enabled(), settings.fill_uninitialized_memory
+        torch.use_deterministic_algorithms(True)
+        settings.fill_uninitialized_memory = before and fill
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(before, warn_only=warn_only)
+            settings.fill_uninitialized_memory = fill
