@@ -16,6 +16,8 @@ Triton emits those for products of at least 64 rows in programs of 4 or 8 warps;
     python tools/compile_kernels.py --verdicts FILE       every row; FILE records which code and which tiles were proven
     python tools/compile_kernels.py --rows "dq sm_90"     rows whose names contain the words
     python tools/compile_kernels.py --proven FILE         what has changed since FILE was written, and a sample of the rest
+
+PREFIX_KERNELS_AOT_CACHE names a folder that keeps what was compiled; without it everything is compiled anew.
 """
 
 from __future__ import annotations
