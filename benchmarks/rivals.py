@@ -11,7 +11,7 @@
     flex           FlexAttention, compiled: the prefix with key batch 1 and the sequence with a causal block mask, merged. CUDA
     fa3            concatenation and FlashAttention-3's forward pass. Hopper, bfloat16, where the package is installed
     flashinfer     FlashInfer's cascade over a paged cache: decoding, where the package is installed
-    hopper         our forward kernel for Hopper by itself, which the triton backend does not choose before it was measured
+    hopper         our forward kernel for Hopper by itself, also where the triton backend takes another of its kernels
     sdpa, cpu, triton, …    our backends, `sdpa` being the exact composition of stock kernels
 
 What is legal where: on the CPU no torch kernel takes the bottom-right causal flag that a prefix needs (causal_lower_right

@@ -45,11 +45,18 @@ def described_paths():
     return paths
 
 
+def sections(document):
+    """What a link calls the headings of a document."""
+    headings = re.findall(r"^#+ (.+)$", document.read_text(), re.MULTILINE)
+    return [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]
+
+
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_named_files_exist(document):
     text = document.read_text()
-    links = [link for link in re.findall(r"\]\(([^)#]+)\)", text) if not link.startswith("http")]
-    missing = [link for link in links if not (document.parent / link).exists()]
+    links = [link.partition("#") for link in re.findall(r"\]\(([^)]+)\)", text) if not link.startswith("http")]
+    missing = [name for name, _, _ in links if not (document.parent / name).exists()]
+    missing += [section for name, _, section in links if section and section not in sections(document.parent / name)]
     quoted = re.findall(r"`((?:csrc|prefix_kernels|python|tests|benchmarks|docs|tools)/[\w./-]+)`", text)
     missing += [path for path in quoted if not (ROOT / path).exists()]
     assert not missing

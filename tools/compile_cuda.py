@@ -137,21 +137,20 @@ def main(argv: list[str] | None = None) -> int:
     if nvcc() is None:
         print("nvcc is missing")
         return 1
-    kernels = table()
+    kernels, release = table(), version()
     failed = problems(kernels)
-    written = {"nvcc": version(), "kernels": kernels}
     if args.write and not failed:
         rows = ",\n".join(f"    {json.dumps(name)}: {json.dumps(kernel)}" for name, kernel in kernels.items())
         new = args.file.with_name(args.file.name + ".new")
-        new.write_text(f'{{\n  "nvcc": {json.dumps(version())},\n  "kernels": {{\n{rows}\n  }}\n}}\n')
+        new.write_text(f'{{\n  "nvcc": {json.dumps(release)},\n  "kernels": {{\n{rows}\n  }}\n}}\n')
         os.replace(new, args.file)
     elif not args.write:
         kept = json.loads(args.file.read_text())
-        if kept["nvcc"] != written["nvcc"]:
-            print(f"the table is of nvcc {kept['nvcc']}, this is {written['nvcc']}: registers are not compared")
+        if kept["nvcc"] != release:
+            print(f"the table is of nvcc {kept['nvcc']}, this is {release}: registers are not compared")
         for name in sorted(kernels.keys() | kept["kernels"].keys()):
             old, new = kept["kernels"].get(name), kernels.get(name)
-            if old is None or new is None or (kept["nvcc"] == written["nvcc"] and any(old[key] != new[key] for key in new)):
+            if old is None or new is None or (kept["nvcc"] == release and any(old[key] != new[key] for key in new)):
                 failed.append(f"{name}: {old} in the table, now {new}: tools/compile_cuda.py --write")
     print(*failed, f"{len(kernels)} kernels, {len(failed)} problems", sep="\n")
     return int(bool(failed))
