@@ -160,11 +160,13 @@ class _Recorded(torch.autograd.Function):
 
 def run(inputs: AttentionInputs, backend: str | None, return_lse: bool) -> tuple[Tensor, Tensor]:
     """(out, lse); through the operator where something traces, counts or transforms what is called."""
-    if torch.compiler.is_compiling():
-        return attention(*inputs, backend, return_lse)
-    if not is_plain(inputs):
-        if any(torch._C._functorch.is_gradtrackingtensor(tensor) and tensor.requires_grad for tensor in inputs.tensors):
+    compiling = torch.compiler.is_compiling()
+    if compiling or not is_plain(inputs):
+        tracked = () if compiling else filter(torch._C._functorch.is_gradtrackingtensor, inputs.tensors)
+        if any(tensor.requires_grad for tensor in tracked):
             raise NotImplementedError("torch.func.grad, vjp and what is built on them are not served: use torch.autograd")
+        if not torch.is_grad_enabled():  # inside the operator it never is: there the tensors say whether gradients are wanted
+            inputs = inputs._replace(**{name: getattr(inputs, name).detach() for name in inputs._fields[:_DIFFERENTIABLE]})
         return attention(*inputs, backend, return_lse)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs.tensors):
         return _Recorded.apply(*inputs, backend, return_lse)

@@ -191,6 +191,22 @@ def test_inside_the_operator(gpu):
         assert torch.equal(value, other)
 
 
+THROUGH_THE_OPERATOR = {
+    "compile": lambda call: torch.compile(call, backend="aot_eager"),
+    "vmap": lambda call: lambda q, *others: torch.vmap(lambda q: call(q, *others))(q[None])[0],
+}
+
+
+@pytest.mark.parametrize("wrap", THROUGH_THE_OPERATOR)
+def test_no_gradient_is_wanted_of_what_requires_one(gpu, wrap):
+    """A frozen pass over a trainable prefix: what the operator runs is what explain_backends says."""
+    inputs = make_inputs(Case("operator", q_len=2, kv_len=9, head_dim=64), torch.bfloat16)
+    assert inputs.tensors[3].requires_grad
+    torch.compiler.reset()
+    call = THROUGH_THE_OPERATOR[wrap](lambda *tensors: prefix_kernels.prefix_attention(*tensors, backend="cuda"))
+    assert torch.equal(call(*inputs.tensors), inputs.call(backend="cuda"))
+
+
 MUTATIONS = {  # each breaks one thing that a case below must notice
     "causal mask": ("visibility.h", "clamped(position + 1, 0, keys)", "clamped(position + 2, 0, keys)"),
     "window": ("visibility.h", "- call.window + 1, 0", "- call.window, 0"),
