@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import re
+import shlex
 import subprocess
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 import transformers
 
-from prefix_tuning import Prefix, attach_prefix
+from prefix_tuning import Prefix, attach_prefix, cli
 from prefix_tuning.encoder_families import ENCODER_DECODERS, ENCODERS
 from prefix_tuning.peft import STATE
 from support.encoder_decoders import tiny_encoder_decoder
@@ -155,3 +156,9 @@ def test_commands_of_the_readme_exist():
     for target in targets:
         shown = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True)
         assert shown.returncode == 0, shown.stderr
+
+
+def test_commands_of_the_documents_are_understood():
+    commands = [line for path in DOCUMENTS for line in re.findall(r"^    prefix-tuning (.*)$", path.read_text(), re.MULTILINE)]
+    parsed = [cli._parser().parse_args(shlex.split(command, comments=True)) for command in commands]
+    assert {args.command for args in parsed} == {"train", "evaluate", "generate", "convert", "doctor"}
