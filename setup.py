@@ -35,7 +35,7 @@ if MODE not in MODES:
 LEFT_OUT = """
 WARNING: prefix-kernels is built without its {what}: {error}.
 WARNING: It works, but more slowly. To build them later, with that put right, run in this folder
-WARNING:   PREFIX_KERNELS_BUILD={mode} pip install --no-build-isolation --no-deps --force-reinstall .
+WARNING:   PREFIX_KERNELS_BUILD={mode} pip install --no-deps --force-reinstall .
 WARNING: PREFIX_KERNELS_BUILD=none builds nothing and says nothing; cuda and cpu make a failure an error.
 """
 
@@ -73,8 +73,8 @@ def find_torch() -> tuple[Path, str]:
     spec = importlib.machinery.PathFinder.find_spec("torch", path)
     if spec is None or spec.origin is None:
         raise CannotBuildError(
-            "torch is missing where this is built (install torch >= 2.11, then use `pip install --no-build-isolation` or "
-            "`python -m build --no-isolation`)"
+            "torch is missing where this is built (install torch >= 2.11 first; tools other than pip find it without "
+            "isolation alone, as `python -m build --no-isolation`)"
         )
     version = next(iter(importlib.metadata.distributions(name="torch", path=path))).version
     if tuple(map(int, re.findall(r"\d+", version)[:2])) < (2, 11):

@@ -19,8 +19,7 @@ from prefix_tuning.stacks import attention_kinds, part_shapes, text_config
 PACKAGES = ("prefix-kernels", "torch", "transformers", "accelerate", "triton", "sacrebleu", "matplotlib", "gguf")
 
 HOW_TO_BUILD = (
-    "with a C++ compiler, cmake and ninja, in this project's source folder: "
-    "PREFIX_KERNELS_BUILD=cpu pip install --no-build-isolation --no-deps --force-reinstall ."
+    "with a C++ compiler, in this project's source folder: PREFIX_KERNELS_BUILD=cpu pip install --no-deps --force-reinstall ."
 )
 
 
