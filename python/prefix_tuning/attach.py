@@ -71,7 +71,13 @@ class Attachment:
         self.stacks = [stack for stack in every if any(part in self._parts for part in stack.attention)]
         slides, warned = prefix_window == "peft", set()
         self._layers = {
-            part: [LayerPrefix(backend, slides, warned, execution_device(m), stack.query_scale) for m in modules]
+            part: [
+                LayerPrefix(
+                    backend, slides, warned, execution_device(module), stack.query_scale,
+                    relative=stack.positions == "relative" and part == stack.self_attention,
+                )  # fmt: skip
+                for module in modules
+            ]
             for stack in self.stacks
             for part, modules in stack.attention.items()
         }
@@ -91,7 +97,7 @@ class Attachment:
             self._change(model, get_compiled_call=self._decoding, _prepare_cache_for_generation=OwnCache(model))
         self._hooks = [self._hook(stack) for stack in self.stacks]
         self._hooks += [
-            shift_embeddings(stack.module.embed_positions, lambda: 0 if self._hidden else self.prefix.position_offset)
+            shift_embeddings(stack.module.embed_positions, self._offset)
             for stack in self.stacks
             if stack.positions == "embeddings" and stack.self_attention in self._parts
         ]
@@ -123,24 +129,24 @@ class Attachment:
             module.config = config
 
     def enable(self, enabled: bool) -> None:
-        """Switch the prefix off, so that the model computes what it computes alone, or on again. Of a bank prefix_ids do it."""
+        """Switch the prefix off, so that the model computes what it computes alone, or on again. Of a bank prefix_ids do it.
+
+        ValueError after detach.
+        """
+        self._check_attached()
         if self._bank is not None:
             raise NotImplementedError("enable: with a bank attached, rows run without a prefix where prefix_ids has None")
         if enabled:
             for layer, held in self._hidden:
-                layer.key, layer.value, layer.bias, layer.position_offset = held
+                layer.key, layer.value = held
             if self._hidden and self._heads is not None:
                 self._heads.insert()
             self._hidden = []
         elif not self._hidden:
             if self._heads is not None:
                 self._heads.remove()
-            self._hidden = [
-                (layer, (layer.key, layer.value, layer.bias, layer.position_offset))
-                for layers in self._layers.values()
-                for layer in layers
-            ]
-            for layer, (key, value, *_) in self._hidden:
+            self._hidden = [(layer, (layer.key, layer.value)) for layers in self._layers.values() for layer in layers]
+            for layer, (key, value) in self._hidden:
                 layer.key, layer.value = key[:, :0], value[:, :0]
 
     @contextmanager
@@ -154,12 +160,17 @@ class Attachment:
             yield
 
     def __enter__(self) -> Attachment:
+        self._check_attached()
         return self
 
     def __exit__(
         self, error: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.detach()
+
+    def _check_attached(self) -> None:
+        if not self._hooks:
+            raise ValueError("attachment: it is detached, and the model runs without the prefix; call attach_prefix again")
 
     def _change(self, module: nn.Module, **attributes: Any) -> None:
         """Set attributes of a module until detach."""
@@ -181,6 +192,9 @@ class Attachment:
         layers = (module for module in stack.module.modules() if isinstance(module, GradientCheckpointingLayer))
         before = partial(self._before_forward, stack, names, next(layers, stack.module))
         return stack.module.register_forward_pre_hook(before, with_kwargs=True)
+
+    def _offset(self) -> int:
+        return 0 if self._hidden else self.prefix.position_offset
 
     def _refresh(self, parts: Iterable[str]) -> None:
         for part in parts:
@@ -238,8 +252,9 @@ class Attachment:
             offset = None
         else:
             offset = self._take_prefix(stack, kwargs) if self._bank is None else self._take_rows(stack, kwargs)
-        for layer in self._layers[stack.self_attention]:
-            layer.position_offset = 0 if offset is None else offset
+        if self._bank is None:
+            for layer in self._layers[stack.self_attention]:
+                layer.position_offset = 0 if offset is None else offset
         if stack.positions == "ids" and "position_ids" in names and offset is not None:
             positions = kwargs.get("position_ids")
             if positions is None:
@@ -248,10 +263,8 @@ class Attachment:
             if stack.learned_positions:
                 check_learned_positions(kwargs["position_ids"], module.config.max_position_embeddings)
         elif stack.positions == "relative":
-            layers = self._layers[stack.self_attention]
-            bias = prefix_bias(stack.attention[stack.self_attention][0], kwargs, layers[0].key.shape[1])
-            for layer in layers:
-                layer.bias = bias
+            prefix_len = self._layers[stack.self_attention][0].key.shape[1]
+            kwargs["prefix_bias"] = prefix_bias(stack.attention[stack.self_attention][0], kwargs, prefix_len)
         return (), kwargs
 
     def _take_prefix(self, stack: Stack, kwargs: dict) -> int:
@@ -273,6 +286,7 @@ class Attachment:
             self._generation = self._bank.generation
             for layer, (key, value) in zip(self._layers[stack.self_attention], self._bank.layers(), strict=True):
                 layer.key, layer.value, layer.lens = key, value, self._bank.prefix_lens
+                layer.position_offsets = self._bank.position_offsets
         return self._bank.position_offsets(kwargs["prefix_ids"])
 
 
@@ -313,7 +327,7 @@ def attach_prefix(
 
     Args:
         model: a transformers model of a family in families.py or encoder_families.py, or a PeftModel of one with LoRA or the
-            like. It gets no parameter, its weights stay.
+            like, compiled or not. It gets no parameter, its weights stay.
         prefix: one made for this model's shape; each layer's part is moved to where that layer computes. Or a bank of them,
             moved to the model's device and dtype: forward and generate then take prefix_ids, a list with a name or None (no
             prefix) for each row, or an int tensor [batch] from bank.ids; None is no prefix for any row, and a call without it
@@ -335,7 +349,7 @@ def attach_prefix(
         raise TypeError(f"prefix: expected a Prefix or a PrefixBank, got {type(prefix).__name__}")
     if prefix_window not in PREFIX_WINDOWS:
         raise ValueError(f"prefix_window: expected 'pinned' or 'peft', got {prefix_window!r}")
-    model = _without_adapters(model)
+    model = _without_adapters(getattr(model, "_orig_mod", model))  # what torch.compile wraps
     every = stacks(model)
     if isinstance(prefix, PrefixBank):
         _place_bank(prefix, model, every)

@@ -18,21 +18,31 @@ ATTENTION_NAME = "prefix_tuning"
 
 
 class LayerPrefix:
-    """What one attention module holds: its layer's key and value, refreshed each forward pass while reparametrised."""
+    """What one attention module holds: its layer's key and value, refreshed each forward pass while reparametrised.
+
+    What differs from call to call comes as an argument instead: several threads may call the model at once, and gradient
+    checkpointing recomputes a layer when other calls have been made since.
+    """
 
     def __init__(
-        self, backend: str | None, slides: bool, warned: set[str], device: torch.device, query_scale: Callable | None = None
-    ):
+        self, backend: str | None, slides: bool, warned: set[str], device: torch.device, query_scale: Callable | None = None,
+        relative: bool = False,
+    ):  # fmt: skip
         self.backend = backend
         self.slides = slides
         self.warned = warned  # of what, one set for all layers of a model
         self.device = device  # where the layer computes
         self.query_scale = query_scale  # of the family
-        self.position_offset: int | Tensor = 0  # of this call, or of each of its rows [batch, 1]
+        self.relative = relative  # positions are a bias by distance, which has columns for the prefix too
+        self.position_offset = 0
         self.key: Tensor | None = None  # [kv_heads, prefix_len, head_dim], of a bank [prefixes, …]
         self.value: Tensor | None = None
         self.lens: Tensor | None = None  # of a bank: int32 [prefixes]
-        self.bias: Tensor | None = None  # [batch or 1, heads, q_len, prefix_len]: where positions are a bias, the prefix's
+        self.position_offsets: Callable[[Tensor], Tensor] | None = None  # of a bank: those of its prefixes
+
+    def offset(self, prefix_ids: Tensor | None) -> int | Tensor:
+        """Where the positions of the sequence start, with a bank those of each row [batch, 1]."""
+        return self.position_offset if self.position_offsets is None else self.position_offsets(prefix_ids)
 
     def __deepcopy__(self, memo: dict) -> LayerPrefix:
         """A copy of the model has its own; what was produced for a forward pass is not a part of that pass any more."""
@@ -46,14 +56,15 @@ class LayerPrefix:
 def prefix_attention_forward(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: MaskStructure | Tensor | None,
     scaling: float | None = None, dropout: float = 0.0, softcap: float | None = None, position_bias: Tensor | None = None,
-    s_aux: Tensor | None = None, bias: Tensor | None = None, **kwargs,
+    prefix_bias: Tensor | None = None, s_aux: Tensor | None = None, bias: Tensor | None = None, **kwargs,
 ) -> tuple[Tensor, None]:  # fmt: skip
     """transformers' attention interface: prefix_attention with the module's own prefix.
 
     Args:
         query: [batch, heads, q_len, head_dim]; key, value: [batch, kv_heads, kv_len, head_dim], cache included.
         attention_mask: from mask_structure, or a 4-D mask of the caller's.
-        position_bias: [1, heads, q_len, kv_len]; heeded where the layer holds the prefix's, for T5's cross-attention has zeros.
+        position_bias, prefix_bias: [1, heads, q_len, kv_len] and [batch or 1, heads, q_len, prefix_len], of the keys and of the
+            prefix; heeded where positions are a bias, for T5's cross-attention is given zeros and the other's prefix_bias.
         s_aux: [heads], attention sinks: a score beside those of the keys that has no value.
         bias: beside the mask, broadcastable to [batch, heads, q_len, prefix_len + kv_len].
         kwargs: with a bank attached, prefix_ids int32 [batch].
@@ -65,7 +76,7 @@ def prefix_attention_forward(
     if dropout and "dropout" not in layer.warned:
         layer.warned.add("dropout")
         warnings.warn("attention dropout is not applied where a prefix is attached", UserWarning, stacklevel=2)
-    mask = attention_mask
+    mask, prefix_ids = attention_mask, kwargs.get("prefix_ids")
     if mask is None:
         mask = MaskStructure(causal=kwargs.get("is_causal") is not False and getattr(module, "is_causal", True))
     elif isinstance(mask, Tensor):
@@ -73,19 +84,18 @@ def prefix_attention_forward(
     if layer.query_scale is not None:
         last = key.shape[2] if mask.key_lens is None else mask.key_lens[:, None]
         indices = torch.arange(-query.shape[2], 0, device=query.device)[None] + last + mask.key_offset
-        factor = layer.query_scale(module, indices, layer.position_offset)
+        factor = layer.query_scale(module, indices, layer.offset(prefix_ids))
         query = query if factor is None else (query * factor[:, None, :, None]).to(query.dtype)
     prefix_key, prefix_value, dtype = layer.key, layer.value, query.dtype
     if prefix_key.dtype is not dtype and (prefix_key.dtype is not torch.float32 or dtype is torch.float64):
         prefix_key, prefix_value = prefix_key.to(dtype), prefix_value.to(dtype)
-    if layer.bias is not None:
-        bias = torch.cat([layer.bias, position_bias.detach().expand(len(layer.bias), -1, -1, -1)], dim=-1)
-    prefix_ids = kwargs.get("prefix_ids")
+    if layer.relative:
+        bias = torch.cat([prefix_bias, position_bias.detach().expand(len(prefix_bias), -1, -1, -1)], dim=-1)
     if layer.slides:
         prefix_len = prefix_key.shape[-2]
         own_len = prefix_len if layer.lens is None else (layer.lens[prefix_ids.clamp(min=0)] * (prefix_ids >= 0))[:, None]
         positions = kwargs.get("position_ids")
-        positions = None if positions is None else positions - layer.position_offset
+        positions = None if positions is None else positions - layer.offset(prefix_ids)
         first_key_position, mask_bias = mask.sliding(
             prefix_len, own_len, positions, query.shape[2], key.shape[2], query.device
         )

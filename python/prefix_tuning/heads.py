@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -74,7 +75,7 @@ class AttachedHeads:
                 parameter.data = parameter.data.to(device)
                 module._parameters[leaf] = parameter
             first = next(iter(parameters.values()))
-            self._hooks.append(head.register_forward_pre_hook(_casting_to(first), with_kwargs=True))
+            self._hooks.append(head.register_forward_pre_hook(partial(_cast_inputs, first), with_kwargs=True))
 
     def remove(self) -> None:
         for hook in self._hooks:
@@ -96,14 +97,11 @@ def _paths(model: nn.Module, name: str) -> Iterable[str]:
     return found
 
 
-def _casting_to(parameter: nn.Parameter):
+def _cast_inputs(parameter: nn.Parameter, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     def cast(value):
         floats = isinstance(value, Tensor) and value.is_floating_point() and value.dtype != parameter.dtype
         return value.to(parameter.dtype) if floats else value
 
-    def before(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        if torch.is_autocast_enabled(parameter.device.type):
-            return args, kwargs
-        return tuple(map(cast, args)), {name: cast(value) for name, value in kwargs.items()}
-
-    return before
+    if torch.is_autocast_enabled(parameter.device.type):
+        return args, kwargs
+    return tuple(map(cast, args)), {name: cast(value) for name, value in kwargs.items()}

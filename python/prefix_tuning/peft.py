@@ -78,7 +78,7 @@ class Acceleration:
     def __init__(self, model: nn.Module):
         self.adapter = ActiveAdapter(model)
         self.signature = inspect.signature(type(model).forward)
-        self._running = False
+        self._running: list[None] = []  # one for each call under way: several threads may generate at once
         self._model = model
         self._attachment = Attachment(model.base_model, self.adapter, backend=None, prefix_window="peft")
         self._hooks = []
@@ -96,12 +96,12 @@ class Acceleration:
     @contextmanager
     def running(self) -> Iterator[None]:
         """Within the block the model underneath has the prefix."""
-        before, self._running = self._running, True
+        self._running.append(None)
         self._attachment.enable(True)
         try:
             yield
         finally:
-            self._running = before
+            self._running.pop()
 
     def undo(self) -> None:
         patched = {name: getattr(vars(self._model).get(name), "__func__", None) for name in self._patches}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -55,20 +56,23 @@ def shift_embeddings(embeddings: nn.Module, offset_now: Callable[[], int]) -> Re
     names = list(inspect.signature(type(embeddings).forward).parameters)[1:]
     length = next(name for name in names if name in ("cache_length", "past_key_values_length"))  # renamed in transformers 5.24
 
-    def before(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
-        offset, seen, positions = offset_now(), kwargs.get(length, 0), kwargs.get("position_ids")
-        if positions is not None:
-            kwargs["position_ids"] = positions = positions + offset
-        if isinstance(module, nn.Embedding):
-            if positions is None:
-                tokens = kwargs[names[0]]
-                positions = torch.arange((tokens.shape if isinstance(tokens, Tensor) else tokens)[1]) + seen + offset
-            check_learned_positions(positions, module.num_embeddings - getattr(module, "offset", 0))
-        kwargs[length] = seen + offset
-        return (), kwargs
+    return embeddings.register_forward_pre_hook(partial(_shifted, offset_now, names, length), with_kwargs=True)
 
-    return embeddings.register_forward_pre_hook(before, with_kwargs=True)
+
+def _shifted(
+    offset_now: Callable[[], int], names: list[str], length: str, module: nn.Module, args: tuple, kwargs: dict
+) -> tuple[tuple, dict]:
+    kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
+    offset, seen, positions = offset_now(), kwargs.get(length, 0), kwargs.get("position_ids")
+    if positions is not None:
+        kwargs["position_ids"] = positions = positions + offset
+    if isinstance(module, nn.Embedding):
+        if positions is None:
+            tokens = kwargs[names[0]]
+            positions = torch.arange((tokens.shape if isinstance(tokens, Tensor) else tokens)[1]) + seen + offset
+        check_learned_positions(positions, module.num_embeddings - getattr(module, "offset", 0))
+    kwargs[length] = seen + offset
+    return (), kwargs
 
 
 def llama4_query_scale(module: nn.Module, indices: Tensor, offset: int | Tensor) -> Tensor | None:

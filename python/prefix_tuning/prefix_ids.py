@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -49,10 +50,11 @@ class PrefixIdsArgument:
         """layers: the module of `model`, or itself, that takes the ids."""
         self._model = model
         self._own = {name: value for name, value in vars(model).items() if name in ("forward", "generate")}
-        model.forward = _showing(model.forward, layers is not model)
+        model.forward = _in_place_of(model.forward, partial(_forward, model.forward, layers is not model))
+        model.forward.__signature__ = _showing_prefix_ids(inspect.signature(model.forward.__wrapped__))
         if hasattr(model, "generate"):
-            model.generate = _with_ids(model, bank)
-            model._get_candidate_generator = _with_own_ids(model, bank)
+            model.generate = _in_place_of(model.generate, partial(_generate, model, model.generate, bank))
+            model._get_candidate_generator = partial(_candidate_generator, model._get_candidate_generator, bank)
         model.prefix_bank = bank
 
     def remove(self) -> None:
@@ -79,61 +81,55 @@ def row_ids(bank: PrefixBank, given: Any, rows: int, device: torch.device) -> Te
         given = bank.ids(given, device)
     elif given.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"prefix_ids: expected {EXPECTED}; got a tensor of {given.dtype}")
-    elif given.device.type == "cpu" and not torch.compiler.is_compiling():
+    if given.shape != (rows,):
+        raise ValueError(f"prefix_ids: expected one for each of {rows} rows, got shape {list(given.shape)}")
+    if given.device.type == "cpu" and not torch.compiler.is_compiling():
         unknown = bank.unknown_ids(given)
         if unknown:
             raise ValueError(f"prefix_ids: expected ids of {', '.join(map(repr, bank.names))} or -1, got {unknown}")
-    if given.shape != (rows,):
-        raise ValueError(f"prefix_ids: expected one for each of {rows} rows, got shape {list(given.shape)}")
     return given.to(device, torch.int32)
 
 
-def _showing(forward: Callable, hands_on: bool) -> Callable:
-    @functools.wraps(forward)
-    def with_prefix_ids(*args, **kwargs):
-        if not hands_on or "prefix_ids" not in kwargs:
-            return forward(*args, **kwargs)
-        given = kwargs["prefix_ids"] = Given(kwargs["prefix_ids"])
-        outputs = forward(*args, **kwargs)
-        if not given.taken:
-            raise NotImplementedError("prefix_ids: this model's forward hands no further arguments on; attach a Prefix instead")
-        return outputs
+def _in_place_of(method: Callable, patched: partial) -> partial:
+    """`patched` under the method's name. With a closure in its place a copy of the model would still call the original's."""
+    return functools.update_wrapper(patched, method, assigned=("__module__", "__name__", "__qualname__", "__doc__"), updated=())
 
-    signature = inspect.signature(forward)
+
+def _showing_prefix_ids(signature: inspect.Signature) -> inspect.Signature:
     added = inspect.Parameter("prefix_ids", inspect.Parameter.KEYWORD_ONLY, default=BANK_DEFAULT)
     *others, further = signature.parameters.values()
-    with_prefix_ids.__signature__ = signature.replace(parameters=[*others, added, further])
-    return with_prefix_ids
+    return signature.replace(parameters=[*others, added, further])
 
 
-def _with_ids(model: nn.Module, bank: PrefixBank) -> Callable:
-    generate = model.generate
-
-    @functools.wraps(generate)
-    def with_ids(*args, **kwargs):
-        given = kwargs.get("prefix_ids")
-        config = kwargs.get("generation_config") or model.generation_config
-        if kwargs.get("guidance_scale", config.guidance_scale) not in (None, 1):
-            raise NotImplementedError("guidance_scale: its unconditional rows have no prefix_ids; attach a Prefix instead")
-        if given is not None and not isinstance(given, Tensor):
-            kwargs["prefix_ids"] = bank.ids(given)
-        return generate(*args, **kwargs)
-
-    return with_ids
+def _forward(forward: Callable, hands_on: bool, *args, **kwargs):
+    if not hands_on or "prefix_ids" not in kwargs:
+        return forward(*args, **kwargs)
+    given = kwargs["prefix_ids"] = Given(kwargs["prefix_ids"])
+    outputs = forward(*args, **kwargs)
+    if not given.taken:
+        raise NotImplementedError("prefix_ids: this model's forward hands no further arguments on; attach a Prefix instead")
+    return outputs
 
 
-def _with_own_ids(model: nn.Module, bank: PrefixBank) -> Callable:
+def _generate(model: nn.Module, generate: Callable, bank: PrefixBank, *args, **kwargs):
+    given = kwargs.get("prefix_ids")
+    config = kwargs.get("generation_config") or model.generation_config
+    if kwargs.get("guidance_scale", config.guidance_scale) not in (None, 1):
+        raise NotImplementedError("guidance_scale: its unconditional rows have no prefix_ids; attach a Prefix instead")
+    if given is not None and not isinstance(given, Tensor):
+        kwargs["prefix_ids"] = bank.ids(given)
+    return generate(*args, **kwargs)
+
+
+def _candidate_generator(
+    candidates: Callable, bank: PrefixBank, *args, model_kwargs: dict[str, Any], assistant_model: nn.Module | None = None,
+    **options,
+):  # fmt: skip
     """The assistant of assisted decoding gets its own ids: those in model_kwargs are this model's."""
-    candidates = model._get_candidate_generator
-
-    @functools.wraps(candidates)
-    def with_own_ids(*args, model_kwargs: dict[str, Any], assistant_model: nn.Module | None = None, **options):
-        if assistant_model is not None and "prefix_ids" in model_kwargs:
-            model_kwargs = dict(model_kwargs)
-            given, other = model_kwargs.pop("prefix_ids"), getattr(assistant_model, "prefix_bank", None)
-            if other is not None and given is not None:
-                names = [name if name in other.names else other.default for name in bank.names_of(given)]
-                model_kwargs["prefix_ids"] = other.ids(names)
-        return candidates(*args, model_kwargs=model_kwargs, assistant_model=assistant_model, **options)
-
-    return with_own_ids
+    if assistant_model is not None and "prefix_ids" in model_kwargs:
+        model_kwargs = dict(model_kwargs)
+        given, other = model_kwargs.pop("prefix_ids"), getattr(assistant_model, "prefix_bank", None)
+        if other is not None and given is not None:
+            names = [name if name in other.names else other.default for name in bank.names_of(given)]
+            model_kwargs["prefix_ids"] = other.ids(names)
+    return candidates(*args, model_kwargs=model_kwargs, assistant_model=assistant_model, **options)

@@ -11,11 +11,13 @@ from prefix_tuning import Prefix, attach_prefix
 from prefix_tuning.attach import Attachment
 from support.capabilities import ids
 from support.checkpointing import enable_checkpointing
+from support.generation import attach
 from support.models import FAMILIES, random_prefix, tiny_model
 from support.reference import PastKeyValues
 
 PREFIX_LEN = 5
 TOLERANCE = {"atol": 2e-5, "rtol": 1e-4}
+OPTIONS = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
 
 def padding(batch=2, length=7, side="left"):
@@ -279,9 +281,29 @@ def test_wrong_calls_raise():
         model()
     attachment.detach()
     attachment.detach()
+    for use_again in (attachment.__enter__, lambda: attachment.enable(True), lambda: attachment.enable(False)):
+        with pytest.raises(ValueError, match="attachment: it is detached"):
+            use_again()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         attach_prefix(copy.deepcopy(model), prefix).detach()
+
+
+@pytest.mark.parametrize("kind", ["prefix", "bank"])
+def test_a_model_that_was_compiled_before(kind):
+    model = tiny_model("llama")
+    compiled = torch.compile(model, backend="eager")
+    attachment, chosen = attach(model, kind)
+    calls = (lambda: compiled(ids(), **chosen(2)).logits, lambda: compiled.generate(ids(), **OPTIONS, **chosen(2)))
+    with torch.no_grad():
+        with attachment:
+            expected = [call() for call in calls]
+        plain = model(ids()).logits
+        torch.testing.assert_close(compiled(ids()).logits, plain, **TOLERANCE)
+        with attach_prefix(compiled, attachment.prefix):
+            for call, wanted in zip(calls, expected, strict=True):
+                torch.testing.assert_close(call(), wanted, **TOLERANCE)
+        torch.testing.assert_close(compiled(ids()).logits, plain, **TOLERANCE)
 
 
 def test_other_families_are_refused():
