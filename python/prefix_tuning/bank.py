@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -23,7 +24,8 @@ class PrefixBank:
     max_prefix_len  how many positions each may have; None: those of the longest that is given
 
     A bank serves and does not train: it holds copies, without gradients, of the keys and values that each prefix had when it
-    was added. attach_prefix brings them to the model's device and dtype, once.
+    was added, in the widest of their dtypes. attach_prefix brings them to the model's device and dtype, for good: what was
+    rounded for one model stays rounded.
 
     Of each layer there is one tensor of keys and one of values, [capacity, kv_heads, max_prefix_len, dim]. add() and
     remove() write in place while a prefix fits: captured graphs and compiled code stay valid, and see the change. A
@@ -59,8 +61,9 @@ class PrefixBank:
         self._offsets = torch.zeros(1, dtype=torch.int64)  # [capacity + 1]; the last is that of no prefix
         self._slots: dict[str, int] = {}
         longest = max(prefix.prefix_len for prefix in prefixes.values())
-        stored = next(first.parameters())
-        self._allocate(max(capacity or 0, len(prefixes)), max(max_prefix_len or 0, longest), stored.device, stored.dtype)
+        stored = [next(prefix.parameters()) for prefix in prefixes.values()]
+        dtype = functools.reduce(torch.promote_types, (parameter.dtype for parameter in stored))
+        self._allocate(max(capacity or 0, len(prefixes)), max(max_prefix_len or 0, longest), stored[0].device, dtype)
         for name, prefix in prefixes.items():
             self.add(name, prefix)
         self.default = default

@@ -24,7 +24,7 @@ from prefix_tuning.data import is_e2e, read_rows
 from prefix_tuning.doctor import model_report, report
 from prefix_tuning.e2e import load_e2e
 from prefix_tuning.evaluate import e2e_reference_scores, evaluate_e2e, evaluate_rows
-from prefix_tuning.files import write_json
+from prefix_tuning.files import check_writable, write_json
 from prefix_tuning.generate import generate_texts
 from prefix_tuning.offline_model import OFFLINE_MODEL, load_model_and_tokenizer
 from prefix_tuning.peft_adapters import TASK_TYPES
@@ -91,6 +91,8 @@ def evaluate(args: argparse.Namespace) -> None:
     e2e = is_e2e(args.file)
     rows = _limited(load_e2e(args.file) if e2e else read_rows(args.file), args.limit, args.seed)
     model, tokenizer = _model(args)
+    if args.output:
+        check_writable(Path(args.output).parent)
     options: dict[str, Any] = {"max_new_tokens": args.max_new_tokens, "num_beams": args.num_beams}
     options |= {"batch_size": args.batch_size, "progress": None if args.quiet else "generating"}
     with _attached(model, {} if args.prefix is None else {DEFAULT_PREFIX: args.prefix}, args.backend):

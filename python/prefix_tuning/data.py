@@ -84,6 +84,8 @@ def check_row(row: Any, answered: bool = True) -> None:
         raise ValueError('messages: expected a list of objects with "role" and "content"')
     if answered and not any(turn["role"] == "assistant" for turn in messages):
         raise ValueError("messages: expected at least one assistant turn to learn from")
+    if not messages:
+        raise ValueError("messages: expected at least one turn, got none")
 
 
 def tokenize_example(
@@ -169,6 +171,8 @@ class PromptCompletionCollator:
 
     Returns input_ids, attention_mask (1 = a token of the row) and labels (−100 on padding), each int64 [batch, length].
     Padding is told by position, never by its id: in many models it is the end-of-text token, which is to be learnt.
+
+    ValueError for examples without input_ids or labels.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, pad_to_multiple_of: int = 8):
@@ -178,6 +182,13 @@ class PromptCompletionCollator:
         self.multiple = pad_to_multiple_of
 
     def __call__(self, examples: Sequence[Mapping[str, Sequence[int]]]) -> dict[str, Tensor]:
+        wanted = ("input_ids", "labels")
+        lacking = next((example for example in examples if not all(name in example for name in wanted)), None)
+        if lacking is not None:
+            raise ValueError(
+                f"examples: expected {' and '.join(wanted)}, as tokenize_example makes of a row of text, got "
+                f"{', '.join(lacking) or 'no field that the model takes'}"
+            )
         longest = max(len(example["input_ids"]) for example in examples)
         length = -(-longest // self.multiple) * self.multiple
         shape = (len(examples), length)

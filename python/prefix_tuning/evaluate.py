@@ -19,6 +19,7 @@ from prefix_tuning.e2e import (
 )
 from prefix_tuning.generate import Prompt, first_line, generate_texts
 from prefix_tuning.loss import encoder_decoder_loss, target_loss
+from prefix_tuning.shapes import check_int
 from prefix_tuning.task import Task, task_of
 
 
@@ -85,6 +86,7 @@ def mean_loss(
 ) -> tuple[float, int]:
     """Mean cross-entropy over all target tokens of the rows, and their number."""
     _check_some(rows)
+    check_int("batch_size", batch_size, at_least=1)
     pairs, device = task_of(model) is Task.ENCODER_DECODER, next(model.parameters()).device
     collate = pair_collator(tokenizer) if pairs else PromptCompletionCollator(tokenizer)
     loss_of = encoder_decoder_loss if pairs else target_loss

@@ -50,6 +50,13 @@ def replacing_files(directory: str | os.PathLike, *names: str) -> Iterator[Path]
                 (directory / name).unlink(missing_ok=True)
 
 
+def check_writable(directory: str | os.PathLike) -> None:
+    """OSError for a folder that takes no file, before there is work to lose; it is created where it is missing."""
+    Path(directory).mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=directory):
+        pass
+
+
 @contextmanager
 def open_text(path: str | os.PathLike) -> Iterator[TextIO]:
     """A UTF-8 text file to read, unzipped where its name ends in .gz, with its line ends as they are.

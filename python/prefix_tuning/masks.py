@@ -110,7 +110,7 @@ class MaskStructure:
         keys = torch.arange(kv_len, device=device)[None] + first
         columns = torch.cat([columns.expand(len(keys), -1), keys], dim=-1)
         other = (queries // self.chunk)[:, :, None] != (columns // self.chunk)[:, None]
-        return None, torch.zeros(other.shape, device=device).masked_fill(other, -torch.inf)[:, None]
+        return None, _hiding(other)[:, None]
 
     def _within_window(self, window: int, prefix_len: int, kv_len: int) -> bool:
         """Whether the first column of a prefix can be seen from all tokens there can be."""
@@ -127,7 +127,12 @@ class MaskStructure:
 def _slid_out(queries: Tensor, columns: Tensor, window: int, kv_len: int) -> Tensor:
     """The bias that hides what of a prefix lies outside of the window of queries that stand at [batch or 1, q_len]."""
     hidden = queries[:, :, None] - columns >= window
-    return pad(torch.zeros(hidden.shape, device=hidden.device).masked_fill(hidden, -torch.inf), (0, kv_len))[:, None]
+    return pad(_hiding(hidden), (0, kv_len))[:, None]
+
+
+def _hiding(hidden: Tensor) -> Tensor:
+    """The bias, float32, that hides the scores where `hidden` is True."""
+    return torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device).masked_fill(hidden, -torch.inf)
 
 
 _idle_mask: ContextVar[Tensor | None] = ContextVar("idle_mask", default=None)
@@ -204,7 +209,7 @@ def mask_structure(
 def dense_structure(mask: Tensor) -> MaskStructure:
     """A 4-D mask, bool (True: may attend) or additive, as structure."""
     if mask.dtype == torch.bool:
-        mask = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device).masked_fill(~mask, -torch.inf)
+        mask = _hiding(~mask)
     return MaskStructure(causal=False, bias=mask.float().detach())
 
 

@@ -103,7 +103,7 @@ def replacement(module: nn.Module) -> dict[str, Callable]:
 def alibi_slopes(heads: int, device: torch.device) -> Tensor:
     """Slope of each head, float32 [heads] (Press et al. 2022, section 3; for other counts than powers of two as BLOOM)."""
     count = 1 << (heads - 1).bit_length()
-    slopes = 2.0 ** (-8.0 / count * torch.arange(1, count + 1, device=device))
+    slopes = 2.0 ** (-8.0 / count * torch.arange(1, count + 1, dtype=torch.float32, device=device))
     return slopes if count == heads else torch.cat([slopes[1::2], slopes[::2]])[:heads]
 
 

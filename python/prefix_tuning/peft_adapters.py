@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from prefix_tuning.files import replacing_files
 from prefix_tuning.heads import Heads
-from prefix_tuning.prefix_files import download
+from prefix_tuning.prefix_files import download, write_tensors
 from prefix_tuning.shapes import Layers, ModelShape, check_int, check_layers
 
 CONFIG_FILE, TENSORS_FILE, PICKLED_FILE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -158,7 +158,7 @@ def write_adapter(
         for name, value in parameters.items():
             tensors[f"{BASE}{module}.{name}"] = value.detach().cpu().float().clone(memory_format=torch.contiguous_format)
     with replacing_files(directory, PICKLED_FILE, TENSORS_FILE, CONFIG_FILE) as folder:
-        save_file(tensors, folder / TENSORS_FILE, metadata={"format": "pt"})
+        write_tensors(folder / TENSORS_FILE, tensors)
         (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
 
 

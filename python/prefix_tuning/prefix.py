@@ -80,6 +80,7 @@ class Prefix(nn.Module):
         self.position_offset = self.prefix_len if position_offset is None else position_offset
         check_int("position_offset", self.position_offset, at_least=0)
         self.base_model = base_model
+        self.register_load_state_dict_pre_hook(_refuse_assign)
 
     @property
     def heads(self) -> dict[str, dict[str, nn.Parameter]]:
@@ -348,6 +349,13 @@ class Prefix(nn.Module):
         parts = "; ".join(f"{name}: {shape}" for name, shape in self.parts.items())
         heads = f"; heads: {', '.join(self.heads)}" if self.heads else ""
         return f"prefix_len={self.prefix_len}, position_offset={self.position_offset}, {parts}{heads}"
+
+
+def _refuse_assign(prefix: Prefix, state_dict: Mapping, name: str, metadata: Mapping, *others) -> None:
+    if metadata.get("assign_to_params_buffers"):
+        raise NotImplementedError(
+            "assign: expected False; a model that the prefix is attached to holds its parameters and would not see others"
+        )
 
 
 @contextmanager

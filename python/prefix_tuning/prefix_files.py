@@ -38,7 +38,7 @@ def write_prefix(
     description  base_model, prefix_len, position_offset and parts (each part's ModelShape as a dict)
     mlps         each part's MLPReparametrization; None removes such a file of an earlier save
 
-    Each file is replaced whole, the json last, and none before all are written.
+    Each file is replaced whole, the json last, and none before all are written. OSError where the system cannot write.
     """
     tensors = {
         f"{part}.{index}.{name}": tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
@@ -46,18 +46,18 @@ def write_prefix(
         for index, pair in enumerate(pairs)
         for name, tensor in zip(("key", "value"), pair, strict=True)
     }
+    dtype = next(iter(tensors.values())).dtype  # heads stand in a model, which may have been converted meanwhile
     for module, parameters in heads.items():
-        tensors |= {f"head.{module}.{name}": value.detach().cpu().clone() for name, value in parameters.items()}
+        tensors |= {f"head.{module}.{name}": value.detach().to("cpu", dtype, copy=True) for name, value in parameters.items()}
     config = {"format": FORMAT, "format_version": FORMAT_VERSION, "library_version": _library_version(), **description}
     if heads:
         config["heads"] = {
             module: {name: list(value.shape) for name, value in parameters.items()} for module, parameters in heads.items()
         }
     with replacing_files(directory, MLP_FILE, TENSORS_FILE, CONFIG_FILE) as folder:
-        save_file(tensors, folder / TENSORS_FILE, metadata={"format": "pt"})
+        write_tensors(folder / TENSORS_FILE, tensors)
         if mlps is not None:
-            state = {name: tensor.cpu() for name, tensor in mlps.state_dict().items()}
-            save_file(state, folder / MLP_FILE, metadata={"format": "pt"})
+            write_tensors(folder / MLP_FILE, {name: tensor.cpu() for name, tensor in mlps.state_dict().items()})
         (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
@@ -96,6 +96,14 @@ def read_prefix(
         parts |= _read_mlps(directory / MLP_FILE, prefix_len, shapes)
     saved = {module: {name: tensors[f"head.{module}.{name}"] for name in names} for module, names in heads.items()}
     return parts, saved, config
+
+
+def write_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
+    """Writes a safetensors file; OSError, as for any other file, where the system cannot."""
+    try:
+        save_file(tensors, file, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(f"{file}: {error}") from error
 
 
 def _library_version() -> str:

@@ -24,7 +24,7 @@ from transformers import (
 from transformers.integrations import get_available_reporting_integrations
 
 from prefix_tuning.doctor import explain_training
-from prefix_tuning.files import write_json
+from prefix_tuning.files import check_writable, write_json
 from prefix_tuning.prefix import Prefix
 from prefix_tuning.train import PrefixTrainer
 
@@ -80,6 +80,9 @@ class TrainSettings:
         for name in ("warmup", "save_steps", "patience", "weight_decay", "max_grad_norm"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}: expected at least 0, got {getattr(self, name)}")
+        for name in ("epochs", "learning_rate", "warmup", "weight_decay"):
+            if getattr(self, name) == math.inf:
+                raise ValueError(f"{name}: expected a finite number, got inf")
         for name, choices in (("init", ("text", "random")), ("reparametrization", ("mlp", "none"))):
             if getattr(self, name) not in (None, *choices):
                 raise ValueError(f"{name}: expected {' or '.join(choices)}, got {getattr(self, name)!r}")
@@ -119,7 +122,8 @@ def train_prefix(
     steps; NaN without any), trainable_parameters, trainable_share (of model and prefix), prefix_parameters, backend, steps,
     settings. The model is the plain model again afterwards.
 
-    Raises ValueError for wrong settings and rows, and where checkpoints are missing (resume) or in the way (otherwise).
+    Raises ValueError for wrong settings and rows, and where checkpoints are missing (resume) or in the way (otherwise);
+    OSError, before anything is trained, for an output that is no folder or cannot be written to.
     """
     settings, output = settings.resolved(), Path(output)
     arguments = _arguments(model, output, settings, evaluate=eval_rows is not None)
@@ -141,6 +145,7 @@ def train_prefix(
     )  # fmt: skip
     trainer.remove_callback(PrinterCallback)  # stands in for transformers' own bar, and writes to stdout
     try:
+        check_writable(output)
         trainer.train(resume_from_checkpoint=resume or None)
         if eval_rows is not None and not settings.save_steps:
             trainer.evaluate()

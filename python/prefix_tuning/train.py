@@ -156,10 +156,10 @@ class PrefixTrainer(Trainer):
         args: TrainingArguments. gradient_checkpointing recomputes the layers of the frozen model; bf16 and fp16 leave the
             prefix in its own dtype.
         train_dataset, eval_dataset: rows as data.py describes them (a sequence; tokenised here, which needs
-            processing_class), or datasets of {"input_ids", "labels"}. The same goes for what evaluate and predict are given.
-            Of an encoder-decoder the prompt is the encoder's input, the completion the decoder's. A model with its own loss
-            takes tokenised rows with what its forward takes: "labels", a class or one for each token, or "start_positions"
-            and "end_positions".
+            processing_class), or data sets, also iterable ones, of {"input_ids", "labels"}. The same goes for what evaluate
+            and predict are given. Of an encoder-decoder the prompt is the encoder's input, the completion the decoder's. A
+            model with its own loss takes tokenised rows with what its forward takes: "labels", a class or one for each token,
+            or "start_positions" and "end_positions".
         processing_class: the tokenizer. data_collator: by default the one that pads for the model's task.
         max_length: cuts prompts so that a row has no more tokens; default, and at most: what the model has positions for.
         backend, prefix_window: as for attach_prefix.
@@ -193,8 +193,6 @@ class PrefixTrainer(Trainer):
         _check_args(args, others)
         if not isinstance(prefix, Prefix):
             raise TypeError(f"prefix: expected a Prefix, got {type(prefix).__name__}")
-        if args.label_names is None:
-            args.label_names = find_labels(type(model))
         self.task = task_of(model)
         # In the backward pass every parameter of the prefix gets a gradient, and no buffer of the model ever changes.
         args.ddp_find_unused_parameters = bool(args.ddp_find_unused_parameters)
@@ -210,6 +208,8 @@ class PrefixTrainer(Trainer):
                 raise ValueError("prefix: none of its parameters requires a gradient; prefix.requires_grad_() lets them")
             self.prefix = prefix
             self.max_length = _max_length(model, prefix, max_length)
+            if args.label_names is None:
+                args.label_names = find_labels(type(self.attachment.model))
             super().__init__(
                 PrefixedModel(model, prefix, cuda_graphs),
                 args,
@@ -268,7 +268,7 @@ class PrefixTrainer(Trainer):
     def _set_signature_columns_if_needed(self) -> None:
         """What a row may hold is what the model inside takes."""
         if self._signature_columns is None:
-            columns = inspect.signature(self.model.model.forward).parameters
+            columns = inspect.signature(self.attachment.model.forward).parameters
             self._signature_columns = [*columns, "label", "label_ids", *self.label_names]
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
@@ -353,6 +353,8 @@ def tokenized(
         return {part: tokenized(f"{name}[{part!r}]", rows, tokenizer, task, max_length) for part, rows in dataset.items()}
     if dataset is None or isinstance(dataset, str | torch.utils.data.IterableDataset):
         return dataset
+    if not hasattr(dataset, "__len__"):
+        raise TypeError(f"{name}: expected a sequence of rows or a data set, got {type(dataset).__name__}")
     if len(dataset) == 0:
         raise ValueError(f"{name}: expected at least one row, got none")
     if isinstance(dataset[0], Mapping) and dataset[0].keys() & {"input_ids", "inputs_embeds", "input_features"}:

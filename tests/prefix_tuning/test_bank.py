@@ -343,6 +343,18 @@ def test_a_bank_holds_copies_in_the_models_dtype():
         assert torch.equal(model(input_ids=inputs_of()[0]).logits, got)
 
 
+@pytest.mark.parametrize("first", ["narrow", "wide"])
+def test_prefixes_of_several_dtypes_keep_their_numbers(first):
+    model, ids = tiny_model("llama"), inputs_of()[0]
+    prefixes = {"narrow": prefix_of(model, 3, 1).bfloat16(), "wide": prefix_of(model, 6, 2)}
+    bank = PrefixBank({name: prefixes[name] for name in sorted(prefixes, reverse=first == "wide")})
+    names = ["wide", None, "narrow"]
+    with torch.no_grad():
+        expected = alone(model, prefixes, names, lambda row: model(input_ids=ids[row : row + 1]).logits)
+        with attach_prefix(model, bank):
+            torch.testing.assert_close(model(input_ids=ids, prefix_ids=names).logits, expected, **TOLERANCE)
+
+
 def test_wrong_calls_raise():
     model = tiny_model("llama")
     prefixes = prefixes_of(model)
@@ -376,6 +388,8 @@ def test_wrong_calls_raise():
             attach_prefix(model, bank)
         with pytest.raises(ValueError, match="prefix_ids: expected one for each of 3 rows, got shape \\[2\\]"):
             model(input_ids=ids, prefix_ids=["short", None])
+        with pytest.raises(ValueError, match="prefix_ids: expected one for each of 3 rows, got shape \\[3, 1\\]"):
+            model(input_ids=ids, prefix_ids=bank.ids(["short", None, "long"])[:, None])
         for wrong in ("short", torch.zeros(3), torch.tensor([True, False, True]), 3):
             with pytest.raises(TypeError, match="prefix_ids: expected a list with a name or None .* or an int"):
                 model(input_ids=ids, prefix_ids=wrong)

@@ -378,6 +378,9 @@ ERRORS = {
     ),
     "device": (("generate", "--device", "tpu", "--prompt", "p"), "--device: expected cpu, cuda or cuda:N, got 'tpu'"),
     "GPU number": (("generate", "--device", "cuda:99", "--prompt", "p"), "--device: got cuda:99, but torch finds"),
+    "no turn": (("generate", "--file", "no_turn.jsonl"), "no_turn.jsonl, line 1: messages: expected at least one turn"),
+    "scores below a file": (("evaluate", "--file", "rows.jsonl", "--output", "rows.jsonl/x"), "rows.jsonl"),
+    "training below a file": ((*TRAIN[:-1], "rows.jsonl/x"), "rows.jsonl"),
     "one message": (("generate", "--messages", '{"role": "user", "content": "hi"}'), "--messages: expected a list of objects"),
     "no message": (("generate", "--messages", "[]"), "--messages: expected a list of objects"),
     "message without role": (("generate", "--messages", '[{"content": "hi"}]'), "--messages: expected a list of objects"),
@@ -411,6 +414,7 @@ def test_errors_are_one_line_and_status_2(run, folder, name):
     (folder / "chooses.jsonl").write_text('{"prompt": "p"}\n{"prompt": "p", "prefix": "a"}\n')
     (folder / "lists.jsonl").write_text('{"prompt": "p", "prefix": ["b"]}\n')
     (folder / "answers.jsonl").write_text('{"completion": "p"}\n')
+    (folder / "no_turn.jsonl").write_text('{"messages": []}\n')
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     (command, *arguments), message = ERRORS[name]
     if name == "no GPU" and torch.cuda.is_available():

@@ -160,6 +160,12 @@ def test_check_row_refuses(row, match):
         tokenize_example(row, tiny_tokenizer(chat_template=CHAT_TEMPLATE))
 
 
+@pytest.mark.parametrize("messages", ([], ""))
+def test_a_conversation_to_answer_has_a_turn(messages):
+    with pytest.raises(ValueError, match="messages: expected at least one turn, got none"):
+        check_row({"messages": messages}, answered=False)
+
+
 # Prompt and completion
 
 SPECIALS = [{"bos": bos, "adds_eos": adds_eos} for bos in (False, True) for adds_eos in (False, True)]
@@ -321,6 +327,9 @@ def test_collator_default_and_errors():
     assert PromptCompletionCollator(tiny_tokenizer())([example([5, 6])])["input_ids"].shape == (1, 8)
     with pytest.raises(ValueError, match="pad_to_multiple_of: expected at least 1, got 0"):
         PromptCompletionCollator(tiny_tokenizer(), 0)
+    for wrong, got in (({"input_ids": [5, 6]}, "got input_ids"), ({}, "got no field that the model takes")):
+        with pytest.raises(ValueError, match=f"examples: expected input_ids and labels, as tokenize_example .* {got}"):
+            PromptCompletionCollator(tiny_tokenizer())([example([5, 6]), wrong])
 
 
 @pytest.mark.parametrize("mask, idle", [

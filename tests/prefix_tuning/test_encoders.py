@@ -132,6 +132,18 @@ def test_reentrant_checkpointing_is_refused(family):
         model(**inputs_of(model))
 
 
+def test_a_head_in_a_model_that_is_converted_meanwhile_is_saved(tmp_path):
+    model = tiny_encoder("bert", "SequenceClassification")
+    prefix = Prefix.for_model(model, PREFIX_LEN, seed=0)
+    with attach_prefix(model, prefix):
+        model.half()
+    prefix.save(tmp_path)
+    loaded = Prefix.load(tmp_path)
+    assert {parameter.dtype for parameter in loaded.parameters()} == {torch.float32}
+    for name, parameter in prefix.named_parameters():
+        assert torch.equal(loaded.get_parameter(name), parameter.float())
+
+
 def test_a_causal_models_score_is_a_head(tmp_path):
     from transformers import LlamaForSequenceClassification
 

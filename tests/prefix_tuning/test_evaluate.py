@@ -115,6 +115,13 @@ def test_no_rows_are_refused(call):
         call(tiny_model("llama"), tiny_tokenizer(), [])
 
 
+@pytest.mark.parametrize("call", (evaluate_rows, mean_loss))
+def test_batches_have_a_row(call):
+    for batch_size in (0, -1):
+        with pytest.raises(ValueError, match=f"batch_size: got {batch_size}, expected at least 1"):
+            call(tiny_model("llama"), tiny_tokenizer(), ROWS, batch_size=batch_size)
+
+
 def test_evaluate_e2e_scores_the_first_line(written):
     """Four slots, of which the second text leaves out the area; every text equals one of its references."""
     calls = written("\nAROMI is a pub .\nNo more of it.", "Zizzi is a bar .")

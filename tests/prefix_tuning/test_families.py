@@ -137,3 +137,18 @@ def test_slopes_are_those_of_the_models(heads):
     slopes = alibi_slopes(heads, torch.device("cpu"))
     torch.testing.assert_close(slopes, modeling_bloom.build_alibi_tensor(torch.ones(1, 2), heads, torch.float32)[:, 0, 1])
     torch.testing.assert_close(-slopes, modeling_mpt.build_mpt_alibi_tensor(heads, 2)[:, 0, 0])
+
+
+@pytest.mark.parametrize("default", (torch.float64, torch.bfloat16))
+@pytest.mark.parametrize("name", ("bloom", "gemma3", "llama4", "mistral"))
+def test_torch_s_default_dtype_changes_nothing(name, default):
+    model = tiny_model(name)
+    with torch.no_grad(), attach_prefix(model, random_prefix(model), prefix_window="peft"):
+        inputs = {"input_ids": ids(length=12), "attention_mask": torch.ones(2, 12, dtype=torch.long)}
+        inputs["attention_mask"][0, :3] = 0
+        expected = model(**inputs).logits
+        torch.set_default_dtype(default)
+        try:
+            torch.testing.assert_close(model(**inputs).logits[:, 3:], expected[:, 3:], **TOLERANCE)
+        finally:
+            torch.set_default_dtype(torch.float32)

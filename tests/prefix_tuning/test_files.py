@@ -4,10 +4,11 @@ import gzip
 import json
 import os
 import stat
+import tempfile
 
 import pytest
 
-from prefix_tuning.files import open_text, replacing, write_json, write_json_lines
+from prefix_tuning.files import check_writable, open_text, replacing, write_json, write_json_lines
 
 
 def test_the_block_writes_beside_the_file_which_stands_until_the_end(tmp_path):
@@ -19,6 +20,18 @@ def test_the_block_writes_beside_the_file_which_stands_until_the_end(tmp_path):
             assert temporary != path and (temporary.parent, temporary.suffix) == (path.parent, ".json")
             assert (path.read_text() if path.exists() else None) == before
         assert path.read_text() == content and list(path.parent.iterdir()) == [path]
+
+
+def test_check_writable(tmp_path, monkeypatch):
+    check_writable(tmp_path / "new" / "folder")
+    assert [path.name for path in tmp_path.rglob("*")] == ["new", "folder"]
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FileExistsError, match="file"):
+        check_writable(tmp_path / "file")
+    # Who runs as root may write anywhere.
+    monkeypatch.setattr(tempfile, "TemporaryFile", lambda dir: (dir / "none" / "file").write_text(""))
+    with pytest.raises(OSError, match="none"):
+        check_writable(tmp_path)
 
 
 @pytest.mark.parametrize("old", (None, "old"))

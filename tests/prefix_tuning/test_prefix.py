@@ -264,6 +264,8 @@ def test_state_dict_copies_and_conversions(make):
     for same in (other, copied, pickled):
         assert_layers(same.layers(), expected)
         assert (same.prefix_len, same.position_offset, same.parts) == (5, 5, prefix.parts)
+    with pytest.raises(NotImplementedError, match="assign: expected False; a model that the prefix is attached to"):
+        other.load_state_dict(prefix.state_dict(), assign=True)
     doubled = copied.to(torch.float64)
     assert doubled is copied and {tensor.dtype for pair in doubled.layers() for tensor in pair} == {torch.float64}
     assert {p.device.type for p in pickled.to("meta").parameters()} == {"meta"}

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from safetensors import SafetensorError
 
 from prefix_tuning import Prefix, prefix_files
 from prefix_tuning.prefix_files import CONFIG_FILE, MLP_FILE, TENSORS_FILE
@@ -129,6 +130,17 @@ def test_a_save_that_fails_leaves_a_whole_prefix(name, call, whose, tmp_path, mo
     if whose == "old":
         assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
     assert_layers(Prefix.load(tmp_path).layers(), {"old": old, "new": new}[whose].layers())
+
+
+def test_a_full_disk_is_an_error_of_the_system(tmp_path, monkeypatch):
+    def failing(*args, **kwargs):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(prefix_files, "save_file", failing)
+    for save in (random_prefix(tiny_model("llama")).save, random_prefix(tiny_model("llama")).to_peft):
+        with pytest.raises(OSError, match="safetensors: .*No space left on device"):
+            save(tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_stale_mlp_goes_before_anything_is_replaced(tmp_path, monkeypatch):

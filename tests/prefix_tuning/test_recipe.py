@@ -65,6 +65,8 @@ def test_settings_that_are_left_open(given, expected):
         *(({name: -1}, f"{name}: expected at least 0, got -1")
           for name in ("warmup", "save_steps", "patience", "weight_decay", "max_grad_norm")),
         ({"learning_rate": math.nan}, "learning_rate: expected more than 0, got nan"),
+        *(({name: math.inf}, f"{name}: expected a finite number, got inf")
+          for name in ("epochs", "learning_rate", "warmup", "weight_decay")),
         ({"init": "magic"}, "init: expected text or random, got 'magic'"),
         ({"reparametrization": "lstm"}, "reparametrization: expected mlp or none, got 'lstm'"),
         ({"init": "text"}, "init_text: expected the text"),
@@ -226,6 +228,16 @@ def test_wrong_calls_leave_model_and_folder_alone(changes, message, tmp_path):
         run(tmp_path / "run", model, **changes)
     assert not hasattr(model.model.layers[0].self_attn, "layer_prefix")
     assert not list(tmp_path.rglob("*.*"))
+
+
+def test_an_output_that_cannot_be_written_to_is_no_surprise_at_the_end(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(PrefixTrainer, "train", lambda *args, **kwargs: pytest.fail("it has trained"))
+    model = tiny_model("llama")
+    for output in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(OSError, match="file"):
+            run(output, model)
+    assert not hasattr(model.model.layers[0].self_attn, "layer_prefix")
 
 
 def test_float16_needs_a_gpu(tmp_path):

@@ -154,6 +154,13 @@ def test_backend_and_window_reach_the_attention(tmp_path, monkeypatch):
     assert set(called) == {("reference", 0)}
 
 
+def test_a_compiled_model(tmp_path):
+    expected = trained(tmp_path / "plain", max_steps=2)
+    model = tiny_model("llama")
+    got = trained(tmp_path / "compiled", torch.compile(model, backend="eager"), random_prefix(model, PREFIX_LEN), max_steps=2)
+    assert losses(got) == pytest.approx(losses(expected), rel=1e-5)
+
+
 def test_a_loss_function_of_the_callers(tmp_path):
     def double(outputs, labels, num_items_in_batch):
         logits = outputs["logits"][:, :-1].flatten(0, 1)

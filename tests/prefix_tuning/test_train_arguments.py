@@ -30,6 +30,7 @@ OTHERS = {
     ),
     "model_init": ({"model_init": lambda: None}, TypeError, "model_init: expected a model and a prefix"),
     "no rows": ({"rows": []}, ValueError, "train_dataset: expected at least one row"),
+    "an iterator": ({"rows": iter(ROWS)}, TypeError, "train_dataset: expected a sequence of rows .*, got list_iterator"),
     "no rows to evaluate": ({"eval_dataset": {"a": []}}, ValueError, r"eval_dataset\['a'\]: expected at least one row"),
     "a bad row": ({"rows": [*ROWS, {"text": "?"}]}, ValueError, r"train_dataset: rows\[8\]: expected an object"),
     "no prefix": ({"prefix": "prefix"}, TypeError, "prefix: expected a Prefix, got str"),

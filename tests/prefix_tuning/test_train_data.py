@@ -88,6 +88,12 @@ def test_tokenised_datasets(kind, tmp_path):
     assert_prefixes_close(trainer.prefix, expected.prefix, atol=2e-4, rtol=1e-3)
 
 
+def test_text_of_a_data_set_that_is_no_sequence_is_refused(tmp_path):
+    trainer = make_trainer(tmp_path, rows=Stream(ROWS))
+    with pytest.raises(ValueError, match="examples: expected input_ids and labels, as tokenize_example makes of a row of text"):
+        trainer.train()
+
+
 def test_conversations_are_trained_on(tmp_path):
     template = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + eos_token }}{% endfor %}" \
         "{% if add_generation_prompt %}assistant: {% endif %}"  # fmt: skip
