@@ -194,13 +194,13 @@ def test_only_a_measured_regime_chooses_it(monkeypatch):
     monkeypatch.setattr(hopper, "forward", lambda inputs: "hopper")
     monkeypatch.setattr(hopper, "why_not", lambda inputs: served.append(inputs) or (None if len(served) == 1 else "no"))
     monkeypatch.setattr(tile_sizes, "HOPPER_REGIMES", ())
-    assert triton_backend.forward(inputs) == "portable" and not served
+    assert triton_backend._forward(inputs) == "portable" and not served
     for regime, kernel in (
         (Regime(128, 1, 1, ""), "portable"), (Regime(64, 10, 1, ""), "portable"), (Regime(64, 1, 3, ""), "portable"),
         (Regime(64, 9, 2, ""), "hopper"), (Regime(64, 9, 2, ""), "portable"),
     ):  # fmt: skip
         monkeypatch.setattr(tile_sizes, "HOPPER_REGIMES", (regime,))
-        assert triton_backend.forward(inputs) == kernel
+        assert triton_backend._forward(inputs) == kernel
     assert len(served) == 2
 
 

@@ -17,7 +17,7 @@ from support.tolerance import assert_close
 if importlib.util.find_spec("triton") is None:
     pytest.skip("needs Triton, which is not installed", allow_module_level=True)
 
-from prefix_kernels.backends.triton import backward_kernels, hopper, hopper_dkeys, hopper_dq, launch, tile_sizes
+from prefix_kernels.backends.triton import backward_kernels, hopper, hopper_dkeys, hopper_dq, launch, recorded, tile_sizes
 from prefix_kernels.backends.triton.rows import scalars
 from prefix_kernels.backends.triton.tile_sizes import Regime
 from support.gluon_emulator import EmulatedKernel
@@ -247,6 +247,7 @@ def survived():
 def forced(survived, monkeypatch):
     assert survived.returncode == 0, survived.stderr
     monkeypatch.setattr(tile_sizes, "HOPPER_BACKWARD_REGIMES", EVERYTHING)
+    monkeypatch.setattr(recorded, "_kinds", {})
 
 
 def leaves(case, dtype):
@@ -278,6 +279,7 @@ def test_the_same_bits_on_the_gpu(forced, monkeypatch, head_dim, plain):
         monkeypatch.setattr(tile_sizes, "HOPPER_BACKWARD_REGIMES", dict.fromkeys(EVERYTHING, ()))
     for dependent in (True, True, False):
         monkeypatch.setattr(launch, "DEPENDENT_LAUNCHES", dependent)
+        recorded._kinds.clear()
         out = inputs.call(backend="triton")
         runs.append(torch.autograd.grad(out.float().square().sum(), inputs.tensors))
     for values in zip(*runs, strict=True):

@@ -58,7 +58,16 @@ def fast_with_wide_heads(problem: AttentionProblem) -> bool:
 
 
 def forward(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
-    """(out, lse) of one call: by the kernel for Hopper where a measurement says so, else by one of those for every GPU."""
+    """(out, lse) of one call."""
+    from prefix_kernels.backends.triton import recorded
+
+    given = inputs[: recorded.TENSORS]
+    out, lse = recorded.serve(lambda: _forward(inputs), recorded.kind_of(inputs, given), given)
+    return out, lse
+
+
+def _forward(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
+    """By the kernel for Hopper where a measurement says so, else by one of those for every GPU."""
     from prefix_kernels.backends.triton import forward_kernel, tile_sizes
 
     if any(regime.covers(inputs.problem()) for regime in tile_sizes.HOPPER_REGIMES):
@@ -77,9 +86,14 @@ def backward(
     inputs: AttentionInputs, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None, wanted: tuple[bool, ...]
 ) -> tuple[Tensor | None, ...]:
     """Gradients of q, k, v, prefix_k, prefix_v, None where not wanted."""
-    from prefix_kernels.backends.triton import backward_kernels
+    from prefix_kernels.backends.triton import backward_kernels, recorded
 
-    return backward_kernels.backward(inputs, out, lse, grad_out, grad_lse, wanted)
+    given = *inputs[: recorded.TENSORS], out, lse, grad_out, grad_lse
+    return recorded.serve(
+        lambda: backward_kernels.backward(inputs, out, lse, grad_out, grad_lse, wanted),
+        recorded.kind_of(inputs, given, wanted),
+        given,
+    )
 
 
 def _decodes(varlen: bool, q_len: int) -> bool:

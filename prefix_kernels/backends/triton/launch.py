@@ -7,6 +7,7 @@ what Triton may compile separately (dtypes, strides, alignment, what is None) fi
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable, Hashable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from operator import itemgetter
@@ -35,6 +36,13 @@ _NO_CHANGE = nullcontext()
 DEPENDENT_LAUNCHES = True  # programmatic ones, from compute capability 9.0 on, where a kernel asks for it
 
 
+class _Thread(threading.local):
+    recorder: Any = None  # is told of each launch, see recorded.py
+
+
+thread = _Thread()
+
+
 @triton.jit
 def wait_for_launch_before(DEPENDENT: tl.constexpr):
     """Waits until the launch before is done, since a dependent one may begin sooner; then the next may begin."""
@@ -59,17 +67,19 @@ def run(
             options["launch_pdl"] = True
     key = id(kernel), device, key
     found = _compiled.get(key)
-    with _current(device):
+    with on_device(device):
         if found is not None:
             compiled, in_order, _ = found
             compiled[programs, 1, 1](*map(_addressed, in_order(values)))
-            return
-        values = {name: value.value if type(value) is Operand else value for name, value in values.items()}
-        compiled = kernel[(programs,)](**values, enable_fp_fusion=True, **options)
-    if compiled is not None:  # the interpreter compiles nothing
-        if len(_compiled) >= MOST_COMPILED:
-            _compiled.clear()
-        _compiled[key] = compiled, itemgetter(*kernel.arg_names), kernel
+        else:
+            told = {name: value.value if type(value) is Operand else value for name, value in values.items()}
+            compiled = kernel[(programs,)](**told, enable_fp_fusion=True, **options)
+            if compiled is not None:  # the interpreter compiles nothing
+                if len(_compiled) >= MOST_COMPILED:
+                    _compiled.clear()
+                _compiled[key] = compiled, itemgetter(*kernel.arg_names), kernel
+    if thread.recorder is not None:
+        thread.recorder.launched(compiled, programs, [values[name] for name in kernel.arg_names])
 
 
 def _addressed(value: Any) -> Any:
@@ -164,7 +174,7 @@ def rounded_prefix(inputs: AttentionInputs) -> list[Tensor]:
     return rounded
 
 
-def _current(device: torch.device) -> AbstractContextManager:
+def on_device(device: torch.device) -> AbstractContextManager:
     """Triton launches on the current device: makes it this one."""
     if device.type != "cuda" or device.index == torch.cuda.current_device():
         return _NO_CHANGE

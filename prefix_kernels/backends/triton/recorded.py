@@ -1,0 +1,174 @@
+"""What the host does for a call, written down once and repeated for every call of that kind.
+
+Reading strides, choosing tiles, counting programs and putting some 35 arguments in order takes the host longer than most
+kernels of a model of ordinary size take the device. All of it follows from the kind of a call; only addresses are new.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from prefix_kernels.backends.triton.launch import on_device, thread
+from prefix_kernels.backends.triton.rows import Operand, Tokens
+from prefix_kernels.problem import AttentionInputs
+
+MOST_KINDS = 1024  # that are remembered
+TENSORS = 13  # the first fields of AttentionInputs
+_ALLOCATING = {
+    torch.ops.aten.empty.memory_format, torch.ops.aten.empty_like.default, torch.ops.aten.empty_strided.default,
+    torch.ops.aten.new_empty.default,
+}  # fmt: skip
+_COPYING = torch.ops.aten._foreach_copy_.default
+_NUMBERS = (bool, int, float, type(None))
+
+_kinds: dict[Hashable, Recording | str] = {}  # by kind of call
+_SEEN, _NOT_RECORDED = "seen once", "it does more than allocate, round and launch"
+
+
+class Launch(NamedTuple):
+    """One launch. Of its arguments those at `places` hold addresses: (position, number of the tensor, what follows the address
+    in a tuple; None: it stands alone), and at `tuples` several: (position, number of each tensor or None)."""
+
+    compiled: Any
+    programs: int
+    arguments: list[Any]
+    places: list[tuple[int, int, tuple[int, ...] | None]]
+    tuples: list[tuple[int, list[int | None]]]
+
+    def start(self, addresses: list[int]) -> None:
+        arguments = self.arguments.copy()
+        for position, number, strides in self.places:
+            arguments[position] = addresses[number] if strides is None else (addresses[number], *strides)
+        for position, numbers in self.tuples:
+            arguments[position] = tuple([None if number is None else addresses[number] for number in numbers])
+        self.compiled[self.programs, 1, 1](*arguments)
+
+
+class Recording(NamedTuple):
+    """The steps of a call on its tensors, numbered: first those that it is given, then those that it allocates."""
+
+    device: torch.device
+    allocations: list[tuple[tuple[int, ...], tuple[int, ...], torch.dtype]]  # size, stride, dtype
+    steps: list[Launch | tuple[list[int], list[int]]]  # or to copy: to which tensors, from which
+    results: list[int | None]
+
+    def repeat(self, given: Sequence[Tensor | None]) -> list[Tensor | None]:
+        device, tensors = self.device, [tensor for tensor in given if tensor is not None]
+        for size, stride, dtype in self.allocations:
+            tensors.append(torch.empty_strided(size, stride, dtype=dtype, device=device))
+        addresses = [tensor.data_ptr() for tensor in tensors]
+        with on_device(device):
+            for step in self.steps:
+                if type(step) is Launch:
+                    step.start(addresses)
+                else:
+                    torch._foreach_copy_([tensors[to] for to in step[0]], [tensors[source] for source in step[1]])
+        return [None if number is None else tensors[number] for number in self.results]
+
+
+def kind_of(inputs: AttentionInputs, given: Sequence[Tensor | None], *more: Hashable) -> Hashable:
+    """What the host's work for a call depends on."""
+    tensors = [None if t is None else (t.dtype, t.stride(), t.data_ptr() % 16) for t in given]
+    return inputs.problem(), inputs.scale, inputs.q.device, *tensors, *more
+
+
+def serve(function: Callable[[], Sequence[Tensor | None]], kind: Hashable, given: Sequence[Tensor | None]) -> Sequence:
+    """The function's results, which it allocates. kind: of the call, from kind_of. given: all the tensors that it reads.
+
+    A kind is recorded when it comes for the second time, where all that the function does is allocate, round and launch.
+    """
+    found = _kinds.get(kind)
+    if type(found) is Recording:
+        return found.repeat(given)
+    if found is None:
+        if len(_kinds) >= MOST_KINDS:
+            _kinds.clear()
+        _kinds[kind] = _SEEN
+    if found is not _SEEN or not _told_apart(given):
+        return function()
+    recorder = _Recorder(given)
+    with recorder:
+        thread.recorder = recorder
+        try:
+            results = function()
+        finally:
+            thread.recorder = None
+    _kinds[kind] = recorder.recording(results) or _NOT_RECORDED
+    return results
+
+
+def _told_apart(given: Sequence[Tensor | None]) -> bool:
+    """Whether an address says which tensor is meant."""
+    addresses = [tensor.data_ptr() for tensor in given if tensor is not None and tensor.numel()]
+    return len(set(addresses)) == len(addresses)
+
+
+class _Recorder(TorchDispatchMode):
+    """Notes what is allocated, copied and launched; keeps all tensors, so that no two have had the same address."""
+
+    def __init__(self, given: Sequence[Tensor | None]):
+        super().__init__()
+        self.tensors = [tensor for tensor in given if tensor is not None]
+        self.given = len(self.tensors)
+        self.numbers = {tensor.data_ptr(): number for number, tensor in enumerate(self.tensors)}
+        self.steps: list[Launch | tuple[list[int], list[int]]] = []
+        self.complete = True
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        result = operator(*args, **(kwargs or {}))
+        if operator in _ALLOCATING:
+            self.numbers[result.data_ptr()] = len(self.tensors)
+            self.tensors.append(result)
+        elif operator is _COPYING:
+            self.steps.append(tuple([self._same(tensor) for tensor in tensors] for tensors in args[:2]))
+        elif not operator.is_view:
+            self.complete = False
+        return result
+
+    def launched(self, compiled: Any, programs: int, arguments: Sequence[Any]) -> None:
+        """compiled: None for a kernel that is interpreted."""
+        self.complete &= compiled is not None
+        kept, places, tuples = [value if type(value) in _NUMBERS else None for value in arguments], [], []
+        for position, value in enumerate(arguments):
+            if type(value) in (Tensor, Parameter):
+                places.append((position, self._number(value.data_ptr()), None))
+            elif type(value) is Operand and type(value.value) is Tokens:
+                places.append((position, self._number(value.addressed[0]), value.addressed[1:]))
+            elif type(value) is Operand:
+                tuples.append((position, [None if address is None else self._number(address) for address in value.addressed]))
+            else:
+                self.complete &= type(value) in _NUMBERS
+        self.steps.append(Launch(compiled, programs, kept, places, tuples))
+
+    def recording(self, results: Sequence[Tensor | None]) -> Recording | None:
+        """None where what was noted is not all there was."""
+        numbers = [None if result is None else self._number(result.data_ptr()) for result in results]
+        allocations = self.tensors[self.given :]
+        for number, result in zip(numbers, results, strict=True):
+            if number is not None and self.complete:
+                whole = number >= self.given and self.tensors[number].numel() == result.numel()
+                self.complete &= whole and self.tensors[number].dtype == result.dtype
+                if self.complete:
+                    allocations[number - self.given] = result
+        if not self.complete:
+            return None
+        sizes = [(tuple(tensor.shape), tensor.stride(), tensor.dtype) for tensor in allocations]
+        return Recording(self.tensors[0].device, sizes, self.steps, numbers)
+
+    def _number(self, address: int) -> int:
+        """Of the tensor there; an empty one lies nowhere, so that calls with such are not recorded."""
+        number = self.numbers.get(address) if address else None
+        self.complete &= number is not None
+        return number or 0
+
+    def _same(self, tensor: Tensor) -> int:
+        number = self._number(tensor.data_ptr())
+        kept = self.tensors[number]
+        self.complete &= (kept.shape, kept.stride(), kept.dtype) == (tensor.shape, tensor.stride(), tensor.dtype)
+        return number
