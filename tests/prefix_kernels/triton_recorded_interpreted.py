@@ -113,7 +113,9 @@ def test_what_does_more_than_launch_is_not_recorded():
     assert len(calls) == 4
 
 
-@pytest.mark.parametrize("compiled, argument, complete", [("a kernel", 5, True), (None, 5, False), ("a kernel", "a word", False)])
+@pytest.mark.parametrize("compiled, argument, complete", [
+    ("a kernel", 5, True), (None, 5, False), ("a kernel", "a word", False),
+])  # fmt: skip
 def test_launches_that_cannot_be_repeated(compiled, argument, complete):
     """Of an interpreted kernel, or with an argument that is neither a number nor a tensor."""
     recorder = recorded._Recorder([torch.ones(3)])
