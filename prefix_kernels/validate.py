@@ -25,6 +25,12 @@ def shape_of(tensor: Tensor) -> str:
     return f"{list(tensor.shape)}"
 
 
+def kind_of(value) -> str:
+    """The name of its type, told apart from those of Python: numpy has a bool, too."""
+    kind = type(value)
+    return kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"
+
+
 def check_tensors(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, varlen: bool) -> None:
     """Ranks, dtypes, devices and the sizes that q, k, v and the prefix must agree on: looked at once, then remembered."""
     if torch.compiler.is_compiling():
@@ -106,10 +112,10 @@ def _check_dtypes(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: T
 def check_options(causal, scale, window, softcap, first_key_position) -> None:
     """Scalar options."""
     if not isinstance(causal, bool):
-        raise TypeError(f"causal: expected a bool, got {type(causal).__name__}")
+        raise TypeError(f"causal: expected a bool, got {kind_of(causal)}")
     for name, value in (("scale", scale), ("softcap", softcap)):
         if value is not None and (not isinstance(value, (int, float)) or isinstance(value, bool)):
-            raise TypeError(f"{name}: expected a number or None, got {type(value).__name__}")
+            raise TypeError(f"{name}: expected a number or None, got {kind_of(value)}")
     if scale is not None and not -math.inf < scale < math.inf:
         raise ValueError(f"scale: expected a finite number or None, got {scale}")
     if softcap is not None and not 0 < softcap < math.inf:
@@ -118,7 +124,7 @@ def check_options(causal, scale, window, softcap, first_key_position) -> None:
         if value is None:
             continue
         if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool):
-            raise TypeError(f"{name}: expected an int or None, got {type(value).__name__}")
+            raise TypeError(f"{name}: expected an int or None, got {kind_of(value)}")
         if value < least:
             raise ValueError(f"{name}: expected at least {least} or None, got {value}")
         if value > LARGEST_POSITION:
@@ -130,7 +136,7 @@ def check_call(backend, return_lse) -> None:
     if backend is not None and not isinstance(backend, str):
         raise TypeError(f"backend: expected a name or None, got {type(backend).__name__}")
     if not isinstance(return_lse, bool):
-        raise TypeError(f"return_lse: expected a bool, got {type(return_lse).__name__}")
+        raise TypeError(f"return_lse: expected a bool, got {kind_of(return_lse)}")
 
 
 def check_index(name: str, tensor: Tensor | None, length: int, of: str, device: torch.device) -> None:
@@ -234,7 +240,7 @@ def check_cu_seqlens(name: str, cu_seqlens: Tensor, tokens: int, max_name: str, 
         raise ValueError(f"{name}: expected shape [sequences + 1], got {shape_of(cu_seqlens)}")
     check_index(name, cu_seqlens, cu_seqlens.shape[0], "sequences + 1", device)
     if not isinstance(max_seqlen, (int, torch.SymInt)) or isinstance(max_seqlen, bool):
-        raise TypeError(f"{max_name}: expected an int, got {type(max_seqlen).__name__}")
+        raise TypeError(f"{max_name}: expected an int, got {kind_of(max_seqlen)}")
     if not may_read(cu_seqlens):
         return
     lengths = cu_seqlens.diff()

@@ -5,6 +5,7 @@ import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -118,7 +119,7 @@ TENSORS = [
 
 OPTIONS = [
     *(Wrong(base, {"causal": value}, TypeError, f"causal: expected a bool, got {kind}")
-      for base in (DENSE, PACKED) for value, kind in ((None, "NoneType"), (1, "int"))),
+      for base in (DENSE, PACKED) for value, kind in ((None, "NoneType"), (1, "int"), (np.True_, f"numpy.{type(np.True_).__name__}"))),
     *(Wrong(base, {name: value}, TypeError, f"{name}: expected a number or None, got {kind}")
       for base in (DENSE, PACKED) for name in ("scale", "softcap") for value, kind in (("1", "str"), (True, "bool"))),
     *(Wrong(DENSE, {"scale": value}, ValueError, f"scale: expected a finite number or None, got {value}")
@@ -126,7 +127,8 @@ OPTIONS = [
     *(Wrong(base, {"softcap": value}, ValueError, f"softcap: expected a positive finite number or None, got {value}")
       for base in (DENSE, PACKED) for value in (0, -1.5, float("nan"), float("inf"))),
     *(Wrong(base, {"window": value}, TypeError, f"window: expected an int or None, got {kind}")
-      for base in (DENSE, PACKED) for value, kind in ((2.0, "float"), (True, "bool"), ("3", "str"))),
+      for base in (DENSE, PACKED)
+      for value, kind in ((2.0, "float"), (True, "bool"), ("3", "str"), (np.int64(3), "numpy.int64"))),
     *(Wrong(base, {"window": value}, ValueError, f"window: expected at least 1 or None, got {value}")
       for base in (DENSE, PACKED) for value in (0, -1)),
     *(Wrong(base, {"window": 2**31}, ValueError, "window: expected at most 2147483647 or None, got 2147483648")
