@@ -119,7 +119,8 @@ TENSORS = [
 
 OPTIONS = [
     *(Wrong(base, {"causal": value}, TypeError, f"causal: expected a bool, got {kind}")
-      for base in (DENSE, PACKED) for value, kind in ((None, "NoneType"), (1, "int"), (np.True_, f"numpy.{type(np.True_).__name__}"))),
+      for base in (DENSE, PACKED)
+      for value, kind in ((None, "NoneType"), (1, "int"), (np.True_, f"numpy.{type(np.True_).__name__}"))),
     *(Wrong(base, {name: value}, TypeError, f"{name}: expected a number or None, got {kind}")
       for base in (DENSE, PACKED) for name in ("scale", "softcap") for value, kind in (("1", "str"), (True, "bool"))),
     *(Wrong(DENSE, {"scale": value}, ValueError, f"scale: expected a finite number or None, got {value}")
