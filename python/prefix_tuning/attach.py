@@ -73,7 +73,7 @@ class Attachment:
         self._layers = {
             part: [
                 LayerPrefix(
-                    backend, slides, warned, execution_device(module), stack.query_scale,
+                    prefix, backend, slides, warned, execution_device(module), stack.query_scale,
                     relative=stack.positions == "relative" and part == stack.self_attention,
                 )  # fmt: skip
                 for module in modules

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,9 +26,10 @@ class LayerPrefix:
     """
 
     def __init__(
-        self, backend: str | None, slides: bool, warned: set[str], device: torch.device, query_scale: Callable | None = None,
-        relative: bool = False,
+        self, prefix: Any, backend: str | None, slides: bool, warned: set[str], device: torch.device,
+        query_scale: Callable | None = None, relative: bool = False,
     ):  # fmt: skip
+        self.prefix = prefix  # whose keys and values these are
         self.backend = backend
         self.slides = slides
         self.warned = warned  # of what, one set for all layers of a model

@@ -60,13 +60,15 @@ class PrefixedModel(nn.Module):
     cuda_graphs: on a GPU a training step of a causal model is replayed as a CUDA graph where it can be (GraphedSteps). The
     model's own code then runs for new shapes of batches alone; with forward hooks of others it always does.
 
-    Raises ValueError for a model that has no prefix attached.
+    Raises ValueError for a model that has not this prefix attached.
     """
 
     def __init__(self, model: PreTrainedModel, prefix: Prefix, cuda_graphs: bool = True):
         super().__init__()
-        if not any(hasattr(module, "layer_prefix") for module in model.modules()):
-            raise ValueError("model: it has no prefix attached; attach_prefix(model, prefix) comes first")
+        attached = next((module.layer_prefix.prefix for module in model.modules() if hasattr(module, "layer_prefix")), None)
+        if attached is not prefix:
+            found = "no prefix" if attached is None else "another prefix"
+            raise ValueError(f"model: it has {found} attached; attach_prefix(model, prefix) comes first")
         self.task = task_of(model)
         # Trainer passes num_items_in_batch: accumulated steps then add up to one big batch.
         self.accepts_loss_kwargs = self.task is not Task.OWN_LOSS

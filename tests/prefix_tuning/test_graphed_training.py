@@ -6,7 +6,7 @@ import itertools
 import pytest
 import torch
 
-from prefix_tuning import Prefix, attach_prefix, cuda_graphs
+from prefix_tuning import Prefix, PrefixBank, attach_prefix, cuda_graphs
 from prefix_tuning.data import IGNORED
 from prefix_tuning.graphed_training import MOST_GRAPHS, GraphedSteps, rounded
 from prefix_tuning.train import PrefixedModel
@@ -168,6 +168,9 @@ def test_a_model_without_a_prefix_is_refused():
     model = tiny_model("llama")
     with pytest.raises(ValueError, match="model: it has no prefix attached"):
         PrefixedModel(model, random_prefix(model))
+    for attached in (random_prefix(model), PrefixBank({"a": random_prefix(model)})):
+        with attach_prefix(model, attached), pytest.raises(ValueError, match="model: it has another prefix attached"):
+            PrefixedModel(model, random_prefix(model))
 
 
 @pytest.mark.parametrize("device", DEVICES, indirect=True)
