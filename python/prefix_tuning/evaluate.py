@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from prefix_tuning.data import PromptCompletionCollator, pair_collator, tokenize_rows
+from prefix_tuning.data import PromptCompletionCollator, check_row, pair_collator, tokenize_rows
 from prefix_tuning.e2e import (
     corpus_bleu,
     reference_slot_error_rate,
@@ -107,6 +107,7 @@ def _check_some(rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _split(row: Mapping[str, Any]) -> tuple[Prompt, str]:
+    check_row(row)
     if "messages" not in row:
         return row["prompt"], row["completion"]
     *asked, answer = row["messages"]

@@ -60,8 +60,10 @@ def generate_texts(
         seed: of the drawing; None draws from torch's generator.
         progress: title of a progress bar on stderr; None for no bar.
 
-    Raises ValueError for a prompt without tokens and for numbers out of range.
+    Raises TypeError for a text in place of a list of prompts, ValueError for a prompt without tokens and numbers out of range.
     """
+    if isinstance(prompts, str):
+        raise TypeError(f"prompts: expected a list of texts or conversations, got the text {prompts!r}")
     _check(max_new_tokens, batch_size, num_beams, temperature, top_p)
     pairs = task_of(model) is Task.ENCODER_DECODER
     if pairs:

@@ -212,6 +212,8 @@ class Prefix(nn.Module):
             raise ValueError(f"tokenizer: got None, expected the one for {names[0]}")
         if text is not None:
             input_ids = encode_prompt(text, tokenizer)
+            if not input_ids:
+                raise ValueError(f"text: {text!r} has no tokens, expected one or more")
         elif messages is not None:
             input_ids = encode_conversation(messages, tokenizer)
         layers = cached_layers(model, input_ids)

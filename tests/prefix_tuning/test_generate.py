@@ -207,6 +207,11 @@ def test_wrong_calls_raise(prompts, options, match):
         generate_texts(tiny_model("llama"), tiny_tokenizer(), prompts, **options)
 
 
+def test_a_text_is_no_list_of_prompts():
+    with pytest.raises(TypeError, match="prompts: expected a list of texts or conversations, got the text 'a pub'"):
+        generate_texts(tiny_model("llama"), tiny_tokenizer(), "a pub")
+
+
 def test_no_prompts_and_the_progress_bar(capsys):
     model, tokenizer = tiny_model("llama"), tiny_tokenizer()
     assert generate_texts(model, tokenizer, []) == []

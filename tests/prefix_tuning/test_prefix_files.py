@@ -229,6 +229,9 @@ DAMAGES = {
         TENSORS_FILE, edited(parts={"decoder": {**SHAPE, "layers": 4}}), ValueError,
         r"decoder.3.key is missing, but by prefix_config.json expected \[2, 5, 16\] \(2 such differences",
     ),
+    "any number of layers": (
+        TENSORS_FILE, edited(parts={"decoder": {**SHAPE, "layers": 10**12}}), ValueError, "decoder.3.key is missing"
+    ),
     "fewer layers": (
         TENSORS_FILE, edited(parts={"decoder": {**SHAPE, "layers": 2}}), ValueError,
         "decoder.2.key is .*expected no such tensor",
