@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -208,25 +208,24 @@ SMOLLM2_MODEL = Model("SmolLM2-135M", "llama", 30, 576, 9, 3, 64, 1536, 49152)
 GPT2_MEDIUM_MODEL = Model("GPT-2 medium", "gpt2", 24, 1024, 16, 16, 64, 4096, 50257)
 LLAMA_1B_MODEL = Model("Llama-3.2-1B", "llama", 16, 2048, 32, 8, 64, 8192, 128256)
 LLAMA_8B_MODEL = Model("Llama-3.1-8B", "llama", 32, 4096, 32, 8, 128, 14336, 128256)
+TRAINED, GENERATED = (16, 200, 2048), (16, 512, 2048)  # prefix lengths
 
 
 def gpu_runs() -> list[Run]:
-    """Whole models, by how much a row says."""
+    """Whole models, by how much a row says; neighbours share a model, which takes seconds to make."""
+
+    def of(model: Model, sizes: Iterable[tuple[int, int]], what: str) -> list[Run]:
+        return [Run(model, what, batch, (TRAINED if what == "train" else GENERATED)[index]) for batch, index in sizes]
+
+    models = (GPT2_MEDIUM_MODEL, LLAMA_1B_MODEL, LLAMA_8B_MODEL, SMOLLM2_MODEL)
     first = [
-        Run(GPT2_MEDIUM_MODEL, "train", 8, 200), Run(LLAMA_1B_MODEL, "generate", 64, 512), Run(LLAMA_1B_MODEL, "train", 8, 200),
-        Run(LLAMA_1B_MODEL, "train", 8, 2048), Run(LLAMA_8B_MODEL, "train", 8, 200), Run(SMOLLM2_MODEL, "train", 8, 16),
-        Run(LLAMA_1B_MODEL, "generate", 8, 512), Run(SMOLLM2_MODEL, "generate", 8, 512),
-        Run(LLAMA_8B_MODEL, "generate", 64, 512),
-    ]  # fmt: skip
-    models = (GPT2_MEDIUM_MODEL, LLAMA_8B_MODEL, SMOLLM2_MODEL, LLAMA_1B_MODEL)
-    sizes = [(8, 1), (64, 1), (8, 2), (64, 0), (8, 0), (1, 1), (64, 2), (1, 2), (1, 0)]  # batch, index of the prefix length
-    then = [
         run
-        for batch, size in sizes
         for model in models
-        for run in (Run(model, "train", batch, (16, 200, 2048)[size]), Run(model, "generate", batch, (16, 512, 2048)[size]))
+        for run in of(model, ((8, 1), (8, 0), (8, 2)), "train") + of(model, ((64, 1), (8, 1)), "generate")
     ]
-    return first + [run for run in then if run.key not in {each.key for each in first}]
+    sizes = [(64, 1), (64, 0), (64, 2), (1, 1), (1, 2), (1, 0), (8, 1), (8, 2), (8, 0)]
+    then = [run for model in models for run in of(model, sizes, "train") + of(model, sizes, "generate")]
+    return list({run.key: run for run in first + then}.values())
 
 
 def tiny_op_cases() -> list[Case]:
