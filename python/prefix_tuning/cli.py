@@ -1,6 +1,6 @@
 """The command `prefix-tuning train | evaluate | generate | convert | doctor`.
 
-Errors of the user's making are one line on stderr and exit status 2; --traceback shows where they arose.
+Errors of the user's making are one line on stderr and exit status 2, Ctrl-C is one and 130; --traceback shows where they arose.
 """
 
 from __future__ import annotations
@@ -50,6 +50,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         message = " ".join(str(error).split()) or type(error).__name__
         print(f"prefix-tuning {args.command}: error: {message}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        if args.traceback:
+            raise
+        print(f"\nprefix-tuning {args.command}: interrupted", file=sys.stderr)  # a progress bar ends no line
+        return 130
     return 0
 
 

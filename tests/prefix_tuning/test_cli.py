@@ -10,6 +10,7 @@ import torch
 import transformers
 
 import prefix_tuning.attention
+import prefix_tuning.recipe
 from prefix_kernels import available_backends
 from prefix_tuning import Prefix, attach_prefix, cli
 from prefix_tuning.e2e import load_e2e
@@ -447,6 +448,22 @@ def test_traceback_shows_where(folder, monkeypatch):
     monkeypatch.chdir(folder)
     with pytest.raises(FileNotFoundError):
         cli.main(["train", "--traceback", "--model", "model", "--train-file", "none.jsonl", "--output", "x"])
+
+
+def test_an_interrupt_leaves_whole_files(run, tmp_path, monkeypatch):
+    def interrupted(self, args, state, control, **kwargs):
+        if state.global_step == 3:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(prefix_tuning.recipe._StepClock, "on_step_begin", interrupted)
+        patched.setattr(prefix_tuning.recipe._StepClock, "on_step_end", lambda *args, **kwargs: None)
+        status, out, err = train(run, tmp_path, "--steps", 9, "--save-steps", 2, "--quiet")
+    assert status == 130 and not out and err.endswith("\nprefix-tuning train: interrupted\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]
+    Prefix.load(tmp_path / "checkpoint-2")
+    status, out, _ = train(run, tmp_path, "--steps", 9, "--save-steps", 2, "--resume")
+    assert status == 0 and (tmp_path / "prefix").is_dir()
 
 
 def test_doctor_names_the_model_that_it_cannot_read(run):
