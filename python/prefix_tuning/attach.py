@@ -112,7 +112,10 @@ class Attachment:
         self._heads = AttachedHeads(model, prefix.heads) if isinstance(prefix, Prefix) else None
 
     def detach(self) -> None:
-        """Put the model back as it was. Calling it again does nothing."""
+        """Put the model back as it was. Calling it again does nothing.
+
+        Under gradient checkpointing call backward() before: it recomputes the layers as they then are.
+        """
         if not self._hooks:
             return
         for hook in self._hooks:
