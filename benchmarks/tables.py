@@ -281,8 +281,13 @@ def readme_cpu(operator: dict[str, Any], whole: dict[str, Any] | None) -> str:
     return f"{table(head, lines)}\n\n{environment_line(operator['environment'])}"
 
 
-def readme_gpu(operator: dict[str, Any], decode: dict[str, Any] | None, whole: dict[str, Any] | None) -> str:
-    """The README's table of GPU speed: geometric means and the worst point of each kind."""
+def readme_gpu(
+    operator: dict[str, Any], decode: dict[str, Any] | None, whole: dict[str, Any] | None, later: Sequence[dict[str, Any]] = ()
+) -> str:
+    """The README's table of GPU speed: geometric means and the worst point of each kind.
+
+    later: results of single whole models, measured after `whole`, whose rows they replace.
+    """
     kinds: list[tuple[str, dict[str, Any] | None, Callable[[Case], bool]]] = [
         ("forward", operator, lambda case: not case.backward),
         ("forward and gradients", operator, lambda case: case.backward),
@@ -298,10 +303,16 @@ def readme_gpu(operator: dict[str, Any], decode: dict[str, Any] | None, whole: d
             place = f"{worst['ratio']:.2f}x ({worst['key']}, over {worst['best_rival']})"
             mean = geometric_mean(row["ratio"] for row in rows)
             lines.append((f"{title}, {len(rows)} points", _mean_over(rows, "peft"), f"{mean:.2f}x", place))
-    for row in whole["rows"] if whole else []:
-        for way, addition in (("selected", ""), ("static cache", ", static cache"), ("kept graphs", ", kept graphs")):
-            if (ratio := over(row, "peft", way)) is not None:
-                lines.append((f"whole model: {row['key']}{addition}", f"{ratio:.2f}x", "", ""))
+    newest = {row["key"]: (row, "") for row in (whole["rows"] if whole else ())}
+    for results in later:
+        commit = f" (commit {results['environment']['commit'][:12]})"
+        newest |= {row["key"]: (row, commit) for row in results["rows"] if over(row, "peft", "selected") is not None}
+    for key, (row, commit) in newest.items():
+        older = "static cache" in row.get("ways", {})  # of the time when generate itself did not make one
+        ways = {"selected": ", growing cache" if older else ""}
+        for way, addition in (ways | {"static cache": ", static cache", "kept graphs": ", kept graphs"}).items():
+            if "ways" in row and (ratio := over(row, "peft", way)) is not None:
+                lines.append((f"whole model: {key}{addition}{commit}", f"{ratio:.2f}x", "", ""))
     head = ("speed on a GPU, geometric means", "over PEFT's way", "over the best rival", "worst point")
     commits = {"attention in training": operator, "decoding": decode, "whole models": whole}
     of = {name: results["environment"]["commit"][:12] for name, results in commits.items() if results}

@@ -184,6 +184,25 @@ def test_readme(measured):
     assert report.render(readme) == readme
 
 
+def test_rows_of_whole_models_are_replaced_by_those_measured_later():
+    operator, decode = {"environment": GPU, "rows": []}, {"environment": GPU, "rows": []}
+    times = {"selected": 3.0, "peft": 2.0}
+    whole = {"environment": GPU, "rows": [
+        whole_row("train M", "train", times), whole_row("generate M", "generate", times | {"static cache": 1.0}),
+        whole_row("generate N", "generate", times | {"static cache": 0.5}), {"key": "generate O", "failed": "no memory"},
+    ]}  # fmt: skip
+    later = {"environment": GPU | {"commit": "fedcba9876543210"}, "rows": [
+        whole_row("generate M", "generate", {"selected": 0.5, "kept graphs": 0.4, "peft": 2.0}),
+        {"key": "train M", "ways": {"without graphs": {"median": 1.0}, "peft": {"median": 2.0}}},
+    ]}  # fmt: skip
+    lines = tables.readme_gpu(operator, decode, whole, [later]).splitlines()
+    assert [line for line in lines if "whole model" in line] == [
+        "| whole model: train M | 0.67x |  |  |", "| whole model: generate M (commit fedcba987654) | 4.00x |  |  |",
+        "| whole model: generate M, kept graphs (commit fedcba987654) | 5.00x |  |  |",
+        "| whole model: generate N, growing cache | 0.67x |  |  |", "| whole model: generate N, static cache | 4.00x |  |  |",
+    ]  # fmt: skip
+
+
 def test_check_fails_where_a_document_or_a_plot_differs(measured, capsys):
     assert report.main(["--check"]) == 0
     page = measured / "docs" / "benchmarks.md"
