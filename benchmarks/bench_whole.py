@@ -19,7 +19,7 @@ import copy
 import importlib.util
 import random
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -70,7 +70,7 @@ class Ours:
         self.model, self.prefix = share_weights(model), copy.deepcopy(prefix)
         self.attachment = attach_prefix(self.model, self.prefix, backend=backend)
         self.trained = PrefixedModel(self.model, self.prefix, cuda_graphs)
-        self.optimizer = torch.optim.AdamW(self.prefix.parameters(), lr=LEARNING_RATE)
+        self.optimizer = optimizer_of(self.prefix.parameters())
 
     def loss(self, batch: Batch) -> Tensor:
         return self.trained(**batch)["loss"]
@@ -112,7 +112,7 @@ class Peft:
         with torch.no_grad():
             stacked = torch.stack([tensor for pair in prefix.layers() for tensor in pair])
             weight.copy_(stacked.permute(2, 0, 1, 3).reshape(weight.shape))
-        self.optimizer = torch.optim.AdamW([weight], lr=LEARNING_RATE)
+        self.optimizer = optimizer_of([weight])
         self._name_the_cache()
 
     def loss(self, batch: Batch) -> Tensor:
@@ -129,6 +129,11 @@ class Peft:
             return inputs
 
         self.model.base_model_prepare_inputs_for_generation = prepare_inputs
+
+
+def optimizer_of(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    """The one that transformers.Trainer makes by default."""
+    return torch.optim.AdamW(parameters, lr=LEARNING_RATE, fused=True)
 
 
 def share_weights(model: nn.Module) -> nn.Module:
