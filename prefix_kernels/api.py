@@ -7,6 +7,7 @@ from one copy of the prefix, which has no batch axis and is never concatenated w
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -152,7 +153,9 @@ def workspace_bytes(
 def _problem(q, k, v, prefix_k, prefix_v, backend: str | None, options: dict[str, Any]) -> AttentionProblem:
     """What a call with these arguments would be, checked as the call checks them."""
     validate.check_call(backend, options.pop("return_lse", False))
-    build = _varlen_inputs if options.get("cu_seqlens_q") is not None else _dense_inputs
+    packed = options.get("cu_seqlens_q") is not None
+    inspect.signature(prefix_attention_varlen if packed else prefix_attention).bind(q, k, v, prefix_k, prefix_v, **options)
+    build = _varlen_inputs if packed else _dense_inputs
     return build(q, k, v, prefix_k, prefix_v, **options).problem()
 
 

@@ -98,6 +98,11 @@ def test_explain_backends_rejects_wrong_calls_as_the_call_does():
         prefix_kernels.explain_backends(q, k[..., :-1], v, prefix_k, prefix_v)
     with pytest.raises(TypeError, match="cu_seqlens_k"):
         prefix_kernels.explain_backends(q, k, v, prefix_k, prefix_v, cu_seqlens_k=torch.tensor([0]))
+    for function in (prefix_kernels.explain_backends, prefix_kernels.workspace_bytes):
+        with pytest.raises(TypeError, match="^got an unexpected keyword argument 'casual'$"):
+            function(q, k, v, prefix_k, prefix_v, casual=True)
+        with pytest.raises(TypeError, match="^missing a required"):
+            function(q[0], k[0], v[0], prefix_k, prefix_v, cu_seqlens_q=torch.tensor([0, 4]))
 
 
 def test_wide_heads_prefer_stock_kernels_on_a_gpu():
