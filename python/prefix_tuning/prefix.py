@@ -17,7 +17,7 @@ from prefix_tuning.prefix_files import read_prefix, write_prefix
 from prefix_tuning.prompts import encode_conversation, encode_prompt
 from prefix_tuning.reparametrization import MLPReparametrization
 from prefix_tuning.shapes import PARTS, Layers, ModelShape, check_dtype, check_int, check_layers
-from prefix_tuning.stacks import part_shapes, text_config
+from prefix_tuning.stacks import check_served, part_shapes, text_config
 from prefix_tuning.text_cache import cached_layers
 from prefix_tuning.text_layers import computed_layers
 
@@ -129,7 +129,7 @@ class Prefix(nn.Module):
 
         position_offset is prefix_len, for an encoder-decoder 0: its tokens stand where they stand without a prefix.
 
-        Raises ValueError (TypeError for a wrong type) naming the argument.
+        Raises ValueError (TypeError for a wrong type) naming the argument; NotImplementedError for a family that is not served.
         """
         check_int("prefix_len", prefix_len, at_least=1)
         check_int("hidden_size", hidden_size, at_least=1)
@@ -140,6 +140,7 @@ class Prefix(nn.Module):
             raise ValueError(f"reparametrization: got {reparametrization!r}, expected None or 'mlp'")
         if text is not None and init != "text":
             raise ValueError(f"text: given, but init is {init!r}; expected init='text' with it")
+        check_served(model.config)
         shapes, device = _shapes_of(model, parts), next(model.parameters()).device
         source: dict[str, Layers | MLPReparametrization] = {}
         if init == "text":

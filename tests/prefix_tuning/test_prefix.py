@@ -269,3 +269,9 @@ def test_state_dict_copies_and_conversions(make):
     doubled = copied.to(torch.float64)
     assert doubled is copied and {tensor.dtype for pair in doubled.layers() for tensor in pair} == {torch.float64}
     assert {p.device.type for p in pickled.to("meta").parameters()} == {"meta"}
+
+
+def test_a_family_that_is_not_served_is_refused_before_anything_is_trained():
+    model = transformers.XLNetLMHeadModel(transformers.XLNetConfig(vocab_size=32, d_model=16, n_layer=1, n_head=2, d_inner=16))
+    with pytest.raises(NotImplementedError, match="model: a prefix can be attached to .* got model type 'xlnet'"):
+        Prefix.for_model(model, 4)
