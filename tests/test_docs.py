@@ -103,12 +103,17 @@ def test_first_readme_example_runs(tmp_path, monkeypatch, capsys):
 
 def test_further_readme_examples_run(tmp_path, monkeypatch):
     peft = pytest.importorskip("peft")
-    bank, accelerated, operation = python_examples("README.md")[1:]
+    loop, bank, accelerated, operation = python_examples("README.md")[1:]
     model, tokenizer = tiny_model("llama"), tiny_tokenizer()
     monkeypatch.chdir(tmp_path)
     random_prefix(model, 3).save("runs/pubs/prefix")
     rows = {"input_ids": torch.randint(3, 128, (3, 5)), "attention_mask": torch.ones(3, 5, dtype=torch.long)}
     names = {"model": model, "tokenizer": tokenizer, "three_rows": rows, "Prefix": Prefix, "attach_prefix": attach_prefix}
+    prefix = random_prefix(model)
+    before = prefix.layers()[0][0].detach().clone()
+    names |= {"prefix": prefix, "batches": [rows | {"labels": rows["input_ids"]}], "torch": torch}
+    exec(compile(loop, "README.md", "exec"), names)
+    assert not torch.equal(prefix.layers()[0][0], before)
     exec(compile(bank, "README.md", "exec"), names)
     assert names["tokens"].shape[0] == 3
     adapted = peft.get_peft_model(model, peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
