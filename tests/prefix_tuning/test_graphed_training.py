@@ -62,6 +62,16 @@ def without_graphs(trained):
     return other
 
 
+def assert_step(trained, batch):
+    """The step is that without graphs; its gradients are left."""
+    trained.prefix.zero_grad()
+    expected, expected_grads = step(without_graphs(trained), batch)
+    trained.prefix.zero_grad()
+    loss, grads = step(trained, batch)
+    for value, right in zip([loss, *grads], [expected, *expected_grads], strict=True):
+        torch.testing.assert_close(value, right, **TOLERANCE)
+
+
 @pytest.mark.parametrize("device", DEVICES, indirect=True)
 @pytest.mark.parametrize("mlp", (False, True), ids=("prefix", "reparametrised"))
 @pytest.mark.parametrize("family", ("llama", "gpt2", "mistral", "gemma2", "opt", "bloom"))
@@ -74,12 +84,7 @@ def test_steps_equal(device, family, mlp):
         optimizer = torch.optim.AdamW(prefix.parameters(), lr=1e-2)
         for number, size in enumerate(SIZES):
             batch = batch_of(*size, seed=number, device=device)
-            expected, expected_grads = step(without_graphs(trained), batch)
-            optimizer.zero_grad()
-            loss, grads = step(trained, batch)
-            torch.testing.assert_close(loss, expected, **TOLERANCE)
-            for grad, expected_grad in zip(grads, expected_grads, strict=True):
-                torch.testing.assert_close(grad, expected_grad, **TOLERANCE)
+            assert_step(trained, batch)
             optimizer.step()
             optimizer.zero_grad()
         assert len(trained.graphs._steps) == 2 and not trained.graphs._refused
@@ -138,13 +143,7 @@ def test_a_mask_that_hides_padding_on_the_right_alone_is_looked_at(device, padde
         for number in range(3):
             batch = batch_of(4, 13, number, device) | {"attention_mask": mask.to(device)}
             batch["labels"][batch["attention_mask"] == 0] = IGNORED
-            prefix.zero_grad()
-            expected, expected_grads = step(without_graphs(trained), batch)
-            prefix.zero_grad()
-            loss, grads = step(trained, batch)
-            torch.testing.assert_close(loss, expected, **TOLERANCE)
-            for grad, expected_grad in zip(grads, expected_grads, strict=True):
-                torch.testing.assert_close(grad, expected_grad, **TOLERANCE)
+            assert_step(trained, batch)
         assert len(trained.graphs._steps) == (padded == "right")
 
 
