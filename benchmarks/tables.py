@@ -278,7 +278,14 @@ def readme_cpu(operator: dict[str, Any], whole: dict[str, Any] | None) -> str:
             threads = whole["environment"]["threads"]
             lines.append((f"whole model: {row['key']}, {row['dtype']}, {threads} threads", f"{ratio:.2f}x", "", ""))
     head = ("speed on a CPU, geometric means", "over PEFT's way", "over the best rival", "worst point")
-    return f"{table(head, lines)}\n\n{environment_line(operator['environment'])}"
+    named = _commits({"attention": operator, "whole models": whole})
+    return f"{table(head, lines)}\n\n{environment_line(operator['environment'])}{named}"
+
+
+def _commits(parts: dict[str, dict[str, Any] | None]) -> str:
+    """Which part of a table is of which commit, where they differ."""
+    of = {name: results["environment"]["commit"][:12] for name, results in parts.items() if results}
+    return f" Of commits: {', '.join(f'{name} {commit}' for name, commit in of.items())}." if len(set(of.values())) > 1 else ""
 
 
 def readme_gpu(
@@ -314,7 +321,5 @@ def readme_gpu(
             if "ways" in row and (ratio := over(row, "peft", way)) is not None:
                 lines.append((f"whole model: {key}{addition}{commit}", f"{ratio:.2f}x", "", ""))
     head = ("speed on a GPU, geometric means", "over PEFT's way", "over the best rival", "worst point")
-    commits = {"attention in training": operator, "decoding": decode, "whole models": whole}
-    of = {name: results["environment"]["commit"][:12] for name, results in commits.items() if results}
-    named = f" Of commits: {', '.join(f'{name} {commit}' for name, commit in of.items())}." if len(set(of.values())) > 1 else ""
+    named = _commits({"attention in training": operator, "decoding": decode, "whole models": whole})
     return f"{table(head, lines)}\n\n{environment_line(operator['environment'])}{named}"
