@@ -52,7 +52,7 @@ RUNS = (
 )
 BATCHES = 4  # of a training run, in turn
 LEARNING_RATE = 1e-3
-GROWING_ROWS = 64  # with fewer a growing cache takes as long as PEFT's way, and only the time to measure it is new
+GROWING_ROWS = 64  # least for that way: with fewer it waits for the host alone, for seconds a call
 LOSS_LIMITS = {torch.float32: 1e-4, torch.bfloat16: 2e-2}  # relative, of each of two steps
 LOGIT_LIMITS = {torch.float32: 1e-3, torch.bfloat16: 5e-2}  # ‖actual − expected‖ / ‖expected‖
 TARGET_SHARE = 0.47  # of E2E's tokens

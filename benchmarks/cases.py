@@ -208,14 +208,14 @@ SMOLLM2_MODEL = Model("SmolLM2-135M", "llama", 30, 576, 9, 3, 64, 1536, 49152)
 GPT2_MEDIUM_MODEL = Model("GPT-2 medium", "gpt2", 24, 1024, 16, 16, 64, 4096, 50257)
 LLAMA_1B_MODEL = Model("Llama-3.2-1B", "llama", 16, 2048, 32, 8, 64, 8192, 128256)
 LLAMA_8B_MODEL = Model("Llama-3.1-8B", "llama", 32, 4096, 32, 8, 128, 14336, 128256)
-TRAINED, GENERATED = (16, 200, 2048), (16, 512, 2048)  # prefix lengths
+PREFIX_LENS = {"train": (16, 200, 2048), "generate": (16, 512, 2048)}
 
 
 def gpu_runs() -> list[Run]:
     """Whole models, by how much a row says; neighbours share a model, which takes seconds to make."""
 
-    def of(model: Model, sizes: Iterable[tuple[int, int]], what: str) -> list[Run]:
-        return [Run(model, what, batch, (TRAINED if what == "train" else GENERATED)[index]) for batch, index in sizes]
+    def of(model: Model, sizes: Iterable[tuple[int, int]], what: str) -> list[Run]:  # batch, index of the prefix length
+        return [Run(model, what, batch, PREFIX_LENS[what][index]) for batch, index in sizes]
 
     models = (GPT2_MEDIUM_MODEL, LLAMA_1B_MODEL, LLAMA_8B_MODEL, SMOLLM2_MODEL)
     first = [

@@ -92,7 +92,10 @@ Call describe(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& p
   const int64_t *ends_q = indices(cu_seqlens_q), *ends_k = indices(cu_seqlens_k), *parents = indices(parent);
   const int64_t count = varlen ? cu_seqlens_q->size(0) - 1 : q.size(0);
   call.sequences.reserve(count);
-  if (varlen) check_ends("cu_seqlens_q", ends_q, count, q.size(0)), check_ends("cu_seqlens_k", ends_k, count, k.size(0));
+  if (varlen) {
+    check_ends("cu_seqlens_q", ends_q, count, q.size(0));
+    check_ends("cu_seqlens_k", ends_k, count, k.size(0));
+  }
   for (int64_t i = 0; i < count; ++i) {
     Sequence s{};
     if (varlen) {

@@ -120,10 +120,10 @@ class PrefixedModel(nn.Module):
 
     def _target_loss(self, labels: Tensor, inputs: dict[str, Any]) -> tuple[Tensor, int]:
         replayed = None
-        if self.graphs is not None and self.checkpointing is None:
-            if self.graphs.serves({name: value for name, value in inputs.items() if name != "attention_mask"}):
-                inputs = without_idle_mask(inputs, wait=True)  # the labels are waited for as well
-            if self.graphs.serves(inputs):
+        unmasked = {name: value for name, value in inputs.items() if name != "attention_mask"}
+        if self.graphs is not None and self.checkpointing is None and self.graphs.serves(unmasked):
+            inputs = without_idle_mask(inputs, wait=True)  # the labels are waited for as well
+            if "attention_mask" not in inputs:
                 replayed = self.graphs.loss(inputs["input_ids"], labels)
         return target_loss(self.model, labels=labels, **inputs) if replayed is None else replayed
 

@@ -19,7 +19,7 @@ from prefix_kernels.backends.triton.rows import Operand, Tokens
 from prefix_kernels.problem import AttentionInputs
 
 MOST_KINDS = 1024  # that are remembered
-TENSORS = 13  # the first fields of AttentionInputs
+TENSORS = AttentionInputs._fields.index("causal")  # its first fields
 _ALLOCATING = {
     torch.ops.aten.empty.memory_format, torch.ops.aten.empty_like.default, torch.ops.aten.empty_strided.default,
     torch.ops.aten.new_empty.default,
