@@ -27,6 +27,7 @@ from prefix_tuning.devices import execution_device
 from prefix_tuning.families import family_of
 from prefix_tuning.graphed_decoding import GraphedDecoding
 from prefix_tuning.heads import AttachedHeads
+from prefix_tuning.multimodal_families import text_part
 from prefix_tuning.own_cache import OwnCache
 from prefix_tuning.patched_attention import replacement
 from prefix_tuning.positions import check_learned_positions, new_tokens, sequence_positions, shift_embeddings
@@ -75,6 +76,7 @@ class Attachment:
                 LayerPrefix(
                     prefix, backend, slides, warned, execution_device(module), stack.query_scale,
                     relative=stack.positions == "relative" and part == stack.self_attention,
+                    first_position=stack.first_position,
                 )  # fmt: skip
                 for module in modules
             ]
@@ -83,7 +85,7 @@ class Attachment:
         }
         replaced = {m: replacement(m) for stack in self.stacks for modules in stack.attention.values() for m in modules}
         self._hidden: list[tuple[LayerPrefix, tuple]] = []  # what each layer holds again when the prefix is switched on
-        self._configs = _replace_configs(model, [stack for stack in every if stack not in self.stacks])
+        self._configs = _replace_configs(model, self.stacks, [stack for stack in every if stack not in self.stacks])
         self._changed: list[tuple[nn.Module, str, dict[str, Any]]] = []
         for stack in self.stacks:
             for part, modules in stack.attention.items():
@@ -95,7 +97,7 @@ class Attachment:
         self._decoding = GraphedDecoding(model, slides, self._recorded_state) if hasattr(model, "generate") else None
         if self._decoding is not None:
             self._change(model, get_compiled_call=self._decoding, _prepare_cache_for_generation=OwnCache(model))
-        self._hooks = [self._hook(stack) for stack in self.stacks]
+        self._hooks = [hook for stack in self.stacks for hook in self._hooks_of(stack)]
         self._hooks += [
             shift_embeddings(stack.module.embed_positions, self._offset)
             for stack in self.stacks
@@ -190,11 +192,14 @@ class Attachment:
         tensors = [tensor for layer in held for tensor in (layer.key, layer.value)] + exact
         return (bool(self._hidden), self.prefix.position_offset), tuple(tensor.data_ptr() for tensor in tensors)
 
-    def _hook(self, stack: Stack) -> RemovableHandle:
-        names = list(inspect.signature(type(stack.module).forward).parameters)[1:]
+    def _hooks_of(self, stack: Stack) -> list[RemovableHandle]:
         layers = (module for module in stack.module.modules() if isinstance(module, GradientCheckpointingLayer))
-        before = partial(self._before_forward, stack, names, next(layers, stack.module))
-        return stack.module.register_forward_pre_hook(before, with_kwargs=True)
+        before = partial(self._before_forward, stack, _argument_names(stack.module), next(layers, stack.module))
+        hooks = [stack.module.register_forward_pre_hook(before, with_kwargs=True)]
+        if stack.wrapper is not None:
+            before = partial(self._before_wrapper, stack, _argument_names(stack.wrapper))
+            hooks.append(stack.wrapper.register_forward_pre_hook(before, with_kwargs=True))
+        return hooks
 
     def _offset(self) -> int:
         return 0 if self._hidden else self.prefix.position_offset
@@ -237,6 +242,27 @@ class Attachment:
                 torch._foreach_copy_(*self._rounded[part])
         else:
             self._refresh(part for part in parts if self._rounded.pop(part, None))
+
+    def _before_wrapper(
+        self, stack: Stack, names: list[str], module: nn.Module, args: tuple, kwargs: dict
+    ) -> tuple[tuple, dict] | None:
+        """Positions of padded rows, which the stack could not count: the wrapper keeps the attention mask to itself."""
+        if self._hidden:
+            return None
+        kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
+        mask, cache = kwargs.get("attention_mask"), kwargs.get("cache", kwargs.get("past_key_values"))
+        # Without its argument for the mask PEFT's prefix makes attention causal, and so does ours in its place.
+        asked_for = stack.mask_argument if isinstance(self.prefix, (Prefix, PrefixBank)) else None
+        begins = (cache is None or not cache.is_initialized) and new_tokens(kwargs).shape[1] > 1
+        if asked_for is not None and begins and kwargs.get(asked_for) is None:
+            raise ValueError(
+                f"{asked_for}: got none, by which {type(module).__name__} leaves it to the attention implementation whether a "
+                "prompt sees later tokens; expected int [batch, length], 0 for tokens that all see each other, else 1"
+            )
+        if kwargs.get("position_ids") is not None or not (isinstance(mask, Tensor) and mask.dim() == 2):
+            return None
+        kwargs["position_ids"] = sequence_positions(kwargs) + stack.first_position
+        return (), kwargs
 
     def _before_forward(
         self, stack: Stack, names: list[str], first_layer: nn.Module, module: nn.Module, args: tuple, kwargs: dict
@@ -302,24 +328,31 @@ def _check_checkpointing(layer: nn.Module) -> None:
         )
 
 
-def _replace_configs(model: nn.Module, untouched: Sequence[Stack]) -> list[tuple[nn.Module, PreTrainedConfig]]:
-    """Give the model's modules copies of their configs that name our attention; another model may share the old ones.
+def _argument_names(module: nn.Module) -> list[str]:
+    return list(inspect.signature(type(module).forward).parameters)[1:]
 
-    The stacks that stay as they are keep theirs. The model's own config stands for its decoder. Returns each module with its
-    old config.
+
+def _replace_configs(
+    model: nn.Module, attached: Sequence[Stack], untouched: Sequence[Stack]
+) -> list[tuple[nn.Module, PreTrainedConfig]]:
+    """Give the modules in attached stacks and around them copies of their configs that name our attention.
+
+    Another model may share the old ones. What stays as it is keeps its own: other stacks, towers for images. The model's own
+    config stands for its decoder or its text model. Returns each module with its old config.
     """
-    kept = {module for stack in untouched for module in stack.module.modules()}
-    if any("decoder" in stack.attention for stack in untouched):
-        kept |= set(model.modules()) - {module for module in model.base_model.encoder.modules()}
+    changed = {module for stack in attached for module in stack.module.modules()}
+    if not any("decoder" in stack.attention for stack in untouched):
+        changed |= {module for module in model.modules() if not changed.isdisjoint(module.modules())}
     before = [
         (module, module.config)
         for module in model.modules()
-        if module not in kept and isinstance(getattr(module, "config", None), PreTrainedConfig)
+        if module in changed and isinstance(getattr(module, "config", None), PreTrainedConfig)
     ]
     copies: dict[int, Any] = {}
     for module, config in before:
         module.config = copy.deepcopy(config, copies)
-        module.config._attn_implementation = ATTENTION_NAME
+        within = {} if text_part(config) is config else {"": ATTENTION_NAME, "text_config": ATTENTION_NAME}
+        module.config._attn_implementation = within or ATTENTION_NAME
     return before
 
 

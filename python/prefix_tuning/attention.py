@@ -27,7 +27,7 @@ class LayerPrefix:
 
     def __init__(
         self, prefix: Any, backend: str | None, slides: bool, warned: set[str], device: torch.device,
-        query_scale: Callable | None = None, relative: bool = False,
+        query_scale: Callable | None = None, relative: bool = False, first_position: int = 0,
     ):  # fmt: skip
         self.prefix = prefix  # whose keys and values these are
         self.backend = backend
@@ -36,6 +36,7 @@ class LayerPrefix:
         self.device = device  # where the layer computes
         self.query_scale = query_scale  # of the family
         self.relative = relative  # positions are a bias by distance, which has columns for the prefix too
+        self.first_position = first_position  # of a sequence without a prefix
         self.position_offset = 0
         self.key: Tensor | None = None  # [kv_heads, prefix_len, head_dim], of a bank [prefixes, …]
         self.value: Tensor | None = None
@@ -44,7 +45,8 @@ class LayerPrefix:
 
     def offset(self, prefix_ids: Tensor | None) -> int | Tensor:
         """Where the positions of the sequence start, with a bank those of each row [batch, 1]."""
-        return self.position_offset if self.position_offsets is None else self.position_offsets(prefix_ids)
+        offset = self.position_offset if self.position_offsets is None else self.position_offsets(prefix_ids)
+        return offset + self.first_position
 
     def __deepcopy__(self, memo: dict) -> LayerPrefix:
         """A copy of the model has its own; what was produced for a forward pass is not a part of that pass any more."""

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from prefix_tuning.multimodal_families import text_part
 from prefix_tuning.positions import llama4_query_scale
 from prefix_tuning.shapes import (
     ModelShape,
@@ -63,6 +64,7 @@ FAMILIES = {
     "granite": Family("GraniteAttention"),
     "llama": Family("LlamaAttention"),
     "llama4_text": Family("Llama4TextAttention", query_scale=llama4_query_scale),
+    "ministral3": Family("Ministral3Attention"),
     "mistral": Family("MistralAttention"),
     "mixtral": Family("MixtralAttention"),
     "mpt": Family("MptAttention", alibi=True),
@@ -71,10 +73,13 @@ FAMILIES = {
     "phi": Family("PhiAttention"),
     "phi3": Family("Phi3Attention"),
     "qwen2": Family("Qwen2Attention"),
+    "qwen2_5_vl_text": Family("Qwen2_5_VLAttention"),
     "qwen2_moe": Family("Qwen2MoeAttention"),
+    "qwen2_vl_text": Family("Qwen2VLAttention"),
     "qwen3": Family("Qwen3Attention"),
     "qwen3_moe": Family("Qwen3MoeAttention"),
     "qwen3_next": Family("Qwen3NextAttention", full_attention_shape),
+    "qwen3_vl_text": Family("Qwen3VLTextAttention"),
     "smollm3": Family("SmolLM3Attention"),
     "stablelm": Family("StableLmAttention", hands_on=False),
 }
@@ -91,8 +96,8 @@ def model_shape(config) -> ModelShape:
 
 
 def family_of(model: nn.Module) -> Family:
-    """The model's family; NotImplementedError for one that has no row here."""
-    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    """The model's family, of a wrapper that of its text model; NotImplementedError for one that has no row here."""
+    model_type = getattr(text_part(getattr(model, "config", None)), "model_type", None)
     if model_type not in FAMILIES:
         raise NotImplementedError(
             f"model: a prefix can be attached to {', '.join(FAMILIES)}; got model type {model_type!r} ({type(model).__name__})"
@@ -113,7 +118,7 @@ def attention_modules(model: nn.Module) -> list[nn.Module]:
             f"model: expected {expected} layers with a {family_of(model).attention}, found layers {layers} in "
             f"{type(model).__name__}"
         )
-    if getattr(model.config, "add_cross_attention", False):
+    if getattr(text_part(model.config), "add_cross_attention", False):
         raise NotImplementedError(f"model: cross-attention is not served; got {type(model).__name__} with add_cross_attention")
     return modules
 

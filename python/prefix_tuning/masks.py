@@ -20,6 +20,7 @@ from transformers.masking_utils import (
     sdpa_mask,
     sliding_window_bidirectional_mask_function,
     sliding_window_causal_mask_function,
+    sliding_window_overlay,
 )
 
 
@@ -38,6 +39,7 @@ class MaskStructure:
     bias: Tensor | None = None  # float32 [batch or 1, heads or 1, q_len, kv_len], for every other pattern
     chunk: int | None = None  # the bias is one of chunks of that many tokens
     local: int | None = None  # the bias is one of a causal window of that many tokens, and of packed rows or the like
+    opaque: bool = False  # whether the bias is one of such a window could not be seen
     tokens: Tensor | None = None  # bool [batch, tokens seen so far]: which are real; None where all are, or starts says enough
     starts: Tensor | None = None  # int [batch]: the index of each row's first real token
     ndim: int = 4
@@ -90,6 +92,8 @@ class MaskStructure:
         own_len: how long each row's prefix is, [batch, 1], or all of them.
         positions: of the queries in their sequences, [batch or 1, q_len], which packed rows need.
         """
+        if self.opaque and prefix_len:
+            raise NotImplementedError("prefix_window: 'peft' is not served by torch.compile for masks that a model composes")
         window = self.local or (self.window if self.causal else None)
         stays = self.chunk is None and (window is None or self._within_window(window, prefix_len, kv_len))
         if stays or prefix_len == 0:
@@ -203,7 +207,10 @@ def mask_structure(
     dense = dense_structure(visible)
     if chunk is not None:
         return replace(structure, bias=dense.bias, chunk=chunk)
-    return replace(dense, local=local_size, key_offset=kv_offset)
+    composed = local_size is None and getattr(options.get("config"), "sliding_window", None) is not None
+    if composed and torch.compiler.is_compiling():
+        return replace(dense, opaque=options.get("use_vmap", False), key_offset=kv_offset)
+    return replace(dense, local=_window_in(mask_function) if composed else local_size, key_offset=kv_offset)
 
 
 def dense_structure(mask: Tensor) -> MaskStructure:
@@ -245,6 +252,15 @@ def _told(name: str, local_size: int | None, config=None, use_vmap: bool = True,
     transformers sets use_vmap for every function that a caller adds; a chunked mask has another size than the window.
     """
     return local_size is not None and not use_vmap and local_size == getattr(config, name, None)
+
+
+def _window_in(function) -> int | None:
+    """The window of a mask function that is made of others, one of which cuts by a causal window (Gemma's for images)."""
+    parts = [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
+    if getattr(function, "__code__", None) is sliding_window_overlay(1).__code__:
+        return parts[0]
+    parts = [part for found in parts for part in (found if isinstance(found, tuple) else (found,))]
+    return next((window for window in map(_window_in, parts) if window is not None), None)
 
 
 def _same_function(one, other) -> bool:

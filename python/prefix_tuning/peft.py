@@ -82,9 +82,9 @@ class Acceleration:
         self._model = model
         self._attachment = Attachment(model.base_model, self.adapter, backend=None, prefix_window="peft")
         self._hooks = []
-        for stack in self._attachment.stacks:
-            before = stack.module.register_forward_pre_hook(self._before_stack, prepend=True)  # before the Attachment's own
-            self._hooks += [before, stack.module.register_forward_hook(self._after_stack)]
+        for module in (module for stack in self._attachment.stacks for module in stack.entrances):
+            before = module.register_forward_pre_hook(self._before_stack, prepend=True)  # before the Attachment's own
+            self._hooks += [before, module.register_forward_hook(self._after_stack)]
         self._before = {name: vars(model)[name] for name in PATCHED if name in vars(model)}
         self._patches = {"forward": _forward, "generate": _generate, "disable_adapter": _disable_adapter}
         if hasattr(model, "base_model_prepare_inputs_for_generation"):

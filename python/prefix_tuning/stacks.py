@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from prefix_tuning.encoder_families import ENCODER_DECODERS, ENCODERS, REFUSED
 from prefix_tuning.families import FAMILIES, attention_modules, family_of, model_shape, shared_attention
+from prefix_tuning.multimodal_families import MULTIMODAL, text_part
 from prefix_tuning.shapes import ModelShape
 
 SELF_ATTENTION = ("decoder", "encoder")
@@ -27,6 +28,8 @@ class Stack:
     first_position: what the first token's position_ids is where the caller gives none.
     query_scale, while_attached: as in Family.
     shared: attention modules beside them that use the keys and values of one of them, and which one.
+    wrapper: the model around the module that calls it with positions or masks of its own making; mask_argument: of that call,
+        as in MultimodalFamily.
     """
 
     module: nn.Module
@@ -37,6 +40,13 @@ class Stack:
     query_scale: Callable[..., Tensor | None] | None = None
     while_attached: Mapping[str, Any] = field(default_factory=dict)
     shared: Mapping[nn.Module, nn.Module] = field(default_factory=dict)
+    wrapper: nn.Module | None = None
+    mask_argument: str | None = None
+
+    @property
+    def entrances(self) -> list[nn.Module]:
+        """The modules whose calls are changed, the outermost first."""
+        return [self.module] if self.wrapper is None else [self.wrapper, self.module]
 
     @property
     def self_attention(self) -> str:
@@ -89,12 +99,13 @@ def attention_kinds(config) -> dict[str, dict[str, Any]]:
 
 def check_served(config) -> None:
     """NotImplementedError for a config of a family without a row, saying why."""
-    model_type = getattr(config, "model_type", None)
+    model_type, inside = (getattr(c, "model_type", None) for c in (config, text_part(config)))
     if model_type in REFUSED:
         raise NotImplementedError(f"model: a prefix cannot be attached to {model_type}: {REFUSED[model_type]}")
-    if model_type not in FAMILIES.keys() | ENCODER_DECODERS.keys() | ENCODERS.keys():
-        known = ", ".join(sorted([*FAMILIES, *ENCODER_DECODERS, *ENCODERS]))
-        raise NotImplementedError(f"model: a prefix can be attached to {known}; got model type {model_type!r}")
+    if inside not in FAMILIES and model_type not in ENCODER_DECODERS.keys() | ENCODERS.keys():
+        known = ", ".join(sorted([*FAMILIES, *ENCODER_DECODERS, *ENCODERS, *MULTIMODAL]))
+        around = "" if inside == model_type else f" around {inside!r}"
+        raise NotImplementedError(f"model: a prefix can be attached to {known}; got model type {model_type!r}{around}")
 
 
 def stacks(model: nn.Module) -> list[Stack]:
@@ -105,18 +116,26 @@ def stacks(model: nn.Module) -> list[Stack]:
     if model.config.model_type in ENCODERS:
         return [_encoder(model)]
     family, modules = family_of(model), attention_modules(model)
+    models, around = _models_around(model, modules[0]), MULTIMODAL.get(model.config.model_type)
+    wrapping = {}
+    if around is not None and not around.multimodal_positions:
+        wrappers = [module for module in models if module.config.model_type == model.config.model_type]
+        wrapping = {
+            "wrapper": wrappers[-1], "first_position": around.first_position, "mask_argument": around.mask_argument,
+        }  # fmt: skip
     return [
         Stack(
-            _innermost_model(model, modules[0]), {"decoder": modules}, learned_positions=family.learned_positions,
-            query_scale=family.query_scale, while_attached=family.while_attached, shared=shared_attention(model),
+            models[-1], {"decoder": modules}, learned_positions=family.learned_positions, query_scale=family.query_scale,
+            while_attached=family.while_attached, shared=shared_attention(model), **wrapping,
         )
     ]  # fmt: skip
 
 
-def _innermost_model(model: nn.Module, inside: nn.Module) -> nn.Module:
-    """The transformers model right around a module: whoever calls that module calls this one's forward pass."""
+def _models_around(model: nn.Module, inside: nn.Module) -> list[nn.Module]:
+    """The transformers models that hold a module, the outermost first: whoever calls that module calls the last one's forward
+    pass."""
     models = (module for module in model.modules() if hasattr(module, "base_model_prefix"))
-    return [module for module in models if any(inner is inside for inner in module.modules())][-1]
+    return [module for module in models if any(inner is inside for inner in module.modules())]
 
 
 def _encoder_decoder(model: nn.Module) -> list[Stack]:

@@ -11,6 +11,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from prefix_tuning.families import FAMILIES, model_shape
+from prefix_tuning.multimodal_families import MULTIMODAL, text_part
 from prefix_tuning.shapes import Layers, check_layers
 from prefix_tuning.stacks import part_shapes, stacks, text_config
 
@@ -36,7 +37,7 @@ def cached_layers(model: nn.Module, input_ids: Tensor | Sequence[int]) -> Layers
         for module, mode in modes.items():
             module.training = mode
     layers = [(layer.keys, layer.values) for layer in cache.layers]
-    modules = stacks(model)[0].attention["decoder"] if model.config.model_type in FAMILIES else []
+    modules = stacks(model)[0].attention["decoder"] if text_part(model.config).model_type in FAMILIES else []
     if modules and hasattr(modules[0], "expand_kv"):  # latent attention caches what keys and values are made from
         layers = [module.expand_kv(*latent) for module, latent in zip(modules, layers, strict=True)]
     layers = [(key[0], value[0]) for key, value in layers]
@@ -67,6 +68,8 @@ def checked_ids(model: nn.Module, input_ids: Tensor | Sequence[int]) -> Tensor:
 def _cache_of(model: nn.Module, ids: Tensor) -> DynamicCache:
     """The model's cache after ids [1, tokens], CHUNK of them at a time, with all tokens also where attention has a window."""
     backbone = getattr(model, "base_model", model)
+    if backbone is model and hasattr(model, "get_decoder"):  # Llama 4 around its text model, head included
+        backbone = model.get_decoder()
     own = DynamicCache(config=model.config.get_text_config())
     others = {type(layer).__name__ for layer in own.layers if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer)}
     others.discard("DummyLayer")  # that of a layer which uses the keys of another
@@ -77,6 +80,8 @@ def _cache_of(model: nn.Module, ids: Tensor) -> DynamicCache:
     cache = DynamicCache()  # without the config, which would have it forget what a window has passed
     arguments = inspect.signature(backbone.forward).parameters
     name = "cache" if "cache" in arguments else "past_key_values"  # renamed in transformers 5.24
+    masks = getattr(MULTIMODAL.get(model.config.model_type), "mask_argument", None)
     for chunk in ids.split(CHUNK, dim=1):
-        backbone(input_ids=chunk, use_cache=True, return_dict=True, **{name: cache})
+        causal = {} if masks is None else {masks: torch.ones_like(chunk)}
+        backbone(input_ids=chunk, use_cache=True, return_dict=True, **{name: cache}, **causal)
     return cache

@@ -17,7 +17,7 @@ from transformers import StaticCache
 from prefix_tuning import attach_prefix
 from support.checkpointing import counted_attention, train_with_checkpointing
 from support.models import random_prefix, tiny_model
-from support.reference import Concatenation, PastInsideTheWindow, PastKeyValues
+from support.reference import Concatenation, PastInsideTheWindow, PastKeyValues, first_position
 
 PREFIX_LEN, NEW_TOKENS = 5, 8
 TOLERANCE = {"atol": 1e-4, "rtol": 1e-4}
@@ -42,14 +42,14 @@ def mean_loss(logits, rows):
 class Case:
     """A family's tiny model, a random prefix, a batch with and without padding, and what they must give."""
 
-    def __init__(self, name: str):
-        self.name, self.model = name, tiny_model(name)
+    def __init__(self, name: str, model=None):
+        self.name, self.model = name, tiny_model(name) if model is None else model
         self.prefix = random_prefix(self.model, PREFIX_LEN)
         self.input_ids, self.mask = ids(), torch.ones(2, 7, dtype=torch.long)
         self.mask[0, :3] = 0
         self.rows = [self.input_ids[:1, 3:], self.input_ids[1:]]
         self.reference = self.padded_reference = Concatenation() if name in NO_PAST_KEY_VALUES else PastKeyValues()
-        config = self.model.config
+        config = self.model.config.get_text_config()
         if any(getattr(config, window, None) for window in ("sliding_window", "attention_chunk_size")):
             # A window over the prefix counts the padding too: only a pinned prefix is seen alike with and without it.
             self.padded_reference = Concatenation()
@@ -81,7 +81,8 @@ class Case:
     @cached_property
     def counts_padding(self):
         """Whether padding changes what the plain model computes."""
-        positions = {"position_ids": (self.mask.cumsum(-1) - 1).clamp(min=0)} if self.takes("position_ids") else {}
+        counted = (self.mask.cumsum(-1) - 1).clamp(min=0) + first_position(self.model)
+        positions = {"position_ids": counted} if self.takes("position_ids") else {}
         logits = self.model(input_ids=self.input_ids, attention_mask=self.mask, **positions).logits[self.mask.bool()]
         alone = torch.cat([self.model(input_ids=row).logits[0] for row in self.rows])
         return not torch.allclose(logits, alone, **TOLERANCE)
@@ -156,7 +157,7 @@ def padding(case: Case) -> None:
 def padding_with_position_ids(case: Case) -> None:
     if not case.takes("position_ids"):
         raise NotPossible("the model takes no position_ids")
-    _padded_forward(case, position_ids=(case.mask.cumsum(-1) - 1).clamp(min=0))
+    _padded_forward(case, position_ids=(case.mask.cumsum(-1) - 1).clamp(min=0) + first_position(case.model))
 
 
 def _padded_forward(case: Case, **options) -> None:
@@ -230,7 +231,7 @@ def packing(case: Case) -> None:
     """Packed sequences do not see each other; each sees the prefix right in front of it."""
     if not case.takes("position_ids"):
         raise NotPossible("the model takes no position_ids")
-    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2]])
+    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2]]) + first_position(case.model)
     packed = torch.cat([case.input_ids[:1, :4], case.input_ids[1:, :3]], 1)
     apart = [case.input_ids[:1, :4], case.input_ids[1:, :3]]
     plain = case.model(input_ids=packed, position_ids=positions, use_cache=False).logits

@@ -14,6 +14,11 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from prefix_tuning.families import attention_modules, shared_attention
 
 
+def first_position(model):
+    """What a model gives its first token as position."""
+    return 1 if model.config.model_type == "paligemma" else 0
+
+
 def prefix_cache(model, prefix, batch):
     """The prefix as PEFT gives it: copied per row into a cache. Gradients flow back to it."""
     cache = DynamicCache(config=model.config)
@@ -30,7 +35,7 @@ class PastKeyValues:
     def forward(self, model, prefix, input_ids, mask=None, **kwargs):
         batch, _ = input_ids.shape
         mask = torch.ones_like(input_ids) if mask is None else mask
-        positions = (mask.cumsum(-1) - 1).clamp(min=0) + prefix.position_offset
+        positions = (mask.cumsum(-1) - 1).clamp(min=0) + prefix.position_offset + first_position(model)
         if model.config.model_type not in ("bloom", "mpt"):  # they have no positions but those of their bias
             kwargs["position_ids"] = positions
         mask = torch.cat([mask.new_ones(batch, prefix.prefix_len), mask], 1)
@@ -80,11 +85,14 @@ class Concatenation:
         def shift(module, args, kwargs):
             cache = kwargs.get("cache", kwargs.get("past_key_values"))
             seen = 0 if cache is None else cache.get_seq_length()
-            tokens = args[0] if args else kwargs["input_ids"]
-            return args, {**kwargs, "position_ids": torch.arange(tokens.shape[1])[None] + seen + prefix.prefix_len}
+            tokens = next(value for value in (*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if value is not None)
+            positions = kwargs.get("position_ids")  # a wrapper of the text model may have counted
+            positions = torch.arange(tokens.shape[1])[None] + seen if positions is None else positions
+            return args, {**kwargs, "position_ids": positions + prefix.prefix_len}
 
-        before, modules = model.config._attn_implementation, attention_modules(model)
-        model.config._attn_implementation = "concatenation"
+        config, modules = model.config.get_text_config(), attention_modules(model)
+        before = config._attn_implementation
+        config._attn_implementation = "concatenation"
         for module, pair in zip(modules, prefix.layers(), strict=True):
             module.reference_prefix = pair
         for module, source in shared_attention(model).items():
@@ -95,7 +103,7 @@ class Concatenation:
             yield
         finally:
             hook.remove()
-            model.config._attn_implementation = before
+            config._attn_implementation = before
             for module in modules:
                 del module.reference_prefix
 
