@@ -7,9 +7,10 @@
 
 `selected` is what attach_prefix and PrefixTrainer do by themselves, `sdpa` the same with torch's stock kernels alone, `peft`
 the package peft with the same weights in its prefix. On a GPU training steps and generation's are replayed as CUDA graphs.
-`without graphs` they are not, nor over a `growing cache`, and `kept graphs` are those of one cache for all calls. All share the
-frozen model's weights. Before anything is timed, two training steps must give the losses of the reference backend; logits after
-the prompt must be the reference's, and in float32 all tokens agree.
+`without graphs` they are not, nor over a `growing cache`, and `kept graphs` are those of one cache for all calls.
+`accelerated` is PEFT's model after accelerate_peft. All share the frozen model's weights. Before anything is timed, two
+training steps must give the losses of the reference backend; logits after the prompt must be the reference's, and in float32
+all tokens agree.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from cases import E2E_LENGTHS, Case, Model, Run
 from demo import DATA, INIT_TEXT
 from device_profile import device_profile
 from prefix_kernels.select import choose_backend
-from prefix_tuning import Prefix, attach_prefix
+from prefix_tuning import Prefix, accelerate_peft, attach_prefix
 from prefix_tuning.data import IGNORED, PromptCompletionCollator, tokenize_rows, without_idle_mask
 from prefix_tuning.e2e import load_e2e, to_examples
 from prefix_tuning.offline_model import OFFLINE_MODEL, load_model_and_tokenizer
@@ -131,6 +132,14 @@ class Peft:
         self.model.base_model_prepare_inputs_for_generation = prepare_inputs
 
 
+class Accelerated(Peft):
+    """PEFT's own object, its calls computed by ours."""
+
+    def __init__(self, model: nn.Module, prefix: Prefix):
+        super().__init__(model, prefix)
+        accelerate_peft(self.model)
+
+
 def optimizer_of(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
     """The one that transformers.Trainer makes by default."""
     return torch.optim.AdamW(parameters, lr=LEARNING_RATE, fused=True)
@@ -176,6 +185,8 @@ def makers(run: Run, model: nn.Module, prefix: Prefix) -> dict[str, Callable[[],
         found["kept graphs"] = lambda: OursKept(model, prefix, run.prompt_len + run.new_tokens)
     elif prefix_kernels.available_backends()[0] != "sdpa":
         found["sdpa"] = lambda: Ours(model, prefix, "sdpa")
+    if run.what == "train":
+        found["accelerated"] = lambda: Accelerated(model, prefix)
     return found | {"peft": lambda: Peft(model, prefix)}
 
 
@@ -195,7 +206,7 @@ def measure_run(
     first: Checked | None = None
     for name, make in makers(run, model, prefix).items():
         row["ways"][name] = found = {"ours": name != "peft"}
-        if name == "peft" and importlib.util.find_spec("peft") is None:
+        if name in ("accelerated", "peft") and importlib.util.find_spec("peft") is None:
             found["not_available"] = "peft is not installed"
             continue
         try:

@@ -317,7 +317,8 @@ def readme_gpu(
     for key, (row, commit) in newest.items():
         older = "static cache" in row.get("ways", {})  # of the time when generate itself did not make one
         ways = {"selected": ", growing cache" if older else ""}
-        for way, addition in (ways | {"static cache": ", static cache", "kept graphs": ", kept graphs"}).items():
+        ways |= {"accelerated": ", accelerate_peft", "static cache": ", static cache", "kept graphs": ", kept graphs"}
+        for way, addition in ways.items():
             if "ways" in row and (ratio := over(row, "peft", way)) is not None:
                 lines.append((f"whole model: {key}{addition}{commit}", f"{ratio:.2f}x", "", ""))
     head = ("speed on a GPU, geometric means", "over PEFT's way", "over the best rival", "worst point")

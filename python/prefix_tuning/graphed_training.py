@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -39,15 +39,16 @@ class GraphedSteps:
     """
 
     def __init__(self, model: nn.Module, prefix: nn.Module, most_tokens: int | None = None):
-        self._model, self._prefix, self._most_tokens = model, prefix, most_tokens
+        self.prefix, self._model, self._most_tokens = prefix, model, most_tokens
         self._attention: list[nn.Module] = []  # the modules that hold the prefix
         self._read: tuple = ()  # what the recorded steps read: where the prefix and the model are
         self._steps: dict[tuple, _Step] = {}
         self._seen: Counter[tuple] = Counter()
         self._refused = False
 
-    def __deepcopy__(self, memo: dict) -> None:
-        """A copy of the model records steps of its own, if anything asks it to."""
+    def __reduce__(self) -> tuple:
+        """A copy of the model, in memory or in a file, records steps of its own, if anything asks it to."""
+        return type(None), ()
 
     def clear(self) -> None:
         """Frees the graphs and their memory."""
@@ -69,19 +70,37 @@ class GraphedSteps:
 
     def loss(self, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, int] | None:
         """As target_loss; None where this step has to run as it is."""
-        rows, length = len(input_ids), rounded(input_ids.shape[1])
-        if self._most_tokens is not None and length > self._most_tokens:
-            length = input_ids.shape[1]
+        rows, length = len(input_ids), self._padded(input_ids.shape[1])
         index, targets = targets_of(functional.pad(labels, (0, length - labels.shape[1]), value=IGNORED))
-        trained = [parameter for parameter in self._prefix.parameters() if parameter.requires_grad]
+        if not len(targets):
+            return None
+        device, most = input_ids.device, rounded(len(targets))
+        step = self._step((rows, length, most), device, partial(_TargetLoss, most, device))
+        if step is None:
+            return None
+        step.load(input_ids, index, targets)
+        return step.replay()[0], len(targets)
+
+    def _padded(self, length: int) -> int:
+        """The length of the step that serves rows of this one."""
+        longer = rounded(length)
+        return length if self._most_tokens is not None and longer > self._most_tokens else longer
+
+    def _step(self, shape: tuple, device: torch.device, what: Callable[[], Any]) -> _Step | None:
+        """The step of this shape (rows, length, …), recorded if it is time; None where it has to run as it is.
+
+        what: makes what it computes: run(model, input_ids=, attention_mask=) gives the loss and what comes with it, load() its
+        further inputs.
+        """
+        trained = [parameter for parameter in self.prefix.parameters() if parameter.requires_grad]
         layers = self._layers()
-        if not (trained and len(targets) and any(layer.key.shape[-2] for layer in layers)):
+        if not (trained and any(layer.key.shape[-2] for layer in layers)):
             return None
         read = (*(tensor.data_ptr() for tensor in (*trained, next(self._model.parameters()))), *map(id, layers))
         if read != self._read:
             self.clear()
             self._read = read
-        shape, autocast = (rows, length, rounded(len(targets))), _autocast(input_ids.device)
+        autocast = _autocast(device)
         key = shape, autocast
         self._seen[key] += 1
         if key not in self._steps:
@@ -89,14 +108,14 @@ class GraphedSteps:
                 return None
             try:
                 pool = next(iter(self._steps.values())).graph.pool if self._steps else None
-                self._steps[key] = _Step(self._model, self._prefix, trained, layers, shape, autocast, pool)
+                self._steps[key] = _Step(self._model, self.prefix, trained, layers, shape[:2], what(), autocast, pool)
             except cuda_graphs.CaptureError as error:
                 self._refused = True
                 logger.warning(f"training steps run without CUDA graphs: {error}")
                 return None
         step = self._steps[key]
-        step.load(input_ids, index, targets)
-        return _Replayed.apply(step, *trained), len(targets)
+        step.trained = trained
+        return step
 
     def _layers(self) -> list[LayerPrefix]:
         """What the attention modules hold; a walk through a large model takes a millisecond."""
@@ -109,58 +128,83 @@ class GraphedSteps:
         return ids.is_cuda
 
 
+class _TargetLoss:
+    """The summed loss of at most that many labelled tokens."""
+
+    def __init__(self, targets: int, device: torch.device):
+        self.index = torch.zeros(targets, dtype=torch.long, device=device)
+        self.targets = torch.full((targets,), IGNORED, device=device)
+
+    def run(self, model: nn.Module, **inputs: Tensor) -> tuple[Tensor]:
+        return (loss_at(model, self.index, self.targets, **inputs),)
+
+    def load(self, index: Tensor, targets: Tensor) -> None:
+        """index: in padded rows."""
+        self.index[: len(index)] = index
+        self.targets[: len(targets)] = targets
+        self.targets[len(targets) :] = IGNORED
+
+
 class _Step:
-    """The recorded step of one shape: (rows, length, targets). autocast: the dtype of torch.autocast, where that is on."""
+    """The recorded step of (rows, length) tokens. autocast: the dtype of torch.autocast, where that is on."""
 
     def __init__(
-        self, model, prefix, trained: list[nn.Parameter], layers: list[LayerPrefix], shape: tuple[int, int, int],
-        autocast: torch.dtype | None, pool,
+        self, model: nn.Module, prefix: nn.Module, trained: list[nn.Parameter], layers: list[LayerPrefix],
+        shape: tuple[int, int], what: Any, autocast: torch.dtype | None, pool: cuda_graphs.Pool,
     ):  # fmt: skip
         device = trained[0].device
-        self.model, (rows, length, targets) = model, shape
+        self.model, self.what, self.trained = model, what, trained  # trained: whom the gradients are handed to
         # Without its cache, which would keep a parameter as it is now.
         on = autocast is not None
         self.autocast = partial(torch.autocast, device.type, autocast, enabled=on, cache_enabled=False)
-        self.input_ids = torch.zeros(rows, length, dtype=torch.long, device=device)
-        self.index = torch.zeros(targets, dtype=torch.long, device=device)
-        self.targets = torch.full((targets,), IGNORED, device=device)
+        self.input_ids = torch.zeros(shape, dtype=torch.long, device=device)
         # Leaves of the graph's own over the same memory: the parameters may still be part of a step that ran as it was.
         self.leaves = {parameter: nn.Parameter(parameter.detach()) for parameter in trained}
         self.stand_in = partial(_standing_in, self.leaves, prefix, layers)
         self.graph = cuda_graphs.Graph(self._run, pool)
 
     @torch.enable_grad()
-    def _run(self) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    def _run(self) -> tuple[tuple[Tensor, ...], tuple[Tensor | None, ...]]:
         with self.stand_in():
             with self.autocast(), idle_mask(self.input_ids) as mask:
-                loss = loss_at(self.model, self.index, self.targets, input_ids=self.input_ids, attention_mask=mask)
+                loss, *others = self.what.run(self.model, input_ids=self.input_ids, attention_mask=mask)
             with torch.autocast(self.input_ids.device.type, enabled=False):  # as backward() is called
                 grads = torch.autograd.grad(loss, list(self.leaves.values()), allow_unused=True)
-        return loss.detach(), grads
+        return tuple(tensor.detach() for tensor in (loss, *others)), grads
 
-    def load(self, input_ids: Tensor, index: Tensor, targets: Tensor) -> None:
-        """The batch of the next replay; what is left of longer rows before it is seen by no target. index: in padded rows."""
+    def load(self, input_ids: Tensor, *inputs: Any) -> None:
+        """The batch of the next replay; what is left of longer rows before it is seen by no target."""
         self.input_ids[:, : input_ids.shape[1]] = input_ids
-        self.index[: len(index)] = index
-        self.targets[: len(targets)] = targets
-        self.targets[len(targets) :] = IGNORED
+        self.what.load(*inputs)
+
+    def replay(self) -> tuple[Tensor, ...]:
+        """The loss, with a gradient, and what comes with it, without one."""
+        return _Replayed.apply(self, *self.trained)
 
 
 class _Replayed(torch.autograd.Function):
-    """The loss of a replayed step, with the gradients that were computed beside it."""
+    """What a replayed step gives, with the gradients of the loss that were computed beside it."""
 
     @staticmethod
-    def forward(ctx, step: _Step, *trained: Tensor) -> Tensor:
+    def forward(ctx, step: _Step, *trained: Tensor) -> tuple[Tensor, ...]:
         with cuda_graphs.one_at_a_time:
             step.graph.replay()
-            loss, grads = step.graph.outputs
+            outputs, grads = step.graph.outputs
             ctx.used = [grad is not None for grad in grads]
             ctx.grads = torch._foreach_mul([g for g in grads if g is not None], 1.0)  # the next replay writes them anew
-            return loss.clone()
+            ctx.set_materialize_grads(False)
+            return tuple(tensor.clone() for tensor in outputs)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx, grad_loss: Tensor | None, *grad_others: Tensor | None) -> tuple[Tensor | None, ...]:
+        if any(grad is not None for grad in grad_others):
+            raise NotImplementedError(
+                "logits: of a training step that is replayed the loss alone has a gradient; cuda_graphs=False runs each step "
+                "as it is"
+            )
+        if grad_loss is None:
+            return None, *[None] * len(ctx.used)
         scaled = iter(torch._foreach_mul(ctx.grads, grad_loss))
         return None, *(next(scaled) if used else None for used in ctx.used)
 

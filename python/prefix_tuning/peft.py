@@ -18,9 +18,10 @@ import torch
 from torch import nn
 
 from prefix_tuning.attach import Attachment
+from prefix_tuning.graphed_outputs import GraphedOutputs
 from prefix_tuning.peft_adapters import adapter_layout, prompt_embeddings
 from prefix_tuning.shapes import Layers, ModelShape
-from prefix_tuning.stacks import part_shapes
+from prefix_tuning.stacks import part_shapes, tokens_left
 
 STATE = "_prefix_tuning"  # where an accelerated PeftModel keeps its Acceleration
 PATCHED = ("forward", "generate", "disable_adapter", "prepare_inputs_for_generation")
@@ -75,8 +76,10 @@ class ActiveAdapter:
 class Acceleration:
     """What accelerate_peft changed on a PeftModel: forward, generate, and the model underneath."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, cuda_graphs: bool):
         self.adapter = ActiveAdapter(model)
+        self._cuda_graphs = cuda_graphs
+        self._graphs: GraphedOutputs | None = None  # of the adapter that was trained last
         self.signature = inspect.signature(type(model).forward)
         self._running: list[None] = []  # one for each call under way: several threads may generate at once
         self._model = model
@@ -102,6 +105,17 @@ class Acceleration:
             yield
         finally:
             self._running.pop()
+
+    def replayed(self, arguments: dict[str, Any]) -> Any:
+        """What a training step gives as the replay of a CUDA graph; None where it has to run as it is."""
+        if not self._cuda_graphs or torch.compiler.is_compiling() or arguments.get("labels") is None:
+            return None
+        if self._model.active_peft_config.task_type != "CAUSAL_LM":
+            return None
+        model, encoder = self._model.base_model, self.adapter.reparametrization
+        if self._graphs is None or self._graphs.prefix is not encoder:
+            self._graphs = GraphedOutputs(model, encoder, tokens_left(model, self.adapter.position_offset))
+        return self._graphs.outputs(arguments)
 
     def undo(self) -> None:
         patched = {name: getattr(vars(self._model).get(name), "__func__", None) for name in self._patches}
@@ -134,13 +148,17 @@ class Acceleration:
             self._attachment.enable(True)
 
 
-def accelerate_peft(peft_model: nn.Module) -> nn.Module:
+def accelerate_peft(peft_model: nn.Module, *, cuda_graphs: bool = True) -> nn.Module:
     """Patches a PeftModel with a PREFIX_TUNING or CARTRIDGE adapter to compute its prefix by our attention.
 
     The same object comes back, with the same calls, parameters, state_dict and save_pretrained; adapters may be added and
     switched (set_adapter), disabled (disable_adapter) and trained as before: gradients arrive at PEFT's own parameters. The
     cache holds sequence tokens only, nothing is copied for the rows of a batch, and a projection is evaluated once per forward
     pass. Under a sliding window the prefix slides out of sight as with PEFT. docs/peft.md lists what differs from PEFT.
+
+    cuda_graphs: on a GPU training steps of a causal model, which are calls with labels, are replayed as CUDA graphs where they
+    can be. They give loss and logits, of which the loss alone has a gradient, and the model's own code runs for new shapes of
+    batches alone.
 
     Raises:
         TypeError: it is no PeftModel.
@@ -166,7 +184,7 @@ def accelerate_peft(peft_model: nn.Module) -> nn.Module:
     (shape,) = _expected(peft_model).values()
     for config in peft_model.peft_config.values():
         _layout(config, shape)
-    Acceleration(peft_model)
+    Acceleration(peft_model, cuda_graphs)
     return peft_model
 
 
@@ -198,12 +216,14 @@ def _layout(config, shape: ModelShape):
 def _forward(self, *args: Any, **kwargs: Any) -> Any:
     acceleration = getattr(self, STATE)
     arguments = acceleration.signature.bind(self, *args, **kwargs).arguments
-    arguments = {**arguments, **arguments.pop("kwargs", {})}
+    arguments.update(arguments.pop("kwargs", {}))
     del arguments["self"]
     if _may_be_packed(arguments, self.training):
         arguments["use_cache"] = False  # transformers tells packed rows apart only where there is no cache
+    arguments = _as_peft_hands_on(self, arguments)
     with acceleration.running():
-        return self.base_model(**_as_peft_hands_on(self, arguments))
+        replayed = acceleration.replayed(arguments)
+        return self.base_model(**arguments) if replayed is None else replayed
 
 
 def _may_be_packed(arguments: dict[str, Any], training: bool) -> bool:

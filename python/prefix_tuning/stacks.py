@@ -131,6 +131,12 @@ def stacks(model: nn.Module) -> list[Stack]:
     ]  # fmt: skip
 
 
+def tokens_left(model: nn.Module, position_offset: int) -> int | None:
+    """How many tokens of a row a model has positions for behind a prefix; None for any number."""
+    positions = getattr(text_part(model.config), "max_position_embeddings", None)
+    return None if positions is None else positions - position_offset - stacks(model)[0].first_position
+
+
 def _models_around(model: nn.Module, inside: nn.Module) -> list[nn.Module]:
     """The transformers models that hold a module, the outermost first: whoever calls that module calls the last one's forward
     pass."""

@@ -31,7 +31,7 @@ from prefix_tuning.graphed_training import GraphedSteps
 from prefix_tuning.loss import encoder_decoder_loss, sum_loss, target_loss
 from prefix_tuning.multimodal_families import text_part
 from prefix_tuning.prefix import Prefix
-from prefix_tuning.stacks import stacks
+from prefix_tuning.stacks import tokens_left
 from prefix_tuning.task import Task, task_of
 
 logger = logging.getLogger(__name__)
@@ -329,12 +329,12 @@ def _max_length(model: PreTrainedModel, prefix: Prefix, max_length: int | None) 
     """max_length, or the tokens that the model has positions for behind the prefix where that is less; None: no limit."""
     if max_length is not None and max_length < 1:
         raise ValueError(f"max_length: expected at least 1, got {max_length}")
-    positions = getattr(text_part(model.config), "max_position_embeddings", None)
-    if positions is None:
+    left = tokens_left(model, prefix.position_offset)
+    if left is None:
         return max_length
-    left = positions - prefix.position_offset - stacks(model)[0].first_position
     if left < 1:
-        raise ValueError(f"prefix: it takes {prefix.position_offset} of the model's {positions} positions, which leaves none")
+        most = text_part(model.config).max_position_embeddings
+        raise ValueError(f"prefix: it takes {prefix.position_offset} of the model's {most} positions, which leaves none")
     return left if max_length is None else min(max_length, left)
 
 

@@ -6,13 +6,15 @@ import pytest
 from transformers import DynamicCache, GenerationMixin
 
 from prefix_tuning import cuda_graphs, graphed_decoding
+from prefix_tuning.graphed_training import GraphedSteps
 from support.emulated_graphs import EmulatedGraph
 from support.generation import CACHE
 
 
 @pytest.fixture
 def graphs(monkeypatch):
-    """Graphs of the CPU's operators; generate treats the CPU as transformers treats a GPU. Counts what is made and replayed."""
+    """Graphs of the CPU's operators, also of training steps; generate treats the CPU as transformers treats a GPU. Counts what
+    is made and replayed."""
 
     def would_compile(model, model_kwargs, generation_config):
         cache = model_kwargs.get(CACHE)
@@ -23,9 +25,18 @@ def graphs(monkeypatch):
         pass
 
     monkeypatch.setattr(cuda_graphs, "Graph", Graph)
+    monkeypatch.setattr(GraphedSteps, "_on_device", staticmethod(lambda ids: True))
     monkeypatch.setattr(graphed_decoding, "records", lambda model: True)
     monkeypatch.setattr(GenerationMixin, "_valid_auto_compile_criteria", would_compile)
     return Graph
+
+
+@pytest.fixture
+def device(request):
+    """Real graphs on a GPU, emulated ones without."""
+    if request.param == "cpu":
+        request.getfixturevalue("graphs")
+    return request.param
 
 
 @pytest.fixture

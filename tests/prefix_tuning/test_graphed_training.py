@@ -6,46 +6,15 @@ import itertools
 import pytest
 import torch
 
-from prefix_tuning import Prefix, PrefixBank, attach_prefix, cuda_graphs
+from prefix_tuning import Prefix, PrefixBank, attach_prefix
 from prefix_tuning.data import IGNORED
-from prefix_tuning.graphed_training import MOST_GRAPHS, GraphedSteps, rounded
+from prefix_tuning.graphed_training import MOST_GRAPHS, rounded
 from prefix_tuning.train import PrefixedModel
-from support.emulated_graphs import EmulatedGraph
-from support.models import VOCABULARY, random_prefix, tiny_model
-from support.training import ROWS, losses, silent_trainer
+from support.models import random_prefix, tiny_model
+from support.training import DEVICES, ROWS, batch_of, losses, silent_trainer
 
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 TOLERANCE = {"atol": 1e-5, "rtol": 1e-4}
 SIZES = ((4, 13), (4, 13), (4, 15), (4, 9), (4, 13), (4, 10), (2, 13), (4, 14))  # of batches: rows, tokens
-
-
-@pytest.fixture
-def graphs(monkeypatch):
-    """Counts what is recorded; emulates it."""
-
-    class Graph(EmulatedGraph):
-        pass
-
-    monkeypatch.setattr(cuda_graphs, "Graph", Graph)
-    monkeypatch.setattr(GraphedSteps, "_on_device", staticmethod(lambda ids: True))
-    return Graph
-
-
-@pytest.fixture
-def device(request, monkeypatch):
-    """Real graphs on a GPU, emulated ones without."""
-    if request.param == "cpu":
-        request.getfixturevalue("graphs")
-    return request.param
-
-
-def batch_of(rows, length, seed=0, device="cpu"):
-    """The first row is full, the others end earlier and earlier; labels are each row's last tokens."""
-    generator = torch.Generator().manual_seed(seed)
-    input_ids = torch.randint(3, VOCABULARY, (rows, length), generator=generator)
-    column, lengths = torch.arange(length), length - torch.arange(rows)[:, None]
-    labels = input_ids.where((column < lengths) & (column >= lengths - 4 - seed % 3), IGNORED)
-    return {"input_ids": input_ids.to(device), "labels": labels.to(device)}
 
 
 def step(trained, batch, autocast=False, **options):

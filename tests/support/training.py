@@ -2,16 +2,19 @@
 
 import dataclasses
 
+import pytest
 import torch
 from torch.nn.functional import cross_entropy
 from transformers import DynamicCache, PrinterCallback, TrainingArguments
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from prefix_tuning import PrefixTrainer
+from prefix_tuning.data import IGNORED
 from support.generation import CACHE
-from support.models import random_prefix, tiny_model
+from support.models import VOCABULARY, random_prefix, tiny_model
 from support.tokenizer import tiny_tokenizer
 
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 PREFIX_LEN = 5
 TOLERANCE = {"atol": 2e-5, "rtol": 1e-4}
 
@@ -22,6 +25,15 @@ CHECKPOINTING = next(
     field.name for field in dataclasses.fields(TrainingArguments)
     if field.name in ("activation_checkpointing", "gradient_checkpointing")
 )  # fmt: skip
+
+
+def batch_of(rows, length, seed=0, device="cpu"):
+    """The first row is full, the others end earlier and earlier; labels are each row's last tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    input_ids = torch.randint(3, VOCABULARY, (rows, length), generator=generator)
+    column, lengths = torch.arange(length), length - torch.arange(rows)[:, None]
+    labels = input_ids.where((column < lengths) & (column >= lengths - 4 - seed % 3), IGNORED)
+    return {"input_ids": input_ids.to(device), "labels": labels.to(device)}
 
 
 def arguments(folder, **changes):
