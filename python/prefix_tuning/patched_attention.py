@@ -81,6 +81,7 @@ def gptj_attn(module, query, key, value, attention_mask=None):
 REPLACEMENTS = {
     "BloomAttention": ("forward", bloom_forward),
     "FalconAttention": ("forward", falcon_forward),
+    "CodeGenAttention": ("_attn", gptj_attn),  # until transformers 5.23
     "GPTJAttention": ("_attn", gptj_attn),  # until transformers 5.23
     "GPTNeoSelfAttention": ("_attn", gpt_neo_attn),
     "MptAttention": ("forward", mpt_forward),

@@ -76,8 +76,26 @@ def mla_shape(config) -> ModelShape:
 
 
 def full_attention_shape(config) -> ModelShape:
-    """Where only some layers have attention: a prefix for those."""
-    return replace(standard_shape(config), layers=config.layer_types.count("full_attention"))
+    """Where only some layers have attention: a prefix for those. NotImplementedError where none has."""
+    return replace(standard_shape(config), layers=_layers_with_attention(config))
+
+
+def kimi_linear_shape(config) -> ModelShape:
+    """Where only some layers have attention, and that is latent."""
+    return replace(mla_shape(config), layers=_layers_with_attention(config))
+
+
+def _layers_with_attention(config) -> int:
+    layers = config.layer_types.count("full_attention")
+    if not layers:
+        raise NotImplementedError(f"config: nothing would see a prefix, as {type(config).__name__} has no layer with attention")
+    return layers
+
+
+def gemma3n_shape(config) -> ModelShape:
+    """Gemma 3n's last layers use the keys of earlier ones."""
+    shape = standard_shape(config)
+    return replace(shape, layers=shape.layers - config.num_kv_shared_layers)
 
 
 def gemma4_shape(config) -> ModelShape:
@@ -85,6 +103,13 @@ def gemma4_shape(config) -> ModelShape:
     own = list(config.per_layer_config)[: config.num_hidden_layers - config.num_kv_shared_layers]
     head_dims = [layer.head_dim for layer in own]
     return ModelShape(len(own), [layer.num_key_value_heads for layer in own], head_dims, head_dims)
+
+
+def mimo_shape(config) -> ModelShape:
+    """MiMo has twice as many keys and values in layers with a window, and values of another size than keys."""
+    shape = standard_shape(config)
+    kv_heads = [shape.kv_heads * (2 if kind == "sliding_attention" else 1) for kind in config.layer_types]
+    return replace(shape, kv_heads=kv_heads, value_dim=config.v_head_dim)
 
 
 def check_int(name: str, value, at_least: int) -> None:

@@ -89,6 +89,7 @@ def attention_kinds(config) -> dict[str, dict[str, Any]]:
         "full_attention": ("full attention", {}),
         "sliding_attention": (f"a window of {window}", {"window": window}),
         "chunked_attention": (f"chunks of {getattr(config, 'attention_chunk_size', None)}", {"bias": True}),
+        "hybrid": ("full attention", {}),  # beside a state
         "global": ("full attention", {}),
         "local": (f"a window of {getattr(config, 'window_size', None)}", {"window": getattr(config, "window_size", None)}),
     }

@@ -16,7 +16,7 @@ from prefix_tuning import Prefix, PrefixBank, attach_prefix
 from prefix_tuning.masks import MaskStructure
 from prefix_tuning.patched_attention import alibi_slopes
 from support.capabilities import CAPABILITIES, TOLERANCE, Case, NotPossible, ids
-from support.models import MODELS, random_prefix, tiny_model
+from support.models import ALIASES, MODELS, WITH_STATE, random_prefix, tiny_model
 
 SUPPORT = Path(__file__).with_name("family_support.json")
 
@@ -60,7 +60,14 @@ def test_capability(name, capability, support, request):
         assert found == "yes" or found.startswith("not possible") or support["families"][name][capability] != "yes"
 
 
-@pytest.mark.parametrize("name", [name for name in MODELS if name != "qwen3_next"])
+@pytest.mark.parametrize("capability", ("forward, loss, gradients", "greedy", "left padding"))
+@pytest.mark.parametrize("name", ALIASES)
+def test_a_family_with_the_classes_of_another(name, capability):
+    assert tiny_model(name).config.model_type == name
+    assert outcome(name, capability) == "yes"
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if name not in WITH_STATE])
 def test_real_tokens_as_a_prefix_equal_the_plain_model(name):
     model, tokens, input_ids = tiny_model(name), ids(1, 5, seed=2), ids()
     prefix = Prefix.from_text(model, None, input_ids=tokens)
@@ -69,9 +76,10 @@ def test_real_tokens_as_a_prefix_equal_the_plain_model(name):
         torch.testing.assert_close(model(input_ids=input_ids).logits, expected, **TOLERANCE)
 
 
-def test_layers_with_a_state_have_no_text_as_prefix():
+@pytest.mark.parametrize("name", WITH_STATE)
+def test_layers_with_a_state_have_no_text_as_prefix(name):
     with pytest.raises(NotImplementedError, match="a text leaves more than keys and values"):
-        Prefix.from_text(tiny_model("qwen3_next"), None, input_ids=ids(1, 5))
+        Prefix.from_text(tiny_model(name), None, input_ids=ids(1, 5))
 
 
 def test_a_bank_of_prefixes_whose_layers_differ():
@@ -90,7 +98,7 @@ def test_a_bank_is_refused_where_layers_do_not_hand_on_its_ids():
     attach_prefix(model, random_prefix(model)).detach()
 
 
-@pytest.mark.parametrize("name", ("gpt2", "gpt_bigcode", "gpt_neo", "gptj", "opt"))
+@pytest.mark.parametrize("name", ("biogpt", "codegen", "gpt2", "gpt_bigcode", "gpt_neo", "gptj", "opt"))
 def test_a_table_of_positions_that_is_too_short_is_refused(name):
     model = tiny_model(name)
     with attach_prefix(model, random_prefix(model, 5)):

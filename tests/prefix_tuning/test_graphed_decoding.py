@@ -10,7 +10,7 @@ from transformers import CompileConfig, StaticCache
 from prefix_tuning import accelerate_peft, attach_prefix, cuda_graphs, graphed_decoding
 from support.encoder_decoders import tiny_encoder_decoder
 from support.generation import CACHE, KINDS, OPTIONS, STATIC, attach, ids, on_gpu, padded
-from support.models import MODELS, random_prefix, tiny_model
+from support.models import MODELS, WITH_STATE, random_prefix, tiny_model
 from support.peft_models import peft_model
 
 WINDOW = 12  # filled by prompts of 7 tokens and 5 more
@@ -37,13 +37,13 @@ def test_tokens_are_those_of_plain_steps(graphs, family, kind):
 
 @pytest.mark.parametrize("family", [family for family in MODELS if not family.startswith("llama4")])
 def test_every_family(graphs, family):
-    """Windows of 8 have one place left after the prompt. BLOOM and MPT take a mask that grows, Qwen3-Next keeps a state."""
+    """Windows of 8 have one place left after the prompt. BLOOM and MPT take a mask that grows, others keep a state."""
     model = tiny_model(family)
     call = padded() | {"max_new_tokens": 8} | OPTIONS
     with attach_prefix(model, random_prefix(model)):
         expected = model.generate(**call)
         assert torch.equal(model.generate(**call, **STATIC), expected)
-    assert (graphs.replays == 0) == (family in ("bloom", "mpt", "qwen3_next"))
+    assert (graphs.replays == 0) == (family in ("bloom", "mpt", *WITH_STATE))
 
 
 @pytest.mark.parametrize("length", (10, 11, 12, 15))

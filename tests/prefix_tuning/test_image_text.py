@@ -300,7 +300,7 @@ def test_wrappers_without_a_row_are_refused():
     with pytest.raises(NotImplementedError, match="got model type 'no_such_wrapper'"):
         Prefix.for_model(model, 4)
     config = tiny_wrapper("llava").config
-    config.text_config.model_type = "persimmon"
+    config.text_config.model_type = "rwkv"
     model.config = config
-    with pytest.raises(NotImplementedError, match="got model type 'llava' around 'persimmon'"):
+    with pytest.raises(NotImplementedError, match="got model type 'llava' around 'rwkv'"):
         Prefix.for_model(model, 4)

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import torch
 from torch.nn.functional import pad
-from transformers import AttentionInterface, DynamicCache
+from transformers import AttentionInterface, DynamicCache, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from prefix_tuning.families import attention_modules, shared_attention
@@ -17,6 +17,12 @@ from prefix_tuning.families import attention_modules, shared_attention
 def first_position(model):
     """What a model gives its first token as position."""
     return 1 if model.config.model_type == "paligemma" else 0
+
+
+def text_model(model):
+    """The model of a language model, inside of any wrapper. ModernBERT calls its head decoder."""
+    decoder = model.get_decoder()
+    return decoder if isinstance(decoder, PreTrainedModel) else model.base_model
 
 
 def prefix_cache(model, prefix, batch):
@@ -98,7 +104,7 @@ class Concatenation:
         for module, source in shared_attention(model).items():
             module.reference_prefix = source.reference_prefix
             modules.append(module)
-        hook = model.get_decoder().register_forward_pre_hook(shift, with_kwargs=True)
+        hook = text_model(model).register_forward_pre_hook(shift, with_kwargs=True)
         try:
             yield
         finally:
@@ -121,7 +127,7 @@ def concatenated(module, query, key, value, attention_mask, scaling, softcap=Non
     if s_aux is not None:
         scores = torch.cat([scores, s_aux[:, None, None].expand(len(query), -1, query.shape[2], 1)], -1)
     weights = scores.softmax(-1)[..., : key.shape[2]]
-    return (weights @ value).transpose(1, 2), None
+    return (weights @ value).transpose(1, 2).contiguous(), None
 
 
 AttentionInterface.register("concatenation", concatenated)
