@@ -386,6 +386,8 @@ def attach_prefix(
     if prefix_window not in PREFIX_WINDOWS:
         raise ValueError(f"prefix_window: expected 'pinned' or 'peft', got {prefix_window!r}")
     model = _without_adapters(getattr(model, "_orig_mod", model))  # what torch.compile wraps
+    if any(hasattr(parameter, "device_mesh") for parameter in model.parameters()):  # a DTensor
+        raise NotImplementedError("model: its weights are split over several processes, where a prefix is not served")
     every = stacks(model)
     if isinstance(prefix, PrefixBank):
         _place_bank(prefix, model, every)

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import get_int_from_env
 from transformers.utils import logging
 
 from prefix_kernels import available_backends
@@ -69,6 +71,8 @@ def train(args: argparse.Namespace) -> None:
     _, metrics = train_prefix(
         model, tokenizer, rows, args.output, settings, eval_rows=eval_rows, resume=args.resume, progress=not args.quiet
     )
+    if not PartialState().is_main_process:  # of several under torchrun one writes and tells
+        return
     metrics |= {"model": args.model or OFFLINE_MODEL, "rows": len(rows)}
     written = [Path(args.output) / "prefix", write_metrics(args.output, metrics)]
     try:
@@ -153,8 +157,11 @@ def _model(args: argparse.Namespace):
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
         raise ValueError(f"--device: expected cpu, cuda or cuda:N, got {device!r}")
-    if device != "cpu" and int(device[5:] or 0) >= torch.cuda.device_count():
-        raise ValueError(f"--device: got {device}, but torch finds {torch.cuda.device_count() or 'no'} GPU here")
+    if device != "cpu":
+        number = int(device[5:] or get_int_from_env(["LOCAL_RANK"], 0))  # each process of torchrun has its own
+        if number >= torch.cuda.device_count():
+            raise ValueError(f"--device: got {device}, but torch finds {torch.cuda.device_count() or 'no'} GPU here")
+        device = f"cuda:{number}"
     with _named(args.model or OFFLINE_MODEL):
         return load_model_and_tokenizer(args.model, dtype=DTYPES[args.dtype], device=device)
 

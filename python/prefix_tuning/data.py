@@ -197,9 +197,9 @@ class PromptCompletionCollator:
         labels = torch.full(shape, IGNORED)
         for i, example in enumerate(examples):
             end = len(example["input_ids"])
-            input_ids[i, :end] = torch.tensor(example["input_ids"])
+            input_ids[i, :end] = torch.as_tensor(example["input_ids"])
             attention_mask[i, :end] = 1
-            labels[i, :end] = torch.tensor(example["labels"])
+            labels[i, :end] = torch.as_tensor(example["labels"])
         return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
 
 

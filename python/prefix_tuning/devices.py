@@ -12,3 +12,9 @@ def execution_device(module: nn.Module) -> torch.device:
     devices = (getattr(hook, "execution_device", None) for hook in hooks)
     device = next((device for device in devices if device is not None), None)
     return next(module.parameters()).device if device is None else torch.device(device)
+
+
+def is_spread(model: nn.Module) -> bool:
+    """Whether accelerate keeps parts of a model in several places, or on disk: then it cannot be moved as a whole."""
+    places = set((getattr(model, "hf_device_map", None) or {}).values())
+    return len(places) > 1 or "disk" in places

@@ -21,6 +21,7 @@ from torch.nn import functional
 from prefix_tuning import cuda_graphs
 from prefix_tuning.attention import LayerPrefix
 from prefix_tuning.data import IGNORED
+from prefix_tuning.devices import is_spread
 from prefix_tuning.loss import loss_at, targets_of
 from prefix_tuning.masks import idle_mask
 
@@ -64,9 +65,8 @@ class GraphedSteps:
             return False
         if self._most_tokens is not None and ids.shape[-1] > self._most_tokens:
             return False
-        one_device = len(set(getattr(self._model, "hf_device_map", {}).values())) <= 1
         # The gradients inside are not scaled, so those of float16 could vanish.
-        return one_device and torch.float16 not in (self._model.dtype, _autocast(ids.device)) and ids.dim() == 2
+        return not is_spread(self._model) and torch.float16 not in (self._model.dtype, _autocast(ids.device)) and ids.dim() == 2
 
     def loss(self, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, int] | None:
         """As target_loss; None where this step has to run as it is."""

@@ -47,7 +47,8 @@ def loss_at(model: nn.Module, index: Tensor, targets: Tensor, **inputs: Any) -> 
         raise ValueError(f"model: expected one with an output embedding of its own, got {type(model).__name__}")
 
     def select(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return args[0].flatten(0, 1).index_select(0, index)[None], *args[1:]
+        hidden = args[0].flatten(0, 1)  # of a model on several devices on the last
+        return hidden.index_select(0, index.to(hidden.device)).unsqueeze(0), *args[1:]
 
     selected = head.register_forward_pre_hook(select)
     try:

@@ -27,6 +27,7 @@ from transformers.utils import find_labels
 from prefix_tuning.attach import Attachment, attach_prefix
 from prefix_tuning.checkpointing import LayerCheckpointing
 from prefix_tuning.data import IGNORED, PromptCompletionCollator, pair_collator, tokenize_rows, without_idle_mask
+from prefix_tuning.devices import is_spread
 from prefix_tuning.graphed_training import GraphedSteps
 from prefix_tuning.loss import encoder_decoder_loss, sum_loss, target_loss
 from prefix_tuning.multimodal_families import text_part
@@ -39,7 +40,7 @@ logger = logging.getLogger(__name__)
 # What works on the model that is frozen here, or would split or upload it; refused by name rather than ignored.
 _REFUSED = (
     "label_smoothing_factor", "neftune_noise_alpha", "use_liger_kernel", "bf16_full_eval", "fp16_full_eval", "fsdp",
-    "deepspeed", "push_to_hub",
+    "deepspeed", "parallelism_config", "push_to_hub",
 )  # fmt: skip
 
 
@@ -61,15 +62,13 @@ class PrefixedModel(nn.Module):
     cuda_graphs: on a GPU a training step of a causal model is replayed as a CUDA graph where it can be (GraphedSteps). The
     model's own code then runs for new shapes of batches alone; with forward hooks of others it always does.
 
-    Raises ValueError for a model that has not this prefix attached.
+    Raises ValueError for a model that has not this prefix attached, when it is made and when it is called.
     """
 
     def __init__(self, model: PreTrainedModel, prefix: Prefix, cuda_graphs: bool = True):
         super().__init__()
-        attached = next((module.layer_prefix.prefix for module in model.modules() if hasattr(module, "layer_prefix")), None)
-        if attached is not prefix:
-            found = "no prefix" if attached is None else "another prefix"
-            raise ValueError(f"model: it has {found} attached; attach_prefix(model, prefix) comes first")
+        self._attention = [module for module in model.modules() if hasattr(module, "layer_prefix")][:1]  # no submodule here
+        self._check_attached(prefix)
         self.task = task_of(model)
         # Trainer passes num_items_in_batch: accumulated steps then add up to one big batch.
         self.accepts_loss_kwargs = self.task is not Task.OWN_LOSS
@@ -92,6 +91,12 @@ class PrefixedModel(nn.Module):
         self.model.eval()
         return self
 
+    def _check_attached(self, prefix: Prefix) -> None:
+        attached = [module.layer_prefix.prefix for module in self._attention if hasattr(module, "layer_prefix")]
+        if not attached or attached[0] is not prefix:
+            found = "another prefix" if attached else "no prefix"
+            raise ValueError(f"model: it has {found} attached; attach_prefix(model, prefix) comes first")
+
     def forward(
         self,
         labels: Tensor | None = None,
@@ -100,6 +105,7 @@ class PrefixedModel(nn.Module):
         **inputs: Any,
     ) -> dict[str, Tensor]:
         """labels: int [batch, length], or what the model takes; further arguments, input_ids among them, go to the model."""
+        self._check_attached(self.prefix)
         with nullcontext() if self.checkpointing is None else self.checkpointing.active():
             if self.task is Task.OWN_LOSS:
                 outputs = self.model(**inputs, labels=labels) if labels is not None else self.model(**inputs)
@@ -117,7 +123,9 @@ class PrefixedModel(nn.Module):
                 wanted = labels[:, 1:] != IGNORED
                 loss, count = sum_loss(logits[:, :-1][wanted], labels[:, 1:][wanted]), int(wanted.sum())
                 outputs = {"logits": logits}
-        return {"loss": loss / (max(count, 1) if num_items_in_batch is None else num_items_in_batch), **outputs}
+        items = count if num_items_in_batch is None else num_items_in_batch
+        # Without any target the loss is 0, and so are its gradients.
+        return {"loss": loss / (items.clamp(min=1) if isinstance(items, Tensor) else max(items, 1)), **outputs}
 
     def _target_loss(self, labels: Tensor, inputs: dict[str, Any]) -> tuple[Tensor, int]:
         replayed = None
@@ -169,11 +177,15 @@ class PrefixTrainer(Trainer):
         cuda_graphs: as for PrefixedModel.
         others: as for Trainer.
 
+    Under torchrun processes share the steps by DDP: a step is one of their batches together, and what is evaluated gives the
+    loss of one process with batches of that size. A model that accelerate spreads over devices (device_map) stays where it is,
+    in one process. Callbacks get a PrefixedModel as `model`; what can generate is its attribute model.
+
     A checkpoint holds the prefix with its reparametrisation, and the state of optimiser, schedule and random numbers:
     train(resume_from_checkpoint=…) goes on as if never interrupted. save_model writes the prefix alone, for Prefix.load.
 
-    Raises ValueError or TypeError for wrong arguments; NotImplementedError for args that would change, split or upload the
-    model.
+    Raises ValueError or TypeError for wrong arguments; NotImplementedError for args, and for a launcher of accelerate, that
+    would change, split or upload the model.
     """
 
     def __init__(
@@ -193,7 +205,7 @@ class PrefixTrainer(Trainer):
         **others: Any,
     ):
         args = copy.copy(args) if args is not None else TrainingArguments(output_dir="prefix-trainer")
-        _check_args(args, others)
+        _check_args(model, args, others)
         if not isinstance(prefix, Prefix):
             raise TypeError(f"prefix: expected a Prefix, got {type(prefix).__name__}")
         self.task = task_of(model)
@@ -222,6 +234,7 @@ class PrefixTrainer(Trainer):
                 processing_class=processing_class,
                 **others,
             )
+            self._check_launcher()
         except BaseException:
             self.attachment.detach()
             raise
@@ -243,6 +256,12 @@ class PrefixTrainer(Trainer):
     def push_to_hub(self, *args: Any, **kwargs: Any) -> None:
         raise NotImplementedError("push_to_hub: upload the prefix alone, by prefix.push_to_hub")
 
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        raise NotImplementedError("create_model_card: Trainer's would describe the frozen model; a prefix has none")
+
+    def hyperparameter_search(self, *args: Any, **kwargs: Any) -> None:
+        raise NotImplementedError("hyperparameter_search: make a prefix and a PrefixTrainer for each trial")
+
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         return super().get_eval_dataloader(self._tokenized("eval_dataset", eval_dataset, self.processing_class))
 
@@ -258,7 +277,26 @@ class PrefixTrainer(Trainer):
     ) -> tuple[Tensor | None, Any, Any]:
         if not prediction_loss_only:
             inputs = {**inputs, "return_logits": True}
-        return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        # A batch is averaged by itself: beside the last another process may hold rows that only fill up.
+        averaged, self.args.average_tokens_across_devices = self.args.average_tokens_across_devices, False
+        try:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        finally:
+            self.args.average_tokens_across_devices = averaged
+
+    def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
+        if not is_spread(self.attachment.model):
+            super()._move_model_to_device(model, device)
+
+    def _check_launcher(self) -> None:
+        """What `accelerate launch` asks for reaches Trainer beside its arguments."""
+        asked = {
+            "FSDP": self.is_fsdp_enabled, "DeepSpeed": self.is_deepspeed_enabled,
+            "parallelism_config": getattr(self.accelerator, "parallelism_config", None) is not None,
+        }  # fmt: skip
+        refused = ", ".join(name for name, on in asked.items() if on)
+        if refused:
+            raise NotImplementedError(f"accelerate: {refused} would split the model, which is not served; launch without")
 
     def _tokenized(self, name: str, dataset: Any, tokenizer: PreTrainedTokenizerBase | None) -> Any:
         return tokenized(name, dataset, tokenizer, self.task, self.max_length)
@@ -307,7 +345,7 @@ def _collate(data_collator: DataCollator, positions: int | None, examples: list)
     return without_idle_mask(batch) if fits else batch
 
 
-def _check_args(args: TrainingArguments, others: Mapping[str, Any]) -> None:
+def _check_args(model: nn.Module, args: TrainingArguments, others: Mapping[str, Any]) -> None:
     refused = [name for name in _REFUSED if getattr(args, name, None)]
     if refused:
         raise NotImplementedError(f"args: {', '.join(refused)} is not served when a prefix is trained")
@@ -315,7 +353,8 @@ def _check_args(args: TrainingArguments, others: Mapping[str, Any]) -> None:
         raise TypeError("model_init: expected a model and a prefix in its place")
     if args.n_gpu > 1:
         # One process would copy the model to every GPU by nn.DataParallel, and the copies would not see the prefix.
-        logger.warning(f"{args.n_gpu} GPUs are visible and one is used; start one process for each with torchrun")
+        if not is_spread(model):
+            logger.warning(f"{args.n_gpu} GPUs are visible and one is used; start one process for each with torchrun")
         args._n_gpu = 1
 
 

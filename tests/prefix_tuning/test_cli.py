@@ -15,6 +15,7 @@ from prefix_kernels import available_backends
 from prefix_tuning import Prefix, attach_prefix, cli
 from prefix_tuning.e2e import load_e2e
 from support.models import random_prefix, tiny_model
+from support.processes import run_twice
 from support.tokenizer import CHAT_TEMPLATE, tiny_tokenizer
 
 ROWS = [{"prompt": f"name : {name}\n", "completion": f"{name} is a pub."} for name in ("Aromi", "Browns", "Cotto", "Strada")]
@@ -69,6 +70,34 @@ def train(run, output, *more, file="rows.jsonl"):
         "train", "--model", "model", "--train-file", file, "--output", output, "--prefix-len", 4, "--hidden-size", 8,
         "--batch-size", 2, *more,
     )  # fmt: skip
+
+
+def test_two_processes_train_together_and_one_of_them_tells(folder, tmp_path):
+    """As torchrun starts them. They take two rows at a time where one process takes four."""
+    options = ("--model", folder / "model", "--train-file", folder / "rows.jsonl", "--device", "cpu", "--steps", 2, "--quiet")
+    printed = run_twice("-m", "prefix_tuning.cli", "train", *options, "--output", tmp_path / "two", "--batch-size", 2)
+    assert cli.main([*map(str, ("train", *options, "--output", tmp_path / "one", "--batch-size", 4))]) == 0
+    two, one = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("two", "one"))
+    assert two["losses"] == pytest.approx(one["losses"], rel=1e-5)
+    assert sorted("written:" in out for out, _ in printed) == [False, True]
+    assert {out for out, _ in printed if "written:" not in out} == {""}
+    prefixes = [Prefix.load(tmp_path / name / "prefix").state_dict() for name in ("two", "one")]
+    assert all(torch.allclose(tensor, prefixes[1][name], atol=1e-5) for name, tensor in prefixes[0].items())
+
+
+@pytest.mark.parametrize(("device", "expected"), [("cuda", "cuda:1"), ("cuda:0", "cuda:0"), ("cpu", "cpu")])
+def test_each_process_loads_the_model_to_its_own_gpu(device, expected, run, monkeypatch):
+    loaded = []
+
+    def load(name, dtype, device):
+        loaded.append(device)
+        raise OSError("enough")
+
+    monkeypatch.setattr(cli, "load_model_and_tokenizer", load)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    run("generate", "--device", device, "--prompt", "p")
+    assert loaded == [expected]
 
 
 @pytest.mark.parametrize("form", FILES)

@@ -11,7 +11,7 @@ from transformers import DynamicCache
 
 from prefix_tuning import Prefix, accelerate_peft, attach_prefix
 from prefix_tuning.devices import execution_device
-from support.models import random_prefix, tiny_model
+from support.models import dispatched, random_prefix, tiny_model
 from support.peft_models import PREFIX_LEN, TOLERANCE, generated, ids, peft_model, twins
 from support.tokenizer import tiny_tokenizer
 
@@ -77,17 +77,6 @@ def test_a_prefix_made_for_a_model_with_lora(lora):
 
 
 # Models on several devices
-
-
-def dispatched(model, tmp_path, places):
-    """The tiny Llama with its layers on these devices; "disk" brings the weights to the CPU for each call."""
-    from accelerate import dispatch_model
-
-    layers = {f"model.layers.{index}": place for index, place in enumerate(places)}
-    rest = dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
-    return dispatch_model(
-        copy.deepcopy(model), device_map=layers | rest, main_device="cpu", offload_dir=tmp_path, force_hooks=True
-    )
 
 
 def test_weights_offloaded_to_disk(tmp_path):

@@ -2,10 +2,6 @@
 
 import copy
 import json
-import os
-import socket
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -15,6 +11,7 @@ from transformers import TrainerCallback
 from prefix_tuning import Prefix, attach_prefix
 from support.models import FAMILIES, random_prefix, tiny_model
 from support.prefixes import mlp_prefix
+from support.processes import run_twice
 from support.tokenizer import tiny_tokenizer
 from support.training import (
     CHECKPOINTING,
@@ -182,6 +179,21 @@ def test_detach_gives_back_the_plain_model(tmp_path):
     assert model.config is config and not any(hasattr(module, "layer_prefix") for module in model.modules())
 
 
+def test_what_is_trained_must_be_attached(tmp_path):
+    """Else evaluation would be of the plain model, or of another prefix."""
+    model = tiny_model("llama")
+    trainer = make_trainer(tmp_path, model, options={"eval_dataset": ROWS[:4]})
+    loss = trainer.evaluate()["eval_loss"]
+    trainer.detach()
+    for call in (trainer.train, trainer.evaluate):
+        with pytest.raises(ValueError, match=r"model: it has no prefix attached; attach_prefix\(model, prefix\) comes first"):
+            call()
+    with attach_prefix(model, random_prefix(model)), pytest.raises(ValueError, match="model: it has another prefix attached"):
+        trainer.evaluate()
+    with attach_prefix(model, trainer.prefix):
+        assert trainer.evaluate()["eval_loss"] == loss
+
+
 DDP = """
 import json, sys
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainingArguments
@@ -196,7 +208,7 @@ args = TrainingArguments(
 )
 trainer = PrefixTrainer(
     AutoModelForCausalLM.from_pretrained(f"{folder}/model"), Prefix.load(f"{folder}/prefix"), args, train_dataset=rows,
-    eval_dataset=rows, processing_class=AutoTokenizer.from_pretrained(f"{folder}/model"),
+    eval_dataset=json.load(open(f"{folder}/evaluated.json")), processing_class=AutoTokenizer.from_pretrained(f"{folder}/model"),
 )
 trainer.remove_callback(PrinterCallback)
 trainer.train()
@@ -213,36 +225,22 @@ json.dump(result, open(f"{folder}/result{trainer.args.process_index}.json", "w")
 
 
 def test_two_processes_equal_one_with_their_batches_together(tmp_path):
-    """Two gloo processes with two accumulated batches of one row each, with gradient checkpointing and an MLP."""
+    """Two gloo processes with two accumulated batches of one row each, with gradient checkpointing and an MLP.
+
+    The six rows that are evaluated are three batches: one process fills up with a batch that does not count.
+    """
     model = tiny_model("llama")
     prefix = mlp_prefix(model)
     model.save_pretrained(tmp_path / "model")
     tiny_tokenizer().save_pretrained(tmp_path / "model")
     prefix.save(tmp_path / "prefix", keep_reparametrization=True)
     (tmp_path / "rows.json").write_text(json.dumps(ROWS[:4]))
+    (tmp_path / "evaluated.json").write_text(json.dumps(ROWS[:6]))
     (tmp_path / "script.py").write_text(DDP)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = os.environ | {
-        "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-        "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
-    }  # fmt: skip
-    processes = [
-        subprocess.Popen(
-            [sys.executable, tmp_path / "script.py", tmp_path, CHECKPOINTING], stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT, text=True, env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    try:
-        printed = [process.communicate(timeout=240)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(printed)
+    run_twice(tmp_path / "script.py", tmp_path, CHECKPOINTING)
 
-    one = trained(tmp_path / "one", model, prefix, ROWS[:4], max_steps=3, options={"eval_dataset": ROWS[:4]})
+    evaluated = {"options": {"eval_dataset": ROWS[:6]}, "per_device_eval_batch_size": 2}
+    one = trained(tmp_path / "one", model, prefix, ROWS[:4], max_steps=3, **evaluated)
     with attach_prefix(model, prefix):
         eval_loss = one.evaluate()["eval_loss"]
     for rank in range(2):

@@ -1,8 +1,10 @@
 """Arguments of PrefixTrainer: defaults, what is refused, and that a refusal leaves the model as it was."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from transformers import Trainer
 
 from prefix_tuning import PrefixTrainer
 from support.models import random_prefix, tiny_model
@@ -12,6 +14,7 @@ from support.training import PREFIX_LEN, ROWS, arguments, make_trainer
 REFUSED = {
     "label_smoothing_factor": 0.1, "neftune_noise_alpha": 5.0, "use_liger_kernel": True, "bf16_full_eval": True,
     "fp16_full_eval": True, "fsdp": "full_shard", "deepspeed": {"stage": 2}, "push_to_hub": True,
+    "parallelism_config": object(),
 }  # fmt: skip
 
 
@@ -57,9 +60,35 @@ def test_a_failing_constructor_leaves_the_model_detached(name, tmp_path):
     assert model.config is config and not any(hasattr(module, "layer_prefix") for module in model.modules())
 
 
-def test_uploading_is_left_to_the_prefix(tmp_path):
-    with pytest.raises(NotImplementedError, match="prefix.push_to_hub"):
-        make_trainer(tmp_path).push_to_hub()
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        ("push_to_hub", "prefix.push_to_hub"), ("create_model_card", "the frozen model"),
+        ("hyperparameter_search", "for each trial"),
+    ],
+)  # fmt: skip
+def test_what_trainer_does_with_whole_models_is_refused(method, message, tmp_path):
+    with pytest.raises(NotImplementedError, match=f"{method}: .*{message}"):
+        getattr(make_trainer(tmp_path), method)()
+
+
+@pytest.mark.parametrize("name", ("FSDP", "DeepSpeed", "parallelism_config"))
+def test_what_accelerate_launch_asks_for_is_refused(name, tmp_path, monkeypatch):
+    """It comes by the environment. On a CPU accelerate does not heed it, so Trainer is told here that it does."""
+    found = Trainer.create_accelerator_and_postprocess
+
+    def told(self):
+        found(self)
+        if name == "parallelism_config":
+            monkeypatch.setattr(type(self.accelerator), name, SimpleNamespace(sp_backend=None))
+        else:
+            setattr(self, f"is_{name.lower()}_enabled", True)
+
+    monkeypatch.setattr(Trainer, "create_accelerator_and_postprocess", told)
+    model = tiny_model("llama")
+    with pytest.raises(NotImplementedError, match=f"accelerate: {name} would split the model"):
+        make_trainer(tmp_path, model)
+    assert not any(hasattr(module, "layer_prefix") for module in model.modules())
 
 
 def test_several_gpus_in_one_process(tmp_path, caplog):

@@ -88,6 +88,28 @@ def test_tokenised_datasets(kind, tmp_path):
     assert_prefixes_close(trainer.prefix, expected.prefix, atol=2e-4, rtol=1e-3)
 
 
+def test_tensors_as_examples(recwarn):
+    """As a data set in torch's format has them."""
+    collate, examples = PromptCompletionCollator(tiny_tokenizer()), tokenize_rows(ROWS[:2], tiny_tokenizer())
+    tensors = [{name: torch.tensor(ids) for name, ids in example.items()} for example in examples]
+    batch, expected = collate(tensors), collate(examples)
+    assert batch.keys() == expected.keys() and all(torch.equal(batch[name], expected[name]) for name in batch)
+    assert not recwarn.list
+
+
+def test_a_batch_without_any_target_trains_nothing(tmp_path):
+    """Cut conversations leave such rows; the mean over no token would make everything NaN from there on."""
+    lost, row = ({"input_ids": [5, 6, 7], "labels": labels} for labels in ([-100] * 3, [-100, 6, 7]))
+    options = {"train_sampling_strategy": "sequential", "per_device_train_batch_size": 1, "logging_nan_inf_filter": False}
+    trainer = trained(tmp_path, rows=[lost, row], max_steps=1, **options)
+    start = make_trainer(tmp_path, rows=[row])
+    assert losses(trainer) == [0.0]
+    assert_prefixes_close(trainer.prefix, start.prefix, atol=0, rtol=0)
+    start.detach()
+    seen = losses(trained(tmp_path, rows=[lost, row], max_steps=4, **options))
+    assert seen[0] == seen[2] == 0 < seen[3] < seen[1]
+
+
 def test_text_of_a_data_set_that_is_no_sequence_is_refused(tmp_path):
     trainer = make_trainer(tmp_path, rows=Stream(ROWS))
     with pytest.raises(ValueError, match="examples: expected input_ids and labels, as tokenize_example makes of a row of text"):

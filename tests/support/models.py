@@ -1,5 +1,7 @@
 """Tiny random models of every served family, and a random prefix for them."""
 
+import copy
+
 import pytest
 import torch
 import transformers
@@ -232,3 +234,14 @@ def randomize(prefix: Prefix) -> Prefix:
         for parameter in prefix.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator))
     return prefix
+
+
+def dispatched(model, folder, places):
+    """A copy of the tiny Llama with its layers on these devices; "disk" brings the weights to the CPU for each call."""
+    from accelerate import dispatch_model
+
+    layers = {f"model.layers.{index}": place for index, place in enumerate(places)}
+    rest = dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
+    return dispatch_model(
+        copy.deepcopy(model), device_map=layers | rest, main_device="cpu", offload_dir=folder, force_hooks=True
+    )
