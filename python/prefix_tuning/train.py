@@ -8,6 +8,7 @@ import inspect
 import logging
 from collections.abc import Mapping
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +23,8 @@ from transformers import (
     Trainer,
     TrainingArguments,
 )
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import TrainOutput
 from transformers.utils import find_labels
 
 from prefix_tuning.attach import Attachment, attach_prefix
@@ -239,6 +242,13 @@ class PrefixTrainer(Trainer):
             self.attachment.detach()
             raise
 
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        """As Trainer.train. With resume_from_checkpoint=True the run goes on from its last whole checkpoint: one that was being
+        written when the run was killed is passed over."""
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = _last_checkpoint(Path(self.args.output_dir))
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
     def detach(self) -> None:
         """Ends the attachment and gradient checkpointing: the model is the plain model again, still frozen and in eval mode."""
         self.attachment.detach()
@@ -356,6 +366,14 @@ def _check_args(model: nn.Module, args: TrainingArguments, others: Mapping[str, 
         if not is_spread(model):
             logger.warning(f"{args.n_gpu} GPUs are visible and one is used; start one process for each with torchrun")
         args._n_gpu = 1
+
+
+def _last_checkpoint(folder: Path) -> str:
+    """That with the most steps among those that have what Trainer writes last."""
+    whole = [path for path in folder.glob("checkpoint-*") if (path / TRAINER_STATE_NAME).is_file()]
+    if not whole:
+        raise ValueError(f"resume_from_checkpoint: {folder} holds no whole checkpoint")
+    return str(max(whole, key=lambda path: int(path.name.removeprefix("checkpoint-"))))
 
 
 def _sizes(prefix: Prefix) -> dict[str, Any]:

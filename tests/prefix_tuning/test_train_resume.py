@@ -71,6 +71,22 @@ def test_resuming_equals_an_uninterrupted_run(reparametrization, tmp_path):
     assert_prefixes_equal(resumed.prefix, whole.prefix)
 
 
+def test_a_checkpoint_that_was_not_written_to_its_end_is_passed_over(tmp_path):
+    """Killed while it saved: the prefix of step 6 is there, the state of the run is not."""
+    whole = trained(tmp_path, **RESUMED)
+    for path in tmp_path.glob("checkpoint-*/trainer_state.json"):
+        if path.parent.name != "checkpoint-3":
+            path.unlink()
+    (tmp_path / "checkpoint-7" / "prefix_config.json").unlink()
+    resumed = make_trainer(tmp_path, **RESUMED)
+    resumed.train(resume_from_checkpoint=True)
+    assert losses(resumed) == losses(whole)
+    assert_prefixes_equal(resumed.prefix, whole.prefix)
+    (tmp_path / "none" / "checkpoint-2").mkdir(parents=True)
+    with pytest.raises(ValueError, match="resume_from_checkpoint: .*none holds no whole checkpoint"):
+        make_trainer(tmp_path / "none").train(resume_from_checkpoint=True)
+
+
 def test_resuming_a_finished_run_trains_nothing(tmp_path):
     """Seven steps of two rows are not whole epochs, where Trainer itself would take an eighth step."""
     whole = trained(tmp_path, **RESUMED)
