@@ -28,17 +28,34 @@ _PLAIN, _MROPE = MultimodalFamily(), MultimodalFamily(multimodal_positions=True)
 
 # by config.model_type
 MULTIMODAL = {
+    "aya_vision": _PLAIN,
+    "cohere2_vision": _PLAIN,
+    "deepseek_vl": _PLAIN,
     "gemma3": _PLAIN,
     "gemma4": _PLAIN,
+    "glm46v": _MROPE,
+    "glm4v": _MROPE,
+    "idefics2": _PLAIN,
     "idefics3": _PLAIN,
+    "internvl": _PLAIN,
+    "janus": _PLAIN,
+    "kimi_k25": _PLAIN,
+    "lighton_ocr": _PLAIN,
     "llama4": _PLAIN,
     "llava": _PLAIN,
+    "llava_next": _PLAIN,
+    "llava_next_video": _PLAIN,
+    "llava_onevision": _PLAIN,
     "mistral3": _PLAIN,
+    "ovis2": _PLAIN,
     "paligemma": MultimodalFamily(first_position=1, mask_argument="token_type_ids"),
+    "qianfan_ocr": _PLAIN,
     "qwen2_5_vl": _MROPE,
     "qwen2_vl": _MROPE,
     "qwen3_vl": _MROPE,
+    "qwen3_vl_moe": _MROPE,
     "smolvlm": _PLAIN,
+    "vipllava": _PLAIN,
 }
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 
-from support.models import COMMON, HYBRID, LLAMA, LLAMA4, VOCABULARY, WINDOW
+from support.models import COMMON, EXPERTS, HYBRID, LLAMA, LLAMA4, MLA, ROPE, VOCABULARY, WINDOW
 
 IMAGE, VIDEO, AUDIO, START, END = 120, 121, 122, 123, 124  # tokens
 SIDE, PATCH = 16, 4  # pixels of an image, which has 16 patches
@@ -18,7 +18,7 @@ TOWER = {
     "patch_size": PATCH, "initializer_range": 0.2,
 }  # fmt: skip
 SIGLIP = TOWER | {"model_type": "siglip_vision_model", "vision_use_head": False}
-MROPE = LLAMA | {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 2, 4]}}
+MROPE = LLAMA | {"rope_parameters": ROPE | {"mrope_section": [2, 2, 4]}}
 QWEN_TOWER = {
     "depth": 2, "num_heads": 2, "patch_size": PATCH, "spatial_merge_size": 2, "temporal_patch_size": 2, "in_channels": 3,
     "initializer_range": 0.2,
@@ -83,7 +83,31 @@ def positioned_patches(input_ids, images):
     }
 
 
+def square_patches(input_ids, images):
+    grid = SIDE // PATCH
+    return {
+        "pixel_values": torch.randn(images * grid * grid, 3, PATCH, PATCH),
+        "image_grid_thw": torch.tensor([[1, grid, grid]] * images),
+    }
+
+
+def tiles(input_ids, images):
+    """A whole image and its one tile."""
+    pixels = torch.randn(images, 2, 3, SIDE, SIDE)
+    return {"pixel_values": pixels, "image_sizes": torch.tensor([[SIDE, SIDE]] * images)}
+
+
 LLAMA_TEXT = LLAMA | {"model_type": "llama"}
+CLIP = TOWER | {"model_type": "clip_vision_model"}
+COHERE2 = LLAMA | HYBRID | {"model_type": "cohere2", "logit_scale": 1.0}
+GLM_TOKENS = QWEN_TOKENS | {"image_start_token_id": START, "image_end_token_id": END}
+GLM = MROPE | {"model_type": "glm4v_text", "rope_parameters": ROPE | {"mrope_section": [2, 1, 1], "partial_rotary_factor": 0.5}}
+TWO_SIDES = TOWER | {"image_size": [SIDE, SIDE], "patch_size": [PATCH, PATCH]}
+DEEP_TOWER = QWEN_TOWER | {
+    "hidden_size": 32, "intermediate_size": 32, "out_hidden_size": 64, "num_position_embeddings": 16,
+    "deepstack_visual_indexes": [0, 1],
+}  # fmt: skip
+
 # By model type, with variants: the wrapper.
 WRAPPERS = {
     "gemma3": Wrapper(
@@ -116,11 +140,7 @@ WRAPPERS = {
     ),
     "llava": Wrapper(
         "LlavaForConditionalGeneration", LLAMA_TEXT,
-        {"vision_config": TOWER | {"model_type": "clip_vision_model"}, "image_token_index": IMAGE}, 16, plain_pixels,
-    ),
-    "llava_mistral": Wrapper(
-        "LlavaForConditionalGeneration", LLAMA | WINDOW | {"model_type": "mistral"},
-        {"vision_config": TOWER | {"model_type": "clip_vision_model"}, "image_token_index": IMAGE}, 16, plain_pixels,
+        {"vision_config": CLIP, "image_token_index": IMAGE}, 16, plain_pixels,
     ),
     "mistral3": Wrapper(
         "Mistral3ForConditionalGeneration", LLAMA | WINDOW | {"model_type": "mistral"},
@@ -150,31 +170,122 @@ WRAPPERS = {
         QWEN_TOKENS | {"vision_config": QWEN_TOWER | {"embed_dim": 32, "hidden_size": 64, "mlp_ratio": 1}}, 4, patches,
     ),
     "qwen3_vl": Wrapper(
-        "Qwen3VLForConditionalGeneration", MROPE,
-        QWEN_TOKENS | {"vision_config": QWEN_TOWER | {
-            "hidden_size": 32, "intermediate_size": 32, "out_hidden_size": 64, "num_position_embeddings": 16,
-            "deepstack_visual_indexes": [0, 1],
+        "Qwen3VLForConditionalGeneration", MROPE, QWEN_TOKENS | {"vision_config": DEEP_TOWER}, 4, patches,
+    ),
+}  # fmt: skip
+# Others whose text model is called in the same way as one of those.
+SIMILAR = {
+    "aya_vision": Wrapper(
+        "AyaVisionForConditionalGeneration", COHERE2,
+        {"vision_config": SIGLIP, "downsample_factor": 2, "image_token_index": IMAGE, "alignment_intermediate_size": 32},
+        4, plain_pixels,
+    ),
+    "cohere2_vision": Wrapper(
+        "Cohere2VisionForConditionalGeneration", COHERE2,
+        {"vision_config": SIGLIP, "downsample_factor": 2, "image_token_id": IMAGE, "alignment_intermediate_size": 32},
+        4, plain_pixels,
+    ),
+    "deepseek_vl": Wrapper(
+        "DeepseekVLForConditionalGeneration", LLAMA_TEXT, {"vision_config": SIGLIP, "image_token_id": IMAGE}, 16, plain_pixels,
+    ),
+    "glm46v": Wrapper(
+        "Glm46VForConditionalGeneration", GLM,
+        GLM_TOKENS | {"vision_config": QWEN_TOWER | {
+            "model_type": "glm4v_vision", "hidden_size": 32, "intermediate_size": 32, "out_hidden_size": 64, "image_size": SIDE,
         }},
         4, patches,
+    ),
+    "glm4v": Wrapper(
+        "Glm4vForConditionalGeneration", GLM,
+        GLM_TOKENS | {"vision_config": QWEN_TOWER | {
+            "hidden_size": 32, "intermediate_size": 32, "out_hidden_size": 64, "image_size": SIDE,
+        }},
+        4, patches,
+    ),
+    "idefics2": Wrapper(
+        "Idefics2ForConditionalGeneration", LLAMA | WINDOW | {"model_type": "mistral"},
+        {"vision_config": TOWER, "image_token_id": IMAGE,
+         "perceiver_config": {"resampler_n_latents": 4, "resampler_depth": 1, "resampler_n_heads": 2, "resampler_head_dim": 16,
+                              "num_key_value_heads": 1}},
+        4, rows_of_pixels,
+    ),
+    "internvl": Wrapper(
+        "InternVLForConditionalGeneration", LLAMA | {"model_type": "qwen2"},
+        {"vision_config": TWO_SIDES, "downsample_ratio": 0.5, "image_token_id": IMAGE}, 4, plain_pixels,
+    ),
+    "janus": Wrapper(
+        "JanusForConditionalGeneration", LLAMA_TEXT,
+        {"vision_config": TOWER | {"projection_dim": 64, "mlp_ratio": 1.0, "depth": 2}, "image_token_id": IMAGE,
+         "vq_config": {"embed_dim": 8, "num_embeddings": 16, "base_channels": 32, "channel_multiplier": [1, 1],
+                       "num_patches": 4, "num_res_blocks": 1, "latent_channels": 8, "projection_dim": 8,
+                       "image_token_embed_dim": 8}},
+        16, plain_pixels,
+    ),
+    "kimi_k25": Wrapper(
+        "Kimi_K25ForConditionalGeneration", MLA | {"model_type": "deepseek_v3"},
+        {"image_token_id": IMAGE, "video_token_id": VIDEO, "projection_hidden_size": 32,
+         "vision_config": TOWER | {"pos_emb_height": 4, "pos_emb_width": 4, "pos_emb_time": 4}},
+        4, square_patches,
+    ),
+    "lighton_ocr": Wrapper(
+        "LightOnOcrForConditionalGeneration", LLAMA | {"model_type": "qwen3"},
+        {"vision_config": TOWER | {"model_type": "pixtral", "head_dim": 16}, "image_token_id": IMAGE, "spatial_merge_size": 2},
+        4, sized_pixels,
+    ),
+    "llava_mistral": Wrapper(
+        "LlavaForConditionalGeneration", LLAMA | WINDOW | {"model_type": "mistral"},
+        {"vision_config": CLIP, "image_token_index": IMAGE}, 16, plain_pixels,
+    ),
+    "llava_next": Wrapper(
+        "LlavaNextForConditionalGeneration", LLAMA_TEXT,
+        {"vision_config": CLIP, "image_token_index": IMAGE, "image_grid_pinpoints": [[SIDE, SIDE]]}, 36, tiles,
+    ),
+    "llava_next_video": Wrapper(
+        "LlavaNextVideoForConditionalGeneration", LLAMA_TEXT,
+        {"vision_config": CLIP, "image_token_index": IMAGE, "video_token_index": VIDEO,
+         "image_grid_pinpoints": [[SIDE, SIDE]]}, 36, tiles,
+    ),
+    "llava_onevision": Wrapper(
+        "LlavaOnevisionForConditionalGeneration", LLAMA | {"model_type": "qwen2"},
+        {"vision_config": SIGLIP, "image_token_index": IMAGE, "video_token_index": VIDEO,
+         "image_grid_pinpoints": [[SIDE, SIDE]]}, 36, tiles,
+    ),
+    "ovis2": Wrapper(
+        "Ovis2ForConditionalGeneration", LLAMA | {"model_type": "qwen2"},
+        {"vision_config": TOWER | {"vocab_size": 32, "hidden_stride": 2}, "image_token_id": IMAGE, "hidden_size": 64,
+         "visual_indicator_token_ids": [123, 124, 125, 126, 127]}, 4, plain_pixels,
+    ),
+    "qianfan_ocr": Wrapper(
+        "QianfanOCRForConditionalGeneration", LLAMA | {"model_type": "qwen3"},
+        {"vision_config": TWO_SIDES, "downsample_ratio": 0.5, "image_token_id": IMAGE}, 4, plain_pixels,
+    ),
+    "qwen3_vl_moe": Wrapper(
+        "Qwen3VLMoeForConditionalGeneration", MROPE | EXPERTS, QWEN_TOKENS | {"vision_config": DEEP_TOWER}, 4, patches,
     ),
     "smolvlm": Wrapper(
         "SmolVLMForConditionalGeneration", LLAMA_TEXT,
         {"vision_config": TOWER, "scale_factor": 2, "image_token_id": IMAGE}, 4, rows_of_pixels,
     ),
+    "vipllava": Wrapper(
+        "VipLlavaForConditionalGeneration", LLAMA_TEXT,
+        {"vision_config": CLIP, "image_token_index": IMAGE, "vision_feature_layers": [-2, -1]}, 16, plain_pixels,
+    ),
 }  # fmt: skip
+EVERY = WRAPPERS | SIMILAR
 
 
 def tiny_wrapper(name: str, **changes) -> transformers.PreTrainedModel:
     """A text model of 3 layers or more beside a tower of 2, seed 0, in eval mode. changes: of the text model's config."""
     torch.manual_seed(0)
-    wrapper = WRAPPERS[name]
+    wrapper = EVERY[name]
     if not hasattr(transformers, wrapper.name):
         pytest.skip(f"transformers {transformers.__version__} has no {wrapper.name}")
     model_class = getattr(transformers, wrapper.name)
     config = model_class.config_class(text_config=COMMON | wrapper.text | changes, **wrapper.others)
     model = model_class(config).eval()
     with torch.no_grad():
-        model.get_output_embeddings().weight[IMAGE:] = 0  # so that none of the tokens without a text is generated
+        for special in (slice(3), slice(IMAGE, None)):
+            model.get_output_embeddings().weight[special] = 0  # so that none of the tokens without a text is generated
         for name, parameter in model.named_parameters():
             if name.endswith("mm_input_projection_weight"):
                 parameter.normal_(std=0.2)  # Gemma 3 starts from 0
@@ -183,11 +294,11 @@ def tiny_wrapper(name: str, **changes) -> transformers.PreTrainedModel:
 
 def batch_with_image(name: str, row: int) -> dict[str, torch.Tensor]:
     """Two rows of tokens; one of them has an image."""
-    tokens = WRAPPERS[name].tokens
+    tokens = EVERY[name].tokens
     input_ids = torch.randint(3, 100, (2, 9 + tokens), generator=torch.Generator().manual_seed(1))
     input_ids[row, 3], input_ids[row, 4 : 4 + tokens] = START, IMAGE
     torch.manual_seed(2)
-    return {"input_ids": input_ids} | WRAPPERS[name].pixels(input_ids, 1)
+    return {"input_ids": input_ids} | EVERY[name].pixels(input_ids, 1)
 
 
 def row_of(batch: dict[str, torch.Tensor], row: int, start: int = 0) -> dict[str, torch.Tensor]:
@@ -196,7 +307,7 @@ def row_of(batch: dict[str, torch.Tensor], row: int, start: int = 0) -> dict[str
     if not (of_tokens["input_ids"] == IMAGE).any():
         return of_tokens
     pixels = {name: value for name, value in batch.items() if name not in of_tokens}
-    if pixels["pixel_values"].dim() == 5:  # images of each row
+    if len(pixels["pixel_values"]) == len(batch["input_ids"]):  # images of each row
         pixels["pixel_values"] = pixels["pixel_values"][row][None]
     return of_tokens | pixels
 
