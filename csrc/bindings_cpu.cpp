@@ -46,6 +46,12 @@ const int64_t* indices(const MaybeTensor& tensor) {
   return tensor ? static_cast<const int64_t*>(tensor->const_data_ptr()) : nullptr;
 }
 
+// [batch or 1, heads or 1, q_len or 1, columns]
+Strided broadcast(const Tensor& tensor) {
+  const auto stride = [&](int64_t axis) { return tensor.size(axis) == 1 ? 0 : tensor.stride(axis); };
+  return strided(tensor, stride(0), stride(2), stride(1));
+}
+
 // A call: its problem and what the problem points to.
 struct Call {
   Problem problem;
@@ -68,7 +74,7 @@ void check_ends(const char* name, const int64_t* ends, int64_t count, int64_t to
 }
 
 Call describe(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& prefix_k, const Tensor& prefix_v,
-              const MaybeTensor& key_mask, const MaybeTensor& key_lens, const MaybeTensor& prefix_ids,
+              const MaybeTensor& key_mask, const MaybeTensor& bias, const MaybeTensor& key_lens, const MaybeTensor& prefix_ids,
               const MaybeTensor& prefix_lens, const MaybeTensor& cu_seqlens_q, const MaybeTensor& cu_seqlens_k,
               const MaybeTensor& parent, bool causal, double scale, int64_t window, double softcap,
               int64_t first_key_position, const Tensor& out, const Tensor& lse) {
@@ -84,6 +90,7 @@ Call describe(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& p
     const Tensor mask = call.readable(*key_mask);
     p.key_mask = static_cast<const bool*>(mask.const_data_ptr()), p.key_mask_row = mask.stride(0);
   }
+  if (bias) p.bias = broadcast(call.readable(*bias));
   p.heads = q.size(1), p.kv_heads = k.size(1), p.head_dim = q.size(varlen ? 2 : 3), p.value_dim = v.size(varlen ? 2 : 3);
   p.prefixes = prefix_k.dim() == 3 ? 1 : prefix_k.size(0), p.prefix_len = prefix_k.size(-2);
   p.causal = causal, p.scale = scale, p.softcap = softcap;
@@ -157,7 +164,7 @@ void run_decode(const Call& call, const Kernels& kernel, const Tensor& like) {
 // (out, lse), both new. out lies token by token, as the output projection of a model reads it.
 std::tuple<Tensor, Tensor> forward(
     const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& prefix_k, const Tensor& prefix_v, MaybeTensor key_mask,
-    MaybeTensor key_lens, MaybeTensor prefix_ids, MaybeTensor prefix_lens, MaybeTensor cu_seqlens_q,
+    MaybeTensor bias, MaybeTensor key_lens, MaybeTensor prefix_ids, MaybeTensor prefix_lens, MaybeTensor cu_seqlens_q,
     MaybeTensor cu_seqlens_k, MaybeTensor parent, bool causal, double scale, int64_t window, double softcap,
     int64_t first_key_position) {
   const int64_t heads = q.size(1), dim = v.size(-1), row = heads * dim;
@@ -172,7 +179,7 @@ std::tuple<Tensor, Tensor> forward(
     out = empty<4>(q, {batch, heads, len, dim}, {len * row, dim, row, 1}, dtype);
     lse = empty<3>(q, {batch, heads, len}, {heads * len, len, 1}, float32);
   }
-  const Call call = describe(q, k, v, prefix_k, prefix_v, key_mask, key_lens, prefix_ids, prefix_lens, cu_seqlens_q,
+  const Call call = describe(q, k, v, prefix_k, prefix_v, key_mask, bias, key_lens, prefix_ids, prefix_lens, cu_seqlens_q,
                              cu_seqlens_k, parent, causal, scale, window, softcap, first_key_position, out, lse);
   const Problem& p = call.problem;
   const Kernels& kernel = kernels();
@@ -205,11 +212,11 @@ void add_slots(const Tensor& sums, const std::vector<int64_t>& prefix_of_slot, i
 // float32, empty where not wanted.
 std::tuple<Tensor, Tensor> backward(
     const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& prefix_k, const Tensor& prefix_v, MaybeTensor key_mask,
-    MaybeTensor key_lens, MaybeTensor prefix_ids, MaybeTensor prefix_lens, MaybeTensor cu_seqlens_q,
+    MaybeTensor bias, MaybeTensor key_lens, MaybeTensor prefix_ids, MaybeTensor prefix_lens, MaybeTensor cu_seqlens_q,
     MaybeTensor cu_seqlens_k, MaybeTensor parent, bool causal, double scale, int64_t window, double softcap,
     int64_t first_key_position, const Tensor& out, const Tensor& lse, const Tensor& dout, MaybeTensor dlse, MaybeTensor dq,
     MaybeTensor dk, MaybeTensor dv, bool wants_prefix_k, bool wants_prefix_v) {
-  Call call = describe(q, k, v, prefix_k, prefix_v, key_mask, key_lens, prefix_ids, prefix_lens, cu_seqlens_q, cu_seqlens_k,
+  Call call = describe(q, k, v, prefix_k, prefix_v, key_mask, bias, key_lens, prefix_ids, prefix_lens, cu_seqlens_q, cu_seqlens_k,
                        parent, causal, scale, window, softcap, first_key_position, out, lse);
   const Problem& p = call.problem;
   const bool varlen = cu_seqlens_q.has_value();
@@ -251,9 +258,9 @@ std::string isa(std::optional<std::string> name) {
 }  // namespace prefix_kernels
 
 #define PROBLEM                                                                                                     \
-  "Tensor q, Tensor k, Tensor v, Tensor prefix_k, Tensor prefix_v, Tensor? key_mask, Tensor? key_lens, "           \
-  "Tensor? prefix_ids, Tensor? prefix_lens, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? parent, bool causal, " \
-  "float scale, int window, float softcap, int first_key_position"
+  "Tensor q, Tensor k, Tensor v, Tensor prefix_k, Tensor prefix_v, Tensor? key_mask, Tensor? bias, "               \
+  "Tensor? key_lens, Tensor? prefix_ids, Tensor? prefix_lens, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? parent, " \
+  "bool causal, float scale, int window, float softcap, int first_key_position"
 
 STABLE_TORCH_LIBRARY(prefix_kernels_cpu, m) {
   m.def("forward(" PROBLEM ") -> (Tensor, Tensor)");

@@ -38,6 +38,7 @@ struct Problem {
   int64_t lse_row = 0, lse_head = 0;  // its strides; queries have stride 1
   const bool* key_mask = nullptr;     // [row, kv_len], true where a key may be attended
   int64_t key_mask_row = 0;
+  Strided bias;                       // [row, query, heads, prefix_len + kv_len], strides 0 where it is the same; no data: none
   const Sequence* sequences = nullptr;
   int64_t sequence_count = 0;
   int64_t heads = 0, kv_heads = 0, head_dim = 0, value_dim = 0;

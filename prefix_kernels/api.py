@@ -67,18 +67,18 @@ def prefix_attention(
         backend can (forward-mode differentiation, torch.func.grad and vjp).
     """
     kind = None
-    if return_lse is False and key_lens is None and bias is None and prefix_ids is None and prefix_lens is None:
+    if return_lse is False and key_lens is None and prefix_ids is None and prefix_lens is None:
         kind, kernel = repeated.find(
-            q, k, v, prefix_k, prefix_v, key_mask, causal, scale, window, softcap, first_key_position, backend
+            q, k, v, prefix_k, prefix_v, key_mask, bias, causal, scale, window, softcap, first_key_position, backend
         )
         if kernel is not None:
-            return kernel(q, k, v, prefix_k, prefix_v, key_mask)
+            return kernel(q, k, v, prefix_k, prefix_v, key_mask, bias)
     inputs = _dense_inputs(
         q, k, v, prefix_k, prefix_v, causal=causal, scale=scale, key_mask=key_mask, key_lens=key_lens, window=window,
         softcap=softcap, bias=bias, prefix_ids=prefix_ids, prefix_lens=prefix_lens, first_key_position=first_key_position,
     )  # fmt: skip
     result = _run(inputs, backend, return_lse)
-    if kind is not None:
+    if kind is not None and (bias is None or bias.shape == inputs.bias.shape):  # a kernel reads it as it was given
         repeated.remember(kind, inputs, backend)
     return result
 

@@ -21,7 +21,8 @@ _kernels: dict[tuple, Kernel | None] = {}  # by kind of call; None where its bac
 
 
 def find(
-    q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, key_mask: Tensor | None, *options: Any
+    q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, key_mask: Tensor | None,
+    bias: Tensor | None, *options: Any,
 ) -> tuple[tuple | None, Kernel | None]:
     """A new kind of call, which is all that the checks and the choice of a backend look at, or what serves a known kind.
 
@@ -40,7 +41,7 @@ def find(
             q.shape, k.shape, v.shape, prefix_k.shape, prefix_v.shape,
             q.dtype, k.dtype, v.dtype, prefix_k.dtype, prefix_v.dtype,
             type(q), type(k), type(v), type(prefix_k), type(prefix_v), *options, *map(type, options),
-            key_mask if key_mask is None else (type(key_mask), key_mask.shape, key_mask.dtype, key_mask.device),
+            *(None if t is None else (type(t), t.shape, t.dtype, t.device) for t in (key_mask, bias)),
         )  # fmt: skip
         known = _kernels.get(kind, False)
         return (kind, None) if known is False else (None, known)

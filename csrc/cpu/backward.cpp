@@ -17,6 +17,7 @@ struct BackwardTile {
   alignas(64) float keys[KEYS * MAX_DIM], values[KEYS * MAX_DIM];
   alignas(64) float delta[ROWS];
   Shift lse;
+  BiasTile bias;
   TileRows rows;
 };
 
@@ -67,7 +68,7 @@ static void meet_keys(const Problem& p, BackwardTile& t, const Segment& segment,
     const int64_t count = std::min<int64_t>(KEYS, t.rows.any_to - first);
     const KeyTile k = widen(segment.k, segment.k_first, first, count, p.head_dim, t.keys);
     const KeyTile v = widen(segment.v, segment.v_first, first, count, p.value_dim, t.values);
-    compute_scores(p, t.rows, segment, first, count, k, t.q, t.lse, t.weights, t.slopes);
+    compute_scores(p, t.rows, segment, first, count, k, t.q, t.lse, t.bias, t.weights, t.slopes);
     product<VECTORS, Left::rows>(count, v.data, v.stride, t.dout[0], ROWS, t.dscores[0], ROWS, p.value_dim, false);
     differentiate(p, t, count);
     if (wants_dq)

@@ -34,11 +34,11 @@ struct NarrowTile {
         const auto at = [&](const Strided& of, int64_t offset) {
           return static_cast<const bfloat16*>(of.data) + offset + first * of.token;
         };
-        weigh(p, at(segment.k, segment.k_first), segment.k.token, segment.mask, first, count);
+        weigh(p, segment, at(segment.k, segment.k_first), segment.k.token, first, count);
         add_values(p, at(segment.v, segment.v_first), segment.v.token, count);
       } else {
         const KeyTile k = widen(segment.k, segment.k_first, first, count, p.head_dim, keys);
-        weigh(p, k.data, k.stride, segment.mask, first, count);
+        weigh(p, segment, k.data, k.stride, first, count);
         const KeyTile v = widen(segment.v, segment.v_first, first, count, p.value_dim, values);
         add_values(p, v.data, v.stride, count);
       }
@@ -59,8 +59,8 @@ struct NarrowTile {
 
  private:
   template <typename T>
-  void weigh(const Problem& p, const T* k, int64_t stride, const bool* mask, int64_t first, int64_t count) {
-    for (int r = 0; r < rows.count; ++r) weigh_row(p, r, k, stride, mask, first, count);
+  void weigh(const Problem& p, const Segment& segment, const T* k, int64_t stride, int64_t first, int64_t count) {
+    for (int r = 0; r < rows.count; ++r) weigh_row(p, segment, r, k, stride, first, count);
   }
 
   template <typename T>
@@ -70,12 +70,12 @@ struct NarrowTile {
 
   // Scores of one row with `count` keys, as weights 2^(s − m').
   template <typename T>
-  void weigh_row(const Problem& p, int r, const T* k, int64_t stride, const bool* mask, int64_t first, int64_t count) {
+  void weigh_row(const Problem& p, const Segment& segment, int r, const T* k, int64_t stride, int64_t first, int64_t count) {
     float* w = weights[r];
     Vec top = splat(m[r]);
     for (int64_t n = 0; n < count; n += LANES) {
       const Vec product = dot(k + n * stride, stride, std::min<int64_t>(LANES, count - n), q + r * p.head_dim, p.head_dim);
-      const Vec s = visible(p, r, product, mask, first + n, first + count);
+      const Vec s = visible(p, segment, r, product, first + n, first + count);
       store(w + n, s);
       top = max(top, s);
     }
@@ -112,10 +112,12 @@ struct NarrowTile {
     return s;
   }
 
-  // Scale and softcap, and −inf where row r does not see keys key … key + LANES or there is no key.
-  Vec visible(const Problem& p, int r, Vec s, const bool* mask, int64_t key, int64_t keys_end) const {
+  // Scale, softcap and bias, and −inf where row r does not see keys key … key + LANES or there is no key.
+  Vec visible(const Problem& p, const Segment& segment, int r, Vec s, int64_t key, int64_t keys_end) const {
+    const bool* mask = segment.mask;
     const ScoreFactors factors(p);
     s = (factors.softcap ? tanh(s * factors.inner) : s) * factors.outer;
+    if (p.bias.data) s += bias_of(p, rows, r, segment, key, keys_end) * float(LOG2E);
     const int64_t end = std::min<int64_t>(rows.end[r], keys_end);
     if (!mask && rows.lowest[r] <= key && key + LANES <= end) return s;
     for (int lane = 0; lane < LANES; ++lane) {

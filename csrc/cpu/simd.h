@@ -47,6 +47,9 @@ inline Vec load(const bfloat16* from) {
   return bits<Vec>(__builtin_convertvector(half, BitVec) << 16);
 }
 
+inline float to_float(float x) { return x; }
+inline float to_float(bfloat16 x) { return bits<float>(uint32_t(x) << 16); }
+
 inline IntVec load(const int32_t* from) {
   IntVec v;
   std::memcpy(&v, from, sizeof v);

@@ -31,6 +31,7 @@ struct AttendTile {
   SoftmaxState state;
   TileRows rows;
   Shift unshifted;
+  BiasTile bias;
 
   static_assert(ROWS <= KEYS);
 
@@ -47,7 +48,7 @@ struct AttendTile {
     for (; first < last; first += KEYS) {
       const int64_t count = std::min<int64_t>(KEYS, last - first);
       const KeyTile k = widen(segment.k, segment.k_first, first, count, p.head_dim, keys);
-      compute_scores(p, rows, segment, first, count, k, q, unshifted, scores, nullptr);
+      compute_scores(p, rows, segment, first, count, k, q, unshifted, bias, scores, nullptr);
       for (int u = 0; u < rows.vectors(); ++u) weigh(p, u, count);
       const KeyTile v = widen(segment.v, segment.v_first, first, count, p.value_dim, values);
       if (rows.vectors() == 2)

@@ -40,6 +40,7 @@ struct TileRows {
 struct Segment {
   Strided k, v;
   int64_t k_first, v_first;         // offset of key 0
+  int64_t bias_column;              // that of key 0
   const bool* mask = nullptr;       // [key], true where a key may be attended; null: all
 };
 
@@ -47,10 +48,10 @@ enum class Keys { prefix, parent, own };
 
 inline Segment segment_of(const Problem& p, const Sequence& s, int64_t kv_head, Keys which) {
   if (which == Keys::prefix)
-    return {p.prefix_k, p.prefix_v, p.prefix_k.offset(s.prefix, 0, kv_head), p.prefix_v.offset(s.prefix, 0, kv_head)};
+    return {p.prefix_k, p.prefix_v, p.prefix_k.offset(s.prefix, 0, kv_head), p.prefix_v.offset(s.prefix, 0, kv_head), 0};
   const Sequence& owner = which == Keys::parent ? p.sequences[s.parent] : s;
   return {p.k, p.v, p.k.offset(owner.row, owner.first_key, kv_head), p.v.offset(owner.row, owner.first_key, kv_head),
-          p.key_mask ? p.key_mask + owner.row * p.key_mask_row : nullptr};
+          p.prefix_len, p.key_mask ? p.key_mask + owner.row * p.key_mask_row : nullptr};
 }
 
 // Sets what each row of the tile may see of its segment `which`.
@@ -189,6 +190,33 @@ struct ScoreFactors {
         outer(float((p.softcap > 0 ? p.softcap : p.scale) * LOG2E)), softcap(p.softcap > 0) {}
 };
 
+// The bias of row r and LANES keys from `key` on; 0 past `end`.
+inline Vec bias_of(const Problem& p, const TileRows& rows, int r, const Segment& segment, int64_t key, int64_t end) {
+  const int64_t at = row_offset(p.bias, rows, r) + segment.bias_column + key;
+  alignas(64) float tail[LANES] = {};
+  const auto read = [&](const auto* from) {
+    if (key + LANES <= end) return load(from);
+    for (int64_t n = 0; n < end - key; ++n) tail[n] = to_float(from[n]);
+    return load(tail);
+  };
+  if (p.bias.element == Element::float32) return read(static_cast<const float*>(p.bias.data) + at);
+  return read(static_cast<const bfloat16*>(p.bias.data) + at);
+}
+
+struct BiasTile {
+  alignas(64) float of_row[ROWS * KEYS], of_key[KEYS][ROWS];
+
+  // of_key[count][ROWS] = the tile's bias for keys first … first + count of the segment.
+  void read(const Problem& p, const TileRows& rows, const Segment& segment, int64_t first, int64_t count) {
+    for (int r = 0; r < rows.vectors() * LANES; ++r)
+      for (int64_t n = 0; n < count; n += LANES) {
+        const bool is_row = r < rows.count;
+        store(of_row + r * KEYS + n, is_row ? bias_of(p, rows, r, segment, first + n, first + count) : Vec{});
+      }
+    transpose_rows(of_row, KEYS, rows.vectors(), of_key);
+  }
+};
+
 // What is taken off each row's scores: in the backward pass its log-sum-exp in units of log2, as a sum of two floats,
 // because a rounding of it would be a relative error of the weights.
 struct Shift {
@@ -196,14 +224,15 @@ struct Shift {
 };
 
 // scores[count][ROWS] of a tile of keys, in units of log2, less the shift; −inf where hidden. With a softcap, `slopes`
-// (unless null) becomes its derivative 1 − tanh² at each score.
+// (unless null) becomes its derivative 1 − tanh² at each score. `bias` is written where the problem has one.
 inline void compute_scores(const Problem& p, const TileRows& rows, const Segment& segment, int64_t first, int64_t count,
-                           const KeyTile& keys, const float (*q)[ROWS], const Shift& shift, float (*scores)[ROWS],
-                           float (*slopes)[ROWS]) {
+                           const KeyTile& keys, const float (*q)[ROWS], const Shift& shift, BiasTile& bias,
+                           float (*scores)[ROWS], float (*slopes)[ROWS]) {
   if (rows.vectors() == 2)
     product<2, Left::rows>(count, keys.data, keys.stride, q[0], ROWS, scores[0], ROWS, p.head_dim, false);
   else
     product<1, Left::rows>(count, keys.data, keys.stride, q[0], ROWS, scores[0], ROWS, p.head_dim, false);
+  if (p.bias.data) bias.read(p, rows, segment, first, count);
   const ScoreFactors factors(p);
   for (int u = 0; u < rows.vectors(); ++u) {
     const Vec most = load(shift.most + u * LANES), rest = load(shift.rest + u * LANES);
@@ -214,7 +243,9 @@ inline void compute_scores(const Problem& p, const TileRows& rows, const Segment
         s = tanh(s * factors.inner);
         if (slopes) store(slopes[n] + u * LANES, 1.0f - s * s);
       }
-      store(at, s * factors.outer - most - rest);
+      s *= factors.outer;
+      if (p.bias.data) s += load(bias.of_key[n] + u * LANES) * float(LOG2E);
+      store(at, s - most - rest);
     }
   }
   hide(rows, segment.mask, first, count, scores);

@@ -41,8 +41,6 @@ def why_not(problem: AttentionProblem) -> str | None:
         return f"it serves float32 and bfloat16, got {problem.dtype}"
     if problem.prefix_dtype not in DTYPES:
         return f"it serves prefixes in float32 and bfloat16, got {problem.prefix_dtype}"
-    if problem.has_bias:
-        return "it takes no bias"
     for name in ("head_dim", "value_dim"):
         dim = getattr(problem, name)
         if dim % DIM_STEP or not 0 < dim <= MAX_DIM:
@@ -79,10 +77,10 @@ def forward(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
     return _operators()[0](*_arguments(inputs))
 
 
-def repeat(inputs: AttentionInputs) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None], Tensor]:
-    """A function of q, k, v, prefix_k, prefix_v and key_mask that gives out as forward does, for calls that differ from this
-    one in the values of those tensors and in strides alone. The prefix may be without its bank axis."""
-    operator, options = _operators()[0], _arguments(inputs)[6:]
+def repeat(inputs: AttentionInputs) -> Callable[..., Tensor]:
+    """A function of q, k, v, prefix_k, prefix_v, key_mask and bias that gives out as forward does, for calls that differ from
+    this one in the values of those tensors and in strides alone. The prefix may be without its bank axis."""
+    operator, options = _operators()[0], _arguments(inputs)[7:]
     return lambda *tensors: operator(*tensors, *options)[0]
 
 
@@ -117,6 +115,7 @@ def _arguments(inputs: AttentionInputs) -> tuple:
     return (
         *inputs.tensors,
         inputs.key_mask,
+        inputs.bias,
         _index(inputs.key_lens),
         _index(inputs.prefix_ids),
         _index(inputs.prefix_lens),

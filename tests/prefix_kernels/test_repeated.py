@@ -34,6 +34,7 @@ def make(dtype=torch.float32, prefix_dtype=None, q_len=2, kv_len=7):
 OPTIONS = (
     {}, {"causal": False}, {"scale": 0.3}, {"window": 3}, {"window": 3, "first_key_position": 1}, {"softcap": 2.0},
     {"key_mask": torch.arange(7).expand(3, 7) > torch.tensor([[0], [-1], [2]])}, {"backend": "cpu"},
+    {"bias": torch.randn(3, 1, 2, 12)},
 )  # fmt: skip
 
 
@@ -50,6 +51,20 @@ def test_the_same_bits_as_the_whole_way(whole_ways, options, dtypes):
     assert len(whole_ways) == 1 and whole_ways[0] is calls[0][0]
     for value, right in zip(got, expected, strict=True):
         assert torch.equal(value, right) and value.stride() == right.stride() and value.dtype == right.dtype
+
+
+def test_every_call_has_its_own_bias(whole_ways):
+    """Of any strides; one that is broadcast along the columns goes the whole way each time."""
+    tensors, shapes = make(), [(3, 4, 2, 12), (3, 4, 2, 12), (1, 4, 1, 12), (3, 4, 2, 1), (3, 4, 2, 1), (12,), (12,)]
+    biases = [torch.randn(shape) for shape in shapes]
+    biases[1] = biases[1].transpose(0, 2).contiguous().transpose(0, 2)
+    expected = [prefix_attention(*tensors, bias=bias, backend="reference") for bias in biases]
+    whole_ways.clear()
+    with torch.no_grad():
+        got = [prefix_attention(*tensors, bias=bias) for bias in biases]
+    assert len(whole_ways) == 6
+    for value, right in zip(got, expected, strict=True):
+        torch.testing.assert_close(value, right)
 
 
 @pytest.mark.parametrize("change", [
