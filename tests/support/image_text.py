@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 
-from support.models import COMMON, EXPERTS, HYBRID, LLAMA, LLAMA4, MLA, ROPE, VOCABULARY, WINDOW
+from support.models import COMMON, CONVOLUTIONS, EXPERTS, HYBRID, LINEAR, LLAMA, LLAMA4, MLA, ROPE, VOCABULARY, WINDOW
 
 IMAGE, VIDEO, AUDIO, START, END = 120, 121, 122, 123, 124  # tokens
 SIDE, PATCH = 16, 4  # pixels of an image, which has 16 patches
@@ -73,6 +73,10 @@ def patches(input_ids, images):
     }
 
 
+def untyped_patches(input_ids, images):
+    return {name: value for name, value in patches(input_ids, images).items() if name != "mm_token_type_ids"}
+
+
 def positioned_patches(input_ids, images):
     grid = SIDE // PATCH
     where = torch.cartesian_prod(torch.arange(grid), torch.arange(grid)).flip(-1)
@@ -91,6 +95,15 @@ def square_patches(input_ids, images):
     }
 
 
+def masked_patches(input_ids, images):
+    grid = SIDE // PATCH
+    return {
+        "pixel_values": torch.randn(images, grid * grid, 3 * PATCH * PATCH),
+        "pixel_attention_mask": torch.ones(images, grid * grid, dtype=torch.long),
+        "spatial_shapes": torch.tensor([[grid, grid]] * images),
+    }
+
+
 def tiles(input_ids, images):
     """A whole image and its one tile."""
     pixels = torch.randn(images, 2, 3, SIDE, SIDE)
@@ -101,12 +114,16 @@ LLAMA_TEXT = LLAMA | {"model_type": "llama"}
 CLIP = TOWER | {"model_type": "clip_vision_model"}
 COHERE2 = LLAMA | HYBRID | {"model_type": "cohere2", "logit_scale": 1.0}
 GLM_TOKENS = QWEN_TOKENS | {"image_start_token_id": START, "image_end_token_id": END}
-GLM = MROPE | {"model_type": "glm4v_text", "rope_parameters": ROPE | {"mrope_section": [2, 1, 1], "partial_rotary_factor": 0.5}}
+PARTIAL_MROPE = LLAMA | {"rope_parameters": ROPE | {"mrope_section": [2, 1, 1], "partial_rotary_factor": 0.5}}
+GLM = PARTIAL_MROPE | {"model_type": "glm4v_text"}
 TWO_SIDES = TOWER | {"image_size": [SIDE, SIDE], "patch_size": [PATCH, PATCH]}
-DEEP_TOWER = QWEN_TOWER | {
+SIGLIP2 = {"model_type": "siglip2_vision_model", "vision_use_head": False, "num_patches": (SIDE // PATCH) ** 2} | {
+    name: size for name, size in TOWER.items() if name != "image_size"
+}
+FLAT_TOWER = QWEN_TOWER | {
     "hidden_size": 32, "intermediate_size": 32, "out_hidden_size": 64, "num_position_embeddings": 16,
-    "deepstack_visual_indexes": [0, 1],
 }  # fmt: skip
+DEEP_TOWER = FLAT_TOWER | {"deepstack_visual_indexes": [0, 1]}
 
 # By model type, with variants: the wrapper.
 WRAPPERS = {
@@ -188,6 +205,14 @@ SIMILAR = {
     "deepseek_vl": Wrapper(
         "DeepseekVLForConditionalGeneration", LLAMA_TEXT, {"vision_config": SIGLIP, "image_token_id": IMAGE}, 16, plain_pixels,
     ),
+    "exaone4_5": Wrapper(
+        "Exaone4_5_ForConditionalGeneration", LLAMA | HYBRID | {"model_type": "exaone4"},
+        QWEN_TOKENS | {"vision_config": QWEN_TOWER | {
+            "hidden_size": 32, "intermediate_size": 32, "out_hidden_size": 64, "fullatt_block_indexes": [1], "window_size": 8,
+            "num_key_value_heads": 2,
+        }},
+        4, untyped_patches,
+    ),
     "glm46v": Wrapper(
         "Glm46VForConditionalGeneration", GLM,
         GLM_TOKENS | {"vision_config": QWEN_TOWER | {
@@ -227,6 +252,11 @@ SIMILAR = {
          "vision_config": TOWER | {"pos_emb_height": 4, "pos_emb_width": 4, "pos_emb_time": 4}},
         4, square_patches,
     ),
+    "lfm2_vl": Wrapper(
+        "Lfm2VlForConditionalGeneration", LLAMA | CONVOLUTIONS | {"model_type": "lfm2"},
+        {"vision_config": SIGLIP2, "image_token_id": IMAGE, "projector_hidden_size": 32, "downsample_factor": 2},
+        4, masked_patches,
+    ),
     "lighton_ocr": Wrapper(
         "LightOnOcrForConditionalGeneration", LLAMA | {"model_type": "qwen3"},
         {"vision_config": TOWER | {"model_type": "pixtral", "head_dim": 16}, "image_token_id": IMAGE, "spatial_merge_size": 2},
@@ -258,6 +288,13 @@ SIMILAR = {
     "qianfan_ocr": Wrapper(
         "QianfanOCRForConditionalGeneration", LLAMA | {"model_type": "qwen3"},
         {"vision_config": TWO_SIDES, "downsample_ratio": 0.5, "image_token_id": IMAGE}, 4, plain_pixels,
+    ),
+    "qwen3_5": Wrapper(
+        "Qwen3_5ForConditionalGeneration", PARTIAL_MROPE | LINEAR, QWEN_TOKENS | {"vision_config": FLAT_TOWER}, 4, patches,
+    ),
+    "qwen3_5_moe": Wrapper(
+        "Qwen3_5MoeForConditionalGeneration", PARTIAL_MROPE | LINEAR | EXPERTS, QWEN_TOKENS | {"vision_config": FLAT_TOWER},
+        4, patches,
     ),
     "qwen3_vl_moe": Wrapper(
         "Qwen3VLMoeForConditionalGeneration", MROPE | EXPERTS, QWEN_TOKENS | {"vision_config": DEEP_TOWER}, 4, patches,
@@ -315,8 +352,7 @@ def row_of(batch: dict[str, torch.Tensor], row: int, start: int = 0) -> dict[str
 def with_token(name: str, row: dict[str, torch.Tensor], token: torch.Tensor) -> dict[str, torch.Tensor]:
     """A row [1, tokens] and one more token of text: PaliGemma's suffix goes on with token type 1."""
     new = {"input_ids": token, "token_type_ids": int(name.startswith("paligemma")), "mm_token_type_ids": 0}
-    length = row["input_ids"].shape
     return {
-        key: torch.cat([value, torch.full((1, 1), int(new[key]), dtype=value.dtype)], 1) if value.shape == length else value
+        key: torch.cat([value, torch.full((1, 1), int(new[key]), dtype=value.dtype)], 1) if key in new else value
         for key, value in row.items()
     }
