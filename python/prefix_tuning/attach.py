@@ -34,7 +34,7 @@ from prefix_tuning.positions import check_learned_positions, new_tokens, sequenc
 from prefix_tuning.prefix import Prefix
 from prefix_tuning.prefix_ids import BANK_DEFAULT, PrefixIdsArgument, row_ids
 from prefix_tuning.relative_bias import prefix_bias
-from prefix_tuning.shapes import Layers, ModelShape
+from prefix_tuning.shapes import Layers, ModelShape, check_model
 from prefix_tuning.stacks import Stack, part_shapes, stacks
 
 PREFIX_WINDOWS = ("pinned", "peft")
@@ -379,10 +379,11 @@ def attach_prefix(
         NotImplementedError: a family or a request that is not served.
         ValueError: a prefix of another shape, a model that already has a prefix, an unknown prefix_window; from the model's
             calls: prefix_ids that fit neither bank nor batch.
-        TypeError: `prefix` is neither a Prefix nor a PrefixBank.
+        TypeError: `prefix` is neither a Prefix nor a PrefixBank, `model` no transformers model.
     """
     if not isinstance(prefix, (Prefix, PrefixBank)):
         raise TypeError(f"prefix: expected a Prefix or a PrefixBank, got {type(prefix).__name__}")
+    check_model(model)
     if prefix_window not in PREFIX_WINDOWS:
         raise ValueError(f"prefix_window: expected 'pinned' or 'peft', got {prefix_window!r}")
     model = _without_adapters(getattr(model, "_orig_mod", model))  # what torch.compile wraps

@@ -172,7 +172,7 @@ class PromptCompletionCollator:
     Returns input_ids, attention_mask (1 = a token of the row) and labels (−100 on padding), each int64 [batch, length].
     Padding is told by position, never by its id: in many models it is the end-of-text token, which is to be learnt.
 
-    ValueError for examples without input_ids or labels.
+    ValueError for examples without input_ids or labels, and where these are empty or of different lengths.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, pad_to_multiple_of: int = 8):
@@ -189,7 +189,11 @@ class PromptCompletionCollator:
                 f"examples: expected {' and '.join(wanted)}, as tokenize_example makes of a row of text, got "
                 f"{', '.join(lacking) or 'no field that the model takes'}"
             )
-        longest = max(len(example["input_ids"]) for example in examples)
+        lengths = [(len(example["input_ids"]), len(example["labels"])) for example in examples]
+        wrong = next((pair for pair in lengths if pair[0] != pair[1] or not pair[0]), None)
+        if wrong is not None:
+            raise ValueError(f"examples: expected as many labels as input_ids, and one or more, got {wrong[1]} and {wrong[0]}")
+        longest = max(lengths)[0]
         length = -(-longest // self.multiple) * self.multiple
         shape = (len(examples), length)
         input_ids = torch.full(shape, self.pad_id)

@@ -12,15 +12,15 @@ from prefix_tuning.data import IGNORED
 
 
 def target_loss(
-    model: nn.Module, input_ids: Tensor, labels: Tensor, attention_mask: Tensor | None = None, **inputs: Any
+    model: nn.Module, labels: Tensor, attention_mask: Tensor | None = None, **inputs: Any
 ) -> tuple[Tensor, int]:
     """Cross-entropy of the labelled tokens of a causal language model, each predicted from the tokens before it.
 
     Args:
         model: a transformers model with an output embedding, called without a cache.
-        input_ids, labels, attention_mask: int [batch, length]; labels −100 where there is no loss. The first token of a
-            row is never predicted.
-        inputs: further arguments of the model.
+        labels, attention_mask: int [batch, length]; labels −100 where there is no loss. The first token of a row is never
+            predicted.
+        inputs: further arguments of the model: input_ids [batch, length] or inputs_embeds, and others.
 
     Returns:
         (the sum over tokens, float32 scalar; the number of tokens).
@@ -29,7 +29,7 @@ def target_loss(
     largest tensor of a step, are never built for prompts and padding.
     """
     index, targets = targets_of(labels)
-    return loss_at(model, index, targets, input_ids=input_ids, attention_mask=attention_mask, **inputs), len(targets)
+    return loss_at(model, index, targets, attention_mask=attention_mask, **inputs), len(targets)
 
 
 def targets_of(labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ from prefix_tuning.peft_adapters import SEQ_2_SEQ, read_adapter, write_adapter
 from prefix_tuning.prefix_files import read_prefix, write_prefix
 from prefix_tuning.prompts import encode_conversation, encode_prompt
 from prefix_tuning.reparametrization import MLPReparametrization
-from prefix_tuning.shapes import PARTS, Layers, ModelShape, check_dtype, check_int, check_layers
+from prefix_tuning.shapes import PARTS, Layers, ModelShape, check_dtype, check_int, check_layers, check_model
 from prefix_tuning.stacks import check_served, part_shapes, text_config
 from prefix_tuning.text_cache import cached_layers
 from prefix_tuning.text_layers import computed_layers
@@ -134,6 +134,7 @@ class Prefix(nn.Module):
         check_int("prefix_len", prefix_len, at_least=1)
         check_int("hidden_size", hidden_size, at_least=1)
         check_dtype(dtype)
+        check_model(model)
         if init not in ("text", "random"):
             raise ValueError(f"init: got {init!r}, expected 'text' or 'random'")
         if reparametrization not in (None, "mlp"):

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 PARTS = ("decoder", "encoder", "cross")
 
@@ -117,6 +117,11 @@ def check_int(name: str, value, at_least: int) -> None:
         raise TypeError(f"{name}: got {value!r}, expected an int")
     if value < at_least:
         raise ValueError(f"{name}: got {value}, expected at least {at_least}")
+
+
+def check_model(model) -> None:
+    if not (isinstance(model, nn.Module) and hasattr(model, "config")):
+        raise TypeError(f"model: got {type(model).__name__}, expected a transformers model")
 
 
 def check_dtype(dtype) -> None:

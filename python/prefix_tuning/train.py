@@ -35,6 +35,7 @@ from prefix_tuning.graphed_training import GraphedSteps
 from prefix_tuning.loss import encoder_decoder_loss, sum_loss, target_loss
 from prefix_tuning.multimodal_families import text_part
 from prefix_tuning.prefix import Prefix
+from prefix_tuning.shapes import check_int, check_model
 from prefix_tuning.stacks import tokens_left
 from prefix_tuning.task import Task, task_of
 
@@ -207,6 +208,7 @@ class PrefixTrainer(Trainer):
         cuda_graphs: bool = True,
         **others: Any,
     ):
+        check_model(model)
         args = copy.copy(args) if args is not None else TrainingArguments(output_dir="prefix-trainer")
         _check_args(model, args, others)
         if not isinstance(prefix, Prefix):
@@ -356,6 +358,8 @@ def _collate(data_collator: DataCollator, positions: int | None, examples: list)
 
 
 def _check_args(model: nn.Module, args: TrainingArguments, others: Mapping[str, Any]) -> None:
+    if not isinstance(args, TrainingArguments):
+        raise TypeError(f"args: expected TrainingArguments, got {type(args).__name__}")
     refused = [name for name in _REFUSED if getattr(args, name, None)]
     if refused:
         raise NotImplementedError(f"args: {', '.join(refused)} is not served when a prefix is trained")
@@ -384,8 +388,8 @@ def _sizes(prefix: Prefix) -> dict[str, Any]:
 
 def _max_length(model: PreTrainedModel, prefix: Prefix, max_length: int | None) -> int | None:
     """max_length, or the tokens that the model has positions for behind the prefix where that is less; None: no limit."""
-    if max_length is not None and max_length < 1:
-        raise ValueError(f"max_length: expected at least 1, got {max_length}")
+    if max_length is not None:
+        check_int("max_length", max_length, at_least=1)
     left = tokens_left(model, prefix.position_offset)
     if left is None:
         return max_length
@@ -408,12 +412,14 @@ def _default_collator(model: PreTrainedModel, task: Task, tokenizer: PreTrainedT
 def tokenized(
     name: str, dataset: Any, tokenizer: PreTrainedTokenizerBase | None, task: Task, max_length: int | None
 ) -> Any:
-    """Rows of text as examples; what is tokenised already, is no map-style data set or is a name goes on as it is."""
-    if isinstance(dataset, Mapping):
+    """Rows of text as examples; what is tokenised already or no map-style data set goes on as it is. An eval_dataset may be
+    several by name, or one of these names."""
+    if isinstance(dataset, Mapping) and name == "eval_dataset":
         return {part: tokenized(f"{name}[{part!r}]", rows, tokenizer, task, max_length) for part, rows in dataset.items()}
-    if dataset is None or isinstance(dataset, str | torch.utils.data.IterableDataset):
+    named = isinstance(dataset, str) and name == "eval_dataset"
+    if dataset is None or named or isinstance(dataset, torch.utils.data.IterableDataset):
         return dataset
-    if not hasattr(dataset, "__len__"):
+    if isinstance(dataset, Mapping | str) or not hasattr(dataset, "__len__"):
         raise TypeError(f"{name}: expected a sequence of rows or a data set, got {type(dataset).__name__}")
     if len(dataset) == 0:
         raise ValueError(f"{name}: expected at least one row, got none")

@@ -268,7 +268,7 @@ def test_wrong_calls_raise():
         attach_prefix(model, prefix, prefix_window="x")
     with pytest.raises(ValueError):
         attach_prefix(tiny_model("llama"), prefix)
-    with pytest.raises(NotImplementedError, match="got model type None"):
+    with pytest.raises(TypeError, match="model: got Linear, expected a transformers model"):
         attach_prefix(torch.nn.Linear(2, 2), prefix)
     attachment = attach_prefix(model, prefix)
     with pytest.raises(ValueError, match="already has a prefix"):

@@ -75,7 +75,7 @@ def test_further_arguments_reach_the_model():
     assert (plain - moved).abs() > 1e-2
     torch.testing.assert_close(target_loss(model, **batch, position_ids=torch.arange(8)[None])[0], plain)
     batch.pop("attention_mask")
-    assert torch.isfinite(target_loss(model, batch["input_ids"], batch["labels"])[0])
+    assert torch.isfinite(target_loss(model, batch["labels"], input_ids=batch["input_ids"])[0])
 
 
 def test_no_targets_is_no_loss():
@@ -95,7 +95,7 @@ def test_the_model_is_as_before_also_after_an_error():
     target_loss(model, **batch)
     assert not model.lm_head._forward_pre_hooks
     with pytest.raises(IndexError):
-        target_loss(model, batch["input_ids"] + VOCABULARY, batch["labels"])
+        target_loss(model, batch["labels"], input_ids=batch["input_ids"] + VOCABULARY)
     assert not model.lm_head._forward_pre_hooks
     assert torch.equal(model(input_ids=batch["input_ids"]).logits, before)
 

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 from transformers import Trainer
 
-from prefix_tuning import PrefixTrainer
+from prefix_tuning import Prefix, PrefixTrainer, attach_prefix
 from support.models import random_prefix, tiny_model
 from support.tokenizer import tiny_tokenizer
 from support.training import PREFIX_LEN, ROWS, arguments, make_trainer
@@ -39,7 +39,13 @@ OTHERS = {
     "no prefix": ({"prefix": "prefix"}, TypeError, "prefix: expected a Prefix, got str"),
     "a frozen prefix": ({"frozen": True}, ValueError, "prefix: none of its parameters requires a gradient"),
     "a long prefix": ({"length": 128}, ValueError, "prefix: it takes 128 of the model's 128 positions"),
-    "max_length": ({"max_length": 0}, ValueError, "max_length: expected at least 1, got 0"),
+    "max_length": ({"max_length": 0}, ValueError, "max_length: got 0, expected at least 1"),
+    "max_length of another type": ({"max_length": "9"}, TypeError, "max_length: got '9', expected an int"),
+    "one row": ({"rows": ROWS[0]}, TypeError, "train_dataset: expected a sequence of rows or a data set, got dict"),
+    "a file": ({"rows": "rows.jsonl"}, TypeError, "train_dataset: expected a sequence of rows or a data set, got str"),
+    "a file by name": (
+        {"eval_dataset": {"a": "rows.jsonl"}}, TypeError, r"eval_dataset\['a'\]: expected a sequence of rows .*, got str"
+    ),
     "prefix_window": ({"prefix_window": "x"}, ValueError, "prefix_window: expected 'pinned' or 'peft'"),
     "Trainer's own": ({"eval_strategy": "steps"}, ValueError, "eval_dataset"),
 }  # fmt: skip
@@ -89,6 +95,19 @@ def test_what_accelerate_launch_asks_for_is_refused(name, tmp_path, monkeypatch)
     with pytest.raises(NotImplementedError, match=f"accelerate: {name} would split the model"):
         make_trainer(tmp_path, model)
     assert not any(hasattr(module, "layer_prefix") for module in model.modules())
+
+
+def test_a_name_instead_of_a_model(tmp_path):
+    prefix = random_prefix(tiny_model("llama"))
+    options = {"train_dataset": ROWS, "processing_class": tiny_tokenizer()}
+    for call in (
+        lambda: PrefixTrainer("gpt2", prefix, arguments(tmp_path), **options), lambda: attach_prefix("gpt2", prefix),
+        lambda: Prefix.for_model("gpt2", 4),
+    ):  # fmt: skip
+        with pytest.raises(TypeError, match="model: got str, expected a transformers model"):
+            call()
+    with pytest.raises(TypeError, match="args: expected TrainingArguments, got dict"):
+        PrefixTrainer(tiny_model("llama"), prefix, {"max_steps": 1}, **options)
 
 
 def test_several_gpus_in_one_process(tmp_path, caplog):

@@ -97,6 +97,25 @@ def test_tensors_as_examples(recwarn):
     assert not recwarn.list
 
 
+@pytest.mark.parametrize(("labels", "found"), [([-100, 6], "2 and 3"), ([-100, 6, 7, 8], "4 and 3"), ([], "0 and 0")])
+def test_examples_whose_labels_do_not_fit(labels, found):
+    example = {"input_ids": [5, 6, 7][: 3 * bool(labels)], "labels": labels}
+    with pytest.raises(ValueError, match=f"examples: expected as many labels as input_ids, and one or more, got {found}"):
+        PromptCompletionCollator(tiny_tokenizer())([example])
+
+
+def test_embeddings_in_place_of_ids(tmp_path):
+    model, examples = tiny_model("llama"), tokenize_rows(ROWS[:4], tiny_tokenizer())
+    expected = trained(tmp_path / "ids", model, rows=examples)
+
+    def embedded(examples):
+        batch = PromptCompletionCollator(tiny_tokenizer())(examples)
+        return {"inputs_embeds": model.get_input_embeddings()(batch.pop("input_ids")).detach(), **batch}
+
+    got = trained(tmp_path / "embedded", model, rows=examples, options={"data_collator": embedded})
+    assert losses(got) == pytest.approx(losses(expected), rel=1e-5)
+
+
 def test_a_batch_without_any_target_trains_nothing(tmp_path):
     """Cut conversations leave such rows; the mean over no token would make everything NaN from there on."""
     lost, row = ({"input_ids": [5, 6, 7], "labels": labels} for labels in ([-100] * 3, [-100, 6, 7]))
