@@ -21,7 +21,7 @@ from prefix_tuning.attach import Attachment
 from prefix_tuning.graphed_outputs import GraphedOutputs
 from prefix_tuning.peft_adapters import adapter_layout, prompt_embeddings
 from prefix_tuning.shapes import Layers, ModelShape
-from prefix_tuning.stacks import part_shapes, tokens_left
+from prefix_tuning.stacks import part_shapes, text_config, tokens_left
 
 STATE = "_prefix_tuning"  # where an accelerated PeftModel keeps its Acceleration
 PATCHED = ("forward", "generate", "disable_adapter", "prepare_inputs_for_generation")
@@ -50,7 +50,7 @@ class ActiveAdapter:
             return self._held
         config = self._model.active_peft_config
         shape = self.parts[part]
-        layout = _layout(config, shape)
+        layout = _layout(config, self._model)
         embeddings = prompt_embeddings(self.reparametrization, config)
         if not torch.is_grad_enabled():
             embeddings = embeddings.to(self._model.base_model.dtype)  # once, as PEFT does; else each layer's call would
@@ -181,9 +181,8 @@ def accelerate_peft(peft_model: nn.Module, *, cuda_graphs: bool = True) -> nn.Mo
         raise NotImplementedError("task_type: without one PEFT never uses the prefix; give the adapter's config its task_type")
     if isinstance(peft_model.base_model, PeftModel):
         raise NotImplementedError("peft_model: a prefix on a PeftModel; attach_prefix(model, Prefix.from_peft(…)) serves both")
-    (shape,) = _expected(peft_model).values()
     for config in peft_model.peft_config.values():
-        _layout(config, shape)
+        _layout(config, peft_model)
     Acceleration(peft_model, cuda_graphs)
     return peft_model
 
@@ -203,13 +202,16 @@ def _expected(model: nn.Module) -> dict[str, ModelShape]:
     return {part: shapes[part]}
 
 
-def _layout(config, shape: ModelShape):
-    """The layout of an adapter that must have the model's shape, or, as PEFT has it for Gemma 4, the largest of its layers'."""
-    layout = adapter_layout(vars(config))
-    if layout.shape != shape:
-        largest = [max(sizes) for sizes in zip(*map(shape.of, range(shape.layers)), strict=True)]
-        if shape.uniform or layout.shape.layers < shape.layers or list(layout.shape.of(0)) != largest:
-            raise ValueError(f"peft_model: its adapter has {layout.shape}, expected {shape} as the model")
+def _layout(config, model: nn.Module):
+    """The layout of an adapter that must have the model's shape.
+
+    PEFT's has all layers alike, as the largest of the model's (Gemma 4), and those that use the keys of others have one too.
+    """
+    (shape,), layout = _expected(model).values(), adapter_layout(vars(config))
+    layers = shape.layers + getattr(text_config(model.base_model.config), "num_kv_shared_layers", 0)
+    largest = [max(sizes) for sizes in zip(*map(shape.of, range(shape.layers)), strict=True)]
+    if layout.shape.layers != layers or list(layout.shape.of(0)) != largest:
+        raise ValueError(f"peft_model: its adapter has {layout.shape}, expected {shape} as the model")
     return layout
 
 

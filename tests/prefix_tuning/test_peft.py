@@ -60,11 +60,11 @@ def pair(family):
     return rival, accelerate_peft(model)
 
 
-# The other families that PEFT serves; it has no prefix for latent attention, Falcon's MQA, MPT and Qwen3-Next.
+# Other families that PEFT serves; it has no prefix for latent attention, Falcon's MQA, MPT and layers without attention.
 OTHERS = (
-    "bloom", "cohere2", "falcon", "falcon_alibi", "gemma", "gemma2", "gemma3", "gemma4", "glm4", "gpt_bigcode", "gpt_neo",
-    "gpt_neox", "gpt_oss", "gptj", "granite", "llama4", "mixtral", "olmo2", "opt", "phi", "phi3", "qwen2_moe", "qwen3_moe",
-    "stablelm",
+    "bloom", "cohere", "cohere2", "exaone4", "falcon", "falcon_alibi", "gemma", "gemma2", "gemma3", "gemma3n", "gemma4", "glm4",
+    "glm4_moe", "gpt_bigcode", "gpt_neo", "gpt_neox", "gpt_oss", "gptj", "granite", "llama4", "ministral3", "mixtral", "olmo2",
+    "olmo3", "opt", "phi", "phi3", "qwen2_moe", "qwen3_moe", "stablelm",
 )  # fmt: skip
 
 
