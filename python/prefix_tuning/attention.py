@@ -116,7 +116,7 @@ def prefix_attention_forward(
     if s_aux is not None:
         out, lse = out
         out = (out * torch.sigmoid(lse - s_aux[:, None])[..., None]).to(query.dtype)
-    return out.transpose(1, 2).contiguous(), None
+    return out.transpose(1, 2), None
 
 
 AttentionInterface.register(ATTENTION_NAME, prefix_attention_forward)
