@@ -93,4 +93,4 @@ ENCODERS = {
 }
 
 _DISENTANGLED = "its attention scores contents against positions and positions against contents, and a prefix has no position"
-REFUSED = {"deberta": _DISENTANGLED, "deberta-v2": _DISENTANGLED}
+REFUSED_ENCODERS = {"deberta": _DISENTANGLED, "deberta-v2": _DISENTANGLED}

@@ -76,6 +76,7 @@ FAMILIES = {
     "gemma3_text": Family("Gemma3Attention"),
     "gemma3n_text": Family("Gemma3nTextAttention", gemma3n_shape),
     "gemma4_text": Family("Gemma4TextAttention", gemma4_shape),
+    "gemma4_unified_text": Family("Gemma4UnifiedTextAttention", gemma4_shape),
     "glm": Family("GlmAttention"),
     "glm4": Family("Glm4Attention"),
     "glm4_moe": Family("Glm4MoeAttention"),
@@ -104,6 +105,7 @@ FAMILIES = {
     "lfm2_moe": Family("Lfm2MoeAttention", full_attention_shape),
     "llama": Family("LlamaAttention"),
     "llama4_text": Family("Llama4TextAttention", query_scale=llama4_query_scale),
+    "longcat_flash": Family("LongcatFlashMLA", mla_shape),
     "mimo_v2_flash": Family("MiMoV2FlashAttention", mimo_shape),
     "minicpm3": Family("MiniCPM3Attention", mla_shape),
     "minimax_m2": Family("MiniMaxM2Attention"),
@@ -145,7 +147,28 @@ FAMILIES = {
     "stablelm": Family("StableLmAttention", hands_on=False),
     "starcoder2": Family("Starcoder2Attention"),
     "vaultgemma": Family("VaultGemmaAttention"),
+    "xglm": Family("XGLMAttention", learned_positions=True),
     "youtu": Family("YoutuAttention", mla_shape),
+}
+
+_NO_ATTENTION = "it has no attention, which alone could see one"
+_INDEXED = "what a token attends to is chosen among the keys of an index, in which a prefix has none"
+_TWICE_USED = "its layers share attention modules, which would need a prefix for each layer"
+
+# by config.model_type, why not
+REFUSED = {
+    "deepseek_v32": _INDEXED,
+    "diffllama": "each of its attention modules attends twice, with one half of the values each",
+    "falcon_mamba": _NO_ATTENTION,
+    "glm_moe_dsa": _INDEXED,
+    "mamba": _NO_ATTENTION,
+    "mamba2": _NO_ATTENTION,
+    "minimax": "it runs over no other cache than its own",
+    "recurrent_gemma": "its layers keep the state of the last call in themselves",
+    "rwkv": _NO_ATTENTION,
+    "xlstm": _NO_ATTENTION,
+    "zamba": _TWICE_USED,
+    "zamba2": _TWICE_USED,
 }
 
 

@@ -78,6 +78,20 @@ def gptj_attn(module, query, key, value, attention_mask=None):
     return _attn(module, query, key, value, attention_mask, scaling=module.head_dim**-0.5)
 
 
+def xglm_forward(module, hidden_states, key_value_states=None, cache=None, attention_mask=None, past_key_values=None, **kwargs):
+    cache = past_key_values if cache is None else cache  # renamed in transformers 5.24
+    query, key, value = (
+        projection(hidden_states).unflatten(2, (module.num_heads, module.head_dim)).transpose(1, 2)
+        for projection in (module.q_proj, module.k_proj, module.v_proj)
+    )
+    if cache is not None:
+        key, value = cache.update(key, value, module.layer_idx)
+    out, _ = prefix_attention_forward(
+        module, query, key, value, attention_mask, scaling=module.scaling, dropout=module.dropout if module.training else 0.0
+    )
+    return module.out_proj(out.flatten(2)), None
+
+
 REPLACEMENTS = {
     "BloomAttention": ("forward", bloom_forward),
     "FalconAttention": ("forward", falcon_forward),
@@ -85,6 +99,7 @@ REPLACEMENTS = {
     "GPTJAttention": ("_attn", gptj_attn),  # until transformers 5.23
     "GPTNeoSelfAttention": ("_attn", gpt_neo_attn),
     "MptAttention": ("forward", mpt_forward),
+    "XGLMAttention": ("forward", xglm_forward),
 }
 
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from prefix_tuning.encoder_families import ENCODER_DECODERS, ENCODERS, REFUSED
-from prefix_tuning.families import FAMILIES, attention_modules, family_of, model_shape, shared_attention
+from prefix_tuning.encoder_families import ENCODER_DECODERS, ENCODERS, REFUSED_ENCODERS
+from prefix_tuning.families import FAMILIES, REFUSED, attention_modules, family_of, model_shape, shared_attention
 from prefix_tuning.multimodal_families import MULTIMODAL, text_part
 from prefix_tuning.shapes import ModelShape
 
@@ -101,8 +101,9 @@ def attention_kinds(config) -> dict[str, dict[str, Any]]:
 def check_served(config) -> None:
     """NotImplementedError for a config of a family without a row, saying why."""
     model_type, inside = (getattr(c, "model_type", None) for c in (config, text_part(config)))
-    if model_type in REFUSED:
-        raise NotImplementedError(f"model: a prefix cannot be attached to {model_type}: {REFUSED[model_type]}")
+    refused = REFUSED | REFUSED_ENCODERS
+    if model_type in refused:
+        raise NotImplementedError(f"model: a prefix cannot be attached to {model_type}: {refused[model_type]}")
     if inside not in FAMILIES and model_type not in ENCODER_DECODERS.keys() | ENCODERS.keys():
         known = ", ".join(sorted([*FAMILIES, *ENCODER_DECODERS, *ENCODERS, *MULTIMODAL]))
         around = "" if inside == model_type else f" around {inside!r}"

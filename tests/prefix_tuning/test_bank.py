@@ -14,7 +14,7 @@ from support.models import MODELS, tiny_model
 
 TOLERANCE = {"atol": 2e-5, "rtol": 1e-4}
 NAMES = ["long", None, "short"]
-WITHOUT_BANK = ("bloom", "falcon", "falcon_alibi", "falcon_mqa", "gpt_neo", "mpt", "nemotron", "stablelm")
+WITHOUT_BANK = ("bloom", "falcon", "falcon_alibi", "falcon_mqa", "gpt_neo", "mpt", "nemotron", "stablelm", "xglm")
 OPTIONS = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
 

@@ -13,8 +13,10 @@ from transformers.models.bloom import modeling_bloom
 from transformers.models.mpt import modeling_mpt
 
 from prefix_tuning import Prefix, PrefixBank, attach_prefix
+from prefix_tuning.families import FAMILIES, REFUSED
 from prefix_tuning.masks import MaskStructure
 from prefix_tuning.patched_attention import alibi_slopes
+from prefix_tuning.stacks import attention_kinds
 from support.capabilities import CAPABILITIES, TOLERANCE, Case, NotPossible, ids
 from support.models import ALIASES, MODELS, WITH_STATE, random_prefix, tiny_model
 
@@ -98,7 +100,7 @@ def test_a_bank_is_refused_where_layers_do_not_hand_on_its_ids():
     attach_prefix(model, random_prefix(model)).detach()
 
 
-@pytest.mark.parametrize("name", ("biogpt", "codegen", "gpt2", "gpt_bigcode", "gpt_neo", "gptj", "opt"))
+@pytest.mark.parametrize("name", ("biogpt", "codegen", "gpt2", "gpt_bigcode", "gpt_neo", "gptj", "opt", "xglm"))
 def test_a_table_of_positions_that_is_too_short_is_refused(name):
     model = tiny_model(name)
     with attach_prefix(model, random_prefix(model, 5)):
@@ -125,6 +127,24 @@ def test_another_attention_implementation_afterwards_is_refused():
             model(input_ids=ids())
     model(input_ids=ids())
     assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("model_type", REFUSED)
+def test_families_that_cannot_be_served_are_refused_with_the_reason(model_type):
+    assert model_type not in FAMILIES
+    config = transformers.CONFIG_MAPPING[model_type]()
+    with pytest.raises(NotImplementedError, match=f"a prefix cannot be attached to {model_type}: {REFUSED[model_type]}"):
+        attention_kinds(config)
+    model = tiny_model("llama")
+    prefix = random_prefix(model)
+    model.config = config
+    with pytest.raises(NotImplementedError, match=REFUSED[model_type]):
+        attach_prefix(model, prefix)
+
+
+def test_a_model_none_of_whose_layers_has_attention_is_refused():
+    with pytest.raises(NotImplementedError, match="nothing would see a prefix, as BambaConfig has no layer with attention"):
+        Prefix.for_model(tiny_model("bamba", attn_layer_indices=[]), 5)
 
 
 @pytest.mark.parametrize("packed", (False, True), ids=("one sequence", "packed"))

@@ -95,6 +95,9 @@ MODELS = {
             "hidden_size_per_layer_input": 8, "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2,
         },
     ),
+    "gemma4_unified": (
+        "Gemma4UnifiedForCausalLM", LLAMA | HYBRID | {"global_head_dim": 32, "num_global_key_value_heads": 1},
+    ),
     "glm": ("GlmForCausalLM", LLAMA),
     "glm4": ("Glm4ForCausalLM", LLAMA),
     "glm4_moe": ("Glm4MoeForCausalLM", LLAMA | ROUTED | {"use_qk_norm": True}),
@@ -130,6 +133,13 @@ MODELS = {
     "llama": ("LlamaForCausalLM", LLAMA),
     "llama4": ("Llama4ForCausalLM", LLAMA | LLAMA4),
     "llama4_temperature": ("Llama4ForCausalLM", LLAMA | LLAMA4 | {"attn_temperature_tuning": True}),
+    "longcat_flash": (
+        "LongcatFlashForCausalLM",
+        MLA | {
+            "num_layers": 2, "num_hidden_layers": 4, "head_dim": 8, "ffn_hidden_size": 64, "expert_ffn_hidden_size": 32,
+            "moe_topk": 2, "zero_expert_num": 2, "routed_scaling_factor": 1.0,
+        },
+    ),
     "mimo_v2_flash": ("MiMoV2FlashForCausalLM", LLAMA | HYBRID | ROUTED | {"num_key_value_heads": 1, "v_head_dim": 8}),
     "minicpm3": ("MiniCPM3ForCausalLM", MLA | {"dim_model_base": 64, "scale_emb": 1}),
     "minimax_m2": ("MiniMaxM2ForCausalLM", LLAMA | {"num_local_experts": 4, "num_experts_per_tok": 2}),
@@ -186,6 +196,11 @@ MODELS = {
         "VaultGemmaForCausalLM",
         LLAMA | HYBRID | {"query_pre_attn_scalar": 16, "attn_logit_softcapping": 5.0, "attn_implementation": "eager"},
     ),
+    "xglm": (
+        "XGLMForCausalLM",
+        {"d_model": 64, "num_layers": 3, "attention_heads": 4, "ffn_dim": 64, "max_position_embeddings": 64, "init_std": 0.2,
+         "dropout": 0.0, "attention_dropout": 0.0},
+    ),
     "youtu": ("YoutuForCausalLM", MLA),
 }  # fmt: skip
 # Families with the classes of one of these, under a config of their own.
@@ -201,7 +216,9 @@ WITH_STATE = (
     "bamba", "falcon_h1", "granitemoehybrid", "jamba", "kimi_linear", "lfm2", "lfm2_moe", "nemotron_h", "olmo_hybrid",
     "qwen3_5", "qwen3_5_moe", "qwen3_next",
 )  # fmt: skip
-WITH_LATENTS = ("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "kimi_linear", "minicpm3", "sarvam_mla", "youtu")
+WITH_LATENTS = (
+    "deepseek_v2", "deepseek_v3", "glm4_moe_lite", "kimi_linear", "longcat_flash", "minicpm3", "sarvam_mla", "youtu",
+)  # fmt: skip
 # The families on which everything else is tested.
 FAMILIES = ("gpt2", "llama", "mistral", "qwen2", "qwen3", "smollm3")
 
