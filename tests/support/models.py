@@ -84,7 +84,7 @@ MODELS = {
         "Gemma3nForCausalLM",
         LLAMA | WINDOW | {
             "num_hidden_layers": 6, "num_kv_shared_layers": 2, "vocab_size_per_layer_input": 128,
-            "hidden_size_per_layer_input": 8, "laurel_rank": 8, "activation_sparsity_pattern": 0.0,
+            "hidden_size_per_layer_input": 8, "laurel_rank": 8, "activation_sparsity_pattern": [0.0] * 6,
             "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2,
         },
     ),
