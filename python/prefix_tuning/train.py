@@ -181,9 +181,10 @@ class PrefixTrainer(Trainer):
         cuda_graphs: as for PrefixedModel.
         others: as for Trainer.
 
-    Under torchrun processes share the steps by DDP: a step is one of their batches together, and what is evaluated gives the
-    loss of one process with batches of that size. A model that accelerate spreads over devices (device_map) stays where it is,
-    in one process. Callbacks get a PrefixedModel as `model`; what can generate is its attribute model.
+    Under torchrun processes share the steps by DDP: a step is one of their batches together. An evaluation gives what one
+    process gives with batches of that size, but for rows that fill up the last batch. A model that accelerate spreads over
+    devices (device_map) stays where it is, in one process. Callbacks get a PrefixedModel as `model`; what can generate is its
+    attribute model.
 
     A checkpoint holds the prefix with its reparametrisation, and the state of optimiser, schedule and random numbers:
     train(resume_from_checkpoint=…) goes on as if never interrupted. save_model writes the prefix alone, for Prefix.load.
