@@ -133,6 +133,11 @@ class Attachment:
         for module, config in self._configs:
             module.config = config
 
+    @property
+    def switched_off(self) -> bool:
+        """Whether enable(False) was the last call of enable."""
+        return bool(self._hidden)
+
     def enable(self, enabled: bool) -> None:
         """Switch the prefix off, so that the model computes what it computes alone, or on again. Of a bank prefix_ids do it.
 

@@ -247,7 +247,12 @@ class PrefixTrainer(Trainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """As Trainer.train. With resume_from_checkpoint=True the run goes on from its last whole checkpoint: one that was being
-        written when the run was killed is passed over."""
+        written when the run was killed is passed over.
+
+        Raises ValueError while the prefix is switched off, which would train nothing.
+        """
+        if self.attachment.switched_off:
+            raise ValueError("attachment: the prefix is switched off; enable(True) comes before training")
         if resume_from_checkpoint is True:
             resume_from_checkpoint = _last_checkpoint(Path(self.args.output_dir))
         return super().train(resume_from_checkpoint, *args, **kwargs)

@@ -184,6 +184,11 @@ def test_what_is_trained_must_be_attached(tmp_path):
     model = tiny_model("llama")
     trainer = make_trainer(tmp_path, model, options={"eval_dataset": ROWS[:4]})
     loss = trainer.evaluate()["eval_loss"]
+    trainer.attachment.enable(False)
+    assert trainer.evaluate()["eval_loss"] != loss
+    with pytest.raises(ValueError, match=r"attachment: the prefix is switched off; enable\(True\) comes before training"):
+        trainer.train()
+    trainer.attachment.enable(True)
     trainer.detach()
     for call in (trainer.train, trainer.evaluate):
         with pytest.raises(ValueError, match=r"model: it has no prefix attached; attach_prefix\(model, prefix\) comes first"):
