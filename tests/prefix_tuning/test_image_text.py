@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 import transformers
+from torch.nn.functional import cross_entropy
 from transformers import AutoModel
 from transformers.masking_utils import blockwise_overlay, create_causal_mask, sliding_window_overlay
 
@@ -295,6 +296,22 @@ def test_training(name, tmp_path):
     assert trainer.max_length == 128 - PREFIX_LEN
     assert len(losses(trainer)) == 2 and not torch.equal(start, prefix.layers()[0][0])
     assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ("gemma3", "paligemma", "qwen2_5_vl"))
+def test_training_with_images(name, tmp_path):
+    """A collator of the caller's brings them; the first loss is that of the last three tokens."""
+    case = ImageCase(name)
+    labels = case.batch["input_ids"].clone()
+    labels[:, :-3] = -100
+    with torch.no_grad():
+        logits = torch.stack([case.forward(row) for row in case.rows])
+    options = {"data_collator": lambda rows: {key: value.clone() for key, value in case.batch.items()} | {"labels": labels}}
+    trainer = make_trainer(tmp_path, case.model, case.prefix, [{"input_ids": [1]}] * 4, options, max_steps=2)
+    trainer.train()
+    trainer.detach()
+    case.equal(torch.tensor(losses(trainer)[0]), cross_entropy(logits[:, -4:-1].flatten(0, 1), labels[:, -3:].flatten()))
+    assert losses(trainer)[1] != losses(trainer)[0]
 
 
 @pytest.mark.parametrize("name", WRAPPERS)
