@@ -28,7 +28,7 @@ E2E = [
     {"mr": "name[Cotto], food[Thai]", "refs": ["Cotto serves Thai food."]},
 ]
 FILES = {"rows": ROWS, "talks": TALKS, "e2e": E2E}
-CODEGEN = transformers.CodeGenConfig(vocab_size=128, n_positions=64, n_embd=16, n_layer=1, n_head=4, rotary_dim=4)
+CTRL = transformers.CTRLConfig(vocab_size=128, n_positions=64, n_embd=16, dff=16, n_layer=1, n_head=4)
 
 
 @pytest.fixture(scope="module")
@@ -41,8 +41,8 @@ def folder(tmp_path_factory):
     random_prefix(model).save(folder / "prefix")
     random_prefix(model, 3).save(folder / "short")
     random_prefix(tiny_model("llama", num_hidden_layers=2)).save(folder / "other")
-    transformers.CodeGenForCausalLM(CODEGEN).save_pretrained(folder / "codegen")
-    tiny_tokenizer().save_pretrained(folder / "codegen")
+    transformers.CTRLLMHeadModel(CTRL).save_pretrained(folder / "ctrl")
+    tiny_tokenizer().save_pretrained(folder / "ctrl")
     model.save_pretrained(folder / "strict")
     tiny_tokenizer(chat_template="{{ raise_exception('roles must alternate') }}").save_pretrained(folder / "strict")
     for name, rows in FILES.items():
@@ -399,7 +399,7 @@ ERRORS = {
     "logger": ((*TRAIN, "--report-to", "paper"), "report_to: expected one of none, all"),
     "max length": ((*TRAIN, "--max-length", "4"), r"train_dataset: rows\[0\]: max_length"),
     "float16 on the CPU": ((*TRAIN, "--dtype", "float16", "--device", "cpu"), "dtype: training in float16 needs a GPU"),
-    "another family": ((*TRAIN, "--model", "codegen", "--init-text", "words"), "model: a prefix can be .*'codegen'"),
+    "another family": ((*TRAIN, "--model", "ctrl", "--init-text", "words"), "model: a prefix can be .*'ctrl'"),
     "limit": (("evaluate", "--file", "rows.jsonl", "--limit", "-1"), "--limit, .*: expected at least 1, got -1"),
     "folder for scores": (("evaluate", "--file", "rows.jsonl", "--output", "model"), "--output: .* got the folder model"),
     "bad E2E file": (("evaluate", "--file", "bad_e2e.jsonl", "--output", "x"), "bad_e2e.jsonl, line 2: .*unknown slot"),
@@ -416,7 +416,7 @@ ERRORS = {
     "message without role": (("generate", "--messages", '[{"content": "hi"}]'), "--messages: expected a list of objects"),
     "empty messages": (("generate", "--messages", ""), "--messages: not JSON"),
     "no chat template": (
-        ("generate", "--model", "codegen", "--messages", '[{"role": "user", "content": "hi"}]'),
+        ("generate", "--model", "ctrl", "--messages", '[{"role": "user", "content": "hi"}]'),
         "tokenizer has no chat template",
     ),
     "refused by the template": (
