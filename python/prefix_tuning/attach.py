@@ -103,7 +103,6 @@ class Attachment:
             for stack in self.stacks
             if stack.positions == "embeddings" and stack.self_attention in self._parts
         ]
-        self._dtype = model.dtype
         # By part what the layers hold, where that is rounded to the model's dtype, and what it is rounded from.
         self._rounded: dict[str, tuple[list[Tensor], list[Tensor]]] = {}
         self._generation = None  # of the bank's tensors that the layers hold
@@ -156,8 +155,8 @@ class Attachment:
             if self._heads is not None:
                 self._heads.remove()
             self._hidden = [(layer, (layer.key, layer.value)) for layers in self._layers.values() for layer in layers]
-            for layer, (key, value) in self._hidden:
-                layer.key, layer.value = key[:, :0], value[:, :0]
+            for layer, held in self._hidden:
+                layer.key, layer.value = (_no_columns(len(t), t.shape[2], t.dtype, t.device) for t in held)
 
     @contextmanager
     def keep_graphs(self) -> Iterator[None]:
@@ -221,27 +220,27 @@ class Attachment:
         """Attention modules beside a prefix's, without a part of their own, get no columns: they run as they did."""
         shapes = part_shapes(self.model.config)
         for part in self._layers.keys() - set(self._parts):
-            shape = shapes[part]
+            shape, dtype = shapes[part], self.model.dtype
             for layer in self._layers[part]:
                 layer.key, layer.value = (
-                    torch.empty(shape.kv_heads, 0, dim, dtype=self._dtype, device=layer.device)
-                    for dim in (shape.head_dim, shape.value_dim)
+                    _no_columns(shape.kv_heads, dim, dtype, layer.device) for dim in (shape.head_dim, shape.value_dim)
                 )
 
     def _rounds(self) -> bool:
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return False
         key = next(self.prefix.parameters())
-        return key.is_cuda and key.dtype == torch.float32 and self._dtype.itemsize == 2
+        return key.is_cuda and key.dtype == torch.float32 and self.model.dtype.itemsize == 2
 
     def _round(self, parts: Iterable[str]) -> None:
         """Without gradients on a GPU: rounds a float32 prefix for all layers at once; else each call of the op would."""
         if self._rounds():
+            dtype = self.model.dtype
             for part in parts:
-                if part not in self._rounded:
+                if part not in self._rounded or self._rounded[part][0][0].dtype != dtype:
                     exact = [tensor for pair in self.prefix.layers(part) for tensor in pair]
                     with torch.inference_mode(False):  # else they could not be written again outside of that mode
-                        rounded = [torch.empty_like(tensor, dtype=self._dtype) for tensor in exact]
+                        rounded = [torch.empty_like(tensor, dtype=dtype) for tensor in exact]
                     self._rounded[part] = rounded, exact
                     self._hold(part, list(zip(rounded[::2], rounded[1::2], strict=True)))
                 torch._foreach_copy_(*self._rounded[part])
@@ -315,6 +314,11 @@ class Attachment:
     def _take_rows(self, stack: Stack, kwargs: dict) -> Tensor:
         """kwargs get the id of each row, for every layer; returns where the positions of each row start, [batch, 1]."""
         tokens = new_tokens(kwargs)
+        if tokens.device != self._bank.device:
+            raise ValueError(
+                f"prefix_ids: the model's tokens are on {tokens.device}, but its bank is on {self._bank.device}; attach the "
+                "bank after moving the model, and to models on one device alone"
+            )
         kwargs["prefix_ids"] = row_ids(self._bank, kwargs.get("prefix_ids", BANK_DEFAULT), len(tokens), tokens.device)
         if self._generation != self._bank.generation:
             self._generation = self._bank.generation
@@ -322,6 +326,12 @@ class Attachment:
                 layer.key, layer.value, layer.lens = key, value, self._bank.prefix_lens
                 layer.position_offsets = self._bank.position_offsets
         return self._bank.position_offsets(kwargs["prefix_ids"])
+
+
+def _no_columns(kv_heads: int, dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Keys or values of a prefix without positions, which autograd may save even where a call in inference mode made them."""
+    with torch.inference_mode(False):
+        return torch.empty(kv_heads, 0, dim, dtype=dtype, device=device)
 
 
 def _check_checkpointing(layer: nn.Module) -> None:

@@ -76,7 +76,12 @@ def prefix_attention_forward(
     Returns:
         (out [batch, q_len, heads, head_dim], None).
     """
-    layer: LayerPrefix = module.layer_prefix
+    layer: LayerPrefix | None = getattr(module, "layer_prefix", None)
+    if layer is None:
+        raise ValueError(
+            f"config: this {type(module).__name__} has that of a model with a prefix attached, but no prefix itself; make the "
+            "model of a config from before attach_prefix or after detach"
+        )
     if dropout and "dropout" not in layer.warned:
         layer.warned.add("dropout")
         warnings.warn("attention dropout is not applied where a prefix is attached", UserWarning, stacklevel=2)

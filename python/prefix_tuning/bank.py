@@ -94,6 +94,11 @@ class PrefixBank:
         """How many positions each prefix may have."""
         return self.keys[0].shape[2]
 
+    @property
+    def device(self) -> torch.device:
+        """Where its tensors are."""
+        return self.keys[0].device
+
     def add(self, name: str, prefix: Prefix) -> None:
         """Takes a copy of `prefix` as `name`; nothing changes for the other names. ValueError for a name that is taken."""
         _check_prefix(name, prefix)
@@ -104,7 +109,7 @@ class PrefixBank:
         if len(self._slots) == self.capacity or prefix.prefix_len > self.max_prefix_len:
             capacity = 2 * self.capacity if len(self._slots) == self.capacity else self.capacity
             length = max(self.max_prefix_len, prefix.prefix_len)
-            self._allocate(capacity, length, self.keys[0].device, self.keys[0].dtype)
+            self._allocate(capacity, length, self.device, self.keys[0].dtype)
         slot = next(slot for slot in range(self.capacity) if slot not in self._slots.values())
         with torch.no_grad():
             for layer, (key, value) in enumerate(prefix.layers()):
@@ -134,7 +139,7 @@ class PrefixBank:
             if name is not None:
                 self._check_known("prefix_ids", name)
         slots = [NO_PREFIX if name is None else self._slots[name] for name in names]
-        return torch.tensor(slots, dtype=torch.int32, device=self.keys[0].device if device is None else device)
+        return torch.tensor(slots, dtype=torch.int32, device=self.device if device is None else device)
 
     def names_of(self, ids: Tensor) -> list[str | None]:
         """The names that the ids stand for; None where it is none's."""
@@ -161,7 +166,7 @@ class PrefixBank:
 
     def to(self, device: torch.device, dtype: torch.dtype) -> None:
         """Brings the storage there, by new tensors where it is elsewhere."""
-        if (self.keys[0].device, self.keys[0].dtype) != (device, dtype):
+        if (self.device, self.keys[0].dtype) != (device, dtype):
             self._allocate(self.capacity, self.max_prefix_len, device, dtype)
 
     def _allocate(self, capacity: int, length: int, device: torch.device, dtype: torch.dtype) -> None:
@@ -182,7 +187,7 @@ class PrefixBank:
         self.generation += 1
 
     def _check_known(self, argument: str, name: str) -> None:
-        if name not in self._slots:
+        if not isinstance(name, str) or name not in self._slots:
             known = ", ".join(map(repr, self._slots)) or "none"
             raise ValueError(f"{argument}: no prefix is named {name!r} here, only {known}")
 

@@ -138,8 +138,11 @@ def generate(args: argparse.Namespace) -> None:
 
 
 def convert(args: argparse.Namespace) -> None:
+    unheeded = {"peft": "part", "prefix": "task_type"}[args.to]
+    if getattr(args, unheeded) is not None:
+        raise ValueError(f"--{unheeded.replace('_', '-')}: --to {args.to} does not ask for it")
     if args.to == "peft":
-        Prefix.load(args.source).to_peft(args.target, task_type=args.task_type)
+        Prefix.load(args.source).to_peft(args.target, task_type=args.task_type or "CAUSAL_LM")
     else:
         Prefix.from_peft(args.source, part=args.part).save(args.target)
     print(f"written: {args.target}")
@@ -315,8 +318,8 @@ def _convert_options(parser: argparse.ArgumentParser) -> None:
     add("source", metavar="SOURCE", help="folder or hub id of the adapter, or of the prefix")
     add("target", metavar="FOLDER", help="where the other is written")
     add("--to", choices=("prefix", "peft"), required=True, help="what is written")
-    add("--task-type", choices=TASK_TYPES, default="CAUSAL_LM", help="for --to peft: what the model does, in PEFT's words")
-    add("--part", choices=("decoder", "encoder"), default="decoder", help="for --to prefix: encoder for BERT and its like")
+    add("--task-type", choices=TASK_TYPES, help="for --to peft: what the model does, in PEFT's words; CAUSAL_LM if not given")
+    add("--part", choices=("decoder", "encoder"), help="for --to prefix: encoder for BERT and its like; decoder if not given")
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ def read_rows(path: str | Path, check: Callable[[Any], None] | None = None) -> l
             try:
                 row = json.loads(text)
                 (check or check_row)(row)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"{path}, line {line}: {error}") from None
             rows.append(row)
     if not rows:
@@ -57,7 +57,7 @@ def is_e2e(path: str | Path) -> bool:
         first = next((text for text in file if text.strip()), "")
     try:
         row = json.loads(first)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     return isinstance(row, dict) and {"mr", "refs"} <= row.keys()
 

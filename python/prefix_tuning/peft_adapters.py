@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -113,13 +112,17 @@ def read_adapter(source: str | os.PathLike | nn.Module) -> tuple[Layers, Heads, 
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
         layout = adapter_layout(config)
-    except (AttributeError, TypeError, ValueError) as error:
+        base_model, modules_to_save = config.get("base_model_name_or_path") or "", config.get("modules_to_save") or []
+        if not isinstance(base_model, str):
+            raise TypeError(f"base_model_name_or_path: got {base_model!r}, expected a string")
+        if not isinstance(modules_to_save, list) or not all(isinstance(name, str) for name in modules_to_save):
+            raise TypeError(f"modules_to_save: got {modules_to_save!r}, expected a list of names")
+    except (AttributeError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{file}: expected the JSON of a PEFT adapter ({error})") from error
     except NotImplementedError as error:
         raise NotImplementedError(f"{file}: {error}") from None
     embeddings, others = _read_tensors(directory, layout)
-    heads = _heads(file, config.get("modules_to_save") or (), others, embeddings.dtype)
-    return _own_layers(embeddings, layout), heads, config.get("base_model_name_or_path") or ""
+    return _own_layers(embeddings, layout), _heads(file, modules_to_save, others, embeddings.dtype), base_model
 
 
 def write_adapter(
@@ -212,9 +215,11 @@ def _read_tensors(directory: Path, layout: AdapterLayout) -> tuple[Tensor, dict[
         raise FileNotFoundError(f"{file}: no such file, expected the tensors that PEFT saves")
     try:
         tensors = load_file(file) if file.suffix == ".safetensors" else torch.load(file, map_location="cpu", weights_only=True)
-        embeddings = tensors.pop(EMBEDDINGS, None)
-    except (SafetensorError, RuntimeError, AttributeError, EOFError, OSError) as error:
+    except Exception as error:  # what is no pickle may end in any
         raise ValueError(f"{file}: damaged, or not the tensors of a PEFT adapter ({error})") from error
+    if not (isinstance(tensors, dict) and all(isinstance(n, str) and isinstance(t, Tensor) for n, t in tensors.items())):
+        raise ValueError(f"{file}: not the tensors of a PEFT adapter by their names, but another {type(tensors).__name__}")
+    embeddings = tensors.pop(EMBEDDINGS, None)
     found = "missing" if embeddings is None else f"{embeddings.dtype} {list(embeddings.shape)}"
     if embeddings is None or list(embeddings.shape) != layout.flat_shape or not embeddings.is_floating_point():
         raise ValueError(f"{file}: {EMBEDDINGS} is {found}, but by {CONFIG_FILE} expected floats {layout.flat_shape}")

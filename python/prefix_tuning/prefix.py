@@ -62,7 +62,7 @@ class Prefix(nn.Module):
                 self.parts[name], length = check_layers(name, source)
                 lengths.add(length)
                 self.keys[name], self.values[name] = (
-                    nn.ParameterList(nn.Parameter(pair[i].detach().contiguous()) for pair in source) for i in (0, 1)
+                    nn.ParameterList(_parameter(pair[i]) for pair in source) for i in (0, 1)
                 )
         self.reparametrization = mlps if mlps else None
         self._heads = nn.ParameterDict()  # its names may hold no dots
@@ -70,7 +70,7 @@ class Prefix(nn.Module):
             for name, value in parameters.items():
                 if not (isinstance(value, Tensor) and value.is_floating_point()):
                     raise ValueError(f"heads: {module}.{name} is {value!r}, expected a floating tensor")
-                self._heads[f"{module}/{name}".replace(".", ":")] = nn.Parameter(value.detach().contiguous())
+                self._heads[f"{module}/{name}".replace(".", ":")] = _parameter(value)
         dtypes = {parameter.dtype for parameter in self.parameters()}
         if heads and len(dtypes) > 1:
             raise ValueError(f"heads: got {', '.join(sorted(map(str, dtypes)))}, expected one dtype for heads, keys and values")
@@ -353,6 +353,12 @@ class Prefix(nn.Module):
         parts = "; ".join(f"{name}: {shape}" for name, shape in self.parts.items())
         heads = f"; heads: {', '.join(self.heads)}" if self.heads else ""
         return f"prefix_len={self.prefix_len}, position_offset={self.position_offset}, {parts}{heads}"
+
+
+def _parameter(tensor: Tensor) -> nn.Parameter:
+    """The tensor as a parameter, without a copy but where autograd may not save it, as it was made in inference mode."""
+    with torch.inference_mode(False):
+        return nn.Parameter((tensor.clone() if tensor.is_inference() else tensor.detach()).contiguous())
 
 
 def _refuse_assign(prefix: Prefix, state_dict: Mapping, name: str, metadata: Mapping, *others) -> None:

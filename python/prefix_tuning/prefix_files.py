@@ -129,7 +129,7 @@ def _read_config(file: Path) -> dict:
         raise FileNotFoundError(f"{file}: no such file, expected the description of a prefix that Prefix.save writes")
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file}: expected JSON ({error})") from error
     found = (config.get("format"), config.get("format_version")) if isinstance(config, dict) else type(config).__name__
     if found != (FORMAT, FORMAT_VERSION):

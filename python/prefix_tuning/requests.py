@@ -68,7 +68,7 @@ def parse_conversation(text: str) -> Prompt:
     """The messages that `text` holds as JSON; ValueError for anything else."""
     try:
         messages = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"--messages: not JSON: {error}") from None
     if not (
         isinstance(messages, list)

@@ -314,6 +314,28 @@ def test_other_families_are_refused():
         attach_prefix(XLMModel(config), random_prefix(tiny_model("gpt2"), PREFIX_LEN))
 
 
+def test_a_model_made_of_the_config_of_one_with_a_prefix():
+    model = tiny_model("llama")
+    with attach_prefix(model, random_prefix(model, PREFIX_LEN)):
+        other = type(model)(model.config)
+        with pytest.raises(ValueError, match="config: this LlamaAttention has that of a model with a prefix attached"):
+            other(input_ids=ids())
+    assert type(model)(model.config)(input_ids=ids()).logits.shape == (2, 7, 128)
+
+
+def test_a_prefix_is_rounded_to_the_dtype_that_the_model_has_now(monkeypatch):
+    """As on a GPU, where it is rounded without gradients; a model that was converted meanwhile gets all digits."""
+    model = tiny_model("llama").bfloat16()
+    prefix = random_prefix(model, PREFIX_LEN)
+    monkeypatch.setattr(Attachment, "_rounds", lambda self: not torch.is_grad_enabled())
+    attachment = attach_prefix(model, prefix)
+    with attachment, torch.no_grad():
+        model(input_ids=ids())
+        got = model.float()(input_ids=ids()).logits
+    with attach_prefix(model, prefix):
+        assert torch.equal(got, model(input_ids=ids()).logits)
+
+
 def test_a_float32_prefix_is_rounded_for_all_layers_at_once(monkeypatch):
     """On a GPU, where each call would round it; here the decision is forced. What changes in the prefix is seen at once."""
     model = tiny_model("llama").bfloat16()

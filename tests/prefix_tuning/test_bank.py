@@ -394,12 +394,22 @@ def test_wrong_calls_raise():
             with pytest.raises(TypeError, match="prefix_ids: expected a list with a name or None .* or an int"):
                 model(input_ids=ids, prefix_ids=wrong)
         for call in (model, lambda **kwargs: model.generate(**kwargs, **OPTIONS)):
-            with pytest.raises(ValueError, match="prefix_ids: no prefix is named 'x'"):
-                call(input_ids=ids, prefix_ids=["x", None, None])
+            for wrong in ("x", ["short"], 0):
+                with pytest.raises(ValueError, match="prefix_ids: no prefix is named .* here, only 'short'"):
+                    call(input_ids=ids, prefix_ids=[wrong, None, None])
         with pytest.raises(NotImplementedError, match="guidance_scale"):
             model.generate(input_ids=ids, guidance_scale=1.5, **OPTIONS)
     with attach_prefix(model, prefixes["short"]), pytest.raises(ValueError, match="prefix_ids: .*attach a PrefixBank"):
         model(input_ids=ids, prefix_ids=NAMES)
+
+
+def test_a_model_that_was_moved_away_from_its_bank():
+    model = tiny_model("llama")
+    ids, _ = inputs_of()
+    with attach_prefix(model, PrefixBank(prefixes_of(model), "short")):
+        model.to("meta")
+        with pytest.raises(ValueError, match="prefix_ids: the model's tokens are on meta, but its bank is on cpu; attach"):
+            model(input_ids=ids.to("meta"))
 
 
 def test_what_a_bank_does_not_serve():

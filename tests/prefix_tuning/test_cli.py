@@ -344,6 +344,10 @@ def test_convert_there_and_back(run, folder, tmp_path):
     assert all(torch.equal(one, other) for one, other in pairs)
     assert run("convert", adapter, encoder, "--to", "prefix", "--part", "encoder")[0] == 0
     assert list(Prefix.load(encoder).parts) == ["encoder"]
+    status, _, err = run("convert", "prefix", adapter, "--to", "peft", "--part", "encoder")
+    assert status == 2 and err == "prefix-tuning convert: error: --part: --to peft does not ask for it\n"
+    status, _, err = run("convert", adapter, back, "--to", "prefix", "--task-type", "SEQ_CLS")
+    assert status == 2 and err == "prefix-tuning convert: error: --task-type: --to prefix does not ask for it\n"
     status, _, err = run("convert", back, adapter, "--to", "prefix")
     assert status == 2 and err.startswith("prefix-tuning convert: error: ") and "adapter_config.json: no such file" in err
 
@@ -415,6 +419,7 @@ ERRORS = {
     "no message": (("generate", "--messages", "[]"), "--messages: expected a list of objects"),
     "message without role": (("generate", "--messages", '[{"content": "hi"}]'), "--messages: expected a list of objects"),
     "empty messages": (("generate", "--messages", ""), "--messages: not JSON"),
+    "deep messages": (("generate", "--messages", "[" * 100_000), "--messages: not JSON"),
     "no chat template": (
         ("generate", "--model", "ctrl", "--messages", '[{"role": "user", "content": "hi"}]'),
         "tokenizer has no chat template",

@@ -101,6 +101,7 @@ LATIN = '{"prompt": "Café", "completion": "b"}'.encode("latin-1")
         ("a.jsonl", "", "{file}: holds no rows"),
         ("a.jsonl", "\n \n", "{file}: holds no rows"),
         ("a.jsonl", f"{json.dumps(ROW)}\n\nno json\n", "{file}, line 3: Expecting value"),
+        ("a.jsonl", "[" * 100_000, "{file}, line 1: maximum recursion depth"),
         ("a.jsonl", f"{json.dumps(ROW)}\n[1, 2]\n", "{file}, line 2: expected an object with .*; got list"),
         ("a.jsonl", '\n{"prompt": "a"}', "{file}, line 2: expected an object with .*; got .'prompt'."),
         ("a.jsonl.gz", f"{json.dumps(ROW)}\nnull\n", "{file}, line 2: expected an object .*; got NoneType"),

@@ -2,7 +2,9 @@
 
 import copy
 import json
+import pickle
 import stat
+from pathlib import Path
 
 import pytest
 import torch
@@ -268,6 +270,21 @@ def test_damaged_adapters_name_the_file(tmp_path):
         Prefix.from_peft(tmp_path)
     tensors.unlink()
     with pytest.raises(FileNotFoundError, match="adapter_model.safetensors: no such file"):
+        Prefix.from_peft(tmp_path)
+    for content in (b"", b"hello", pickle.dumps({"prompt_embeddings": Path("x")})):
+        (tmp_path / "adapter_model.bin").write_bytes(content)
+        with pytest.raises(ValueError, match="adapter_model.bin: damaged"):
+            Prefix.from_peft(tmp_path)
+    for content in ([1], {"prompt_embeddings": 3}, {5: torch.ones(1)}):
+        torch.save(content, tmp_path / "adapter_model.bin")
+        with pytest.raises(ValueError, match="adapter_model.bin: not the tensors of a PEFT adapter by their names"):
+            Prefix.from_peft(tmp_path)
+    for wrong in ({"base_model_name_or_path": 3}, {"modules_to_save": "score"}, {"modules_to_save": [None]}):
+        change(tmp_path, **{"base_model_name_or_path": None, "modules_to_save": None} | wrong)
+        with pytest.raises(ValueError, match=f"adapter_config.json: .*{next(iter(wrong))}: got"):
+            Prefix.from_peft(tmp_path)
+    (tmp_path / "adapter_config.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match="adapter_config.json: expected the JSON of a PEFT adapter .*recursion"):
         Prefix.from_peft(tmp_path)
     (tmp_path / "adapter_config.json").write_text("[]")
     with pytest.raises(ValueError, match="adapter_config.json: expected the JSON of a PEFT adapter"):

@@ -220,6 +220,7 @@ DAMAGES = {
     "shape list": (CONFIG_FILE, edited(parts={"decoder": [3, 2]}), ValueError, "decoder: got .*expected layers, kv_heads"),
     "shape short": (CONFIG_FILE, edited(parts={"decoder": {"layers": 3}}), ValueError, "decoder: got .*expected layers"),
     "shape 0": (CONFIG_FILE, edited(parts={"decoder": {**SHAPE, "kv_heads": 0}}), ValueError, "decoder.kv_heads: got 0"),
+    "deep json": (CONFIG_FILE, written(CONFIG_FILE, b"[" * 100_000), ValueError, "expected JSON .*recursion"),
     "empty file": (TENSORS_FILE, written(TENSORS_FILE, b""), ValueError, "damaged, or not a safetensors file"),
     "cut header": (TENSORS_FILE, truncated(TENSORS_FILE, 0.01), ValueError, "damaged, or not a safetensors file"),
     "cut data": (TENSORS_FILE, truncated(TENSORS_FILE, 0.9), ValueError, "damaged, or not a safetensors file"),
