@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase
 
 from prefix_tuning.e2e import load_e2e, to_examples
@@ -158,7 +159,7 @@ def tokenize_rows(
     """`tokenize_example`, or `tokenize_pair`, of every row; ValueError naming the row (from 0) where one cannot be used."""
     tokenize = tokenize_pair if encoder_decoder else tokenize_example
     examples = []
-    for index, row in enumerate(rows):
+    for index, row in enumerate(tqdm(rows, desc="tokenising", unit="row", delay=2, disable=None)):
         try:
             examples.append(tokenize(row, tokenizer, max_length))
         except ValueError as error:
