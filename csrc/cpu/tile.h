@@ -232,7 +232,8 @@ inline void compute_scores(const Problem& p, const TileRows& rows, const Segment
     product<2, Left::rows>(count, keys.data, keys.stride, q[0], ROWS, scores[0], ROWS, p.head_dim, false);
   else
     product<1, Left::rows>(count, keys.data, keys.stride, q[0], ROWS, scores[0], ROWS, p.head_dim, false);
-  if (p.bias.data) bias.read(p, rows, segment, first, count);
+  const bool biased = p.bias.data;
+  if (biased) bias.read(p, rows, segment, first, count);
   const ScoreFactors factors(p);
   for (int u = 0; u < rows.vectors(); ++u) {
     const Vec most = load(shift.most + u * LANES), rest = load(shift.rest + u * LANES);
@@ -244,7 +245,7 @@ inline void compute_scores(const Problem& p, const TileRows& rows, const Segment
         if (slopes) store(slopes[n] + u * LANES, 1.0f - s * s);
       }
       s *= factors.outer;
-      if (p.bias.data) s += load(bias.of_key[n] + u * LANES) * float(LOG2E);
+      if (biased) s += load(bias.of_key[n] + u * LANES) * float(LOG2E);
       store(at, s - most - rest);
     }
   }
