@@ -73,7 +73,7 @@ def test_logits_equal_each_row_alone_or_the_family_is_refused(family):
     with attach_prefix(model, bank):
         got = model(input_ids=ids, attention_mask=mask, prefix_ids=NAMES).logits
         other = model(input_ids=ids, attention_mask=mask, prefix_ids=NAMES[::-1]).logits
-    torch.testing.assert_close(got[mask.bool()], expected[mask.bool()], **TOLERANCE)
+    torch.testing.assert_close(got[mask.bool()], expected[mask.bool()], atol=1e-4, rtol=1e-4)  # as test_families.py
     assert (other - got)[mask.bool()].abs().max() > 1e-2
 
 
