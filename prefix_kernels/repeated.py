@@ -41,7 +41,8 @@ def find(
             q.shape, k.shape, v.shape, prefix_k.shape, prefix_v.shape,
             q.dtype, k.dtype, v.dtype, prefix_k.dtype, prefix_v.dtype,
             type(q), type(k), type(v), type(prefix_k), type(prefix_v), *options, *map(type, options),
-            *(None if t is None else (type(t), t.shape, t.dtype, t.device) for t in (key_mask, bias)),
+            key_mask if key_mask is None else (type(key_mask), key_mask.shape, key_mask.dtype, key_mask.device),
+            bias if bias is None else (type(bias), bias.shape, bias.dtype, bias.device),
         )  # fmt: skip
         known = _kernels.get(kind, False)
         return (kind, None) if known is False else (None, known)

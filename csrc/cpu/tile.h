@@ -208,12 +208,13 @@ struct BiasTile {
 
   // of_key[count][ROWS] = the tile's bias for keys first … first + count of the segment.
   void read(const Problem& p, const TileRows& rows, const Segment& segment, int64_t first, int64_t count) {
+    const int64_t width = (count + LANES - 1) / LANES * LANES;
     for (int r = 0; r < rows.vectors() * LANES; ++r)
-      for (int64_t n = 0; n < count; n += LANES) {
+      for (int64_t n = 0; n < width; n += LANES) {
         const bool is_row = r < rows.count;
-        store(of_row + r * KEYS + n, is_row ? bias_of(p, rows, r, segment, first + n, first + count) : Vec{});
+        store(of_row + r * width + n, is_row ? bias_of(p, rows, r, segment, first + n, first + count) : Vec{});
       }
-    transpose_rows(of_row, KEYS, rows.vectors(), of_key);
+    transpose_rows(of_row, width, rows.vectors(), of_key);
   }
 };
 

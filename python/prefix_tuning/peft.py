@@ -33,6 +33,7 @@ class ActiveAdapter:
     def __init__(self, model: nn.Module):
         self._model = model
         self.parts = _expected(model)
+        self._sharing = _sharing(model)
         self.generation = 0  # counts the tensors that were held
         self._held: Layers | None = None
 
@@ -50,7 +51,7 @@ class ActiveAdapter:
             return self._held
         config = self._model.active_peft_config
         shape = self.parts[part]
-        layout = _layout(config, self._model)
+        layout = _layout(config, shape, self._sharing)
         embeddings = prompt_embeddings(self.reparametrization, config)
         if not torch.is_grad_enabled():
             embeddings = embeddings.to(self._model.base_model.dtype)  # once, as PEFT does; else each layer's call would
@@ -181,8 +182,9 @@ def accelerate_peft(peft_model: nn.Module, *, cuda_graphs: bool = True) -> nn.Mo
         raise NotImplementedError("task_type: without one PEFT never uses the prefix; give the adapter's config its task_type")
     if isinstance(peft_model.base_model, PeftModel):
         raise NotImplementedError("peft_model: a prefix on a PeftModel; attach_prefix(model, Prefix.from_peft(…)) serves both")
+    (shape,), sharing = _expected(peft_model).values(), _sharing(peft_model)
     for config in peft_model.peft_config.values():
-        _layout(config, peft_model)
+        _layout(config, shape, sharing)
     Acceleration(peft_model, cuda_graphs)
     return peft_model
 
@@ -202,16 +204,18 @@ def _expected(model: nn.Module) -> dict[str, ModelShape]:
     return {part: shapes[part]}
 
 
-def _layout(config, model: nn.Module):
-    """The layout of an adapter that must have the model's shape.
+def _sharing(model: nn.Module) -> int:
+    """How many of the model's last layers use the keys of others; PEFT's adapters have a prefix for those too."""
+    return getattr(text_config(model.base_model.config), "num_kv_shared_layers", 0)
 
-    PEFT's has all layers alike, as the largest of the model's (Gemma 4), and those that use the keys of others have one too.
-    """
-    (shape,), layout = _expected(model).values(), adapter_layout(vars(config))
-    layers = shape.layers + getattr(text_config(model.base_model.config), "num_kv_shared_layers", 0)
-    largest = [max(sizes) for sizes in zip(*map(shape.of, range(shape.layers)), strict=True)]
-    if layout.shape.layers != layers or list(layout.shape.of(0)) != largest:
-        raise ValueError(f"peft_model: its adapter has {layout.shape}, expected {shape} as the model")
+
+def _layout(config, shape: ModelShape, sharing: int):
+    """The layout of an adapter that must have the model's shape, or, as PEFT has it, all layers as the largest (Gemma 4)."""
+    layout = adapter_layout(vars(config))
+    if sharing or layout.shape != shape:
+        largest = [max(sizes) for sizes in zip(*map(shape.of, range(shape.layers)), strict=True)]
+        if layout.shape.layers != shape.layers + sharing or list(layout.shape.of(0)) != largest:
+            raise ValueError(f"peft_model: its adapter has {layout.shape}, expected {shape} as the model")
     return layout
 
 

@@ -61,7 +61,8 @@ TILES = (
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float32 prefix"])
 @pytest.mark.parametrize("case", CASES + TILES, ids=str)
 def test_every_instruction_set(isa, case, dtype):
-    compare(case, *DTYPES[dtype], "cpu", slack=1.0 if case.bias is None else 2.0)  # scores and lse of 10 and more round by more
+    # With a bias of ±6 over many keys the log-sum-exp is some 10, and its last bit is what gradients err by.
+    compare(case, *DTYPES[dtype], "cpu", slack=1.5 if case in TILES and case.bias is not None else 1.0)
 
 
 @pytest.mark.parametrize("isa", ISAS, indirect=True)

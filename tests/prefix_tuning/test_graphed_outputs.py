@@ -10,7 +10,7 @@ import transformers
 from prefix_tuning import accelerate_peft, restore_peft
 from prefix_tuning.data import IGNORED
 from support.models import tiny_model
-from support.peft_models import KINDS, PREFIX_LEN, peft_model, twins
+from support.peft_models import KINDS, PREFIX_LEN, twins
 from support.training import DEVICES, ROWS, arguments, batch_of, losses
 
 peft = pytest.importorskip("peft")
@@ -252,4 +252,3 @@ def test_copies_record_their_own(graphs):
         assert_step(copied, twin, batch)
     assert graphs.recorded == 2
     assert pickle.loads(pickle.dumps(model._prefix_tuning._graphs)) is None
-    assert peft_model(tiny_model("llama"), PREFIX_LEN)(**batch).loss.isfinite()

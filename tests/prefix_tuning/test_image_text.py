@@ -53,6 +53,7 @@ def test_text_alone(name, capability):
         CAPABILITIES[capability](Case({"kimi_k25": "deepseek_v3", "lfm2_vl": "lfm2"}.get(name, name), model))
     except NotPossible as reason:
         assert (name, capability) in {("qwen2_vl", "packing"), ("qwen2_5_vl", "packing")} or "static" in str(reason)
+        pytest.skip(f"transformers {transformers.__version__}: {EVERY[name].name} alone cannot do it: {reason}")
     except NotImplementedError as refusal:
         assert (name, capability) == ("llama4", "packing") and "under chunked attention" in str(refusal)
 
