@@ -218,11 +218,8 @@ def gpu_runs() -> list[Run]:
         return [Run(model, what, batch, PREFIX_LENS[what][index]) for batch, index in sizes]
 
     models = (GPT2_MEDIUM_MODEL, LLAMA_1B_MODEL, LLAMA_8B_MODEL, SMOLLM2_MODEL)
-    first = [
-        run
-        for model in models
-        for run in of(model, ((8, 1), (8, 0), (8, 2)), "train") + of(model, ((64, 1), (8, 1)), "generate")
-    ]
+    first = [run for model in models for run in of(model, ((8, 1), (8, 0), (8, 2)), "train")]
+    first += [run for model in (*models[1:], models[0]) for run in of(model, ((64, 1), (8, 1)), "generate")]
     sizes = [(64, 1), (64, 0), (64, 2), (1, 1), (1, 2), (1, 0), (8, 1), (8, 2), (8, 0)]
     then = [run for model in models for run in of(model, sizes, "train") + of(model, sizes, "generate")]
     return list({run.key: run for run in first + then}.values())

@@ -24,7 +24,7 @@ import torch
 
 import measure
 
-SELECTION = ["-m", "gpu", "tests"]
+SELECTION = ["-m", "gpu", "tests/prefix_tuning", "tests/prefix_kernels", "tests/benchmarks"]  # compiled steps take longest
 DRY_SELECTION = ["tests/prefix_kernels/test_problem.py"]
 SECONDS_A_TEST = 60
 MOST_PROCESSES = 15  # each with a CUDA context of its own
@@ -129,7 +129,8 @@ def run_tests(results: measure.Results, begin: Callable[[str], None], dry_run: b
     parallel = processes > 1 and not dry_run and all(importlib.util.find_spec(name) for name in ("xdist", "pytest_timeout"))
     if parallel:
         os.environ["OMP_NUM_THREADS"] = "1"
-        arguments += ["-p", __name__, "-n", str(processes), f"--timeout={SECONDS_A_TEST}", "--timeout-method=thread"]
+        arguments += ["-p", __name__, "-n", str(processes), "--maxschedchunk=1"]
+        arguments += [f"--timeout={SECONDS_A_TEST}", "--timeout-method=thread"]
     return int(pytest.main(arguments, plugins=[Recorder(results, begin, parallel)]))
 
 
@@ -159,6 +160,6 @@ def sanitize(tool: str, seconds: float) -> dict[str, Any]:
         )
     except subprocess.TimeoutExpired:
         return {"key": key, "outcome": "skipped", "lines": [f"not finished within {seconds:.0f} s"]}
-    said = re.compile(r"=========|\d+ (passed|failed|error)")
-    lines = [line for line in done.stdout.splitlines() if said.match(line)]
-    return {"key": key, "outcome": "failed" if done.returncode else "passed", "complete": True, "lines": lines[-8:]}
+    said = re.compile(r"(?<!=)={9} +\S.*|\d+ (passed|failed|error).*")  # the tool's lines may follow pytest's dots in a line
+    lines = [found.group() for line in done.stdout.splitlines() if (found := said.search(line))]
+    return {"key": key, "outcome": "failed" if done.returncode else "passed", "complete": True, "lines": lines[-16:]}

@@ -39,6 +39,21 @@ print(*counts)
 """
 
 
+MERGE = """
+import sys
+
+sys.path.insert(0, "tools")
+import torch
+from compile_kernels import FORWARD, compile_kernel, decode_kernel, dense
+
+FORWARD["merge"] = decode_kernel
+for dim in (64, 256):
+    for q_len in (1, 16):
+        for compiled in compile_kernel("merge", 90, dense(dim, torch.float32, q_len=q_len)):
+            print(compiled.asm["ptx"].count("fma.rn.f32"))
+"""
+
+
 def run_apart(command, **environment):
     """Standard output of a process with the kernels' own environment."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}"} | environment
@@ -61,6 +76,11 @@ def test_in_the_interpreter():
 def test_a_growing_cache_compiles_nothing_again():
     counts = [int(word) for word in run_apart(("-c", LENGTHS)).split()]
     assert len(counts) == 20 and counts[-1] == 1, counts
+
+
+def test_no_product_is_fused_into_a_sum_of_splits():
+    """Threads that sum the same splits beginning with different ones would differ, and which is kept is not defined."""
+    assert run_apart(("-c", MERGE)).split() == ["0"] * 4
 
 
 @pytest.mark.gpu

@@ -59,6 +59,7 @@ def run(
 
     key: differs between any two calls of this kernel for which Triton might compile another one.
     dependent: the kernel calls wait_for_launch_before(DEPENDENT), and DEPENDENT is given here.
+    options: of Triton's compiler.
     """
     if dependent:
         early = DEPENDENT_LAUNCHES and device.type != "cpu" and tile_sizes.architecture_of(device) >= 90
@@ -73,7 +74,7 @@ def run(
             compiled[programs, 1, 1](*map(_addressed, in_order(values)))
         else:
             told = {name: value.value if type(value) is Operand else value for name, value in values.items()}
-            compiled = kernel[(programs,)](**told, enable_fp_fusion=True, **options)
+            compiled = kernel[(programs,)](**told, **{"enable_fp_fusion": True, **options})
             if compiled is not None:  # the interpreter compiles nothing
                 if len(_compiled) >= MOST_COMPILED:
                     _compiled.clear()
