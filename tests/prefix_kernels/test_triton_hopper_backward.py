@@ -287,7 +287,8 @@ def test_the_same_bits_on_the_gpu(forced, monkeypatch, head_dim, plain):
 
 
 @pytest.mark.gpu
-def test_another_length_compiles_nothing_again(forced):
+def test_another_length_compiles_nothing_again(forced, monkeypatch):
+    monkeypatch.setattr(backward_kernels, "FEW_BLOCKS", 0)  # shares are float32, a sum of one block is not
     counts = []
     for length, prefix_len in ((48, 32), (33, 7), (70, 1), (1024, 100), (128, 300)):
         inputs = leaves(Case("length", **ROWS | {"batch": 2}, q_len=length, kv_len=length, prefix_len=prefix_len), "bfloat16")

@@ -243,20 +243,21 @@ def test_compiled_training_step_equals_eager(setup, padded):
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
 @pytest.mark.parametrize("family", ("gpt2", "llama"))
 def test_on_a_gpu_inductor_compiles_a_training_step(family, dtype):
-    """As far from the step as it is as 16 bit rounds."""
+    """About as far from a float32 step as the step that is not compiled."""
     model = tiny_model(family).to("cuda", dtype)
     prefix = random_prefix(model, PREFIX_LEN)
     inputs = {"input_ids": ids(2, 12).cuda(), "attention_mask": padding(2, 12).cuda(), "use_cache": False}
-    parameters = list(prefix.parameters())
-    with attach_prefix(model, prefix):
-        logits = model(**inputs).logits
-        direction = torch.randn_like(logits)
-        expected = torch.autograd.grad((logits * direction).float().sum(), parameters)
-        torch._dynamo.reset()
-        compiled = torch.compile(model.forward, fullgraph=True)(**inputs).logits
-        grads = torch.autograd.grad((compiled * direction).float().sum(), parameters)
-    for got, wanted in zip((compiled, *grads), (logits, *expected), strict=True):
-        assert (got - wanted).norm() <= 0.05 * wanted.norm()
+    direction = torch.randn(2, 12, model.config.vocab_size, device="cuda")
+
+    def step(model, compiled=False):
+        with attach_prefix(model, prefix):
+            torch._dynamo.reset()
+            logits = (torch.compile(model.forward, fullgraph=True) if compiled else model)(**inputs).logits.float()
+            return logits, *torch.autograd.grad((logits * direction).sum(), list(prefix.parameters()))
+
+    outcomes = step(copy.deepcopy(model).float()), step(model), step(model, compiled=True)
+    for wide, plain, compiled in zip(*outcomes, strict=True):
+        assert (compiled - wide).norm() <= 2 * (plain - wide).norm() + 1e-4 * wide.norm()
 
 
 def test_wrong_calls_raise():
