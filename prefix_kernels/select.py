@@ -83,7 +83,8 @@ def _cuda_is_faster(problem: AttentionProblem) -> bool:
     if problem.prefix_len >= LONG_PREFIX:
         return alone and problem.prefix_len <= 2 * problem.kv_len and problem.bytes_moved() < LARGE_CALL
     few_rows = problem.head_dim > 64 and problem.prefix_len <= SHORT_PREFIX and problem.batch <= MOST_ROWS
-    return few_rows or problem.bytes_moved() < SMALL_CALL
+    ungrouped = problem.heads == problem.kv_heads  # triton multiplies 16 queries where a row's key head has one
+    return few_rows or ungrouped or problem.bytes_moved() < SMALL_CALL
 
 
 def explain(problem: AttentionProblem, backend: str | None) -> dict[str, str]:

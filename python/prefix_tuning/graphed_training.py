@@ -205,8 +205,13 @@ class _Replayed(torch.autograd.Function):
             )
         if grad_loss is None:
             return None, *[None] * len(ctx.used)
-        scaled = iter(torch._foreach_mul(ctx.grads, grad_loss))
-        return None, *(next(scaled) if used else None for used in ctx.used)
+        if torch._C._autograd._get_current_graph_task_keep_graph():  # retain_graph: another backward pass may come
+            scaled = torch._foreach_mul(ctx.grads, grad_loss)
+        else:
+            scaled, ctx.grads = ctx.grads, None  # of a long prefix another copy would be much
+            torch._foreach_mul_(scaled, grad_loss)
+        handed = iter(scaled)
+        return None, *(next(handed) if used else None for used in ctx.used)
 
 
 def _autocast(device: torch.device) -> torch.dtype | None:

@@ -171,7 +171,8 @@ def rounded_prefix(inputs: AttentionInputs) -> list[Tensor]:
     if prefix[0].dtype == dtype:
         return list(prefix)
     rounded = [tensor.new_empty(tensor.shape, dtype=dtype) for tensor in prefix]
-    torch._foreach_copy_(rounded, list(prefix))
+    for to, source in zip(rounded, prefix, strict=True):  # a _foreach_copy_ of two tensors occupies few multiprocessors
+        to.copy_(source)
     return rounded
 
 

@@ -24,7 +24,7 @@ _ALLOCATING = {
     torch.ops.aten.empty.memory_format, torch.ops.aten.empty_like.default, torch.ops.aten.empty_strided.default,
     torch.ops.aten.new_empty.default,
 }  # fmt: skip
-_COPYING = torch.ops.aten._foreach_copy_.default
+_COPYING = torch.ops.aten.copy_.default
 _NUMBERS = (bool, int, float, type(None))
 
 _kinds: dict[Hashable, Recording | str] = {}  # by kind of call
@@ -55,7 +55,7 @@ class Recording(NamedTuple):
 
     device: torch.device
     allocations: list[tuple[tuple[int, ...], tuple[int, ...], torch.dtype]]  # size, stride, dtype
-    steps: list[Launch | tuple[list[int], list[int]]]  # or to copy: to which tensors, from which
+    steps: list[Launch | tuple[int, int]]  # or to copy: to which tensor, from which
     results: list[int | None]
 
     def repeat(self, given: Sequence[Tensor | None]) -> list[Tensor | None]:
@@ -68,7 +68,7 @@ class Recording(NamedTuple):
                 if type(step) is Launch:
                     step.start(addresses)
                 else:
-                    torch._foreach_copy_([tensors[to] for to in step[0]], [tensors[source] for source in step[1]])
+                    tensors[step[0]].copy_(tensors[step[1]])
         return [None if number is None else tensors[number] for number in self.results]
 
 
@@ -117,7 +117,7 @@ class _Recorder(TorchDispatchMode):
         self.tensors = [tensor for tensor in given if tensor is not None]
         self.given = len(self.tensors)
         self.numbers = {tensor.data_ptr(): number for number, tensor in enumerate(self.tensors)}
-        self.steps: list[Launch | tuple[list[int], list[int]]] = []
+        self.steps: list[Launch | tuple[int, int]] = []
         self.complete = True
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
@@ -126,7 +126,7 @@ class _Recorder(TorchDispatchMode):
             self.numbers[result.data_ptr()] = len(self.tensors)
             self.tensors.append(result)
         elif operator is _COPYING:
-            self.steps.append(tuple([self._same(tensor) for tensor in tensors] for tensors in args[:2]))
+            self.steps.append((self._same(args[0]), self._same(args[1])))
         elif not operator.is_view:
             self.complete = False
         return result
