@@ -5,8 +5,8 @@
     benchmarks/results/cpu/{forward,forward_backward,decode}.png
 
 From benchmarks/results: demo/metrics.json, which `make demo` writes to runs/demo; cpu/prefix_attention*.json and
-cpu/whole*.json, which `make bench` writes; {any GPU}/{tests,op,decode,e2e}.json, which run_gpu.sh writes, and rows that were
-measured since (LATER). The families come from tests/prefix_tuning: family_support.json and encoder_support.json, which its
+cpu/whole*.json, which `make bench` writes; {any GPU}/{tests,op,decode,e2e}.json, which run_gpu.sh writes, op_before.json with
+points of an earlier one. The families come from tests/prefix_tuning: family_support.json and encoder_support.json, which its
 tests write, and peft_support.json. What has no results has no section. --check writes nothing and fails where a document
 says something else than the results.
 """
@@ -27,9 +27,9 @@ ROOT = Path(__file__).resolve().parents[1]
 README, BENCHMARKS = ROOT / "README.md", ROOT / "docs" / "benchmarks.md"
 RESULTS = ROOT / "benchmarks" / "results"
 OPERATOR, WHOLE, GPU = "prefix_attention", "whole", "nvidia-h200"
-LATER = ("e2e_next", "generation")  # single whole models, measured after e2e.json
 GPU_STAGES = {
     "tests": ("Tests", tables.gpu_tests), "op": ("Attention in training shapes", tables.gpu_operator),
+    "op_before": ("Attention in training shapes, measured before", tables.gpu_operator),
     "decode": ("Decoding", tables.gpu_operator), "e2e": ("Whole models", tables.whole_models),
 }  # fmt: skip
 PLOTS = {"forward": "forward", "forward+backward": "forward_backward", "decode": "decode"}
@@ -90,9 +90,8 @@ def gpu_table() -> str | None:
     operator, decode, whole = (tables.load(RESULTS / GPU / f"{stage}.json") for stage in ("op", "decode", "e2e"))
     if operator is None:
         return None
-    later = filter(None, (tables.load(RESULTS / GPU / f"{name}.json") for name in LATER))
     link = "All points and losses: [docs/benchmarks.md](docs/benchmarks.md)."
-    return f"{tables.readme_gpu(operator, decode, whole, list(later))} {link}"
+    return f"{tables.readme_gpu(operator, decode, whole)} {link}"
 
 
 def render(readme: str) -> str:

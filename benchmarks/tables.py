@@ -288,13 +288,8 @@ def _commits(parts: dict[str, dict[str, Any] | None]) -> str:
     return f" Of commits: {', '.join(f'{name} {commit}' for name, commit in of.items())}." if len(set(of.values())) > 1 else ""
 
 
-def readme_gpu(
-    operator: dict[str, Any], decode: dict[str, Any] | None, whole: dict[str, Any] | None, later: Sequence[dict[str, Any]] = ()
-) -> str:
-    """The README's table of GPU speed: geometric means and the worst point of each kind.
-
-    later: results of single whole models, measured after `whole`, whose rows they replace.
-    """
+def readme_gpu(operator: dict[str, Any], decode: dict[str, Any] | None, whole: dict[str, Any] | None) -> str:
+    """The README's tables of GPU speed: geometric means and the worst point of each kind of call; whole models."""
     kinds: list[tuple[str, dict[str, Any] | None, Callable[[Case], bool]]] = [
         ("forward", operator, lambda case: not case.backward),
         ("forward and gradients", operator, lambda case: case.backward),
@@ -310,17 +305,24 @@ def readme_gpu(
             place = f"{worst['ratio']:.2f}x ({worst['key']}, over {worst['best_rival']})"
             mean = geometric_mean(row["ratio"] for row in rows)
             lines.append((f"{title}, {len(rows)} points", _mean_over(rows, "peft"), f"{mean:.2f}x", place))
-    newest = {row["key"]: (row, "") for row in (whole["rows"] if whole else ())}
-    for results in later:
-        commit = f" (commit {results['environment']['commit'][:12]})"
-        newest |= {row["key"]: (row, commit) for row in results["rows"] if over(row, "peft", "selected") is not None}
-    for key, (row, commit) in newest.items():
-        older = "static cache" in row.get("ways", {})  # of the time when generate itself did not make one
-        ways = {"selected": ", growing cache" if older else ""}
-        ways |= {"accelerated": ", accelerate_peft", "static cache": ", static cache", "kept graphs": ", kept graphs"}
-        for way, addition in ways.items():
-            if "ways" in row and (ratio := over(row, "peft", way)) is not None:
-                lines.append((f"whole model: {key}{addition}{commit}", f"{ratio:.2f}x", "", ""))
     head = ("speed on a GPU, geometric means", "over PEFT's way", "over the best rival", "worst point")
     named = _commits({"attention in training": operator, "decoding": decode, "whole models": whole})
-    return f"{table(head, lines)}\n\n{environment_line(operator['environment'])}{named}"
+    parts = [table(head, lines), *([_whole_by_prefix(whole)] if whole else [])]
+    return "\n\n".join([*parts, f"{environment_line(operator['environment'])}{named}"])
+
+
+def _whole_by_prefix(whole: dict[str, Any]) -> str:
+    """A line for each way of ours through each model and batch, a column for each prefix length."""
+    shown = {"selected": "", "accelerated": ", `accelerate_peft`", "kept graphs": ", `keep_graphs`"}
+    does = {"train": "a training step", "generate": "128 new tokens"}
+    lines: dict[str, dict[int, str]] = {}
+    for row in whole["rows"]:
+        run = row.get("run")
+        for way, addition in shown.items():
+            if run and (ratio := over(row, "peft", way)) is not None:
+                name = f"{does[run['what']]}, {run['model']['name']}, {run['batch']} rows{addition}"
+                text = f"{median(row, way) * 1e3:.{0 if run['what'] == 'generate' else 1}f} ms, {ratio:.1f}x"
+                lines.setdefault(name, {})[run["prefix_len"]] = text
+    lengths = sorted({length for found in lines.values() for length in found})
+    body = [(name, *(found.get(length, "") for length in lengths)) for name, found in lines.items()]
+    return table(("whole models on a GPU: time, over PEFT", *(f"P={length}" for length in lengths)), body)

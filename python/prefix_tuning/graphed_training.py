@@ -205,7 +205,9 @@ class _Replayed(torch.autograd.Function):
             )
         if grad_loss is None:
             return None, *[None] * len(ctx.used)
-        if torch._C._autograd._get_current_graph_task_keep_graph():  # retain_graph: another backward pass may come
+        if ctx.grads is None:
+            raise RuntimeError("backward(): the gradients of this step were handed out; the first call needs retain_graph=True")
+        if torch._C._autograd._get_current_graph_task_keep_graph():  # another backward pass may come
             scaled = torch._foreach_mul(ctx.grads, grad_loss)
         else:
             scaled, ctx.grads = ctx.grads, None  # of a long prefix another copy would be much

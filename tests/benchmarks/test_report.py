@@ -184,22 +184,25 @@ def test_readme(measured):
     assert report.render(readme) == readme
 
 
-def test_rows_of_whole_models_are_replaced_by_those_measured_later():
-    operator, decode = {"environment": GPU, "rows": []}, {"environment": GPU, "rows": []}
-    times = {"selected": 3.0, "peft": 2.0}
+def test_whole_models_have_a_column_for_each_prefix_length():
+    """A line for each way of ours; what did not run leaves its place empty."""
+
+    def row(what, prefix_len, **times):
+        run = {"model": {"name": "M"}, "what": what, "batch": 8, "prefix_len": prefix_len}
+        return {"run": run, "ways": {name.replace("_", " "): {"median": each} for name, each in times.items()}}
+
     whole = {"environment": GPU, "rows": [
-        whole_row("train M", "train", times), whole_row("generate M", "generate", times | {"static cache": 1.0}),
-        whole_row("generate N", "generate", times | {"static cache": 0.5}), {"key": "generate O", "failed": "no memory"},
+        row("train", 200, selected=0.5, accelerated=0.8, without_graphs=3.0, peft=2.0),
+        row("train", 16, selected=1.0, peft=0.5),
+        row("generate", 16, selected=0.25, kept_graphs=0.2, peft=1.0), row("generate", 512, selected=0.1),
+        {"key": "generate O", "failed": "no memory"},
     ]}  # fmt: skip
-    later = {"environment": GPU | {"commit": "fedcba9876543210"}, "rows": [
-        whole_row("generate M", "generate", {"selected": 0.5, "kept graphs": 0.4, "peft": 2.0}),
-        {"key": "train M", "ways": {"without graphs": {"median": 1.0}, "peft": {"median": 2.0}}},
-    ]}  # fmt: skip
-    lines = tables.readme_gpu(operator, decode, whole, [later]).splitlines()
-    assert [line for line in lines if "whole model" in line] == [
-        "| whole model: train M | 0.67x |  |  |", "| whole model: generate M (commit fedcba987654) | 4.00x |  |  |",
-        "| whole model: generate M, kept graphs (commit fedcba987654) | 5.00x |  |  |",
-        "| whole model: generate N, growing cache | 0.67x |  |  |", "| whole model: generate N, static cache | 4.00x |  |  |",
+    lines = tables.readme_gpu({"environment": GPU, "rows": []}, None, whole).splitlines()
+    assert [line for line in lines if "P=" in line or "M, " in line] == [
+        "| whole models on a GPU: time, over PEFT | P=16 | P=200 |",
+        "| a training step, M, 8 rows | 1000.0 ms, 0.5x | 500.0 ms, 4.0x |",
+        "| a training step, M, 8 rows, `accelerate_peft` |  | 800.0 ms, 2.5x |",
+        "| 128 new tokens, M, 8 rows | 250 ms, 4.0x |  |", "| 128 new tokens, M, 8 rows, `keep_graphs` | 200 ms, 5.0x |  |",
     ]  # fmt: skip
 
 

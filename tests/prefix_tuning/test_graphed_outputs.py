@@ -88,6 +88,21 @@ def test_dropout_is_drawn_anew_and_follows_the_modules_modes(device):
     assert len(model._prefix_tuning._graphs._steps) == 3
 
 
+def test_a_second_backward_pass_needs_the_gradients_kept(graphs):
+    model, _ = accelerated()
+    batches = [batch_of(4, 13, seed) for seed in range(3)]
+    first = [step(model, batch)[1] for batch in batches][-1]
+    model.zero_grad()
+    loss = model(**batches[-1]).loss
+    loss.backward(retain_graph=True)
+    loss.backward()
+    for parameter, grad in zip(model.prompt_encoder.parameters(), first, strict=True):
+        torch.testing.assert_close(parameter.grad, 2 * grad, **TOLERANCE)
+    with pytest.raises(RuntimeError, match="needs retain_graph=True"):
+        loss.backward()
+    assert graphs.replays == 3
+
+
 def test_what_is_recorded(graphs):
     model, _ = accelerated()
     for number, length in enumerate((13, 15, 9, 13)):

@@ -161,6 +161,8 @@ def test_accumulation_and_losses_that_are_still_held(device):
             loss.backward()
         for parameter, grad in zip(prefix.parameters(), before, strict=True):
             torch.testing.assert_close(parameter.grad, 2 * grad, **TOLERANCE)
+        with pytest.raises(RuntimeError, match="retain_graph=True"):
+            held[-1].backward()
 
 
 def test_a_stale_recording_is_not_replayed(graphs):
