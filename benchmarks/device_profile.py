@@ -19,6 +19,7 @@ KINDS = {
     "optimiser": r"multi_tensor_apply",  # and what else works on lists of tensors
 }
 REST = "rest"
+RANGE = re.compile(r"[\w.]+#[\w.]+")  # "Optimizer.step#AdamW.step": a range of several; "…{lambda(float)#1}…" is a kernel
 
 
 def device_profile(call: Callable[[], Any]) -> dict[str, float]:
@@ -32,11 +33,11 @@ def device_profile(call: Callable[[], Any]) -> dict[str, float]:
 
 
 def by_kind(kernels: Iterable[tuple[str, float]]) -> dict[str, float]:
-    """kernels: (name, seconds). What has a # in its name is a range of several kernels."""
+    """kernels: (name, seconds); RANGE is not one."""
     seconds: Counter[str] = Counter(dict.fromkeys((*KINDS, REST), 0.0))
     count = 0
     for name, each in kernels:
-        if "#" not in name:
+        if not RANGE.fullmatch(name):
             kind = next((kind for kind, pattern in KINDS.items() if re.search(pattern, name, re.IGNORECASE)), REST)
             seconds[kind] += each
             count += 1

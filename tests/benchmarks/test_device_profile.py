@@ -19,7 +19,11 @@ NAMES = {
     ),
     "loss": ("void (anonymous namespace)::cunn_SoftMaxForward<4, float>", "nll_loss_forward_reduce_cuda_kernel_2d"),
     "optimiser": ("void at::native::(anonymous namespace)::multi_tensor_apply_kernel<TensorListMetadata<4>>",),
-    "rest": ("void at::native::vectorized_elementwise_kernel<8, at::native::GeluCUDAKernelImpl>", "Memset (Device)"),
+    "rest": (
+        "void at::native::vectorized_elementwise_kernel<8, at::native::GeluCUDAKernelImpl>", "Memset (Device)",
+        "void at::native::unrolled_elementwise_kernel<at::native::direct_copy_kernel_cuda(at::TensorIteratorBase&)::"
+        "{lambda()#3}::operator()() const::{lambda()#12}::operator()() const::{lambda(float)#1}>",
+    ),
 }  # fmt: skip
 
 
