@@ -1,9 +1,6 @@
 """The forward kernel for Hopper: its code on an emulator, what it refuses, when it is chosen; on a GPU where there is one."""
 
 import importlib.util
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +12,7 @@ from support.compare import DTYPES, expectation
 from support.hopper_cases import CASES, CASES_BY_NAME, ROWS, call_of, machine_code
 from support.inputs import make_inputs
 from support.tolerance import assert_close
+from support.trial import shared_folder, trial_of
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("needs Triton, which is not installed", allow_module_level=True)
@@ -23,7 +21,6 @@ from prefix_kernels.backends.triton import forward_kernel, hopper, tile_sizes
 from prefix_kernels.backends.triton.tile_sizes import Regime
 from support.gluon_emulator import EmulatedKernel
 
-ROOT = Path(__file__).resolve().parents[2]
 SIXTEEN_BIT = ("bfloat16", "float16", "float32 prefix")
 
 
@@ -223,11 +220,11 @@ for dim, q_len, kv_len, prefix_len, causal in (
 
 
 @pytest.fixture(scope="session")
-def survived():
+def survived(tmp_path_factory):
     """A kernel that hangs or crashes does so here, in a process of its own, and takes no other test with it."""
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("needs a GPU of compute capability 9.0")
-    return subprocess.run([sys.executable, "-c", TRIAL], cwd=ROOT, capture_output=True, text=True, timeout=50)
+    return trial_of(TRIAL, shared_folder(tmp_path_factory), 50)
 
 
 @pytest.mark.gpu

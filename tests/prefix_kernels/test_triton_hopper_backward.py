@@ -1,9 +1,6 @@
 """The backward kernels for Hopper: their code on an emulator, when they are chosen; on a GPU where there is one."""
 
 import importlib.util
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +10,7 @@ from support.compare import DTYPES, NAMES, expectation, gradients
 from support.hopper_cases import CASES, CASES_BY_NAME, ROWS, aligned, call_of, machine_code
 from support.inputs import Inputs, make_inputs
 from support.tolerance import assert_close
+from support.trial import shared_folder, trial_of
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("needs Triton, which is not installed", allow_module_level=True)
@@ -22,7 +20,6 @@ from prefix_kernels.backends.triton.rows import scalars
 from prefix_kernels.backends.triton.tile_sizes import Regime
 from support.gluon_emulator import EmulatedKernel
 
-ROOT = Path(__file__).resolve().parents[2]
 SIXTEEN_BIT = ("bfloat16", "float16", "float32 prefix")
 KERNELS = {"dq": (hopper_dq, "hopper_dq_kernel"), "dkeys": (hopper_dkeys, "hopper_dkeys_kernel")}
 EVERYTHING = {
@@ -236,11 +233,11 @@ for served, shapes in ((names[:1], narrow), (names[1:2], narrow), (names[2:], na
 
 
 @pytest.fixture(scope="session")
-def survived():
+def survived(tmp_path_factory):
     """A kernel that hangs or crashes does so here, in a process of its own, and takes no other test with it."""
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("needs a GPU of compute capability 9.0")
-    return subprocess.run([sys.executable, "-c", TRIAL], cwd=ROOT, capture_output=True, text=True, timeout=100)
+    return trial_of(TRIAL, shared_folder(tmp_path_factory), 100)
 
 
 @pytest.fixture

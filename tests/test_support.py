@@ -1,0 +1,18 @@
+"""What the tests stand on."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+from support.trial import Trial, trial_of
+
+
+def test_a_trial_runs_once_for_all_that_wait(tmp_path):
+    code = f"open({str(tmp_path / 'runs')!r}, 'a').write('x'); import time; time.sleep(0.3); print(1 / 0)"
+    with ThreadPoolExecutor(4) as workers:
+        trials = list(workers.map(lambda _: trial_of(code, tmp_path, 20), range(4)))
+    assert (tmp_path / "runs").read_text() == "x"
+    assert len(set(trials)) == 1 and trials[0].returncode == 1 and "ZeroDivisionError" in trials[0].stderr
+
+
+def test_a_trial_that_hangs_ends(tmp_path):
+    hangs = "while True: pass"
+    assert trial_of(hangs, tmp_path, 0.5) == Trial(1, "it took more than 0.5 s") == trial_of(hangs, tmp_path, 0.5)
