@@ -21,9 +21,9 @@ MOST_ROWS = 64
 REASONS = {
     "cpu": "measured with AVX-512, else assumed: 1.6 to 7.9 times as fast as sdpa at the 112 points of benchmarks/results/cpu, "
     "so there is no threshold",
-    "cuda": "measured on an H200 (benchmarks/results/nvidia-h200): the fastest in decoding with wide heads, of few queries a row "
-    "behind prefixes shorter than the row, and where each head has a key head; in small calls as fast as triton, with one operator "
-    "for the host to call",
+    "cuda": "measured on an H200 (benchmarks/results/nvidia-h200): the fastest in decoding with wide heads, of few queries a "
+    "row behind prefixes shorter than the row, and where each head has a key head; in small calls as fast as triton, with one "
+    "operator for the host to call",
     "triton": "measured on an H200 (benchmarks/results/nvidia-h200): faster than sdpa in training in 16 bit, and than cuda in "
     "decoding of many rows behind longer prefixes",
     "sdpa": "in float32 it was measured to be twice as fast as triton forward on an H200; with heads of more than 128 it is "
