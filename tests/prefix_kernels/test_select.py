@@ -154,6 +154,14 @@ def test_who_decodes_on_a_gpu(first, batch, kv_len, head_dim, prefix_len, bank):
     assert names[0] == first and {*names, "cpu"} == set(select.BACKENDS)
 
 
+@pytest.mark.parametrize(("first", "kv_heads", "prefix_len"), [("cuda", 16, 2047), ("triton", 16, 2048), ("triton", 8, 2047)])
+def test_key_heads_of_ones_own_on_a_gpu(first, kv_heads, prefix_len):
+    problem = prefix_kernels.api._dense_inputs(*make_inputs(Case("plain", q_len=1), torch.bfloat16).tensors).problem()
+    sizes = {"batch": 256, "heads": 16, "kv_heads": kv_heads, "kv_len": 128, "head_dim": 64, "value_dim": 64}
+    problem = problem._replace(device="cuda", k_tokens=256 * 128, q_tokens=256, prefix_len=prefix_len, **sizes)
+    assert next(name for name in select.preferred(problem) if name != "cpu") == first
+
+
 def test_available_backends():
     """Those of BACKENDS that run here; the order is that of preference."""
     available, inputs = prefix_kernels.available_backends(), make_inputs(Case("plain"))
