@@ -2,7 +2,7 @@
 
     README.md              between its markers: <!-- results: demo --> … <!-- end -->, and with cpu, gpu, families and encoders
     docs/benchmarks.md     whole
-    benchmarks/results/cpu/{forward,forward_backward,decode}.png
+    benchmarks/results/{cpu, any GPU}/{forward,forward_backward,decode}.png, {any GPU}/whole.png
 
 From benchmarks/results: demo/metrics.json, which `make demo` writes to runs/demo; cpu/prefix_attention*.json and
 cpu/whole*.json, which `make bench` writes; {any GPU}/{tests,op,decode,e2e}.json, which run_gpu.sh writes, op_before.json with
@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ GPU_STAGES = {
     "decode": ("Decoding", tables.gpu_operator), "e2e": ("Whole models", tables.whole_models),
 }  # fmt: skip
 PLOTS = {"forward": "forward", "forward+backward": "forward_backward", "decode": "decode"}
+GPU_PLOTS = {"op": ("forward", "forward_backward"), "decode": ("decode",), "e2e": (WHOLE,)}
 
 METHOD = """# Benchmarks
 
@@ -111,20 +113,23 @@ def render(readme: str) -> str:
 
 def benchmarks_page() -> str:
     """docs/benchmarks.md"""
-    parts = [METHOD]
+    parts, drawn = [METHOD], pictures()
+
+    def shown(folder: Path, names: Iterable[str]) -> list[str]:
+        there = [name for name in names if folder / f"{name}.png" in drawn]
+        return [f"![Speed: {name}](../benchmarks/results/{folder.name}/{name}.png)" for name in there]
+
     for index, results in enumerate(cpu_results(OPERATOR)):
-        parts.append(f"## Attention on a CPU{_threads(results)}")
-        if index == 0:
-            pictures = [name for direction, name in PLOTS.items() if plots.series(results, direction)]
-            parts += [f"![Speed by prefix length: {name}](../benchmarks/results/cpu/{name}.png)" for name in pictures]
-        parts.append(tables.cpu_operator(results))
+        plotted = shown(RESULTS / "cpu", PLOTS.values()) if index == 0 else []
+        parts += [f"## Attention on a CPU{_threads(results)}", *plotted, tables.cpu_operator(results)]
     for results in cpu_results(WHOLE):
         parts += [f"## Whole models on a CPU{_threads(results)}", tables.whole_models(results)]
-    for folder in sorted(path for path in RESULTS.iterdir() if path.is_dir() and path.name not in ("demo", "cpu")):
+    for folder in gpu_folders():
         for stage, (title, section) in GPU_STAGES.items():
             results = tables.load(folder / f"{stage}.json")
             if results is not None:
-                parts += [f"## {title} on {results['environment']['device']}", section(results)]
+                heading = f"## {title} on {results['environment']['device']}"
+                parts += [heading, *shown(folder, GPU_PLOTS.get(stage, ())), section(results)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -135,13 +140,23 @@ def _threads(results: dict[str, Any]) -> str:
 
 def pictures() -> dict[Path, dict[str, Any]]:
     """The plots that the results give, and what each shows."""
-    found = {}
-    for results in cpu_results(OPERATOR)[:1]:
-        for direction, name in PLOTS.items():
-            shown = plots.series(results, direction)
-            if shown is not None:
-                found[RESULTS / "cpu" / f"{name}.png"] = shown
-    return found
+    operators = {RESULTS / "cpu": cpu_results(OPERATOR)[:1]}
+    found: dict[Path, dict[str, Any] | None] = {}
+    for folder in gpu_folders():
+        results = {stage: tables.load(folder / f"{stage}.json") for stage in ("op", "decode", "e2e")}
+        operators[folder] = [results[stage] for stage in ("op", "decode") if results[stage]]
+        if results["e2e"]:
+            found[folder / f"{WHOLE}.png"] = plots.bars(results["e2e"])
+    for folder, given in operators.items():
+        for each in given:
+            shown = {folder / f"{name}.png": plots.series(each, direction) for direction, name in PLOTS.items()}
+            found |= {path: each for path, each in shown.items() if each is not None}
+    return {path: shown for path, shown in found.items() if shown is not None}
+
+
+def gpu_folders() -> list[Path]:
+    """Of results."""
+    return sorted(path for path in RESULTS.iterdir() if path.is_dir() and path.name not in ("demo", "cpu"))
 
 
 def main(argv: list[str] | None = None) -> int:

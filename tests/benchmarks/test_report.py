@@ -47,7 +47,8 @@ def operator_rows(cases, chosen, draw):
 
 def whole_row(key, what, seconds, **more):
     ways = {name: {"median": s, "ours": name != "peft"} | more for name, s in seconds.items()}
-    row = {"key": key, "run": {"what": what}, "dtype": "float32", "chosen": "selected", "backend": "cpu"}
+    run = {"what": what, "model": {"name": "M"}, "batch": 8, "prefix_len": 16}
+    row = {"key": key, "run": run, "dtype": "float32", "chosen": "selected", "backend": "cpu"}
     return row | {"tokens": 256, "ways": ways}
 
 
@@ -219,6 +220,26 @@ def test_check_fails_where_a_document_or_a_plot_differs(measured, capsys):
     assert not plots.is_current(picture, shown)
     picture.unlink()
     assert report.main(["--check"]) == 1 and "decode.png" in capsys.readouterr().out
+
+
+def test_plots_of_a_gpu(measured):
+    """Panels are kinds of heads with three points at least, all bfloat16; bars are milliseconds, training before generation."""
+    results = measured / "benchmarks" / "results" / "gpu"
+    shown = plots.series(tables.load(results / "op.json"), "forward")["lines"]
+    assert shown.keys() == {"32/8 heads of 128", "16/16 heads of 64"}
+    assert shown["16/16 heads of 64"]["best"].keys() == {"32 rows, length 128", "16 rows, length 512", "packed rows"}
+    rows = [whole_row("generate M", "generate", {"selected": 0.5, "kept graphs": 0.25, "peft": 1.0}),
+            whole_row("train M", "train", {"selected": 0.1, "accelerated": 0.2, "without graphs": 2.0, "peft": 1.0}),
+            whole_row("train N", "train", {"selected": 0.1})]  # fmt: skip
+    assert list(plots.bars({"environment": GPU, "rows": rows})["bars"].items()) == [
+        ("A training step: M", {"P=16\n8 rows": {"peft": 1000.0, "accelerated": 200.0, "selected": 100.0}}),
+        ("New tokens: M", {"P=16\n8 rows": {"peft": 1000.0, "selected": 500.0, "kept graphs": 250.0}}),
+    ]
+    assert plots.bars({"environment": GPU, "rows": rows[2:]}) is None
+    page = (measured / "docs" / "benchmarks.md").read_text()
+    for name in ("forward", "forward_backward", "decode", "whole"):
+        assert (results / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert f"](../benchmarks/results/gpu/{name}.png)" in page
 
 
 def test_plots_show_every_point(measured):
