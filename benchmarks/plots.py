@@ -135,9 +135,8 @@ def _draw_lines(figure: Figure, shown: dict[str, Any]) -> None:
         _scale(axes, sorted(lengths))
     for axes in panels[-1]:
         axes.set_xlabel("prefix length P")
-    ordered = [label for label in labels if label in handles]
     place = {"loc": "outside lower center", "ncols": 4, "frameon": False, "fontsize": 8}
-    figure.legend([handles[label] for label in ordered], ordered, **place)
+    figure.legend([handles[label] for label in labels], labels, **place)
     _head(figure, f"{shown['title']}: above the dashed line ours is faster", shown)
 
 

@@ -149,8 +149,8 @@ def pictures() -> dict[Path, dict[str, Any]]:
             found[folder / f"{WHOLE}.png"] = plots.bars(results["e2e"])
     for folder, given in operators.items():
         for each in given:
-            shown = {folder / f"{name}.png": plots.series(each, direction) for direction, name in PLOTS.items()}
-            found |= {path: each for path, each in shown.items() if each is not None}
+            drawn = ((name, plots.series(each, direction)) for direction, name in PLOTS.items())
+            found |= {folder / f"{name}.png": shown for name, shown in drawn if shown is not None}  # each has some directions
     return {path: shown for path, shown in found.items() if shown is not None}
 
 
