@@ -11,6 +11,7 @@
 
 #include <algorithm>
 #include <optional>
+#include <random>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -122,6 +123,8 @@ std::tuple<Tensor, Tensor> decode(
   if (call.schedule.merges()) {
     parts = empty<1>(q, {part_values(call.schedule, head_dim)}, {1}, float32);
     call.parts = static_cast<float*>(parts->data_ptr());
+    static const uint64_t seal = uint64_t(std::random_device{}()) << 32 | std::random_device{}();
+    call.seal = seal;
   }
   const int error = launch_decode(call, q.scalar_type() == ScalarType::BFloat16, int(head_dim), stream);
   STD_TORCH_CHECK(error == 0, "the decoding kernel was not launched: ", error_name(error));

@@ -39,7 +39,8 @@ struct DecodeCall {
   // Scores, in units of log 2: products · scale, or where softcap is not 0 tanh(products · scale) · softcap.
   float scale, softcap;
   Schedule schedule;
-  float* parts;  // part_values(…)
+  float* parts;   // part_values(…)
+  uint64_t seal;  // no content of memory is this number by chance
 };
 
 // Whether the kernel for few queries takes it: it reads 16 bytes at a time.

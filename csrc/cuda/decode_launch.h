@@ -86,9 +86,10 @@ int launch(const DecodeCall& call, void* stream) {
     error = start(decode_kernel<Element, DIM>, s.items(), THREADS, sizeof(SharedMemory<DIM>), 1);
   else if constexpr (serves_few(DIM))
     error = start(few_kernel<Element, DIM>, s.row_blocks(), s.few_warps * LANES, FewShared<DIM>::bytes(s.few_warps),
-                  clustered ? s.splits : 1, clustered);
+                  clustered ? s.cluster() : 1, clustered);
   if (error) return error;
-  return s.merges() && !clustered ? start(merge_kernel<Element, DIM>, ceil_div(s.merged_queries(), WARPS), THREADS, 0, 1) : 0;
+  if (!s.merges() || s.handed || clustered) return 0;
+  return start(merge_kernel<Element, DIM>, ceil_div(s.merged_queries(), WARPS), THREADS, 0, 1);
 }
 
 template <typename Element, int DIM>

@@ -115,9 +115,21 @@ DEVICE float max_of(float a, float b) {
   return result;
 }
 
-// What another kernel wrote while this one was already there: past the L1 cache.
+// What another kernel, or thread block, wrote while this one was already there: past the L1 cache.
 DEVICE float4 load_written(const float4* from) { return __ldcg(from); }
 DEVICE float2 load_written(const float2* from) { return __ldcg(from); }
+// Between two thread blocks of one kernel: what one of them wrote, all of whose threads have been at a barrier since, is there for
+// the threads of the other one after their next barrier. Of each one thread; the seal is gone then, for the next kernel.
+DEVICE void put_seal(uint64_t* at, uint64_t seal) {
+  asm volatile("fence.acq_rel.gpu;\n\tst.relaxed.gpu.global.u64 [%0], %1;" ::"l"(at), "l"(seal) : "memory");
+}
+DEVICE void take_seal(uint64_t* at, uint64_t seal) {
+  uint64_t found;
+  do {
+    asm volatile("ld.acquire.gpu.global.u64 %0, [%1];" : "=l"(found) : "l"(at) : "memory");
+  } while (found != seal);
+  asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(at), "l"(uint64_t(0)) : "memory");
+}
 DEVICE void add_one_shared(int* counter) { atomicAdd(counter, 1); }
 
 // Between two kernels of which the second may start while the first still runs (sm_90 and newer; else it starts after its end):

@@ -159,40 +159,53 @@ struct FewState {
   }
 };
 
-// The results of a row from the splits of a cluster, which are its thread blocks.
+// The results of a row from the splits of a cluster, which are its thread blocks. Of two clusters the first leaves its part to the
+// second, whose thread blocks start after its own.
 template <typename Element, int DIM>
 DEVICE void merge_cluster(const DecodeCall& call, FewShared<DIM>& shared, const Item& item) {
   const Schedule& s = call.schedule;
+  const int size = s.cluster(), rank = item.split % size;
+  const bool leaves = item.split + size < s.splits, takes = item.split >= size;
+  const Parts parts = parts_of<DIM>(call);
+  if (takes) take_parts<DIM>(call, {item.split - size, item.split - size + 1, true}, item.kv_head, item.index);
   sync_cluster();
-  for (int i = thread_index(); i * s.splits + item.split < s.unit_queries * (DIM / 4); i += threads_of_block()) {
-    const int index = i * s.splits + item.split, query = index / (DIM / 4), dim = index % (DIM / 4) * 4;
+  for (int i = thread_index(); i * size + rank < s.unit_queries * (DIM / 4); i += threads_of_block()) {
+    const int index = i * size + rank, query = index / (DIM / 4), dim = index % (DIM / 4) * 4;
     float largest = -INFINITE, total = 0;
     float2 states[FEW_CLUSTER];
 #pragma unroll
     for (int j = 0; j < FEW_CLUSTER; ++j) {
       states[j] = float2{-INFINITE, 0};
-      if (j < s.splits) states[j] = load_in_cluster(&shared.states[query], j);
+      if (j < size) states[j] = load_in_cluster(&shared.states[query], j);
       largest = max_of(largest, states[j].x);
     }
     const float base = largest == -INFINITE ? 0.0f : largest;
     float4 sums{0, 0, 0, 0};
 #pragma unroll
     for (int j = 0; j < FEW_CLUSTER; ++j) {
-      if (j >= s.splits) break;
+      if (j >= size) break;
       const float weight = exp2_of(states[j].x - base);
       total += weight * states[j].y;
       sums = plus(sums, weight, load_in_cluster(reinterpret_cast<const float4*>(&shared.sums[0][query][dim]), j));
     }
+    if (leaves) {  // each thread block a place of its own, with the states
+      const int64_t place = s.place(item.split, item.kv_head, item.index, query);
+      *reinterpret_cast<float4*>(parts.sums + place * DIM + dim) = sums;
+      if (dim / 4 == rank) parts.states[place] = float2{largest, total};
+      continue;
+    }
+    if (takes) add_part<DIM>(parts, s.place(item.split - size, item.kv_head, item.index, query), dim, sums, largest, total);
     const Query at = query_of(call, item.index, item.kv_head, query);
     store_out<Element, DIM>(call, at, dim, sums, total);
     if (dim == 0) store_lse(call, at, largest, total);
   }
   sync_cluster();  // until then others may read this block's shared memory
+  if (leaves && thread_index() == 0) put_seal(parts.seals + s.seal(item.split, item.kv_head, item.index), call.seal);
 }
 
-// One thread block's part of an item. clustered: the splits of a row are a cluster.
+// One thread block's part of an item. clustered: the splits of a row are clusters.
 template <typename Element, int DIM>
-DEVICE void decode_row(const DecodeCall& call, FewShared<DIM>& shared, const Item& item, Share part, bool alone, bool clustered) {
+DEVICE void decode_row(const DecodeCall& call, FewShared<DIM>& shared, Item item, Share part, bool clustered) {
   using State = FewState<DIM>;
   constexpr int KEYS = State::KEYS;
   const Schedule& s = call.schedule;
@@ -292,6 +305,15 @@ DEVICE void decode_row(const DecodeCall& call, FewShared<DIM>& shared, const Ite
   }
 
   state.put(shared, s.unit_queries, warp);
+  Taken taken{0, 0, !s.merges()};
+  if (s.length > 0) {
+    const Holders holders = holders_of(s, row * s.kv_heads + item.kv_head);
+    item.split = s.blocks - 1 - block_index() - holders.first;
+    taken = {1, holders.count, item.split == 0};
+  } else if (s.handed && item.split == s.splits - 1) {
+    taken = {0, item.split, true};
+  }
+  if (taken.stores && !clustered) take_parts<DIM>(call, taken, item.kv_head, row);
   sync_threads();
   for (int index = thread_index(); index < s.unit_queries * (DIM / 4); index += threads_of_block()) {
     const int query = index / (DIM / 4), dim = index % (DIM / 4) * 4;
@@ -312,28 +334,36 @@ DEVICE void decode_row(const DecodeCall& call, FewShared<DIM>& shared, const Ite
       continue;
     }
     const Query at = query_of(call, row, item.kv_head, query);
-    store_sums<Element, DIM>(call, at, alone, item.split, item.kv_head, row, query, dim, sums, largest, total);
+    store_sums<Element, DIM, 4>(call, at, taken, item.split, item.kv_head, row, query, dim, sums, largest, total);
   }
-  if (clustered) merge_cluster<Element>(call, shared, item);
+  if (clustered) return merge_cluster<Element>(call, shared, item);
+  if (!s.handed) return;
+  sync_threads();  // and the next part takes the place of this one's sums
+  if (!taken.stores && thread == 0) put_seal(parts_of<DIM>(call).seals + s.seal(item.split, item.kv_head, row), call.seal);
 }
 
+// Equal shares are counted from the last thread block to the first: an item that ends in another share than it begins in is put
+// together where it begins, by a thread block that starts after the others, who have met their parts of it first.
 template <typename Element, int DIM>
 DEVICE void decode_few(const DecodeCall& call, FewShared<DIM>& shared, bool clustered) {
   let_next_kernel_start();
   const Schedule& s = call.schedule;
-  if (s.length == 0) {
-    decode_row<Element>(call, shared, row_item_of(s, block_index()), {0, 0}, !s.merges(), clustered);
-  } else {
-    const int share = int(s.by_share.by), stop = least((block_index() + 1) * share, s.units * s.kv_heads * s.length);
-#pragma unroll 1
-    for (int at = block_index() * share; at < stop;) {
-      const int number = at / s.by_length, begin = at - number * s.length, end = least(s.length, begin + stop - at);
-      const Item item{false, number % s.by_kv_heads, block_index() - holders_of(s, number).first, number / s.by_kv_heads};
-      decode_row<Element>(call, shared, item, {begin, end}, end - begin == s.length, false);
-      at += s.length - at % s.by_length;
-      if (at < stop) sync_threads();  // the next part takes the place of this one's sums
-    }
+  int at = 0, stop = 1;  // chunks of all items in a row; one pass where an item's split is this thread block's
+  if (s.length > 0) {
+    at = (s.blocks - 1 - block_index()) * int(s.by_share.by);
+    stop = least(at + int(s.by_share.by), s.units * s.kv_heads * s.length);
   }
+#pragma unroll 1
+  do {
+    Item item = row_item_of(s, block_index());
+    Share part{0, 1};
+    if (s.length > 0) {
+      const int number = at / s.by_length, begin = at - number * s.length;
+      item = {false, number % s.by_kv_heads, 0, number / s.by_kv_heads}, part = {begin, least(s.length, begin + stop - at)};
+    }
+    at += part.end - part.begin;
+    decode_row<Element>(call, shared, item, part, clustered);
+  } while (at < stop);
 }
 
 }  // namespace prefix_kernels::cuda

@@ -341,6 +341,14 @@ inline float log2_of(float x) { return std::log2(x); }
 inline float max_of(float a, float b) { return std::isnan(a) || std::isnan(b) ? NAN : a > b ? a : b; }
 inline float4 load_written(const float4* from) { return *from; }
 inline float2 load_written(const float2* from) { return *from; }
+inline void put_seal(uint64_t* at, uint64_t seal) {
+  if (*at == seal) emulator::fail("a seal is put where one is already");
+  *at = seal;
+}
+inline void take_seal(uint64_t* at, uint64_t seal) {
+  if (*at != seal) emulator::fail("a thread block waits for one that starts later");
+  *at = 0;
+}
 inline void add_one_shared(int* counter) { ++*counter; }
 inline void sync_cluster() {
   emulator::meet(emulator::machine.cluster, int(emulator::machine.blocks.size()) * emulator::machine.threads);

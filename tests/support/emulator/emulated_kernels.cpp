@@ -11,15 +11,15 @@
 namespace prefix_kernels::cuda {
 
 // All thread blocks of a kernel, or its clusters of them, one after the other. body: what a thread does with its block's shared
-// memory, which begins as NaN. bytes: how much of it a block has.
+// memory, which begins as NaN. bytes: how much of it a block has. in_turn: blocks start one after the other, as on a GPU.
 template <typename Shared, typename Body>
 static const char* run_grid(int64_t count, int cluster, int threads, unsigned order, const Body& body,
-                            int64_t bytes = sizeof(Shared)) {
+                            int64_t bytes = sizeof(Shared), bool in_turn = false) {
   static Shared shared[FEW_CLUSTER];
   std::vector<int> clusters(count / cluster);
   std::iota(clusters.begin(), clusters.end(), 0);
-  if (order % 3 == 1) std::reverse(clusters.begin(), clusters.end());
-  if (order % 3 == 2) std::shuffle(clusters.begin(), clusters.end(), std::mt19937(order));
+  if (order % 3 == 1 && !in_turn) std::reverse(clusters.begin(), clusters.end());
+  if (order % 3 == 2 && !in_turn) std::shuffle(clusters.begin(), clusters.end(), std::mt19937(order));
   for (const int number : clusters) {
     std::memset(static_cast<void*>(&shared), 0xff, cluster * sizeof(Shared));
     const auto thread = [&] { body(shared[block_in_cluster()]); };
@@ -42,15 +42,19 @@ static const char* run(const DecodeCall& call, bool clusters, unsigned order) {
   const auto decode = [&](SharedMemory<DIM>& shared) { decode_item<Element>(call, shared); };
   const char* failed = "the kernel for few queries does not serve this head_dim";
   if (!few) {
-    failed = run_grid<SharedMemory<DIM>>(s.items(), 1, THREADS, order, decode);
+    failed = run_grid<SharedMemory<DIM>>(s.items(), 1, THREADS, order, decode, sizeof(SharedMemory<DIM>), s.seals() > 0);
   } else if constexpr (serves_few(DIM)) {
     const auto rows = [&](FewShared<DIM>& shared) { decode_few<Element>(call, shared, clustered); };
-    failed = run_grid<FewShared<DIM>>(s.row_blocks(), clustered ? s.splits : 1, s.few_warps * LANES, order, rows,
-                                      FewShared<DIM>::bytes(s.few_warps));
+    failed = run_grid<FewShared<DIM>>(s.row_blocks(), clustered ? s.cluster() : 1, s.few_warps * LANES, order, rows,
+                                      FewShared<DIM>::bytes(s.few_warps), s.seals() > 0);
   }
   if (failed) return failed;
+  if (s.merges()) {
+    const uint64_t* seals = parts_of<DIM>(call).seals;
+    if (std::count(seals, seals + s.seals(), call.seal)) return "a seal is left";
+  }
   const auto merge = [&](char&) { merge_item<Element, DIM>(call); };
-  const int64_t merged = s.merges() && !clustered ? ceil_div(s.merged_queries(), WARPS) : 0;
+  const int64_t merged = s.merges() && !s.handed && !clustered ? ceil_div(s.merged_queries(), WARPS) : 0;
   return run_grid<char>(merged, 1, THREADS, order, merge);
 }
 
