@@ -34,7 +34,7 @@ SANITIZER_TOOLS = ("memcheck", "racecheck")  # addresses out of bounds; shared m
 SANITIZED = ["-m", "gpu", "-k", "plain or mqa", "tests/prefix_kernels", "--ignore", "tests/prefix_kernels/test_stock_cuda.py"]
 SANITIZER_SECONDS = 40  # left at least, or it is not started
 LOST_DEVICE = 3  # a worker's exit status
-LINES = 3
+LINES = 5
 
 
 class Recorder:

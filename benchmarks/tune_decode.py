@@ -41,8 +41,7 @@ def _constant(name: str, old: int | str, new: int | str) -> tuple[str, str, str]
 
 
 def _items(halves: str) -> tuple[str, str, str]:
-    kept = "resident * z.multiprocessors"
-    return "schedule.h", f"ceil_div(blocks, {kept})", f"ceil_div(2 * blocks, {halves} * {kept})"
+    return "schedule.h", "ceil_div(blocks, slots)", f"ceil_div(2 * blocks, {halves} * slots)"
 
 
 VARIANTS: dict[str, tuple[str, str, str] | None] = {  # file in csrc/cuda, its text, what takes its place

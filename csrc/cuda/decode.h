@@ -49,6 +49,9 @@ HOST_DEVICE bool has_few_queries(const DecodeCall& call) {
          call.prefix_v.aligned;
 }
 
+// Whether its rows are cut into equal shares, whose thread blocks put them together themselves.
+HOST_DEVICE bool has_shares(const DecodeCall& call) { return has_few_queries(call) && call.schedule.length > 0; }
+
 // Whether its splits can be merged by the thread blocks that have them, where the GPU has clusters of thread blocks.
 HOST_DEVICE bool merges_in_clusters(const DecodeCall& call) {
   return has_few_queries(call) && call.schedule.clustered;

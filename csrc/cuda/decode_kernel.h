@@ -190,13 +190,8 @@ DEVICE void decode_item(const DecodeCall& call, SharedMemory<DIM>& shared) {
     if (block + STAGES < share.end) sync_threads();  // it takes the place of this block
     fetch(block + STAGES);
   }
-  Taken taken{0, 0, !s.merges()};
-  if (s.handed && !item.shared && item.split == s.splits - 1) {
-    taken = {first_split_of(call, row), s.shared_splits + item.split, true};
-    take_parts<DIM>(call, taken, item.kv_head, item.index);
-  }
   gather_warps(state, shared, query_warps);
-  store_item<Element>(call, item, tile, taken, shared, query_warps);
+  store_item<Element>(call, item, tile, shared, query_warps);
 }
 
 }  // namespace prefix_kernels::cuda

@@ -32,6 +32,11 @@ __global__ void __launch_bounds__(FEW_THREADS, 1) few_kernel(const __grid_consta
 }
 
 template <typename Element, int DIM>
+__global__ void __launch_bounds__(FEW_THREADS, 1) share_kernel(const __grid_constant__ DecodeCall call) {
+  decode_share<Element>(call, *reinterpret_cast<FewShared<DIM>*>(dynamic_shared));
+}
+
+template <typename Element, int DIM>
 __global__ void __launch_bounds__(THREADS, 4) merge_kernel(const __grid_constant__ DecodeCall call) {
   merge_item<Element, DIM>(call);
 }
@@ -84,12 +89,13 @@ int launch(const DecodeCall& call, void* stream) {
   int error = cudaErrorInvalidValue;
   if (!has_few_queries(call))
     error = start(decode_kernel<Element, DIM>, s.items(), THREADS, sizeof(SharedMemory<DIM>), 1);
-  else if constexpr (serves_few(DIM))
-    error = start(few_kernel<Element, DIM>, s.row_blocks(), s.few_warps * LANES, FewShared<DIM>::bytes(s.few_warps),
-                  clustered ? s.cluster() : 1, clustered);
+  else if constexpr (serves_few(DIM)) {
+    const size_t bytes = FewShared<DIM>::bytes(s.few_warps);
+    if (has_shares(call)) return start(share_kernel<Element, DIM>, s.row_blocks(), s.few_warps * LANES, bytes, 1);
+    error = start(few_kernel<Element, DIM>, s.row_blocks(), s.few_warps * LANES, bytes, clustered ? s.splits : 1, clustered);
+  }
   if (error) return error;
-  if (!s.merges() || s.handed || clustered) return 0;
-  return start(merge_kernel<Element, DIM>, ceil_div(s.merged_queries(), WARPS), THREADS, 0, 1);
+  return s.merges() && !clustered ? start(merge_kernel<Element, DIM>, ceil_div(s.merged_queries(), WARPS), THREADS, 0, 1) : 0;
 }
 
 template <typename Element, int DIM>

@@ -119,7 +119,7 @@ DEVICE float max_of(float a, float b) {
 DEVICE float4 load_written(const float4* from) { return __ldcg(from); }
 DEVICE float2 load_written(const float2* from) { return __ldcg(from); }
 // Between two thread blocks of one kernel: what one of them wrote, all of whose threads have been at a barrier since, is there for
-// the threads of the other one after their next barrier. Of each one thread; the seal is gone then, for the next kernel.
+// the threads of the other one after their next barrier. One thread of each. The seal is gone then: the next kernel starts anew.
 DEVICE void put_seal(uint64_t* at, uint64_t seal) {
   asm volatile("fence.acq_rel.gpu;\n\tst.relaxed.gpu.global.u64 [%0], %1;" ::"l"(at), "l"(seal) : "memory");
 }

@@ -159,52 +159,39 @@ struct FewState {
   }
 };
 
-// The results of a row from the splits of a cluster, which are its thread blocks. Of two clusters the first leaves its part to the
-// second, whose thread blocks start after its own.
+// The results of a row from the splits of a cluster, which are its thread blocks.
 template <typename Element, int DIM>
 DEVICE void merge_cluster(const DecodeCall& call, FewShared<DIM>& shared, const Item& item) {
   const Schedule& s = call.schedule;
-  const int size = s.cluster(), rank = item.split % size;
-  const bool leaves = item.split + size < s.splits, takes = item.split >= size;
-  const Parts parts = parts_of<DIM>(call);
-  if (takes) take_parts<DIM>(call, {item.split - size, item.split - size + 1, true}, item.kv_head, item.index);
   sync_cluster();
-  for (int i = thread_index(); i * size + rank < s.unit_queries * (DIM / 4); i += threads_of_block()) {
-    const int index = i * size + rank, query = index / (DIM / 4), dim = index % (DIM / 4) * 4;
+  for (int i = thread_index(); i * s.splits + item.split < s.unit_queries * (DIM / 4); i += threads_of_block()) {
+    const int index = i * s.splits + item.split, query = index / (DIM / 4), dim = index % (DIM / 4) * 4;
     float largest = -INFINITE, total = 0;
     float2 states[FEW_CLUSTER];
 #pragma unroll
     for (int j = 0; j < FEW_CLUSTER; ++j) {
       states[j] = float2{-INFINITE, 0};
-      if (j < size) states[j] = load_in_cluster(&shared.states[query], j);
+      if (j < s.splits) states[j] = load_in_cluster(&shared.states[query], j);
       largest = max_of(largest, states[j].x);
     }
     const float base = largest == -INFINITE ? 0.0f : largest;
     float4 sums{0, 0, 0, 0};
 #pragma unroll
     for (int j = 0; j < FEW_CLUSTER; ++j) {
-      if (j >= size) break;
+      if (j >= s.splits) break;
       const float weight = exp2_of(states[j].x - base);
       total += weight * states[j].y;
       sums = plus(sums, weight, load_in_cluster(reinterpret_cast<const float4*>(&shared.sums[0][query][dim]), j));
     }
-    if (leaves) {  // each thread block a place of its own, with the states
-      const int64_t place = s.place(item.split, item.kv_head, item.index, query);
-      *reinterpret_cast<float4*>(parts.sums + place * DIM + dim) = sums;
-      if (dim / 4 == rank) parts.states[place] = float2{largest, total};
-      continue;
-    }
-    if (takes) add_part<DIM>(parts, s.place(item.split - size, item.kv_head, item.index, query), dim, sums, largest, total);
     const Query at = query_of(call, item.index, item.kv_head, query);
     store_out<Element, DIM>(call, at, dim, sums, total);
     if (dim == 0) store_lse(call, at, largest, total);
   }
   sync_cluster();  // until then others may read this block's shared memory
-  if (leaves && thread_index() == 0) put_seal(parts.seals + s.seal(item.split, item.kv_head, item.index), call.seal);
 }
 
-// One thread block's part of an item. clustered: the splits of a row are clusters.
-template <typename Element, int DIM>
+// One thread block's part of an item: with SHARES the chunks of `part`, else a split. clustered: the splits of a row are a cluster.
+template <typename Element, int DIM, bool SHARES>
 DEVICE void decode_row(const DecodeCall& call, FewShared<DIM>& shared, Item item, Share part, bool clustered) {
   using State = FewState<DIM>;
   constexpr int KEYS = State::KEYS;
@@ -220,7 +207,7 @@ DEVICE void decode_row(const DecodeCall& call, FewShared<DIM>& shared, Item item
   if (call.window > 0) own_columns = keys_of_unit(call, row, own_keys);
   const int prefix_chunks = blocks_of(prefix_columns, KEYS), chunks = prefix_chunks + blocks_of(own_columns, KEYS);
   Share share = part;
-  if (s.length == 0)
+  if constexpr (!SHARES)
     share = share_of(chunks, s.by_splits, item.split);
   else if (chunks != s.length)  // the same share of what is there
     share = {part.begin * chunks / s.by_length, part.end * chunks / s.by_length};
@@ -305,15 +292,14 @@ DEVICE void decode_row(const DecodeCall& call, FewShared<DIM>& shared, Item item
   }
 
   state.put(shared, s.unit_queries, warp);
-  Taken taken{0, 0, !s.merges()};
-  if (s.length > 0) {
-    const Holders holders = holders_of(s, row * s.kv_heads + item.kv_head);
+  const bool stores = SHARES ? part.begin == 0 : !s.merges();
+  Holders holders{0, 1};
+  if constexpr (SHARES) {
+    holders = holders_of(s, row * s.kv_heads + item.kv_head);
     item.split = s.blocks - 1 - block_index() - holders.first;
-    taken = {1, holders.count, item.split == 0};
-  } else if (s.handed && item.split == s.splits - 1) {
-    taken = {0, item.split, true};
+    for (int i = thread + 1; stores && i < holders.count; i += threads_of_block())
+      take_seal(parts_of<DIM>(call).seals + block_index() - i, call.seal);
   }
-  if (taken.stores && !clustered) take_parts<DIM>(call, taken, item.kv_head, row);
   sync_threads();
   for (int index = thread_index(); index < s.unit_queries * (DIM / 4); index += threads_of_block()) {
     const int query = index / (DIM / 4), dim = index % (DIM / 4) * 4;
@@ -333,37 +319,42 @@ DEVICE void decode_row(const DecodeCall& call, FewShared<DIM>& shared, Item item
       if (dim == 0) shared.states[query] = float2{largest, total};
       continue;
     }
+#pragma unroll 4
+    for (int i = 1; SHARES && stores && i < holders.count; ++i)
+      add_part<DIM>(parts_of<DIM>(call), s.place(i, item.kv_head, row, query), dim, sums, largest, total);
     const Query at = query_of(call, row, item.kv_head, query);
-    store_sums<Element, DIM, 4>(call, at, taken, item.split, item.kv_head, row, query, dim, sums, largest, total);
+    store_sums<Element, DIM>(call, at, stores, item.split, item.kv_head, row, query, dim, sums, largest, total);
   }
-  if (clustered) return merge_cluster<Element>(call, shared, item);
-  if (!s.handed) return;
-  sync_threads();  // and the next part takes the place of this one's sums
-  if (!taken.stores && thread == 0) put_seal(parts_of<DIM>(call).seals + s.seal(item.split, item.kv_head, row), call.seal);
+  if (clustered) merge_cluster<Element>(call, shared, item);
+  if constexpr (SHARES) {
+    sync_threads();  // the next part takes the place of this one's sums
+    if (!stores && thread == 0) put_seal(parts_of<DIM>(call).seals + block_index(), call.seal);
+  }
 }
 
-// Equal shares are counted from the last thread block to the first: an item that ends in another share than it begins in is put
-// together where it begins, by a thread block that starts after the others, who have met their parts of it first.
+// A split of a row, a thread block's.
 template <typename Element, int DIM>
 DEVICE void decode_few(const DecodeCall& call, FewShared<DIM>& shared, bool clustered) {
   let_next_kernel_start();
   const Schedule& s = call.schedule;
-  int at = 0, stop = 1;  // chunks of all items in a row; one pass where an item's split is this thread block's
-  if (s.length > 0) {
-    at = (s.blocks - 1 - block_index()) * int(s.by_share.by);
-    stop = least(at + int(s.by_share.by), s.units * s.kv_heads * s.length);
-  }
+  decode_row<Element, DIM, false>(call, shared, row_item_of(s, block_index()), {0, 0}, clustered);
+}
+
+// An equal share of all rows in a row. Shares are counted from the last thread block to the first: an item that ends in another one
+// than it begins in is put together where it begins, by a thread block that starts after those who have its other parts. They met
+// these first, and wait for nobody before that. (Decoupled look-back, Merrill and Garland 2016, relies on the same order.)
+template <typename Element, int DIM>
+DEVICE void decode_share(const DecodeCall& call, FewShared<DIM>& shared) {
+  let_next_kernel_start();
+  const Schedule& s = call.schedule;
+  const int first = (s.blocks - 1 - block_index()) * int(s.by_share.by);
+  const int stop = least(first + int(s.by_share.by), s.units * s.kv_heads * s.length);
 #pragma unroll 1
-  do {
-    Item item = row_item_of(s, block_index());
-    Share part{0, 1};
-    if (s.length > 0) {
-      const int number = at / s.by_length, begin = at - number * s.length;
-      item = {false, number % s.by_kv_heads, 0, number / s.by_kv_heads}, part = {begin, least(s.length, begin + stop - at)};
-    }
-    at += part.end - part.begin;
-    decode_row<Element>(call, shared, item, part, clustered);
-  } while (at < stop);
+  for (int at = first; at < stop;) {
+    const int number = at / s.by_length, begin = at - number * s.length, end = least(s.length, begin + stop - at);
+    at += end - begin;
+    decode_row<Element, DIM, true>(call, shared, {false, number % s.by_kv_heads, 0, number / s.by_kv_heads}, {begin, end}, false);
+  }
 }
 
 }  // namespace prefix_kernels::cuda

@@ -13,7 +13,7 @@ constexpr int LOADS_AHEAD = 8;  // of partial results, to have several under way
 struct Parts {
   float* sums;      // [places, DIM]
   float2* states;   // [places]: largest, total
-  uint64_t* seals;  // [splits, kv_heads, units]: DecodeCall.seal while parts lie there for another thread block of this kernel
+  uint64_t* seals;  // [thread blocks]: DecodeCall.seal while a part of this one lies there for another one
 };
 
 template <int DIM>
@@ -25,21 +25,6 @@ DEVICE Parts parts_of(const DecodeCall& call) {
 DEVICE float4 plus(float4 a, float weight, float4 b) {
   a.x += weight * b.x, a.y += weight * b.y, a.z += weight * b.z, a.w += weight * b.w;
   return a;
-}
-
-// The splits of a unit whose parts a thread block adds to its own before it stores the result; stores: whether it does.
-struct Taken {
-  int first, stop;
-  bool stores;
-};
-
-// Waits until the parts that a thread block takes are there, once its threads have been at a barrier. They come from thread blocks
-// that started before this one, so that none waits for one that cannot start (as in decoupled look-back, Merrill and Garland 2016).
-template <int DIM>
-DEVICE void take_parts(const DecodeCall& call, const Taken& taken, int kv_head, int unit) {
-  const Parts parts = parts_of<DIM>(call);
-  for (int split = taken.first + thread_index(); split < taken.stop; split += threads_of_block())
-    take_seal(parts.seals + call.schedule.seal(split, kv_head, unit), call.seal);
 }
 
 // Four dimensions of a query's sums, its largest score and its total, of which a part lies at a place too: both together.
@@ -106,17 +91,13 @@ DEVICE void gather_warps(WarpState<DIM>& state, SharedMemory<DIM>& shared, int q
   sync_threads();
 }
 
-// Four dimensions of one query of an item, and at the first ones its largest and total: the result with the parts that are taken,
-// or a part. split: among all, shared ones first. AHEAD: parts under way.
-template <typename Element, int DIM, int AHEAD>
-DEVICE void store_sums(const DecodeCall& call, const Query& at, const Taken& taken, int split, int kv_head, int unit, int number,
-                       int dim, float4 sums, float largest, float total) {
+// Four dimensions of one query of an item, and at the first ones its largest and total: the result, where this item is the only
+// one of its unit, else a partial result. split: among all, shared ones first.
+template <typename Element, int DIM>
+DEVICE void store_sums(const DecodeCall& call, const Query& at, bool alone, int split, int kv_head, int unit, int number, int dim,
+                       float4 sums, float largest, float total) {
   const Schedule& s = call.schedule;
-  if (taken.stores) {
-    const Parts parts = parts_of<DIM>(call);
-#pragma unroll AHEAD
-    for (int i = taken.first; i < taken.stop; ++i)
-      add_part<DIM>(parts, s.place(i, kv_head, unit, number), dim, sums, largest, total);
+  if (alone) {
     store_out<Element, DIM>(call, at, dim, sums, total);
     if (dim == 0) store_lse(call, at, largest, total);
   } else {
@@ -129,10 +110,9 @@ DEVICE void store_sums(const DecodeCall& call, const Query& at, const Taken& tak
 
 // What gather_warps left.
 template <typename Element, int DIM>
-DEVICE void store_item(const DecodeCall& call, const Item& item, const Tile& tile, const Taken& taken,
-                       const SharedMemory<DIM>& shared, int query_warps) {
+DEVICE void store_item(const DecodeCall& call, const Item& item, const Tile& tile, const SharedMemory<DIM>& shared,
+                       int query_warps) {
   const Schedule& s = call.schedule;
-  const int split = item.shared ? item.split : s.shared_splits + item.split;
   const int slots = tile.count * s.unit_queries;
   for (int index = thread_index(); index < slots * (DIM / 4); index += THREADS) {
     const int slot = index / (DIM / 4), dim = index % (DIM / 4) * 4;
@@ -142,18 +122,10 @@ DEVICE void store_item(const DecodeCall& call, const Item& item, const Tile& til
     float4 sums{0, 0, 0, 0};
     for (int w = slot / WARP_QUERIES; w < WARPS; w += query_warps)
       sums = plus(sums, 1, *reinterpret_cast<const float4*>(&shared.sums[w][slot % WARP_QUERIES][dim]));
-    store_sums<Element, DIM, LOADS_AHEAD>(call, at, taken, split, item.kv_head, unit, number, dim, sums,
-                                          shared.slot_largest[slot], shared.slot_total[slot]);
+    const int split = item.shared ? item.split : s.shared_splits + item.split;
+    store_sums<Element, DIM>(call, at, !s.merges(), split, item.kv_head, unit, number, dim, sums, shared.slot_largest[slot],
+                             shared.slot_total[slot]);
   }
-  if (!s.handed || taken.stores) return;
-  sync_threads();
-  for (int i = thread_index(); i < tile.count; i += THREADS)
-    put_seal(parts_of<DIM>(call).seals + s.seal(split, item.kv_head, tile.unit(i, shared)), call.seal);
-}
-
-// Of a row that has no prefix nobody leaves a part of it.
-DEVICE int first_split_of(const DecodeCall& call, int row) {
-  return call.prefix_ids.data && length_of_prefix(call, prefix_of(call, row)) == 0 ? call.schedule.shared_splits : 0;
 }
 
 // out and lse of one query from its partial results. All lanes of a warp, four dimensions each.
@@ -219,7 +191,10 @@ DEVICE void merge_item(const DecodeCall& call) {
   const int kv_head = slot / s.by_units, unit = slot % s.by_units;
   const Query at = query_of(call, unit, kv_head, query);
   if (!at.exists) return;
-  merge_query<Element, DIM>(call, at, s.place(0, kv_head, unit, query), first_split_of(call, at.row), s.shared_splits + s.splits);
+  // Of a row that has no prefix nobody left a part of it.
+  const bool lacks_prefix = call.prefix_ids.data && length_of_prefix(call, prefix_of(call, at.row)) == 0;
+  merge_query<Element, DIM>(call, at, s.place(0, kv_head, unit, query), lacks_prefix ? s.shared_splits : 0,
+                            s.shared_splits + s.splits);
 }
 
 }  // namespace prefix_kernels::cuda

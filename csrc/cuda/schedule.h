@@ -25,7 +25,6 @@ constexpr int64_t SHORT_PREFIX = 64;           // columns that a row's own item 
 constexpr int64_t READ_AGAIN = 48 << 20;       // bytes of a prefix, for every row anew, that few queries read sooner from a cache
 constexpr int64_t CACHED = 24 << 20;           // bytes of a prefix that stay in the L2 cache beside the rows' own keys
 constexpr int64_t SHORT_ROW = 256;             // columns of an item that is not worth a split and a merge
-constexpr int64_t LONG_ROW = 6144;             // columns that are worth two clusters of thread blocks
 constexpr int64_t LEAST_COLUMNS = 128;         // of a row that are worth an item
 constexpr int64_t LEAST_SHARED_COLUMNS = 128;  // of a prefix: each split leaves a part for each of many rows
 constexpr int64_t MAX_SPLITS = 128;            // of each kind: bounds the memory of partial results
@@ -59,10 +58,7 @@ struct Schedule {
   int tiles;                      // of a kv head; with a bank an upper bound
   int shared_splits, splits;      // shared_splits 0: row items read the prefix
   int few_warps;                  // of a thread block of the kernel for few queries; 0: the call is not for it
-  // Parts of a unit go to that of its thread blocks which starts last, else to a second kernel.
-  bool handed;
-  bool clustered;                 // its splits of a row are clusters of thread blocks, where the GPU has them:
-  int clusters;                   // so many
+  bool clustered;                 // its splits of a row are a cluster of thread blocks, where the GPU has them
   // The chunks of all row items in a row are cut into equal shares, one a thread block, which may begin and end within an item;
   // length: chunks of an item at most, blocks: of threads. 0: each split of an item is a thread block's.
   int length, blocks;
@@ -73,10 +69,7 @@ struct Schedule {
   HOST_DEVICE bool merges() const { return shared_splits + splits > 1; }
   HOST_DEVICE int64_t merged_queries() const { return int64_t(kv_heads) * units * unit_queries; }
   HOST_DEVICE int64_t places() const { return (shared_splits + splits) * merged_queries(); }
-  HOST_DEVICE int cluster() const { return splits / clusters; }  // thread blocks of one
-  // Of a split (shared ones first) and a unit.
-  HOST_DEVICE int64_t seal(int split, int kv_head, int unit) const { return (int64_t(split) * kv_heads + kv_head) * units + unit; }
-  HOST_DEVICE int64_t seals() const { return handed || clusters > 1 ? int64_t(shared_splits + splits) * kv_heads * units : 0; }
+  HOST_DEVICE int64_t seals() const { return length > 0 && merges() ? blocks : 0; }
   HOST_DEVICE int64_t row_blocks() const { return length > 0 ? blocks : items() - shared_items(); }
   // Of a split (shared ones first) and a query in its unit.
   HOST_DEVICE int64_t place(int split, int kv_head, int unit, int query) const {
@@ -166,7 +159,6 @@ inline Schedule schedule_of(const Sizes& z) {
   const int64_t row_units = ceil_div(row_queries, unit_queries), units = z.batch * row_units;
   int64_t columns = own_columns(z);
   Schedule s{};
-  s.clusters = 1;
   s.kv_heads = int(z.kv_heads), s.row_queries = int(row_queries), s.unit_queries = int(unit_queries);
   s.row_units = int(row_units), s.units = int(units);
   s.row_warps = query_warps(unit_queries, keys);
@@ -186,19 +178,19 @@ inline Schedule schedule_of(const Sizes& z) {
   blocks += ceil_div(columns, keys) * units * z.kv_heads;
   const bool few = !shared && has_few_queries(z);
   const int resident = few ? FEW_BLOCKS : blocks_on_multiprocessor(z.head_dim);
-  const int64_t share = std::max<int64_t>(1, ceil_div(blocks, resident * z.multiprocessors)) * keys;
+  const int64_t slots = resident * z.multiprocessors, row_items = units * z.kv_heads;
+  const int64_t share = std::max<int64_t>(1, ceil_div(blocks, slots)) * keys;
   const auto splits = [](int64_t of, int64_t size) { return int(std::clamp<int64_t>(ceil_div(of, size), 1, MAX_SPLITS)); };
   if (shared) s.shared_splits = splits(z.prefix_len, std::max(LEAST_SHARED_COLUMNS, 2 * share / s.shared_warps));
-  s.splits = !shared && columns <= SHORT_ROW ? 1 : splits(columns, std::max(LEAST_COLUMNS, share));
+  const bool fits = !shared && !few && row_items <= slots && row_items * 10 >= slots * 9;  // one round of thread blocks
+  s.splits = (!shared && columns <= SHORT_ROW) || fits ? 1 : splits(columns, std::max(LEAST_COLUMNS, share));
   if (few) {
     const int chunk = keys_of_few_chunk(z.head_dim);
-    const int64_t row_items = units * z.kv_heads, slots = FEW_BLOCKS * z.multiprocessors;
     const int64_t length = ceil_div(z.prefix_len, chunk) + ceil_div(columns - z.prefix_len, chunk);
     const int64_t total = length * row_items, equal = ceil_div(total, slots);
     const int64_t cluster = few_cluster_of(row_items, columns, z.multiprocessors);
     if (cluster > 0) {
-      if (cluster == FEW_CLUSTER && columns >= LONG_ROW && 2 * cluster * row_items <= z.multiprocessors) s.clusters = 2;
-      s.splits = int(cluster) * s.clusters;
+      s.splits = int(cluster);
     } else if (const int64_t items = row_items * s.splits;  // where whole items leave the last round of thread blocks idle
                length <= 32768 && total <= INT32_MAX - length && equal * chunk > LEAST_COLUMNS && columns > SHORT_ROW &&
                items * 20 < ceil_div(items, slots) * slots * 19 && length <= equal * (MAX_SPLITS - 2)) {
@@ -211,7 +203,6 @@ inline Schedule schedule_of(const Sizes& z) {
     const int64_t each = std::max<int64_t>(1, ceil_div(length, s.splits)), rounds = ceil_div(each, FEW_WARPS);
     s.few_warps = cluster > 0 ? int(std::clamp<int64_t>(ceil_div(each, rounds), WARPS, FEW_WARPS)) : WARPS;
   }
-  s.handed = (s.merges() || s.length > 0) && unit_queries <= FEW_QUERIES;
   s.by_kv_heads = Divisor(z.kv_heads), s.by_group = Divisor(z.heads / z.kv_heads), s.by_unit_queries = Divisor(unit_queries);
   s.by_row_units = Divisor(row_units), s.by_units = Divisor(units), s.by_splits = Divisor(s.splits);
   s.by_tiles = Divisor(std::max(1, s.tiles)), s.by_shared_splits = Divisor(std::max(1, s.shared_splits));

@@ -84,10 +84,8 @@ def test_what_a_call_takes(gpu):
         return prefix_kernels.workspace_bytes(*inputs.tensors, **inputs.options, backend="cuda")["forward"]
 
     case = Case("decode", q_len=1, kv_len=60, prefix_len=300, head_dim=80, batch=3)
-    seals = 8 * 3 * 2  # of a split: rows, kv heads
-    assert stated(case) == (3 + 1) * (4 * 3 * 4 * (80 + 2) + seals)  # 3 splits of the prefix, 1 of the keys
-    # Each row reads the prefix itself: 2 splits.
-    assert stated(replace(case, head_dim=64)) == 2 * (4 * 3 * 4 * (64 + 2) + seals)
+    assert stated(case) == 4 * (3 + 1) * 3 * 4 * (80 + 2)  # 3 splits of the prefix, 1 of the keys
+    assert stated(replace(case, head_dim=64)) == 4 * 2 * 3 * 4 * (64 + 2)  # each row reads the prefix itself: 2 splits
     assert stated(replace(case, prefix_len=10)) == 0
 
 
@@ -219,7 +217,7 @@ MUTATIONS = {  # each breaks one thing that a case below must notice
     "merge forgets the first split": ("merge.h", "int from = first_split;", "int from = first_split + 1;"),
     "merge without weights": ("merge.h", "weight = exp2_of(state.x - base);", "weight = 1;"),
     "merge of another query": ("merge.h", "query = number % s.by_unit_queries;", "query = number / s.by_unit_queries % 2;"),
-    "merge of a prefix that is none": ("merge.h", "== 0 ? call.schedule.shared_splits : 0", "== 0 ? 0 : 0"),
+    "merge of a prefix that is none": ("merge.h", "lacks_prefix ? s.shared_splits : 0", "0"),
     "correction of the sums": ("softmax.h", "if (any(changes))", "if (false)"),
     "a barrier less": ("decode_kernel.h", "<STAGES - 1>();\n    sync_threads();", "<STAGES - 1>();"),
     "copies not waited for": ("decode_kernel.h", "wait_for_copies<STAGES - 1>", "wait_for_copies<STAGES>"),
@@ -232,16 +230,13 @@ MUTATIONS = {  # each breaks one thing that a case below must notice
     "few: correction of the sums": ("few_kernel.h", "sums[i][q + 2] *= correction", "sums[i][q + 2] *= 1"),
     "few: weights not transposed": ("few_kernel.h", "first = transposed(packed<Element>(weights[t][0], weights[t][1]));",
                                     "first = packed<Element>(weights[t][0], weights[t][1]);"),
-    "few: a barrier less": ("few_kernel.h", "item.kv_head, row);\n  sync_threads();", "item.kv_head, row);"),
+    "few: a barrier less": ("few_kernel.h", "  }\n  sync_threads();\n  for", "  }\n  for"),
     "few: merged in a cluster without weights": ("few_kernel.h", "weight = exp2_of(states[j].x - base);", "weight = 1;"),
     "few: a barrier of the cluster less": ("few_kernel.h", "sync_cluster();\n  for", "for"),
-    "few: sums overwritten by the next part": ("few_kernel.h", "sync_threads();  // and the next part", "//"),
-    "a part forgotten": ("merge.h", "i < taken.stop; ++i", "i < taken.stop - 1; ++i"),
-    "a part not waited for": ("merge.h", "split < taken.stop; split +=", "split < taken.stop - 1; split +="),
-    "a part without its weight": ("merge.h", "of_part = exp2_of(state.x - base);", "of_part = 1;"),
-    "few: the first cluster's part": ("few_kernel.h", "if (takes) add_part", "if (false) add_part"),
-    "few: the first cluster not waited for": ("few_kernel.h", "if (takes) take_parts", "if (false) take_parts"),
-    "few: another state of the first cluster": ("few_kernel.h", "if (dim / 4 == rank) parts", "if (dim == 0) parts"),
+    "few: sums overwritten by the next part": ("few_kernel.h", "sync_threads();  // the next part", "// the next part"),
+    "few: a part of an item forgotten": ("few_kernel.h", "i < holders.count; ++i", "i < holders.count - 1; ++i"),
+    "few: a part without its weight": ("merge.h", "of_part = exp2_of(state.x - base);", "of_part = 1;"),
+    "few: a part not waited for": ("few_kernel.h", "stores && i < holders.count; i +=", "stores && i < 1; i +="),
     "few: parts of an item": ("schedule.h", "- first + 1};", "- first};"),
     "few: a share of what is there": ("few_kernel.h", "{part.begin * chunks / s.by_length,",
                                     "{part.begin * chunks / s.by_length + 1,"),
@@ -253,7 +248,6 @@ NOTICED_BY = (
     Case("equal shares", batch=5, heads=6, kv_heads=2, q_len=1, kv_len=700, prefix_len=20, head_dim=64,
          key_lens=(700, 3, 650, 0, 129)),
     Case("cluster", batch=1, heads=2, kv_heads=1, q_len=1, kv_len=700, prefix_len=20, head_dim=64),
-    Case("two clusters", batch=1, heads=2, kv_heads=1, q_len=1, kv_len=700, prefix_len=6000, head_dim=64),
     Case("bank", batch=40, heads=9, kv_heads=1, q_len=1, kv_len=9, prefix_len=70, head_dim=64, prefixes=2,
          prefix_ids=tuple(i % 3 - 1 for i in range(40))),
 )  # fmt: skip
@@ -267,9 +261,8 @@ def noticed():
 
 def test_nothing_is_noticed_without_a_mutation(gpu):
     for order in range(3):
-        for multiprocessors in (3, 24):
-            gpu.set(order, multiprocessors)
-            noticed()
+        gpu.set(order, 3)
+        noticed()
 
 
 @pytest.mark.parametrize("name", MUTATIONS)
@@ -277,6 +270,5 @@ def test_mutations_are_noticed(built, name):
     kernels = built.build_kernels(name.replace(" ", "_"), (64,), MUTATIONS[name])
     with built.serving(kernels), torch.no_grad(), pytest.raises((AssertionError, RuntimeError)):
         for order in range(3):
-            for multiprocessors in (3, 24):
-                built.set(order, multiprocessors)
-                noticed()
+            built.set(order, 3)
+            noticed()

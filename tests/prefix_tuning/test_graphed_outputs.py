@@ -15,7 +15,7 @@ from support.training import DEVICES, ROWS, arguments, batch_of, losses
 
 peft = pytest.importorskip("peft")
 TOLERANCE = {"atol": 1e-5, "rtol": 1e-4}
-ON_A_GPU = {"atol": 1e-4, "rtol": 1e-3}  # other kernels than the twin's, and every step carries their rounding on
+ON_A_GPU = 1e-3  # of ‖difference‖ / ‖expected‖: other kernels than the twin's, and every step carries their rounding on
 
 
 def accelerated(family="llama", device="cpu", **kind):
@@ -35,12 +35,13 @@ def assert_step(model, twin, batch):
     (out, grads), (expected, expected_grads) = step(model, batch), step(twin, batch)
     assert type(out) is type(expected) and out.logits.shape == expected.logits.shape and not out.logits.isnan().any()
     real = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
-    tolerance = ON_A_GPU if out.logits.is_cuda else TOLERANCE
-    torch.testing.assert_close(out.loss, expected.loss, **tolerance)
-    torch.testing.assert_close(out.logits[real], expected.logits[real], **tolerance)
     assert len(grads) == len(expected_grads) > 0
-    for grad, expected_grad in zip(grads, expected_grads, strict=True):
-        torch.testing.assert_close(grad, expected_grad, **tolerance)
+    pairs = [(out.loss, expected.loss), (out.logits[real], expected.logits[real]), *zip(grads, expected_grads, strict=True)]
+    for value, right in pairs:
+        if out.logits.is_cuda:
+            assert (value - right).norm() <= ON_A_GPU * right.norm()
+        else:
+            torch.testing.assert_close(value, right, **TOLERANCE)
 
 
 def right_padding(batch):

@@ -42,19 +42,24 @@ static const char* run(const DecodeCall& call, bool clusters, unsigned order) {
   const auto decode = [&](SharedMemory<DIM>& shared) { decode_item<Element>(call, shared); };
   const char* failed = "the kernel for few queries does not serve this head_dim";
   if (!few) {
-    failed = run_grid<SharedMemory<DIM>>(s.items(), 1, THREADS, order, decode, sizeof(SharedMemory<DIM>), s.seals() > 0);
+    failed = run_grid<SharedMemory<DIM>>(s.items(), 1, THREADS, order, decode);
   } else if constexpr (serves_few(DIM)) {
-    const auto rows = [&](FewShared<DIM>& shared) { decode_few<Element>(call, shared, clustered); };
-    failed = run_grid<FewShared<DIM>>(s.row_blocks(), clustered ? s.cluster() : 1, s.few_warps * LANES, order, rows,
-                                      FewShared<DIM>::bytes(s.few_warps), s.seals() > 0);
+    const auto rows = [&](FewShared<DIM>& shared) {
+      if (has_shares(call))
+        decode_share<Element>(call, shared);
+      else
+        decode_few<Element>(call, shared, clustered);
+    };
+    failed = run_grid<FewShared<DIM>>(s.row_blocks(), clustered ? s.splits : 1, s.few_warps * LANES, order, rows,
+                                      FewShared<DIM>::bytes(s.few_warps), has_shares(call));
   }
   if (failed) return failed;
-  if (s.merges()) {
+  if (has_shares(call)) {
     const uint64_t* seals = parts_of<DIM>(call).seals;
-    if (std::count(seals, seals + s.seals(), call.seal)) return "a seal is left";
+    return std::count(seals, seals + s.seals(), call.seal) ? "a seal is left" : nullptr;
   }
   const auto merge = [&](char&) { merge_item<Element, DIM>(call); };
-  const int64_t merged = s.merges() && !s.handed && !clustered ? ceil_div(s.merged_queries(), WARPS) : 0;
+  const int64_t merged = s.merges() && !clustered ? ceil_div(s.merged_queries(), WARPS) : 0;
   return run_grid<char>(merged, 1, THREADS, order, merge);
 }
 

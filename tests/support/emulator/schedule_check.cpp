@@ -113,7 +113,6 @@ static void check(const Schedule& s, std::mt19937& random) {
   const int64_t one = z.batch * z.heads * z.q_len * (z.head_dim + 2);  // the result of every query, once
   HOLDS(part_values(s, z.head_dim) <= 2 * (s.shared_splits + s.splits) * one);
   HOLDS((part_values(s, z.head_dim) == 0) == (s.shared_splits + s.splits == 1));
-  HOLDS(s.seals() == 0 || s.merges() || s.length > 0);
   // Several splits of much work alone: about as many items as the device takes, or the results of large batches would be many.
   const int64_t row_items = int64_t(s.units) * s.kv_heads;
   // Equal shares of long rows: each thread block leaves two at most of which others have a part.
@@ -121,9 +120,8 @@ static void check(const Schedule& s, std::mt19937& random) {
   HOLDS(s.splits == 1 || parts <= 2 * resident || (s.length > 0 && parts <= std::max<int64_t>(3 * s.blocks, row_items)));
   if (s.length > 0) check_continuous(s);
   // Clusters have no more thread blocks than every GPU takes, and of more than two leave half of the device free.
-  HOLDS(!s.clustered || (s.few_warps > 0 && s.length == 0 && 1 < s.splits && s.cluster() <= FEW_CLUSTER));
-  HOLDS(!s.clustered || s.splits == 2 || s.clusters == 2 || 2 * row_items * s.splits <= z.multiprocessors);
-  HOLDS(s.clusters == 1 || (s.clusters == 2 && s.clustered && s.cluster() * 2 == s.splits && s.items() <= z.multiprocessors));
+  HOLDS(!s.clustered || (s.few_warps > 0 && s.length == 0 && 1 < s.splits && s.splits <= FEW_CLUSTER));
+  HOLDS(!s.clustered || s.splits == 2 || 2 * row_items * s.splits <= z.multiprocessors);
   HOLDS(s.few_warps == 0 || (s.shared_splits == 0 && WARPS <= s.few_warps && s.few_warps <= FEW_WARPS));
   if (s.items() <= 3000) check_items(s);
   if (s.places() <= 20000) check_places(s);
