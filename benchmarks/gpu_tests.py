@@ -26,7 +26,7 @@ import measure
 
 SELECTION = ["-m", "gpu", "tests/prefix_tuning", "tests/prefix_kernels", "tests/benchmarks"]  # compiled steps take longest
 DRY_SELECTION = ["tests/prefix_kernels/test_problem.py"]
-SECONDS_A_TEST = 60
+SECONDS_A_TEST = 150  # the first one of a file may wait for all of its kernels to be compiled
 MOST_PROCESSES = 15  # each with a CUDA context of its own
 SANITIZER = "compute-sanitizer"
 SANITIZER_TOOLS = ("memcheck", "racecheck")  # addresses out of bounds; shared memory read and written without a barrier

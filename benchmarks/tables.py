@@ -312,15 +312,16 @@ def readme_gpu(operator: dict[str, Any], decode: dict[str, Any] | None, whole: d
 
 
 def _whole_by_prefix(whole: dict[str, Any]) -> str:
-    """A line for each way of ours through each model and batch, a column for each prefix length."""
+    """A line for each way of ours through each model at one size of a batch, a column for each prefix length."""
     shown = {"selected": "", "accelerated": ", `accelerate_peft`", "kept graphs": ", `keep_graphs`"}
-    does = {"train": "a training step", "generate": "128 new tokens"}
+    batches = {"train": 8, "generate": 64}
     lines: dict[str, dict[int, str]] = {}
     for row in whole["rows"]:
         run = row.get("run")
         for way, addition in shown.items():
-            if run and (ratio := over(row, "peft", way)) is not None:
-                name = f"{does[run['what']]}, {run['model']['name']}, {run['batch']} rows{addition}"
+            if run and run["batch"] == batches[run["what"]] and (ratio := over(row, "peft", way)) is not None:
+                does = "a training step" if run["what"] == "train" else f"{run['new_tokens']} new tokens"
+                name = f"{does}, {run['model']['name']}, {run['batch']} rows{addition}"
                 text = f"{median(row, way) * 1e3:.{0 if run['what'] == 'generate' else 1}f} ms, {ratio:.1f}x"
                 lines.setdefault(name, {})[run["prefix_len"]] = text
     lengths = sorted({length for found in lines.values() for length in found})

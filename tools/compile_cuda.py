@@ -67,7 +67,7 @@ def shared_bytes(folder: Path, head_dims: list[str]) -> dict[str, int]:
 
 
 def compiled(folder: Path, dtype: str, architecture: str) -> dict[str, dict[str, int]]:
-    """For each head_dim, and for its other kernels ("64 merge", "64 few"): registers, bytes of stack; of all but the
+    """For each head_dim, and for its other kernels ("64 merge", "64 few", "64 share"): registers, bytes of stack; of all but the
     merge products on tensor cores in the code."""
     cubin = folder / f"{dtype}-{architecture}.cubin"
     log = run(
@@ -76,14 +76,14 @@ def compiled(folder: Path, dtype: str, architecture: str) -> dict[str, dict[str,
     )  # fmt: skip
     kernels = {}
     for kernel, head_dim, report in re.findall(
-        r"Compiling entry function '\w+?(decode|merge|few)_kernel\w+?ELi(\d+)E.*?\n(.*?Used \d+ registers)", log, re.DOTALL
+        r"Compiling entry function '\w+?(decode|merge|few|share)_kernel\w+?ELi(\d+)E.*?\n(.*?Used \d+ registers)", log, re.DOTALL
     ):
         stack, stores, loads = map(int, re.search(r"(\d+) bytes stack frame, (\d+) .*?, (\d+) ", report).groups())
         registers = int(re.search(r"Used (\d+) registers", report).group(1))
         kernels[_name(kernel, head_dim)] = {"registers": registers, "stack": stack + stores + loads}
     if tool := disassembler():
         for section in run(tool, "-c", cubin).split(".section\t.text.")[1:]:
-            kernel, head_dim = re.match(r"\w+?(decode|merge|few)_kernel\w+?ELi(\d+)E", section).groups()
+            kernel, head_dim = re.match(r"\w+?(decode|merge|few|share)_kernel\w+?ELi(\d+)E", section).groups()
             if kernel != "merge":
                 kernels[_name(kernel, head_dim)]["tensor core products"] = len(re.findall(r"\bHMMA\.16816\.F32", section))
     return kernels
@@ -124,7 +124,7 @@ def problems(kernels: dict[str, dict[str, int]]) -> list[str]:
             found.append(f"{name}: {kernel['shared bytes']} bytes of shared memory")
         # A chunk of 16 keys: two products of 8 keys, and two of 8 dimensions, for every 16 dimensions. For few
         # queries: of 4 KiB of keys, one of 16 keys and one of 16 dimensions.
-        if kernel.get("tensor core products", 1e9) < (16 if name.endswith("few") else int(head_dim) // 16 * 4):
+        if kernel.get("tensor core products", 1e9) < (16 if name.endswith(("few", "share")) else int(head_dim) // 16 * 4):
             found.append(f"{name}: {kernel['tensor core products']} products on tensor cores")
     return found
 

@@ -25,6 +25,7 @@ constexpr int64_t SHORT_PREFIX = 64;           // columns that a row's own item 
 constexpr int64_t READ_AGAIN = 48 << 20;       // bytes of a prefix, for every row anew, that few queries read sooner from a cache
 constexpr int64_t CACHED = 24 << 20;           // bytes of a prefix that stay in the L2 cache beside the rows' own keys
 constexpr int64_t SHORT_ROW = 256;             // columns of an item that is not worth a split and a merge
+constexpr int64_t LONG_BLOCK = 2048;           // columns of a thread block that are worth more of them, and a second kernel
 constexpr int64_t LEAST_COLUMNS = 128;         // of a row that are worth an item
 constexpr int64_t LEAST_SHARED_COLUMNS = 128;  // of a prefix: each split leaves a part for each of many rows
 constexpr int64_t MAX_SPLITS = 128;            // of each kind: bounds the memory of partial results
@@ -140,15 +141,19 @@ inline bool shares_prefix(const Sizes& z) {
 }
 
 // Splits of a row of few queries whose thread blocks, with many warps each, have a multiprocessor to themselves and merge what
-// they have in a cluster; 0: they would leave too much of the device idle (how much that is, is assumed). On a full device clusters
-// of more than two wait for each other: measured, those of three and six took a fifth longer than the second kernel takes.
-inline int64_t few_cluster_of(int64_t row_items, int64_t columns, int64_t multiprocessors) {
+// they have in a cluster; 0: they would leave too much of the device idle. Clusters of more than two wait for each other where they
+// fill the device: measured, those of three and six took a fifth longer than the second kernel takes, and sixteen of eight half as
+// long again as eight of eight. Assumed: LONG_BLOCK, and that those of four may take three quarters for rows of several rounds.
+inline int64_t few_cluster_of(int64_t row_items, int64_t columns, int64_t chunk, int64_t multiprocessors) {
+  const auto fits = [&](int64_t splits) {
+    const int64_t items = splits * row_items;
+    if (splits == 4 && columns > splits * FEW_WARPS * chunk) return 4 * items <= 3 * multiprocessors;
+    return (splits == 2 ? 1 : 2) * items <= multiprocessors;
+  };
   int64_t splits = 1;
-  while (splits < FEW_CLUSTER && columns > SHORT_ROW && columns >= 2 * splits * LEAST_COLUMNS &&
-         (splits == 1 ? 2 : 4) * splits * row_items <= multiprocessors)
-    splits *= 2;
+  while (splits < FEW_CLUSTER && columns > SHORT_ROW && columns >= 2 * splits * LEAST_COLUMNS && fits(2 * splits)) splits *= 2;
   const int64_t items = splits * row_items;
-  return items <= multiprocessors && (3 * items >= multiprocessors || columns <= 2 * SHORT_ROW * splits) ? splits : 0;
+  return items <= multiprocessors && (3 * items >= multiprocessors || columns <= LONG_BLOCK * splits) ? splits : 0;
 }
 
 // Blocks of work as long as there are columns worth an item, and no more than occupy the device.
@@ -188,7 +193,7 @@ inline Schedule schedule_of(const Sizes& z) {
     const int chunk = keys_of_few_chunk(z.head_dim);
     const int64_t length = ceil_div(z.prefix_len, chunk) + ceil_div(columns - z.prefix_len, chunk);
     const int64_t total = length * row_items, equal = ceil_div(total, slots);
-    const int64_t cluster = few_cluster_of(row_items, columns, z.multiprocessors);
+    const int64_t cluster = few_cluster_of(row_items, columns, chunk, z.multiprocessors);
     if (cluster > 0) {
       s.splits = int(cluster);
     } else if (const int64_t items = row_items * s.splits;  // where whole items leave the last round of thread blocks idle

@@ -224,7 +224,7 @@ def survived(tmp_path_factory):
     """A kernel that hangs or crashes does so here, in a process of its own, and takes no other test with it."""
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("needs a GPU of compute capability 9.0")
-    return trial_of(TRIAL, shared_folder(tmp_path_factory), 50)
+    return trial_of([TRIAL], shared_folder(tmp_path_factory), 50)
 
 
 @pytest.mark.gpu
