@@ -22,6 +22,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ROOT / "csrc" / "cuda"
+KERNEL = r"\w+?(decode|merge|few|share)_kernel\w+?ELi(\d+)E"  # a mangled name
 DTYPES = ("bfloat16", "float16")
 SHARED = {"80": 163, "90a": 227, "100": 227}  # KiB that a thread block may have
 DESKTOP_SHARED = 99  # KiB, of sm_86, sm_89 and sm_120
@@ -67,23 +68,22 @@ def shared_bytes(folder: Path, head_dims: list[str]) -> dict[str, int]:
 
 
 def compiled(folder: Path, dtype: str, architecture: str) -> dict[str, dict[str, int]]:
-    """For each head_dim, and for its other kernels ("64 merge", "64 few", "64 share"): registers, bytes of stack; of all but the
-    merge products on tensor cores in the code."""
+    """For each head_dim, and for its other kernels ("64 merge", "64 few", "64 share"): registers, bytes of stack; of all but
+    the merge products on tensor cores in the code."""
     cubin = folder / f"{dtype}-{architecture}.cubin"
     log = run(
         nvcc(), "-std=c++17", f"-gencode=arch=compute_{architecture},code=sm_{architecture}", "-Xptxas=-v", "-cubin",
         "-o", cubin, SOURCES / f"decode_{dtype}.cu",
     )  # fmt: skip
     kernels = {}
-    for kernel, head_dim, report in re.findall(
-        r"Compiling entry function '\w+?(decode|merge|few|share)_kernel\w+?ELi(\d+)E.*?\n(.*?Used \d+ registers)", log, re.DOTALL
-    ):
+    entry = rf"Compiling entry function '{KERNEL}.*?\n(.*?Used \d+ registers)"
+    for kernel, head_dim, report in re.findall(entry, log, re.DOTALL):
         stack, stores, loads = map(int, re.search(r"(\d+) bytes stack frame, (\d+) .*?, (\d+) ", report).groups())
         registers = int(re.search(r"Used (\d+) registers", report).group(1))
         kernels[_name(kernel, head_dim)] = {"registers": registers, "stack": stack + stores + loads}
     if tool := disassembler():
         for section in run(tool, "-c", cubin).split(".section\t.text.")[1:]:
-            kernel, head_dim = re.match(r"\w+?(decode|merge|few|share)_kernel\w+?ELi(\d+)E", section).groups()
+            kernel, head_dim = re.match(KERNEL, section).groups()
             if kernel != "merge":
                 kernels[_name(kernel, head_dim)]["tensor core products"] = len(re.findall(r"\bHMMA\.16816\.F32", section))
     return kernels

@@ -2,8 +2,8 @@
 
 Where a row has few queries of a kv head, and the L2 cache can give each row the prefix anew, keys and values go from memory
 straight into the registers of warps that have nothing in common. Else queries of many rows meet a shared prefix together on the
-tensor cores. What is split is merged within clusters of thread blocks, by the thread block that has its beginning, or by a second
-kernel, which starts while the first one ends. Their memory depends on shapes alone.
+tensor cores. What is split is merged within clusters of thread blocks, by the thread block that has its beginning, or by a
+second kernel, which starts while the first one ends. Their memory depends on shapes alone.
 """
 
 from __future__ import annotations

@@ -17,9 +17,9 @@ TABLE = Path(__file__).with_name("cuda_code.json")
 
 @pytest.mark.skipif(cuda_compiler() is None, reason="needs nvcc, and none is found")
 def test_every_kernel_compiles_and_spills_nothing():
-    """Half a minute: 72 kernels. tools/compile_cuda.py --write writes the table anew."""
+    """Three quarters of a minute: 84 kernels. tools/compile_cuda.py --write writes the table anew."""
     run = subprocess.run((sys.executable, "tools/compile_cuda.py", str(TABLE)), cwd=ROOT, capture_output=True, text=True)
-    assert run.returncode == 0 and "72 kernels, 0 problems" in run.stdout, f"{run.stdout}\n{run.stderr}"
+    assert run.returncode == 0 and "84 kernels, 0 problems" in run.stdout, f"{run.stdout}\n{run.stderr}"
 
 
 def test_measured_is_what_was_measured():
