@@ -25,6 +25,7 @@ import torch
 import measure
 
 SELECTION = ["-m", "gpu", "tests/prefix_tuning", "tests/prefix_kernels", "tests/benchmarks"]  # compiled steps take longest
+FIRST = ("test_triton_hopper_backward.py", "test_triton_hopper.py")  # their kernels take longest to compile
 DRY_SELECTION = ["tests/prefix_kernels/test_problem.py"]
 SECONDS_A_TEST = 150  # the first one of a file may wait for all of its kernels to be compiled
 MOST_PROCESSES = 15  # each with a CUDA context of its own
@@ -95,6 +96,12 @@ def end_if_device_is_lost() -> None:
             torch.cuda.synchronize()
         except Exception:
             os._exit(LOST_DEVICE)
+
+
+def pytest_collection_modifyitems(items: list) -> None:
+    """In a test process of pytest-xdist, which is given tests in their order."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        items.sort(key=lambda item: item.path.name not in FIRST)
 
 
 def pytest_runtest_logreport(report: Any) -> None:

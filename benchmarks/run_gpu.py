@@ -8,6 +8,8 @@
 A worker process does the jobs in order of importance and writes RESULTS_DIR/STAGE.json after each. One that crashes it, loses
 the CUDA context or takes too long costs that job alone: the rest goes to a new worker. A stage that is started again goes on
 where it stopped. --dry-run: tiny shapes, which also run without a GPU; that tries the control flow and measures nothing.
+--fill FOLDER: rows of op, decode or e2e that FOLDER has of the same device and versions are kept, each with its commit, so that
+the time goes to those that it lacks. Take out of FOLDER/STAGE.json first what has changed since.
 """
 
 from __future__ import annotations
@@ -43,6 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("stage", choices=STAGES)
     parser.add_argument("--seconds", type=float, help="for the whole stage; default: " + str(STAGES))
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes, on any machine")
+    parser.add_argument("--fill", type=Path, metavar="FOLDER", help="results of an earlier commit, whose rows are kept")
     parser.add_argument("--progress", type=Path, help=argparse.SUPPRESS)  # makes it a worker
     args = parser.parse_args(argv)
     if args.progress:
@@ -55,6 +58,8 @@ def main(argv: list[str] | None = None) -> int:
     seconds = args.seconds or STAGES[args.stage]
     share = 1 - SANITIZER_SHARE if args.stage == "tests" else 1
     environment = measure.environment("cuda" if torch.cuda.is_available() else "cpu")
+    if args.fill and args.stage != "tests":
+        fill(args, environment)
     supervise(args, environment, begin + share * seconds)
     results = open_results(args, environment)
     if args.stage == "tests":
@@ -71,6 +76,17 @@ def main(argv: list[str] | None = None) -> int:
 
 def open_results(args: argparse.Namespace, environment: dict[str, Any]) -> measure.Results:
     return measure.Results(args.results / f"{args.stage}.json", environment)
+
+
+def fill(args: argparse.Namespace, environment: dict[str, Any]) -> None:
+    """Puts the rows that were measured at an earlier commit into a stage's results that have none yet."""
+    known, results = json.loads((args.fill / f"{args.stage}.json").read_text(encoding="utf-8")), open_results(args, environment)
+    versions = [name for name in measure.SAME_RESULTS if name != "source"]
+    if results.rows or any(known["environment"].get(name) != environment.get(name) for name in versions):
+        return
+    for row in known["rows"]:
+        if row.get("complete") and "failed" not in row:
+            results.put({"commit": known["environment"]["commit"]} | row)
 
 
 def supervise(args: argparse.Namespace, environment: dict[str, Any], deadline: float) -> None:

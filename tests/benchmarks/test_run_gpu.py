@@ -148,6 +148,22 @@ def test_done_jobs_are_left_out_and_failing_ones_keep_their_reason(tmp_path, mon
     assert results.rows["ceilings"]["failed"] == "RuntimeError: CUDA error: boom" and results.done("ceilings")
 
 
+def test_rows_of_an_earlier_commit_are_kept(tmp_path):
+    args = argparse.Namespace(results=tmp_path / "new", stage="op", dry_run=True, fill=tmp_path)
+    earlier = ENVIRONMENT | {"commit": "abc", "source": "other"}
+    known = measure.Results(tmp_path / "op.json", earlier)
+    for row in ({"key": "a", "complete": True}, {"key": "b"}, {"key": "c", "complete": True, "failed": "no"},
+                {"key": "d", "complete": True, "commit": "older"}):  # fmt: skip
+        known.put(row)
+    for environment, kept in ((ENVIRONMENT | {"device": "another"}, {}), (ENVIRONMENT, {"a": "abc", "d": "older"})):
+        run_gpu.fill(args, environment)
+        results = run_gpu.open_results(args, environment)
+        assert {key: row["commit"] for key, row in results.rows.items()} == kept
+    results.put({"key": "b", "complete": True})
+    run_gpu.fill(args, ENVIRONMENT)
+    assert "commit" not in run_gpu.open_results(args, ENVIRONMENT).rows["b"]
+
+
 def test_a_row_goes_on_with_the_ways_it_does_not_have(tmp_path, monkeypatch):
     """After a crash, or the end of a stage's time, nothing is tried twice."""
     asked = []
@@ -281,6 +297,16 @@ def test_stages_have_the_limits_of_the_script():
     assert "tests | op) echo 300 ;; *) echo 240" in script
     assert run_gpu.STAGES == {"tests": 300, "op": 300, "decode": 240, "e2e": 240}
     assert measure.ROOT == ROOT
+
+
+def test_what_compiles_longest_comes_first_in_parallel(monkeypatch):
+    assert all((ROOT / "tests" / "prefix_kernels" / name).exists() for name in gpu_tests.FIRST)
+    items = [mock.Mock(path=Path(name)) for name in ("a.py", gpu_tests.FIRST[0], "b.py", gpu_tests.FIRST[1])]
+    gpu_tests.pytest_collection_modifyitems(alone := items.copy())
+    assert alone == items
+    monkeypatch.setenv("PYTEST_XDIST_WORKER", "gw0")
+    gpu_tests.pytest_collection_modifyitems(items)
+    assert items == [alone[1], alone[3], alone[0], alone[2]]
 
 
 def test_gpu_tests_take_the_files_in_turn():
