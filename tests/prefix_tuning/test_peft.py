@@ -96,7 +96,7 @@ def test_a_model_of_16_bit(family):
     outs = [side(input_ids=ids(), labels=ids()) for side in (exact, rival, model)]
     grads = [gradients(side, out.loss) for side, out in zip((exact, rival, model), outs, strict=True)]
     for expected, theirs, ours in ((out.logits.float() for out in outs), *zip(*(grad.values() for grad in grads), strict=True)):
-        assert ours.dtype == torch.float32 and (ours - expected).norm() <= 1.2 * (theirs - expected).norm()
+        assert ours.dtype == torch.float32 and (ours - expected).norm() <= 1.5 * (theirs - expected).norm()
     assert generated(model).shape == (2, 13)
 
 
