@@ -302,6 +302,7 @@ def test_stages_have_the_limits_of_the_script():
 def test_what_compiles_longest_comes_first_in_parallel(monkeypatch):
     assert all((ROOT / "tests" / "prefix_kernels" / name).exists() for name in gpu_tests.FIRST)
     items = [mock.Mock(path=Path(name)) for name in ("a.py", gpu_tests.FIRST[0], "b.py", gpu_tests.FIRST[1])]
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
     gpu_tests.pytest_collection_modifyitems(alone := items.copy())
     assert alone == items
     monkeypatch.setenv("PYTEST_XDIST_WORKER", "gw0")
