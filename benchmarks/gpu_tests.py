@@ -24,7 +24,7 @@ import torch
 
 import measure
 
-SELECTION = ["-m", "gpu", "tests/prefix_tuning", "tests/prefix_kernels", "tests/benchmarks"]  # compiled steps take longest
+SELECTION = ["-m", "gpu", "tests/prefix_tuning", "tests/prefix_kernels", "tests/benchmarks"]
 FIRST = ("test_triton_hopper_backward.py", "test_triton_hopper.py")  # their kernels take longest to compile
 DRY_SELECTION = ["tests/prefix_kernels/test_problem.py"]
 SECONDS_A_TEST = 150  # the first one of a file may wait for all of its kernels to be compiled

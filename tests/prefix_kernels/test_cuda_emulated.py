@@ -236,6 +236,7 @@ MUTATIONS = {  # each breaks one thing that a case below must notice
     "few: sums overwritten by the next part": ("few_kernel.h", "sync_threads();  // the next part", "// the next part"),
     "few: a part of an item forgotten": ("few_kernel.h", "i < holders.count; ++i", "i < holders.count - 1; ++i"),
     "few: a part without its weight": ("merge.h", "of_part = exp2_of(state.x - base);", "of_part = 1;"),
+    "few: sums of a part that saw nothing": ("merge.h", "if (state.y == 0) part", "if (false) part"),
     "few: a part not waited for": ("few_kernel.h", "stores && i < holders.count; i +=", "stores && i < 1; i +="),
     "few: parts of an item": ("schedule.h", "- first + 1};", "- first};"),
     "few: a share of what is there": ("few_kernel.h", "{part.begin * chunks / s.by_length,",
@@ -261,8 +262,9 @@ def noticed():
 
 def test_nothing_is_noticed_without_a_mutation(gpu):
     for order in range(3):
-        gpu.set(order, 3)
-        noticed()
+        for multiprocessors in (3, 9):
+            gpu.set(order, multiprocessors)
+            noticed()
 
 
 @pytest.mark.parametrize("name", MUTATIONS)
@@ -270,5 +272,6 @@ def test_mutations_are_noticed(built, name):
     kernels = built.build_kernels(name.replace(" ", "_"), (64,), MUTATIONS[name])
     with built.serving(kernels), torch.no_grad(), pytest.raises((AssertionError, RuntimeError)):
         for order in range(3):
-            built.set(order, 3)
-            noticed()
+            for multiprocessors in (3, 9):  # shares of a row: two at most, more
+                built.set(order, multiprocessors)
+                noticed()
