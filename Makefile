@@ -9,7 +9,7 @@ export VENV
 
 help:
 	@echo "make demo      train a prefix for SmolLM2-135M-Instruct on the E2E data, generate, score -> runs/demo"
-	@echo "make test      the whole test suite (ARGS=... goes to pytest)"
+	@echo "make test      the whole test suite, in up to four processes (ARGS=... goes to pytest, -n 0 for one process)"
 	@echo "make aot       compile every Triton kernel ahead of time, without a GPU, and record the verdicts (minutes)"
 	@echo "make bench     speed on this CPU -> benchmarks/results/cpu, docs/benchmarks.md (ARGS=... as --threads 1)"
 	@echo "make quality   ruff"
@@ -22,7 +22,7 @@ demo:
 
 test:
 	@tools/setup_env.sh test
-	@"$(VENV)/bin/python" -m pytest $(ARGS)
+	@"$(VENV)/bin/python" -m pytest -n auto --maxprocesses 4 --dist worksteal $(ARGS)
 
 aot:
 	@tools/setup_env.sh test

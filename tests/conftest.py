@@ -28,11 +28,18 @@ if os.environ.get("TRITON_INTERPRET") == "1":  # a run that test_triton.py start
 
     trust_interpreter()
 
-torch.set_num_threads(min(4, torch.get_num_threads()))
+processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))  # pytest-xdist's, which share the processor
+torch.set_num_threads(max(1, min(4, torch.get_num_threads() // processes)))
 
 
 def pytest_addoption(parser):
     parser.addoption("--update-support", action="store_true", help="write tests/prefix_tuning/*_support.json anew")
+
+
+def pytest_configure(config):
+    processes = config.getoption("numprocesses", None)
+    if config.getoption("--update-support") and processes:
+        raise pytest.UsageError(f"--update-support: one process has to see all tests, expected -n 0, got -n {processes}")
 
 
 @pytest.fixture(autouse=True)
