@@ -138,6 +138,19 @@ def test_serving_examples_run(tmp_path, monkeypatch):
     assert names["logits"].shape[0] == 3 and names["tokens"].shape[0] == 1 and names["bank"].capacity == 8
 
 
+def test_distillation_example_runs(tmp_path, monkeypatch, capsys):
+    (source,) = python_examples("docs/distill.md")
+    for given, small in (("prefix_len=128", "prefix_len=4"), ("conversations=256", "conversations=8"), ("epochs=3", "steps=1")):
+        assert given in source
+        source = source.replace(given, small)
+    monkeypatch.chdir(tmp_path)
+    Path("manual.txt").write_text("The lamp is lit by hand at sunset.")
+    tokenizer = tiny_tokenizer(chat_template=CHAT_TEMPLATE)
+    names = {"model": tiny_model("llama", max_position_embeddings=512), "tokenizer": tokenizer}
+    exec(compile(source, "distill.md", "exec"), names)
+    assert names["tokens"].shape[0] == 1 and "distilled" in capsys.readouterr().out
+
+
 def test_examples_for_encoders_run(tmp_path, monkeypatch):
     source = "".join(python_examples("docs/encoders.md"))
     models = {
@@ -166,4 +179,4 @@ def test_commands_of_the_readme_exist():
 def test_commands_of_the_documents_are_understood():
     commands = [line for path in DOCUMENTS for line in re.findall(r"^    prefix-tuning (.*)$", path.read_text(), re.MULTILINE)]
     parsed = [cli._parser().parse_args(shlex.split(command, comments=True)) for command in commands]
-    assert {args.command for args in parsed} == {"train", "evaluate", "generate", "convert", "doctor"}
+    assert {args.command for args in parsed} == {"train", "distill", "evaluate", "generate", "convert", "doctor"}

@@ -1,4 +1,4 @@
-"""The command `prefix-tuning train | evaluate | generate | convert | doctor`.
+"""The command `prefix-tuning train | distill | evaluate | generate | convert | doctor`.
 
 Errors of the user's making are one line on stderr and exit status 2, Ctrl-C is one and 130; --traceback shows where they arose.
 """
@@ -11,6 +11,7 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,13 @@ from transformers.utils import logging
 from prefix_kernels import available_backends
 from prefix_tuning.attach import attach_prefix
 from prefix_tuning.bank import PrefixBank
-from prefix_tuning.data import is_e2e, read_rows
+from prefix_tuning.data import check_row, is_e2e, read_rows
+from prefix_tuning.distill import DistillSettings
+from prefix_tuning.distill import distill as distill_text
 from prefix_tuning.doctor import model_report, report
 from prefix_tuning.e2e import load_e2e
 from prefix_tuning.evaluate import e2e_reference_scores, evaluate_e2e, evaluate_rows
-from prefix_tuning.files import check_writable, write_json
+from prefix_tuning.files import check_writable, open_text, write_json
 from prefix_tuning.generate import generate_texts
 from prefix_tuning.offline_model import OFFLINE_MODEL, load_model_and_tokenizer
 from prefix_tuning.peft_adapters import TASK_TYPES
@@ -61,8 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def train(args: argparse.Namespace) -> None:
-    settings = TrainSettings(**{field: getattr(args, field) for field in TrainSettings.__dataclass_fields__})
-    settings.resolved()  # says what is wrong before the model is loaded
+    settings = _settings(TrainSettings, args)
     if args.eval_file is None and (args.eval_limit is not None or args.patience):
         raise ValueError("--eval-limit, --patience: they need --eval-file")
     rows = read_rows(args.train_file)
@@ -71,9 +73,33 @@ def train(args: argparse.Namespace) -> None:
     _, metrics = train_prefix(
         model, tokenizer, rows, args.output, settings, eval_rows=eval_rows, resume=args.resume, progress=not args.quiet
     )
-    if not PartialState().is_main_process:  # of several under torchrun one writes and tells
-        return
-    metrics |= {"model": args.model or OFFLINE_MODEL, "rows": len(rows)}
+    if PartialState().is_main_process:  # of several under torchrun one writes and tells
+        lowest = {"lowest evaluation loss": min(loss for _, loss in metrics["eval_losses"])} if eval_rows else {}
+        _write_run(args, {**metrics, "rows": len(rows)}, lowest)
+
+
+def distill(args: argparse.Namespace) -> None:
+    with open_text(args.text_file) as file:
+        text = file.read()
+    settings = _settings(DistillSettings, args, init_text=text)
+    prompts = read_rows(args.prompts_file, partial(check_row, answered=False)) if args.prompts_file else None
+    model, tokenizer = _model(args)
+    _, metrics = distill_text(
+        model, tokenizer, text, args.output, settings, prompts=prompts, resume=args.resume, progress=not args.quiet
+    )
+    measured = {f"divergence, {name.replace('_', ' ')}": nats for name, nats in metrics["divergences"].items()}
+    _write_run(args, metrics, {"conversations": metrics["conversations"], **measured})
+
+
+def _settings(kind: type[TrainSettings], args: argparse.Namespace, **further: Any) -> TrainSettings:
+    settings = kind(**{name: getattr(args, name) for name in kind.__dataclass_fields__ if hasattr(args, name)}, **further)
+    settings.resolved()  # says what is wrong before the model is loaded
+    return settings
+
+
+def _write_run(args: argparse.Namespace, metrics: dict[str, Any], measured: dict[str, Any]) -> None:
+    """The run's numbers and its loss curve into --output, and in short on stdout."""
+    metrics = {**metrics, "model": args.model or OFFLINE_MODEL}
     written = [Path(args.output) / "prefix", write_metrics(args.output, metrics)]
     try:
         picture = Path(args.output) / "loss.png"
@@ -85,7 +111,7 @@ def train(args: argparse.Namespace) -> None:
         {
             "steps": metrics["steps"],
             "last loss": metrics["losses"][-1],
-            **({"lowest evaluation loss": min(loss for _, loss in metrics["eval_losses"])} if eval_rows else {}),
+            **measured,
             "trainable parameters": metrics["trainable_parameters"],
             "seconds per step": metrics["seconds_per_step"],
             "backend": metrics["backend"],
@@ -218,8 +244,10 @@ def _parser() -> argparse.ArgumentParser:
         prog="prefix-tuning", description="Train, score and use prefixes of frozen language models.",
         epilog="prefix-tuning COMMAND --help says what a command takes.",
     )  # fmt: skip
-    commands = parser.add_subparsers(dest="command", required=True, metavar="train | evaluate | generate | convert | doctor")
+    names = "train | distill | evaluate | generate | convert | doctor"
+    commands = parser.add_subparsers(dest="command", required=True, metavar=names)
     _train_options(_command(commands, train, "train a prefix on a file of prompts and completions, or conversations"))
+    _distill_options(_command(commands, distill, "train a prefix that stands for a long text"))
     _evaluate_options(_command(commands, evaluate, "score a model, with or without a prefix, on a file"))
     _generate_options(_command(commands, generate, "write the answers to prompts"))
     _convert_options(_command(commands, convert, "turn an adapter of the package peft into a prefix, or a prefix into one"))
@@ -254,12 +282,34 @@ def _train_options(parser: argparse.ArgumentParser) -> None:
     add("--eval-limit", type=int, metavar="N", help="evaluate on N rows drawn with --seed; all if not given")
     add("--output", required=True, metavar="FOLDER", help="where the prefix, metrics.json, loss.png and checkpoints go")
     _model_options(parser)
-    add("--prefix-len", type=int, default=defaults.prefix_len, help="positions of the prefix")
     add("--init", choices=("random", "text"), help="what it starts from; text if --init-text is given, else random")
     add("--init-text", metavar="TEXT", help="words of the task, whose keys and values the prefix starts from")
     add("--reparametrization", choices=("none", "mlp"), help="mlp for a random start and none for a text if not given")
     add("--hidden-size", type=int, default=defaults.hidden_size, help="of the MLP")
     add("--lr", dest="learning_rate", type=float, help="3e-2 for a text without MLP, else 1e-3 if not given")
+    _step_options(parser, defaults)
+
+
+def _distill_options(parser: argparse.ArgumentParser) -> None:
+    defaults = DistillSettings()
+    add = parser.add_argument
+    add("--text-file", required=True, help="the text, UTF-8; .gz too")
+    add("--output", required=True, metavar="FOLDER",
+        help="where the prefix, conversations.jsonl, metrics.json, loss.png and checkpoints go")  # fmt: skip
+    _model_options(parser)
+    add("--conversations", type=int, default=defaults.conversations, help="that the model has with itself about the text")
+    add("--prompts-file", help="JSON lines of prompts or conversations to learn from in place of the model's own questions")
+    add("--chunk-tokens", type=int, default=defaults.chunk_tokens, help="of the text, read at a time")
+    add("--max-new-tokens", type=int, default=defaults.max_new_tokens, help="longest answer")
+    add("--top-k", type=int, default=defaults.top_k, help="probabilities that are kept of each token of an answer")
+    add("--held-out", type=float, default=defaults.held_out, help="share of the conversations that is measured instead")
+    add("--lr", dest="learning_rate", type=float, default=3e-2, help="highest learning rate")
+    _step_options(parser, defaults)
+
+
+def _step_options(parser: argparse.ArgumentParser, defaults: TrainSettings) -> None:
+    add = parser.add_argument
+    add("--prefix-len", type=int, default=defaults.prefix_len, help="positions of the prefix")
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--steps", type=int, help="optimiser steps")
     length.add_argument("--epochs", type=float, help="passes over the rows; 3 if neither is given")

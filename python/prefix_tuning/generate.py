@@ -64,17 +64,40 @@ def generate_texts(
     """
     if isinstance(prompts, str):
         raise TypeError(f"prompts: expected a list of texts or conversations, got the text {prompts!r}")
-    _check(max_new_tokens, batch_size, num_beams, temperature, top_p)
-    pairs = task_of(model) is Task.ENCODER_DECODER
-    if pairs:
+    if task_of(model) is Task.ENCODER_DECODER:
         encoded = [list(tokenizer(_text(prompt), add_special_tokens=special_tokens)["input_ids"]) for prompt in prompts]
     else:
         encoded = [encode_prompt(prompt, tokenizer, special_tokens=special_tokens) for prompt in prompts]
-    if prefix_ids is not None and len(prefix_ids) != len(prompts):
-        raise ValueError(f"prefix_ids: expected one for each of {len(prompts)} prompts, got {len(prefix_ids)}")
     empty = next((i for i, ids in enumerate(encoded) if not ids), None)
     if empty is not None:
         raise ValueError(f"prompts[{empty}]: {prompts[empty]!r} has no tokens, expected at least one")
+    answers = generate_ids(
+        model, tokenizer, encoded, prefix_ids=prefix_ids, max_new_tokens=max_new_tokens, batch_size=batch_size,
+        num_beams=num_beams, sample=sample, temperature=temperature, top_p=top_p, seed=seed, progress=progress,
+    )  # fmt: skip
+    return [tokenizer.decode(ids, skip_special_tokens=True) for ids in answers]
+
+
+def generate_ids(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    encoded: Sequence[Sequence[int]],
+    *,
+    prefix_ids: Sequence[str | None] | None = None,
+    max_new_tokens: int = 128,
+    batch_size: int = 8,
+    num_beams: int = 1,
+    sample: bool = False,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    seed: int | None = None,
+    progress: str | None = None,
+) -> list[list[int]]:
+    """generate_texts from and to ids: of each prompt's ids, one or more, the answer's, without the token that ends it."""
+    _check(max_new_tokens, batch_size, num_beams, temperature, top_p)
+    if prefix_ids is not None and len(prefix_ids) != len(encoded):
+        raise ValueError(f"prefix_ids: expected one for each of {len(encoded)} prompts, got {len(prefix_ids)}")
+    pairs = task_of(model) is Task.ENCODER_DECODER
     stop_ids, pad_id = _stop_ids(model, tokenizer), _pad_id(tokenizer)
     own = model.generation_config
     start = {name: getattr(own, name) for name in ("decoder_start_token_id", "forced_bos_token_id")} if pairs else {}
@@ -83,7 +106,7 @@ def generate_texts(
         max_new_tokens=max_new_tokens, num_beams=num_beams, do_sample=sample, eos_token_id=stop_ids or None,
         pad_token_id=pad_id, cache_implementation=own.cache_implementation, **start, **drawing,
     )  # fmt: skip
-    order = sorted(range(len(prompts)), key=lambda i: len(encoded[i]))
+    order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
     batches = [order[begin : begin + batch_size] for begin in range(0, len(order), batch_size)]
     replayed = not pairs and num_beams == 1 and max_new_tokens >= LEAST_REPLAYED and own.cache_implementation is None
     decoding = graphed(model) if replayed else None
@@ -91,10 +114,10 @@ def generate_texts(
     def size(rows: list[int]) -> tuple[int, int]:
         return len(rows), math.ceil((len(encoded[rows[-1]]) + max_new_tokens) / CACHE_STEP) * CACHE_STEP
 
-    texts = [""] * len(prompts)
+    answers: list[list[int]] = [[] for _ in encoded]
     device = next(model.parameters()).device
     with (
-        tqdm(total=len(prompts), desc=progress, unit="text", disable=progress is None) as bar,
+        tqdm(total=len(encoded), desc=progress, unit="text", disable=progress is None) as bar,
         torch.random.fork_rng() if seed is not None else nullcontext(),
         _configured(model, config),
     ):
@@ -110,11 +133,11 @@ def generate_texts(
                     first = 1 if pairs else input_ids.shape[1]
                     for i, ids in zip(rows, generated[:, first:].tolist(), strict=True):
                         end = next((at for at, token in enumerate(ids) if token in stop_ids), None)
-                        texts[i] = tokenizer.decode(ids[:end], skip_special_tokens=True)
+                        answers[i] = ids[:end]
                     for used in cache.values():
                         used.reset()
                     bar.update(len(rows))
-    return texts
+    return answers
 
 
 @contextmanager

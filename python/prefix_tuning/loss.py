@@ -42,6 +42,11 @@ def targets_of(labels: Tensor) -> tuple[Tensor, Tensor]:
 
 def loss_at(model: nn.Module, index: Tensor, targets: Tensor, **inputs: Any) -> Tensor:
     """Summed cross-entropy of `targets`, predicted by the tokens at `index`; what is IGNORED among them counts nothing."""
+    return sum_loss(logits_at(model, index, **inputs), targets)
+
+
+def logits_at(model: nn.Module, index: Tensor, **inputs: Any) -> Tensor:
+    """The model's logits [tokens, vocabulary] for the tokens at `index` among all batch · length."""
     head = model.get_output_embeddings()
     if head is None or head is model.get_input_embeddings():
         raise ValueError(f"model: expected one with an output embedding of its own, got {type(model).__name__}")
@@ -52,10 +57,37 @@ def loss_at(model: nn.Module, index: Tensor, targets: Tensor, **inputs: Any) -> 
 
     selected = head.register_forward_pre_hook(select)
     try:
-        logits = model(use_cache=False, return_dict=True, **inputs).logits
+        return model(use_cache=False, return_dict=True, **inputs).logits[0]
     finally:
         selected.remove()
-    return sum_loss(logits[0], targets)
+
+
+def distillation_loss(
+    model: nn.Module, labels: Tensor, teacher_ids: Tensor, teacher_probs: Tensor, **inputs: Any
+) -> tuple[Tensor, int]:
+    """How far a causal model's predictions of the labelled tokens are from a teacher's.
+
+    Args:
+        model, labels, inputs: as for `target_loss`; which tokens the labels name does not matter.
+        teacher_ids: int [targets, k], the teacher's likeliest tokens at each labelled token, in the order of the labels.
+        teacher_probs: float [targets, k], the probabilities that it gives them.
+
+    Returns:
+        (the sum over targets of the Kullback-Leibler divergence of the model from the teacher in nats, float32 scalar; the
+        number of targets). All tokens but the k count as one, so it is at most the divergence over the whole vocabulary.
+    """
+    index, targets = targets_of(labels)
+    if teacher_ids.shape != teacher_probs.shape or len(teacher_ids) != len(targets):
+        shapes = f"{list(teacher_ids.shape)} and {list(teacher_probs.shape)}"
+        raise ValueError(f"teacher_ids, teacher_probs: expected [{len(targets)}, k], one row for each target, got {shapes}")
+    logits = logits_at(model, index, **inputs)
+    with torch.autocast(logits.device.type, enabled=False):
+        log_probs = functional.log_softmax(logits.float(), dim=-1)
+        teacher_ids, probs = teacher_ids.to(logits.device), teacher_probs.to(logits.device, torch.float32)
+        others = log_probs.scatter(1, teacher_ids, -torch.inf).logsumexp(1)
+        left = (1 - probs.sum(1)).clamp(min=0)
+        named = torch.special.xlogy(probs, probs) - probs * log_probs.gather(1, teacher_ids)
+        return (named.sum(1) + torch.special.xlogy(left, left) - left * others).sum(), len(targets)
 
 
 def encoder_decoder_loss(model: nn.Module, labels: Tensor, **inputs: Any) -> tuple[Tensor, int, Tensor]:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 from transformers import (
+    DataCollator,
     EarlyStoppingCallback,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -110,12 +111,14 @@ def train_prefix(
     settings: TrainSettings,
     *,
     eval_rows: Sequence[Mapping[str, Any]] | None = None,
+    data_collator: DataCollator | None = None,
     resume: bool = False,
     progress: bool = True,
 ) -> tuple[Prefix, dict[str, Any]]:
     """Trains a prefix on rows of text (as in data.py) and writes it to `output`/prefix; checkpoints go to `output`.
 
-    With eval_rows and save_steps, the prefix with the lowest evaluation loss is the one that is kept. resume: go on from the
+    With eval_rows and save_steps, the prefix with the lowest evaluation loss is the one that is kept. data_collator: as for
+    PrefixTrainer, for rows that are tokenised already. resume: go on from the
     last checkpoint in `output`; where that is the end of the run, nothing is trained.
 
     Returns the prefix and its numbers: losses (one a step), eval_losses [[step, loss], …], seconds_per_step (of this call's
@@ -141,7 +144,7 @@ def train_prefix(
         callbacks.append(_LossBar())
     trainer = PrefixTrainer(
         model, prefix, arguments, train_dataset=rows, eval_dataset=eval_rows, processing_class=tokenizer,
-        max_length=settings.max_length, backend=settings.backend, callbacks=callbacks,
+        data_collator=data_collator, max_length=settings.max_length, backend=settings.backend, callbacks=callbacks,
     )  # fmt: skip
     trainer.remove_callback(PrinterCallback)  # stands in for transformers' own bar, and writes to stdout
     try:

@@ -32,7 +32,7 @@ from prefix_tuning.checkpointing import LayerCheckpointing
 from prefix_tuning.data import IGNORED, PromptCompletionCollator, pair_collator, tokenize_rows, without_idle_mask
 from prefix_tuning.devices import is_spread
 from prefix_tuning.graphed_training import GraphedSteps
-from prefix_tuning.loss import encoder_decoder_loss, sum_loss, target_loss
+from prefix_tuning.loss import distillation_loss, encoder_decoder_loss, sum_loss, target_loss
 from prefix_tuning.multimodal_families import text_part
 from prefix_tuning.prefix import Prefix
 from prefix_tuning.shapes import check_int, check_model
@@ -106,9 +106,15 @@ class PrefixedModel(nn.Module):
         labels: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
         return_logits: bool = False,
+        teacher_ids: Tensor | None = None,
+        teacher_probs: Tensor | None = None,
         **inputs: Any,
     ) -> dict[str, Tensor]:
-        """labels: int [batch, length], or what the model takes; further arguments, input_ids among them, go to the model."""
+        """labels: int [batch, length], or what the model takes; further arguments, input_ids among them, go to the model.
+
+        With teacher_ids and teacher_probs the loss of a causal model is the mean divergence from the teacher that has these
+        probabilities (`distillation_loss`).
+        """
         self._check_attached(self.prefix)
         with nullcontext() if self.checkpointing is None else self.checkpointing.active():
             if self.task is Task.OWN_LOSS:
@@ -116,7 +122,10 @@ class PrefixedModel(nn.Module):
                 return {name: outputs[name] for name in ("loss", "logits", "start_logits", "end_logits") if name in outputs}
             if labels is None:
                 return {"logits": self.model(**inputs, use_cache=False, return_dict=True).logits}
-            if self.task is Task.ENCODER_DECODER:
+            if teacher_ids is not None:
+                loss, count = distillation_loss(self.model, labels, teacher_ids, teacher_probs, **inputs)
+                outputs = {}
+            elif self.task is Task.ENCODER_DECODER:
                 loss, count, logits = encoder_decoder_loss(self.model, labels=labels, **inputs)
                 outputs = {"logits": logits} if return_logits else {}
             elif not return_logits:
@@ -328,7 +337,7 @@ class PrefixTrainer(Trainer):
         """What a row may hold is what the model inside takes."""
         if self._signature_columns is None:
             columns = inspect.signature(self.attachment.model.forward).parameters
-            self._signature_columns = [*columns, "label", "label_ids", *self.label_names]
+            self._signature_columns = [*columns, "label", "label_ids", "teacher_ids", "teacher_probs", *self.label_names]
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         if self.state.global_step < self.state.max_steps:  # Trainer takes one more step where it resumes a finished run

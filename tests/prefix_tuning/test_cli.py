@@ -464,7 +464,7 @@ def test_errors_are_one_line_and_status_2(run, folder, name):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((), "train | evaluate"),
+        ((), "train | distill | evaluate"),
         (("fly",), "fly"),
         (("train", "--train-file", "rows.jsonl"), "--output"),
         (("train", "--train-file", "r", "--output", "x", "--steps", "1", "--epochs", "1"), "not allowed with"),
@@ -505,7 +505,7 @@ def test_doctor_names_the_model_that_it_cannot_read(run):
     assert status == 2 and err.startswith("prefix-tuning doctor: error: --model no/such: ")
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate", "generate", "convert", "doctor"])
+@pytest.mark.parametrize("command", ["train", "distill", "evaluate", "generate", "convert", "doctor"])
 def test_help(run, command):
     status, out, _ = run(command, "--help")
     assert status == 0 and f"prefix-tuning {command}" in out

@@ -1,0 +1,250 @@
+"""A long text into a prefix: trained to predict what the frozen model predicts that has the text in front of it.
+
+Context distillation (Snell et al. 2022, arXiv 2209.15189) of a text into a prefix that is shorter than it, as in Cartridges
+(Eyuboglu et al. 2025, arXiv 2506.06266): the prefix starts from the keys and values of the text's first tokens and is
+trained on conversations about the text (self_study.py). The teacher's probabilities are computed once, with the text read once
+for all conversations about it; the student sees the conversation alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from prefix_tuning.attach import attach_prefix
+from prefix_tuning.data import IGNORED, PromptCompletionCollator, read_rows, tokenize_example
+from prefix_tuning.files import check_writable, write_json_lines
+from prefix_tuning.loss import distillation_loss, logits_at, targets_of
+from prefix_tuning.prefix import Prefix
+from prefix_tuning.recipe import TrainSettings, train_prefix
+from prefix_tuning.self_study import answered, behind, chunk_of, chunked, common_prefix, questions, with_text
+from prefix_tuning.shapes import check_int
+from prefix_tuning.stacks import tokens_left
+from prefix_tuning.task import Task, task_of
+
+CONVERSATIONS_FILE = "conversations.jsonl"
+
+
+@dataclass(frozen=True)
+class DistillSettings(TrainSettings):
+    """How a text is distilled; the rest is how the prefix is trained (TrainSettings, whose init is the text's own beginning).
+
+    conversations      how many the model has with itself about the text, unless prompts are given
+    chunk_tokens       tokens of the text that are read at a time; a longer text is read in chunks drawn at random
+    max_new_tokens     longest answer
+    top_k              probabilities of the teacher that are kept of each token; the rest of the vocabulary counts as one
+    held_out           share of the conversations that is not trained on, but measured
+    """
+
+    prefix_len: int = 128
+    conversations: int = 256
+    chunk_tokens: int = 2048
+    max_new_tokens: int = 128
+    top_k: int = 20
+    held_out: float = 0.1
+
+    def resolved(self) -> DistillSettings:
+        for name in ("conversations", "chunk_tokens", "max_new_tokens", "top_k"):
+            check_int(name, getattr(self, name), at_least=1)
+        if not 0 <= self.held_out < 1:
+            raise ValueError(f"held_out: expected a share of at least 0 and below 1, got {self.held_out}")
+        return super().resolved()
+
+
+def distill(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    output: str | Path,
+    settings: DistillSettings,
+    *,
+    prompts: Sequence[Mapping[str, Any]] | None = None,
+    resume: bool = False,
+    progress: bool = True,
+) -> tuple[Prefix, dict[str, Any]]:
+    """Trains a prefix that stands for `text`. `output` gets it as prefix, and conversations.jsonl, which it learnt from.
+
+    Args:
+        model: a causal model whose cache holds keys and values alone (as for Prefix.from_text), without a prefix attached.
+        text: of any length; what is read of it at a time, settings.chunk_tokens, must fit the model with a conversation.
+        prompts: rows of data.py to learn from in place of the model's own questions. Those without a completion, or an
+            assistant's turn at the end, are answered by the model. They are about the whole text, which is then read at once.
+        resume: go on with the conversations, and from the last checkpoint, in `output`.
+
+    Returns the prefix and its numbers: those of train_prefix, conversations (how many) and divergences: of the held-out ones
+    the mean divergence from the teacher in nats a token, with no prefix, with the prefix that training starts from and with the
+    trained one; empty where none is held out.
+
+    Raises ValueError for wrong arguments and a text that does not fit; NotImplementedError for other models and for several
+    processes; OSError, before the model writes anything, for an output that cannot be written to.
+    """
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError(f"text: expected some words, got {text!r}")
+    settings, output = dataclasses.replace(settings, init="text", init_text=text).resolved(), Path(output)
+    if task_of(model) is not Task.CAUSAL:
+        raise NotImplementedError(f"model: a text is distilled into a prefix of a causal model, got {type(model).__name__}")
+    if PartialState().num_processes > 1:
+        raise NotImplementedError(f"processes: a text is distilled in one process, got {PartialState().num_processes}")
+    tokens = len(tokenizer(text, add_special_tokens=False)["input_ids"])
+    if tokens <= settings.prefix_len:
+        raise ValueError(
+            f"prefix_len: expected less than the {tokens} tokens of the text, which Prefix.from_text has as they are, got "
+            f"{settings.prefix_len}"
+        )
+    check_writable(output)
+    file, shown = output / CONVERSATIONS_FILE, progress or None
+    if resume:
+        rows = read_rows(file)
+    else:
+        rows = _conversations(model, tokenizer, text, settings, prompts, shown)
+        write_json_lines(file, rows)
+    examples = teacher_examples(
+        model, tokenizer, rows, text, top_k=settings.top_k, batch_size=settings.batch_size,
+        max_length=_longest_row(model, settings), progress=shown and "reading",
+    )  # fmt: skip
+    order = random.Random(settings.seed).sample(range(len(examples)), len(examples))
+    kept = max(1, len(examples) - round(settings.held_out * len(examples)))
+    trained, measured = ([examples[i] for i in part] for part in (order[:kept], order[kept:]))
+    collator = DistillationCollator(tokenizer)
+    divergences = {}
+    if measured:
+        start = Prefix.for_model(model, settings.prefix_len, init="text", text=text, tokenizer=tokenizer)
+        for name, prefix in (("no_prefix", None), ("start", start)):
+            with nullcontext() if prefix is None else attach_prefix(model, prefix, backend=settings.backend):
+                divergences[name] = mean_divergence(model, measured, collator, settings.batch_size)
+    prefix, metrics = train_prefix(
+        model, tokenizer, trained, output, settings, eval_rows=measured or None, data_collator=collator, resume=resume,
+        progress=progress,
+    )  # fmt: skip
+    if measured:
+        with attach_prefix(model, prefix, backend=settings.backend):
+            divergences["distilled"] = mean_divergence(model, measured, collator, settings.batch_size)
+    return prefix, {**metrics, "conversations": len(rows), "divergences": divergences}
+
+
+def teacher_examples(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Mapping[str, Any]],
+    text: str,
+    *,
+    top_k: int = 20,
+    batch_size: int = 8,
+    max_length: int | None = None,
+    progress: str | None = None,
+) -> list[dict[str, Any]]:
+    """Each row as `tokenize_example` makes it, with what the model predicts for its targets with the row's chunk of the text in
+    front: teacher_ids int64 and teacher_probs float32, both [targets, top_k]. The text is not in the row.
+
+    Raises ValueError naming the row for one that is none, whose answer is tokenised otherwise behind the text, or that does not
+    fit the model together with it.
+    """
+    vocabulary = model.get_output_embeddings().weight.shape[0]
+    if not 1 <= top_k < vocabulary:
+        raise ValueError(f"top_k: expected 1 … {vocabulary - 1}, got {top_k}")
+    positions, pairs = tokens_left(model, 0), []
+    for index, row in enumerate(rows):
+        try:
+            alone = tokenize_example(row, tokenizer, max_length)
+            joined = tokenize_example(with_text(row, chunk_of(tokenizer, text, row["chunk"])), tokenizer)
+        except ValueError as error:
+            raise ValueError(f"rows[{index}]: {error}") from None
+        if _targets(alone) != _targets(joined):
+            raise ValueError(f"rows[{index}]: with the text in front its answer is tokenised otherwise, expected the same")
+        if positions is not None and len(joined["input_ids"]) > positions:
+            raise ValueError(
+                f"rows[{index}]: {len(joined['input_ids'])} tokens with the text in front, but the model has {positions} "
+                "positions; take smaller chunk_tokens"
+            )
+        pairs.append((row["chunk"], alone, joined))
+    collate = PromptCompletionCollator(tokenizer)
+    with tqdm(total=len(rows), desc=progress, unit="row", disable=progress is None) as bar:
+        for _, alike in groupby(pairs, key=lambda pair: pair[0]):
+            alike = sorted(alike, key=lambda pair: len(pair[2]["input_ids"]))
+            begins = [joined["input_ids"][: _first_target(joined) - 1] for _, _, joined in alike]
+            shared = common_prefix(begins)
+            with torch.no_grad(), behind(model, begins[0][:shared]):
+                for start in range(0, len(alike), batch_size):
+                    some = alike[start : start + batch_size]
+                    rest = [{name: ids[shared:] for name, ids in joined.items()} for _, _, joined in some]
+                    probs = _probabilities(model, collate(rest)).topk(top_k)
+                    sizes = [len(_targets(alone)) for _, alone, _ in some]
+                    split = zip(some, probs.indices.cpu().split(sizes), probs.values.cpu().split(sizes), strict=True)
+                    for (_, alone, _), ids, values in split:
+                        alone |= {"teacher_ids": ids, "teacher_probs": values}
+                    bar.update(len(some))
+    return [alone for _, alone, _ in pairs]
+
+
+class DistillationCollator(PromptCompletionCollator):
+    """Examples of `teacher_examples` -> a batch as PromptCompletionCollator makes it, with teacher_ids and teacher_probs
+    [targets of all rows, top_k]."""
+
+    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        batch = super().__call__(examples)
+        return batch | {name: torch.cat([example[name] for example in examples]) for name in ("teacher_ids", "teacher_probs")}
+
+
+@torch.no_grad()
+def mean_divergence(
+    model: nn.Module, examples: Sequence[Mapping[str, Any]], collator: DistillationCollator, batch_size: int = 8
+) -> float:
+    """Mean divergence of the model, with whatever is attached to it, from the teacher of the examples: nats a target."""
+    device, total, tokens = next(model.parameters()).device, 0.0, 0
+    for start in range(0, len(examples), batch_size):
+        batch = collator(examples[start : start + batch_size])
+        loss, count = distillation_loss(model, **{name: tensor.to(device) for name, tensor in batch.items()})
+        total, tokens = total + loss.item(), tokens + count
+    return total / tokens
+
+
+def _conversations(
+    model: nn.Module, tokenizer, text: str, settings: DistillSettings, prompts: Sequence[Mapping[str, Any]] | None,
+    progress: bool | None,
+) -> list[dict[str, Any]]:  # fmt: skip
+    if prompts is None:
+        chunks = chunked(tokenizer, text, settings.conversations, settings.chunk_tokens, settings.seed)
+        options = {"batch_size": settings.batch_size, "seed": settings.seed, "progress": progress and "asking"}
+        rows = questions(model, tokenizer, text, chunks, **options)
+    else:
+        tokens = len(tokenizer(text, add_special_tokens=False)["input_ids"])
+        if tokens > settings.chunk_tokens:
+            raise ValueError(
+                f"chunk_tokens: prompts are about the whole text, which has {tokens} tokens, got {settings.chunk_tokens}"
+            )
+        rows = [{**row, "chunk": [0, tokens]} for row in prompts]
+    options = {"batch_size": settings.batch_size, "progress": progress and "answering"}
+    return answered(model, tokenizer, text, rows, max_new_tokens=settings.max_new_tokens, **options)
+
+
+def _longest_row(model: nn.Module, settings: DistillSettings) -> int | None:
+    """Tokens of a row behind the prefix: max_length, and at most what the model has positions for."""
+    limits = [limit for limit in (settings.max_length, tokens_left(model, settings.prefix_len)) if limit is not None]
+    return min(limits, default=None)
+
+
+def _probabilities(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    """Of each labelled token of the batch what the model predicts, float32 [targets, vocabulary]."""
+    batch = {name: tensor.to(next(model.parameters()).device) for name, tensor in batch.items()}
+    index, _ = targets_of(batch.pop("labels"))
+    return logits_at(model, index, **batch).float().softmax(-1)
+
+
+def _targets(example: Mapping[str, list[int]]) -> list[int]:
+    return [label for label in example["labels"] if label != IGNORED]
+
+
+def _first_target(example: Mapping[str, list[int]]) -> int:
+    return next(i for i, label in enumerate(example["labels"]) if label != IGNORED)

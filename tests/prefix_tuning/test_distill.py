@@ -1,0 +1,260 @@
+"""A text distilled into a prefix: the teacher's probabilities against the joined text, and a run from text to files."""
+
+import dataclasses
+import json
+import re
+
+import pytest
+import torch
+from torch.nn import functional
+
+from prefix_tuning import Prefix, attach_prefix, cli, distill
+from prefix_tuning.data import IGNORED, tokenize_example
+from prefix_tuning.distill import DistillationCollator, DistillSettings, mean_divergence, teacher_examples
+from prefix_tuning.loss import distillation_loss
+from prefix_tuning.self_study import with_text
+from support.encoder_decoders import tiny_encoder_decoder
+from support.models import random_prefix, tiny_model
+from support.tokenizer import CHAT_TEMPLATE, tiny_tokenizer
+
+TEXT = "The tower of Marrow Point was built in 1871 of grey granite. It has 203 steps, and its light flashes three times."
+ALL = [0, len(tiny_tokenizer()(TEXT)["input_ids"])]
+PLAIN = [
+    {"prompt": "Question: how many steps?\nAnswer:", "completion": " 203", "chunk": ALL},
+    {"prompt": "Question: of what?\nAnswer:", "completion": " grey granite", "chunk": ALL},
+    {"prompt": "Built?\n", "completion": "1871", "chunk": [10, 60]},
+]
+CHAT = [
+    {"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}], "chunk": chunk}
+    for q, a, chunk in (("how many steps?", "203", ALL), ("of what?", "of granite", [3, 40]), ("when?", "in 1871", [3, 40]))
+]
+TURNS = [{"messages": [*CHAT[0]["messages"], *CHAT[1]["messages"]], "chunk": ALL}]
+SMALL = DistillSettings(
+    prefix_len=8, conversations=10, chunk_tokens=60, max_new_tokens=12, top_k=5, held_out=0.2, steps=12, batch_size=4,
+    learning_rate=0.1,
+)  # fmt: skip
+
+
+def model_and_tokenizer(family="llama", chat=False, **options):
+    return tiny_model(family, max_position_embeddings=512), tiny_tokenizer(
+        chat_template=CHAT_TEMPLATE if chat else None, **options
+    )
+
+
+def chunk(row):
+    ids = tiny_tokenizer()(TEXT)["input_ids"]
+    return tiny_tokenizer().decode(ids[slice(*row["chunk"])])
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gpt2"])  # mistral's window is 8 tokens
+@pytest.mark.parametrize(("rows", "chat", "bos"), [(PLAIN, False, False), (PLAIN, False, True), (CHAT, True, False),
+                                                   (TURNS, True, True)])  # fmt: skip
+def test_the_teacher_has_the_text_in_front(family, rows, chat, bos):
+    model = tiny_model(family, **({"n_positions": 512} if family == "gpt2" else {"max_position_embeddings": 512}))
+    tokenizer = tiny_tokenizer(chat_template=CHAT_TEMPLATE if chat else None, bos=bos)
+    examples = teacher_examples(model, tokenizer, rows, TEXT, top_k=7, batch_size=2)
+    assert len(examples) == len(rows)
+    for row, example in zip(rows, examples, strict=True):
+        joined = tokenize_example(with_text(row, chunk(row)), tokenizer)
+        with torch.no_grad():
+            probs = model(torch.tensor([joined["input_ids"]])).logits[0].softmax(-1)
+        targets = [i for i, label in enumerate(joined["labels"]) if label != IGNORED]
+        expected = probs[[i - 1 for i in targets]].topk(7)
+        assert torch.allclose(example["teacher_probs"], expected.values, atol=1e-5)
+        assert torch.equal(example["teacher_ids"], expected.indices)
+        alone = tokenize_example({name: value for name, value in row.items() if name != "chunk"}, tokenizer)
+        assert {name: example[name] for name in alone} == alone
+
+
+def labelled(rows=2, length=6):
+    torch.manual_seed(1)
+    model = tiny_model("llama")
+    input_ids = torch.randint(3, 128, (rows, length))
+    labels = input_ids.masked_fill(torch.rand(rows, length) < 0.4, IGNORED)
+    return model, input_ids, labels, (labels[:, 1:] != IGNORED)
+
+
+def test_the_divergence_is_that_of_the_teachers_distribution():
+    model, input_ids, labels, wanted = labelled()
+    logits = model(input_ids).logits[:, :-1][wanted].double()
+    teacher = torch.randn_like(logits).softmax(-1)
+    probs, ids = teacher.topk(9)
+    loss, count = distillation_loss(model, labels, ids, probs, input_ids=input_ids)
+
+    def grouped(distribution):
+        named = distribution.gather(1, ids)
+        return torch.cat([named, 1 - named.sum(1, keepdim=True)], dim=1)
+
+    expected = functional.kl_div(grouped(logits.softmax(-1)).log(), grouped(teacher), reduction="sum")
+    assert count == len(ids) and loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    every, ids = teacher.topk(127)
+    loss, _ = distillation_loss(model, labels, ids, every, input_ids=input_ids)
+    assert loss.item() == pytest.approx(functional.kl_div(logits.log_softmax(-1), teacher, reduction="sum").item(), rel=1e-5)
+
+
+def test_the_teacher_itself_diverges_by_nothing_and_has_no_gradient():
+    model, input_ids, labels, wanted = labelled()
+    prefix = random_prefix(model, 3)
+    with attach_prefix(model, prefix):
+        probs, ids = model(input_ids).logits[:, :-1][wanted].softmax(-1).detach().topk(20)
+        loss, _ = distillation_loss(model, labels, ids, probs, input_ids=input_ids)
+        loss.backward()
+        certain = torch.zeros_like(probs)
+        certain[:, 0] = 1  # a teacher that has no doubt
+        doubted, _ = distillation_loss(model, labels, ids, certain, input_ids=input_ids)
+    assert abs(loss.item()) < 1e-4 and torch.isfinite(doubted)
+    assert all(parameter.grad.abs().max() < 1e-4 for parameter in prefix.parameters())
+
+
+def test_a_teacher_of_other_targets_is_refused():
+    model, input_ids, labels, wanted = labelled()
+    ids = torch.zeros(int(wanted.sum()) + 1, 4, dtype=torch.int64)
+    with pytest.raises(ValueError, match=rf"teacher_ids, teacher_probs: expected \[{len(ids) - 1}, k\]"):
+        distillation_loss(model, labels, ids, ids.float(), input_ids=input_ids)
+
+
+@pytest.mark.parametrize("chat", [True, False])
+def test_a_text_becomes_a_prefix(chat, tmp_path):
+    model, tokenizer = model_and_tokenizer(chat=chat)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    prefix, metrics = distill.distill(model, tokenizer, TEXT, tmp_path, SMALL, progress=False)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    rows = [json.loads(line) for line in (tmp_path / "conversations.jsonl").read_text().splitlines()]
+    assert metrics["conversations"] == len(rows) <= 10 and metrics["steps"] == 12
+    assert all(end - begin == 60 for begin, end in (row["chunk"] for row in rows))
+    divergences = metrics["divergences"]
+    assert list(divergences) == ["no_prefix", "start", "distilled"]
+    assert sum(metrics["losses"][-4:]) < sum(metrics["losses"][:4]) and divergences["distilled"] < divergences["start"]
+
+    loaded = Prefix.load(tmp_path / "prefix")
+    assert loaded.prefix_len == 8 and torch.equal(loaded.layers()[0][0], prefix.layers()[0][0])
+    start = Prefix.for_model(model, 8, init="text", text=TEXT, tokenizer=tokenizer)
+    examples = teacher_examples(model, tokenizer, rows, TEXT, top_k=5)
+    everywhere = []
+    for attached in (start, loaded):
+        with attach_prefix(model, attached):
+            everywhere.append(mean_divergence(model, examples, DistillationCollator(tokenizer), 3))
+    assert everywhere[1] < 0.9 * everywhere[0]
+
+
+def test_a_run_goes_on_with_its_conversations(tmp_path, monkeypatch):
+    model, tokenizer = model_and_tokenizer()
+    settings = dataclasses.replace(SMALL, save_steps=3, steps=6)
+    whole, metrics = distill.distill(model, tokenizer, TEXT, tmp_path / "whole", settings, progress=False)
+    interrupted = dataclasses.replace(settings, conversations=10)
+    folder = tmp_path / "interrupted"
+    distill.distill(model, tokenizer, TEXT, folder, interrupted, progress=False)
+    (folder / "checkpoint-6" / "trainer_state.json").unlink()  # as if killed while it was written
+    monkeypatch.setattr(distill, "questions", None)
+    resumed, further = distill.distill(model, tokenizer, TEXT, folder, settings, resume=True, progress=False)
+    assert further["conversations"] == metrics["conversations"]
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
+
+
+def test_prompts_of_the_users_own(tmp_path):
+    model, tokenizer = model_and_tokenizer(chat=True)
+    asked = [{"messages": CHAT[0]["messages"][:1]}, {"messages": CHAT[1]["messages"]}, {"prompt": "when\n"}]
+    settings = dataclasses.replace(SMALL, chunk_tokens=512, held_out=0.0, steps=2)
+    _, metrics = distill.distill(model, tokenizer, TEXT, tmp_path, settings, prompts=asked, progress=False)
+    rows = [json.loads(line) for line in (tmp_path / "conversations.jsonl").read_text().splitlines()]
+    assert metrics["divergences"] == {} and metrics["conversations"] == 3
+    assert [row["chunk"] for row in rows] == [ALL] * 3
+    assert rows[0]["messages"][-1]["role"] == "assistant" and "completion" in rows[2]
+    assert rows[1]["messages"] == CHAT[1]["messages"]  # answered already
+    with pytest.raises(ValueError, match=f"chunk_tokens: prompts are about the whole text, which has {ALL[1]} tokens, got 60"):
+        distill.distill(model, tokenizer, TEXT, tmp_path, SMALL, prompts=asked, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"held_out": 1.0}, "held_out: expected a share of at least 0 and below 1, got 1.0"),
+        ({"conversations": 0}, "conversations: got 0, expected at least 1"),
+        ({"chunk_tokens": 0}, "chunk_tokens: got 0, expected at least 1"),
+        ({"max_new_tokens": 0}, "max_new_tokens: got 0, expected at least 1"),
+        ({"top_k": 0}, "top_k: got 0, expected at least 1"),
+        ({"top_k": 128}, r"top_k: expected 1 … 127, got 128"),
+        ({"prefix_len": ALL[1]}, f"prefix_len: expected less than the {ALL[1]} tokens of the text.*got {ALL[1]}"),
+        ({"steps": 0}, "steps: expected more than 0, got 0"),
+    ],
+)
+def test_wrong_settings(changes, message, tmp_path):
+    model, tokenizer = model_and_tokenizer()
+    settings = dataclasses.replace(SMALL, **changes)
+    with pytest.raises(ValueError, match=message):
+        distill.distill(model, tokenizer, TEXT, tmp_path, settings, progress=False)
+
+
+@pytest.mark.parametrize("text", ["", " \n", None])
+def test_a_text_without_words(text, tmp_path):
+    with pytest.raises(ValueError, match="text: expected some words, got"):
+        distill.distill(*model_and_tokenizer(), text, tmp_path / "new", SMALL, progress=False)
+    assert not (tmp_path / "new").exists()
+
+
+def test_what_is_refused(tmp_path, monkeypatch):
+    model, tokenizer = model_and_tokenizer()
+    with pytest.raises(NotImplementedError, match="model: a text is distilled into a prefix of a causal model, got T5"):
+        distill.distill(tiny_encoder_decoder("t5"), tokenizer, TEXT, tmp_path, SMALL, progress=False)
+    with attach_prefix(model, random_prefix(model)), pytest.raises(ValueError, match="model: it has a prefix attached"):
+        distill.distill(model, tokenizer, TEXT, tmp_path, SMALL, progress=False)
+    short = tiny_model("llama", max_position_embeddings=64)
+    with pytest.raises(ValueError, match=r"chunk_tokens: with 60 tokens of the text .* but the model has 64 positions"):
+        distill.distill(short, tokenizer, TEXT, tmp_path, SMALL, progress=False)
+    with pytest.raises(ValueError, match=r"rows\[0\]: \d+ tokens with the text in front, but the model has 64 positions"):
+        teacher_examples(short, tokenizer, PLAIN, TEXT)
+    with pytest.raises(ValueError, match=r"rows\[1\]: expected an object with"):
+        teacher_examples(model, tokenizer, [PLAIN[0], {"chunk": ALL}], TEXT)
+    monkeypatch.setattr(distill, "PartialState", lambda: type("Two", (), {"num_processes": 2}))
+    with pytest.raises(NotImplementedError, match="processes: a text is distilled in one process, got 2"):
+        distill.distill(model, tokenizer, TEXT, tmp_path, SMALL, progress=False)
+
+
+@pytest.fixture
+def run(tmp_path, capsys, monkeypatch):
+    """Runs the command beside a model and the text; (status, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+    model, tokenizer = model_and_tokenizer(chat=True)
+    model.save_pretrained("model")
+    tokenizer.save_pretrained("model")
+    (tmp_path / "text.txt").write_text(TEXT)
+
+    def run(*more):
+        given = ("distill", "--model", "model", "--text-file", "text.txt", "--output", "out", "--device", "cpu", "--quiet",
+                 "--prefix-len", 8, "--steps", 2, "--batch-size", 4, "--max-new-tokens", 6)  # fmt: skip
+        status = cli.main([str(argument) for argument in (*given, *more)])
+        return status, *capsys.readouterr()
+
+    return run
+
+
+def test_from_the_shell(run, tmp_path):
+    status, out, err = run("--conversations", 10, "--chunk-tokens", 60, "--held-out", 0.3, "--seed", 1)
+    assert status == 0, err
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert metrics["settings"]["chunk_tokens"] == 60 and metrics["settings"]["held_out"] == 0.3 and metrics["model"] == "model"
+    assert metrics["settings"]["learning_rate"] == 0.03 and metrics["steps"] == 2 and metrics["settings"]["seed"] == 1
+    for name in ("no_prefix", "start", "distilled"):
+        assert f"divergence, {name.replace('_', ' ')}" in out and f"{metrics['divergences'][name]:.4g}" in out
+    assert "written: out/prefix, out/metrics.json" in out
+    assert Prefix.load(tmp_path / "out" / "prefix").prefix_len == 8
+    status, out, err = run("--resume")
+    assert (status, out) == (2, "") and "out holds no checkpoint to go on from" in err
+
+
+def test_prompts_from_a_file(run, tmp_path):
+    (tmp_path / "asked.jsonl").write_text("".join(json.dumps({"messages": row["messages"][:1]}) + "\n" for row in CHAT))
+    status, out, err = run("--prompts-file", "asked.jsonl", "--chunk-tokens", 300, "--held-out", 0)
+    assert status == 0 and re.search(r"conversations +3\n", out) and "divergence" not in out
+    (tmp_path / "asked.jsonl").write_text('{"completion": "c"}\n')
+    status, out, err = run("--prompts-file", "asked.jsonl")
+    assert status == 2 and 'asked.jsonl, line 1: expected an object with "prompt", or with "messages"' in err
+
+
+def test_what_is_wrong_is_said_before_the_model_is_loaded(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(cli, "load_model_and_tokenizer", None)
+    status, _, err = run("--held-out", 2)
+    assert status == 2 and err.endswith("error: held_out: expected a share of at least 0 and below 1, got 2.0\n")
+    (tmp_path / "text.txt").write_bytes(b"\xff\xfe\x00")
+    status, _, err = run()
+    assert status == 2 and "text.txt: not a UTF-8 text file" in err
