@@ -137,6 +137,29 @@ def test_a_text_becomes_a_prefix(chat, tmp_path):
     assert everywhere[1] < 0.9 * everywhere[0]
 
 
+@pytest.mark.parametrize(("max_length", "longest"), [(40, 40), (None, 512 - 8)])
+def test_what_is_held_out_is_not_trained_on_and_rows_fit(max_length, longest, tmp_path, monkeypatch):
+    model, tokenizer = model_and_tokenizer()
+    given = {}
+
+    def train(model, tokenizer, rows, output, settings, **options):
+        given.update(rows=rows, **options)
+        return Prefix.for_model(model, 8), {}
+
+    monkeypatch.setattr(distill, "train_prefix", train)
+    prompts = [{"prompt": f"{i}" * (600 if i == 0 else 50), "completion": "c"} for i in range(10)]
+    settings = dataclasses.replace(SMALL, chunk_tokens=512, max_length=max_length)
+    short = "Behind a prompt of 600 tokens there is no room for the text."
+    with pytest.raises(ValueError, match=r"rows\[0\]: \d+ tokens with the text in front"):
+        distill.distill(model, tokenizer, short, tmp_path, settings, prompts=prompts, progress=False)
+    roomy = tiny_model("llama", max_position_embeddings=1024)
+    monkeypatch.setattr(distill, "tokens_left", lambda asked, offset: (1024 if offset == 0 else 512) - offset)
+    distill.distill(roomy, tokenizer, short, tmp_path, settings, prompts=prompts, progress=False)
+    trained, measured = ([example["input_ids"] for example in given[name]] for name in ("rows", "eval_rows"))
+    assert (len(trained), len(measured)) == (8, 2) and not any(ids in trained for ids in measured)
+    assert max(map(len, trained + measured)) == longest
+
+
 def test_a_run_goes_on_with_its_conversations(tmp_path, monkeypatch):
     model, tokenizer = model_and_tokenizer()
     settings = dataclasses.replace(SMALL, save_steps=3, steps=6)
