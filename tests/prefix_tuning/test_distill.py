@@ -233,6 +233,18 @@ def test_what_is_refused(tmp_path, monkeypatch):
         distill.distill(model, tokenizer, TEXT, tmp_path, SMALL, progress=False)
 
 
+@pytest.mark.gpu
+def test_on_a_gpu(tmp_path):
+    model, tokenizer = model_and_tokenizer(chat=True)
+    expected = teacher_examples(model, tokenizer, CHAT, TEXT, top_k=5)
+    found = teacher_examples(model.cuda(), tokenizer, CHAT, TEXT, top_k=5)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert torch.allclose(ours["teacher_probs"], theirs["teacher_probs"], atol=1e-4)
+    prefix, metrics = distill.distill(model, tokenizer, TEXT, tmp_path, SMALL, progress=False)
+    assert next(prefix.parameters()).is_cuda
+    assert sum(metrics["losses"][-4:]) < sum(metrics["losses"][:4])
+
+
 @pytest.fixture
 def run(tmp_path, capsys, monkeypatch):
     """Runs the command beside a model and the text; (status, stdout, stderr)."""
