@@ -29,7 +29,7 @@ from prefix_tuning.files import check_writable, write_json_lines
 from prefix_tuning.loss import distillation_loss, logits_at, targets_of
 from prefix_tuning.prefix import Prefix
 from prefix_tuning.recipe import TrainSettings, train_prefix
-from prefix_tuning.self_study import answered, behind, chunk_of, chunked, common_prefix, questions, with_text
+from prefix_tuning.self_study import SourceText, answered, behind, common_prefix, questions, with_text
 from prefix_tuning.shapes import check_int
 from prefix_tuning.stacks import tokens_left
 from prefix_tuning.task import Task, task_of
@@ -97,10 +97,10 @@ def distill(
         raise NotImplementedError(f"model: a text is distilled into a prefix of a causal model, got {type(model).__name__}")
     if PartialState().num_processes > 1:
         raise NotImplementedError(f"processes: a text is distilled in one process, got {PartialState().num_processes}")
-    tokens = len(tokenizer(text, add_special_tokens=False)["input_ids"])
-    if tokens <= settings.prefix_len:
+    source = SourceText(text, tokenizer)
+    if len(source) <= settings.prefix_len:
         raise ValueError(
-            f"prefix_len: expected less than the {tokens} tokens of the text, which Prefix.from_text has as they are, got "
+            f"prefix_len: expected less than the {len(source)} tokens of the text, which Prefix.from_text has as they are, got "
             f"{settings.prefix_len}"
         )
     check_writable(output)
@@ -108,10 +108,10 @@ def distill(
     if resume:
         rows = read_rows(file)
     else:
-        rows = _conversations(model, tokenizer, text, settings, prompts, shown)
+        rows = _conversations(model, tokenizer, source, settings, prompts, shown)
         write_json_lines(file, rows)
     examples = teacher_examples(
-        model, tokenizer, rows, text, top_k=settings.top_k, batch_size=settings.batch_size,
+        model, tokenizer, rows, source, top_k=settings.top_k, batch_size=settings.batch_size,
         max_length=_longest_row(model, settings), progress=shown and "reading",
     )  # fmt: skip
     order = random.Random(settings.seed).sample(range(len(examples)), len(examples))
@@ -138,7 +138,7 @@ def teacher_examples(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[Mapping[str, Any]],
-    text: str,
+    text: SourceText,
     *,
     top_k: int = 20,
     batch_size: int = 8,
@@ -158,7 +158,7 @@ def teacher_examples(
     for index, row in enumerate(rows):
         try:
             alone = tokenize_example(row, tokenizer, max_length)
-            joined = tokenize_example(with_text(row, chunk_of(tokenizer, text, row["chunk"])), tokenizer)
+            joined = tokenize_example(with_text(row, text.chunk(*row["chunk"])), tokenizer)
         except ValueError as error:
             raise ValueError(f"rows[{index}]: {error}") from None
         if _targets(alone) != _targets(joined):
@@ -211,20 +211,19 @@ def mean_divergence(
 
 
 def _conversations(
-    model: nn.Module, tokenizer, text: str, settings: DistillSettings, prompts: Sequence[Mapping[str, Any]] | None,
+    model: nn.Module, tokenizer, text: SourceText, settings: DistillSettings, prompts: Sequence[Mapping[str, Any]] | None,
     progress: bool | None,
 ) -> list[dict[str, Any]]:  # fmt: skip
     if prompts is None:
-        chunks = chunked(tokenizer, text, settings.conversations, settings.chunk_tokens, settings.seed)
+        chunks = text.chunks(settings.conversations, settings.chunk_tokens, settings.seed)
         options = {"batch_size": settings.batch_size, "seed": settings.seed, "progress": progress and "asking"}
         rows = questions(model, tokenizer, text, chunks, **options)
     else:
-        tokens = len(tokenizer(text, add_special_tokens=False)["input_ids"])
-        if tokens > settings.chunk_tokens:
+        if len(text) > settings.chunk_tokens:
             raise ValueError(
-                f"chunk_tokens: prompts are about the whole text, which has {tokens} tokens, got {settings.chunk_tokens}"
+                f"chunk_tokens: prompts are about the whole text, which has {len(text)} tokens, got {settings.chunk_tokens}"
             )
-        rows = [{**row, "chunk": [0, tokens]} for row in prompts]
+        rows = [{**row, "chunk": [0, len(text)]} for row in prompts]
     options = {"batch_size": settings.batch_size, "progress": progress and "answering"}
     return answered(model, tokenizer, text, rows, max_new_tokens=settings.max_new_tokens, **options)
 

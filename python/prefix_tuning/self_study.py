@@ -36,22 +36,31 @@ LONGEST_QUESTION = 64  # tokens
 ROWS_OF_A_CHUNK = 16  # conversations about the same chunk of a text that has several
 
 
-def chunked(tokenizer, text: str, count: int, chunk_tokens: int, seed: int) -> list[tuple[int, int]]:
-    """For each of `count` conversations the tokens [begin, end) of the text that it is about: all of them where the text has no
-    more than chunk_tokens, else those of a chunk drawn anew for every ROWS_OF_A_CHUNK conversations."""
-    tokens = len(tokenizer(text, add_special_tokens=False)["input_ids"])
-    if not tokens:
-        raise ValueError(f"text: {text!r} has no tokens, expected one or more")
-    draw, last = random.Random(seed), max(0, tokens - chunk_tokens)
-    begins = [draw.randint(0, last) for _ in range(0, count, ROWS_OF_A_CHUNK)]
-    return [(begin, min(begin + chunk_tokens, tokens)) for begin in begins for _ in range(ROWS_OF_A_CHUNK)][:count]
+class SourceText:
+    """A text, tokenised once; the length is its number of tokens.
 
+    Raises ValueError for one without tokens.
+    """
 
-def chunk_of(tokenizer, text: str, chunk: Sequence[int]) -> str:
-    """The chunk as text."""
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    begin, end = chunk
-    return text if (begin, end) == (0, len(ids)) else tokenizer.decode(ids[begin:end])
+    def __init__(self, text: str, tokenizer):
+        self.text, self._tokenizer = text, tokenizer
+        self._ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        if not self._ids:
+            raise ValueError(f"text: {text!r} has no tokens, expected one or more")
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def chunk(self, begin: int, end: int) -> str:
+        """The tokens begin … end − 1 as text."""
+        return self.text if (begin, end) == (0, len(self)) else self._tokenizer.decode(self._ids[begin:end])
+
+    def chunks(self, count: int, chunk_tokens: int, seed: int) -> list[list[int]]:
+        """For each of `count` conversations the tokens [begin, end] that it is about: all where the text has no more than
+        chunk_tokens, else those of a chunk that is drawn anew for every ROWS_OF_A_CHUNK conversations."""
+        draw, last = random.Random(seed), max(0, len(self) - chunk_tokens)
+        begins = [draw.randint(0, last) for _ in range(0, count, ROWS_OF_A_CHUNK)]
+        return [[begin, min(begin + chunk_tokens, len(self))] for begin in begins for _ in range(ROWS_OF_A_CHUNK)][:count]
 
 
 def with_text(row: Mapping[str, Any], text: str) -> dict[str, Any]:
@@ -67,7 +76,7 @@ def with_text(row: Mapping[str, Any], text: str) -> dict[str, Any]:
 
 
 def questions(
-    model: nn.Module, tokenizer, text: str, chunks: Sequence[Sequence[int]], **generation: Any
+    model: nn.Module, tokenizer, text: SourceText, chunks: Sequence[list[int]], **generation: Any
 ) -> list[dict[str, Any]]:
     """A question about each chunk as a row without an answer; those are left out for which the model wrote nothing.
 
@@ -77,7 +86,7 @@ def questions(
     asked = [{"messages": [{"role": "user", "content": KINDS[i % len(KINDS)]}]} if chat else {"prompt": QUESTION}
              for i in range(len(chunks))]  # fmt: skip
     written = _written(
-        model, tokenizer, text, [{**row, "chunk": list(chunk)} for row, chunk in zip(asked, chunks, strict=True)],
+        model, tokenizer, text, [{**row, "chunk": chunk} for row, chunk in zip(asked, chunks, strict=True)],
         max_new_tokens=LONGEST_QUESTION, sample=True, **generation,
     )  # fmt: skip
     rows = []
@@ -85,14 +94,14 @@ def questions(
         if question:
             row = {"messages": [{"role": "user", "content": question}]} if chat else {
                 "prompt": f"{QUESTION} {question}\n{ANSWER}"}  # fmt: skip
-            rows.append({**row, "chunk": list(chunk)})
+            rows.append({**row, "chunk": chunk})
     if not rows:
         raise ValueError(f"text: the model asked nothing about it in {len(chunks)} tries; give prompts of your own")
     return rows
 
 
 def answered(
-    model: nn.Module, tokenizer, text: str, rows: Sequence[Mapping[str, Any]], **generation: Any
+    model: nn.Module, tokenizer, text: SourceText, rows: Sequence[Mapping[str, Any]], **generation: Any
 ) -> list[dict[str, Any]]:
     """The rows with an answer, which the model gives with the row's chunk of the text in front; what has one stays as it is.
 
@@ -126,13 +135,13 @@ def common_prefix(rows: Sequence[Sequence[int]]) -> int:
 
 
 def _written(
-    model: nn.Module, tokenizer, text: str, rows: Sequence[Mapping[str, Any]], *, max_new_tokens: int, **generation: Any
+    model: nn.Module, tokenizer, text: SourceText, rows: Sequence[Mapping[str, Any]], *, max_new_tokens: int, **generation: Any
 ) -> list[str]:
     """What the model writes after each row's prompt with its chunk in front, which is read once for all rows that follow each
     other with the same one. ValueError where that takes more tokens than the model has positions."""
     positions, texts = tokens_left(model, 0), []
     for chunk, alike in groupby(rows, key=lambda row: row["chunk"]):
-        read = chunk_of(tokenizer, text, chunk)
+        read = text.chunk(*chunk)
         prompts = [with_text(row, read) for row in alike]
         encoded = [encode_prompt(row.get("messages") or row["prompt"], tokenizer) for row in prompts]
         longest = max(map(len, encoded)) + max_new_tokens

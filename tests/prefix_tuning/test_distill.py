@@ -12,7 +12,7 @@ from prefix_tuning import Prefix, attach_prefix, cli, distill
 from prefix_tuning.data import IGNORED, tokenize_example
 from prefix_tuning.distill import DistillationCollator, DistillSettings, mean_divergence, teacher_examples
 from prefix_tuning.loss import distillation_loss
-from prefix_tuning.self_study import with_text
+from prefix_tuning.self_study import SourceText, with_text
 from support.encoder_decoders import tiny_encoder_decoder
 from support.models import random_prefix, tiny_model
 from support.tokenizer import CHAT_TEMPLATE, tiny_tokenizer
@@ -52,7 +52,7 @@ def chunk(row):
 def test_the_teacher_has_the_text_in_front(family, rows, chat, bos):
     model = tiny_model(family, **({"n_positions": 512} if family == "gpt2" else {"max_position_embeddings": 512}))
     tokenizer = tiny_tokenizer(chat_template=CHAT_TEMPLATE if chat else None, bos=bos)
-    examples = teacher_examples(model, tokenizer, rows, TEXT, top_k=7, batch_size=2)
+    examples = teacher_examples(model, tokenizer, rows, SourceText(TEXT, tokenizer), top_k=7, batch_size=2)
     assert len(examples) == len(rows)
     for row, example in zip(rows, examples, strict=True):
         joined = tokenize_example(with_text(row, chunk(row)), tokenizer)
@@ -129,7 +129,7 @@ def test_a_text_becomes_a_prefix(chat, tmp_path):
     loaded = Prefix.load(tmp_path / "prefix")
     assert loaded.prefix_len == 8 and torch.equal(loaded.layers()[0][0], prefix.layers()[0][0])
     start = Prefix.for_model(model, 8, init="text", text=TEXT, tokenizer=tokenizer)
-    examples = teacher_examples(model, tokenizer, rows, TEXT, top_k=5)
+    examples = teacher_examples(model, tokenizer, rows, SourceText(TEXT, tokenizer), top_k=5)
     everywhere = []
     for attached in (start, loaded):
         with attach_prefix(model, attached):
@@ -225,9 +225,9 @@ def test_what_is_refused(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"chunk_tokens: with 60 tokens of the text .* but the model has 64 positions"):
         distill.distill(short, tokenizer, TEXT, tmp_path, SMALL, progress=False)
     with pytest.raises(ValueError, match=r"rows\[0\]: \d+ tokens with the text in front, but the model has 64 positions"):
-        teacher_examples(short, tokenizer, PLAIN, TEXT)
+        teacher_examples(short, tokenizer, PLAIN, SourceText(TEXT, tokenizer))
     with pytest.raises(ValueError, match=r"rows\[1\]: expected an object with"):
-        teacher_examples(model, tokenizer, [PLAIN[0], {"chunk": ALL}], TEXT)
+        teacher_examples(model, tokenizer, [PLAIN[0], {"chunk": ALL}], SourceText(TEXT, tokenizer))
     monkeypatch.setattr(distill, "PartialState", lambda: type("Two", (), {"num_processes": 2}))
     with pytest.raises(NotImplementedError, match="processes: a text is distilled in one process, got 2"):
         distill.distill(model, tokenizer, TEXT, tmp_path, SMALL, progress=False)
@@ -236,8 +236,8 @@ def test_what_is_refused(tmp_path, monkeypatch):
 @pytest.mark.gpu
 def test_on_a_gpu(tmp_path):
     model, tokenizer = model_and_tokenizer(chat=True)
-    expected = teacher_examples(model, tokenizer, CHAT, TEXT, top_k=5)
-    found = teacher_examples(model.cuda(), tokenizer, CHAT, TEXT, top_k=5)
+    expected = teacher_examples(model, tokenizer, CHAT, SourceText(TEXT, tokenizer), top_k=5)
+    found = teacher_examples(model.cuda(), tokenizer, CHAT, SourceText(TEXT, tokenizer), top_k=5)
     for ours, theirs in zip(found, expected, strict=True):
         assert torch.allclose(ours["teacher_probs"], theirs["teacher_probs"], atol=1e-4)
     prefix, metrics = distill.distill(model, tokenizer, TEXT, tmp_path, SMALL, progress=False)

@@ -5,12 +5,13 @@ import torch
 
 from prefix_tuning import self_study
 from prefix_tuning.generate import generate_ids, generate_texts
-from prefix_tuning.self_study import KINDS, ROWS_OF_A_CHUNK, answered, chunk_of, chunked, common_prefix, questions, with_text
+from prefix_tuning.self_study import KINDS, ROWS_OF_A_CHUNK, SourceText, answered, common_prefix, questions, with_text
 from support.models import tiny_model
 from support.tokenizer import CHAT_TEMPLATE, tiny_tokenizer
 
 TEXT = "The tower of Marrow Point was built in 1871 of grey granite. It has 203 steps, and its light flashes three times."
 IDS = tiny_tokenizer()(TEXT)["input_ids"]
+SOURCE = SourceText(TEXT, tiny_tokenizer())
 
 
 @pytest.fixture(scope="module")
@@ -19,19 +20,21 @@ def model():
 
 
 def test_a_short_text_is_one_chunk():
-    assert chunked(tiny_tokenizer(), TEXT, 20, len(IDS), seed=0) == [(0, len(IDS))] * 20
-    assert chunk_of(tiny_tokenizer(), TEXT, [0, len(IDS)]) == TEXT
+    assert SOURCE.chunks(20, len(IDS), seed=0) == [[0, len(IDS)]] * 20
+    assert SOURCE.chunk(0, len(IDS)) == TEXT and len(SOURCE) == len(IDS)
+    with pytest.raises(ValueError, match="text: '' has no tokens"):
+        SourceText("", tiny_tokenizer())
 
 
 def test_chunks_of_a_long_text_are_drawn_from_all_of_it():
-    chunks = chunked(tiny_tokenizer(), TEXT, 40 * ROWS_OF_A_CHUNK + 3, 30, seed=0)
+    chunks = SOURCE.chunks(40 * ROWS_OF_A_CHUNK + 3, 30, seed=0)
     assert len(chunks) == 40 * ROWS_OF_A_CHUNK + 3
     assert all(end - begin == 30 and end <= len(IDS) for begin, end in chunks)
-    assert len({begin for begin, _ in chunks}) > 20 and len(set(chunks[:ROWS_OF_A_CHUNK])) == 1
+    assert len({begin for begin, _ in chunks}) > 20 and len(set(map(tuple, chunks[:ROWS_OF_A_CHUNK]))) == 1
     assert 0 <= min(chunks)[0] < 10 and max(chunks)[1] > len(IDS) - 10
-    again, other = (chunked(tiny_tokenizer(), TEXT, len(chunks), 30, seed) for seed in (0, 1))
+    again, other = (SOURCE.chunks(len(chunks), 30, seed) for seed in (0, 1))
     assert chunks == again != other
-    assert chunk_of(tiny_tokenizer(), TEXT, [4, 9]) == tiny_tokenizer().decode(IDS[4:9])
+    assert SOURCE.chunk(4, 9) == tiny_tokenizer().decode(IDS[4:9])
 
 
 def test_the_text_stands_in_front_of_the_first_thing_the_user_says():
@@ -58,12 +61,12 @@ def test_questions_and_answers_are_what_the_model_writes_behind_the_chunk(model,
     rows += [{"prompt": "Question: d\nAnswer:", "chunk": [20, 60]}]
     if chat:
         rows = [{"messages": [{"role": "user", "content": row["prompt"]}], "chunk": row["chunk"]} for row in rows]
-    found = answered(model, tokenizer, TEXT, rows, max_new_tokens=9, batch_size=2)
-    prompts = [with_text(row, chunk_of(tokenizer, TEXT, row["chunk"])) for row in rows]
+    found = answered(model, tokenizer, SOURCE, rows, max_new_tokens=9, batch_size=2)
+    prompts = [with_text(row, SOURCE.chunk(*row["chunk"])) for row in rows]
     texts = generate_texts(model, tokenizer, [row.get("messages") or row["prompt"] for row in prompts], max_new_tokens=9)
     said = [row["messages"][-1]["content"] if chat else row["completion"][1:] for row in found]
     assert said == [text.strip() for text in texts] and any(said)
-    assert answered(model, tokenizer, TEXT, found, max_new_tokens=9) == found  # nothing is open any more
+    assert answered(model, tokenizer, SOURCE, found, max_new_tokens=9) == found  # nothing is open any more
 
 
 @pytest.mark.parametrize("chat", [True, False])
@@ -76,7 +79,7 @@ def test_each_kind_of_question_is_asked_in_turn(model, chat, monkeypatch):
         return [f"\n q{i}\nmore" if i != 1 else " \n" for i in range(len(rows))]
 
     monkeypatch.setattr(self_study, "_written", write)
-    rows = questions(model, tokenizer, TEXT, [(0, 5)] * 7, batch_size=2, seed=3)
+    rows = questions(model, tokenizer, SOURCE, [[0, 5]] * 7, batch_size=2, seed=3)
     prompts = [f"q{i}" if chat else f"Question: q{i}\nAnswer:" for i in (0, 2, 3, 4, 5, 6)]  # nothing came of the second
     assert [row["messages"][0]["content"] if chat else row["prompt"] for row in rows] == prompts
     assert all(row["chunk"] == [0, 5] for row in rows)
@@ -87,7 +90,7 @@ def test_each_kind_of_question_is_asked_in_turn(model, chat, monkeypatch):
 def test_a_model_that_asks_nothing(model, monkeypatch):
     monkeypatch.setattr(self_study, "_written", lambda *args, **options: ["", " "])
     with pytest.raises(ValueError, match="text: the model asked nothing about it in 2 tries"):
-        questions(model, tiny_tokenizer(), TEXT, [(0, 5)] * 2)
+        questions(model, tiny_tokenizer(), SOURCE, [[0, 5]] * 2)
 
 
 def test_ids_are_what_texts_are_made_of(model):
