@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -39,7 +38,7 @@ def serve(
         raise ValueError(f"--prefix: expected NAME=FOLDER, got {folders[DEFAULT_PREFIX]} without a name")
     if not folders:
         raise ValueError("--prefix: got none, expected NAME=FOLDER; without a prefix vllm serve does the same")
-    _check_vllm()
+    run = _server()
     own = []
     if model is None or (model == OFFLINE_MODEL and not Path(model).exists()):
         model = str(offline_model_path())
@@ -53,7 +52,7 @@ def serve(
     own += ["--model", model]
     for option, value in {"--host": host, "--port": port}.items():
         own += [] if value is None else [option, str(value)]
-    importlib.import_module("prefix_tuning.vllm_server").run(prefixes, [*own, *arguments])
+    run(prefixes, [*own, *arguments])
 
 
 def placeholder_token(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -62,12 +61,16 @@ def placeholder_token(tokenizer: PreTrainedTokenizerBase) -> int:
     return next((token for token in candidates if token not in (None, tokenizer.eos_token_id)), 0)
 
 
-def _check_vllm() -> None:
+def _server() -> Callable:
+    """What runs the server; ImportError or NotImplementedError where that is not the vLLM it was tested with."""
     try:
-        vllm = importlib.import_module("vllm")
+        import vllm
     except ImportError as error:
         raise ImportError(
             f"it needs the package vllm, version {VLLM_VERSION}, which cannot be imported ({error}). Install it, best in an "
             f"environment of its own: {INSTALL_COMMANDS}"
         ) from error
     check_version(vllm.__version__)
+    from prefix_tuning.vllm_server import run
+
+    return run

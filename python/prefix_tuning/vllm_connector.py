@@ -71,9 +71,11 @@ class PrefixConnector(KVConnectorBase_V1):
         self._computed: set[str] = set()  # of these vLLM computes every token of the prompt
         self._refused: set[str] = set()
         self._next = Step()
-        # of a worker: each prefix's keys and values [prefix_len, heads, dim] by layer, the layers, the slots of this step
+        # of a worker: each prefix's keys and values [prefix_len, heads, dim] of each layer, vLLM's layers, where they compute,
+        # and what this step overwrites in which slots
         self._tensors: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
         self._attention: dict[str, torch.nn.Module] = {}
+        self._device = torch.device("cpu")
         self._overwrites: list[tuple[Load, torch.Tensor]] = []
 
     # In the scheduler
@@ -152,7 +154,7 @@ class PrefixConnector(KVConnectorBase_V1):
                 backend = layer.attn_backend.get_name()
                 raise NotImplementedError(f"attention backend: {backend} writes its cache by itself, in layer {name}")
         rank, ranks = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
-        device = kv_caches[next(iter(self._numbers))].device
+        self._device = kv_caches[next(iter(self._numbers))].device
         for name, folder in self.prefixes.folders.items():
             prefix = Prefix.load(folder)
             check_servable(name, prefix)
@@ -160,7 +162,7 @@ class PrefixConnector(KVConnectorBase_V1):
                 raise ValueError(f"prefix {name}: {folder} has changed since the engine was started")
             with torch.no_grad():
                 self._tensors[name] = [
-                    tuple(heads_of(tensor, rank, ranks).to(device, dtype) for tensor in pair) for pair in prefix.layers()
+                    tuple(heads_of(tensor, rank, ranks).to(self._device, dtype) for tensor in pair) for pair in prefix.layers()
                 ]
 
     def bind_connector_metadata(self, connector_metadata: Step) -> None:
@@ -193,8 +195,7 @@ class PrefixConnector(KVConnectorBase_V1):
         return bool(extra_config["prompt_logprobs"])  # a graph of a whole step would not call wait_for_layer_load
 
     def _slots(self, load: Load) -> torch.Tensor:
-        layer = next(iter(self._attention.values()))
-        return slots(load.block_ids, self._block_size, load.start, load.stop).to(layer.kv_cache.device)
+        return slots(load.block_ids, self._block_size, load.start, load.stop).to(self._device)
 
     def _write(self, load: Load, layer_name: str, where: torch.Tensor) -> None:
         layer = self._attention[layer_name]

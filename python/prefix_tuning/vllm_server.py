@@ -6,11 +6,11 @@ client here turns that into the prompt of a request with a prefix, and takes the
 
 from __future__ import annotations
 
-import asyncio
 import signal
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 
+import uvloop
 from vllm.config import KVTransferConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.launchers.api_server.entry import build_and_serve
@@ -34,6 +34,9 @@ class PrefixedEngine(AsyncLLM):
         if transfer.kv_connector != CONNECTOR:
             raise ValueError(f"kv_connector: got {transfer.kv_connector}, expected {CONNECTOR}: another option has replaced it")
         self.prefixes = ServedPrefixes.from_config(transfer.kv_connector_extra_config)
+        longest, room = max(self.prefixes.lengths.values()), vllm_config.model_config.max_model_len
+        if longest + 2 > room:
+            raise ValueError(f"--max-model-len: got {room}, expected room for a prefix of {longest} and two tokens behind it")
         super().__init__(vllm_config, *args, **kwargs)
 
     async def add_lora(self, lora_request) -> bool:
@@ -98,7 +101,7 @@ def run(prefixes: ServedPrefixes, arguments: Sequence[str]) -> None:
     served = [LoRAModulePath(name=name, path=folder) for name, folder in prefixes.folders.items()]
     args.lora_modules = [*(args.lora_modules or ()), *served]
     validate_parsed_serve_args(args)
-    asyncio.run(_serve(args))
+    uvloop.run(_serve(args))
 
 
 async def _serve(args) -> None:
