@@ -40,17 +40,22 @@ class PrefixedEngine(AsyncLLM):
         super().__init__(vllm_config, *args, **kwargs)
 
     async def add_lora(self, lora_request) -> bool:
-        return lora_request.lora_name in self.prefixes.lengths or await super().add_lora(lora_request)
+        return self._prefix(lora_request) is not None or await super().add_lora(lora_request)
 
     def generate(self, prompt, sampling_params, request_id, *, lora_request=None, **kwargs) -> AsyncGenerator:
         """As AsyncLLM.generate. What is wrong with a request is raised by the call, before a streamed answer has begun."""
-        name = None if lora_request is None else lora_request.lora_name
-        if name not in self.prefixes.lengths:
+        name = self._prefix(lora_request)
+        if name is None:
             if isinstance(prompt, dict) and asks_for_prefix(prompt.get("cache_salt")):
                 raise VLLMValidationError("cache_salt: expected another beginning; prefixes are chosen by model")
             return super().generate(prompt, sampling_params, request_id, lora_request=lora_request, **kwargs)
         prompt = self._behind(name, prompt, sampling_params)
         return self._generate(self.prefixes.lengths[name], super().generate(prompt, sampling_params, request_id, **kwargs))
+
+    def _prefix(self, lora_request) -> str | None:
+        """The name of the prefix that stands behind an adapter, if one does."""
+        named = lora_request is not None and self.prefixes.folders.get(lora_request.lora_name) == lora_request.lora_path
+        return lora_request.lora_name if named else None
 
     @staticmethod
     async def _generate(prefix_len: int, outputs: AsyncGenerator) -> AsyncGenerator:

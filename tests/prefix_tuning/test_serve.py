@@ -140,8 +140,8 @@ def engine(monkeypatch, prefixes):
     return import_with_stub(monkeypatch, MODULE).PrefixedEngine(engine_config(prefixes)[0])
 
 
-def adapter(name):
-    return SimpleNamespace(lora_name=name)
+def adapter(name, folder=None):
+    return SimpleNamespace(lora_name=name, lora_path=str(folder or "elsewhere"))
 
 
 PLAIN = SimpleNamespace(prompt_logprobs=None, prompt_logprob_token_ids=None)
@@ -160,17 +160,17 @@ def output(prompt):
 
 
 @pytest.mark.parametrize("salt", [{}, {"cache_salt": "tenant"}])
-def test_a_chosen_prefix_becomes_placeholders(salt, engine, prefixes):
+def test_a_chosen_prefix_becomes_placeholders(salt, engine, prefixes, folder):
     engine.outputs = [output([7] * 5 + [4, 4]), output([7] * 5 + [4, 4])]
     asked = tokens(prompt="text", prompt_token_offsets=[(0, 2), (2, 4)], **salt)
-    got = asyncio.run(collect(engine.generate(asked, PLAIN, "r", lora_request=adapter("pubs"), priority=1)))
+    got = asyncio.run(collect(engine.generate(asked, PLAIN, "r", lora_request=adapter("pubs", folder / "pubs"), priority=1)))
     ((prompt, lora),) = engine.calls
     assert prompt == {"type": "token", "prompt": "text"} | prefixes.prompt("pubs", [4, 4], salt.get("cache_salt"))
     assert lora is None and asked["prompt_token_ids"] == [4, 4]
     assert [vars(one) for one in got] == [{"prompt_token_ids": [4, 4], "prompt_logprobs": None, "num_cached_tokens": 0}] * 2
 
 
-@pytest.mark.parametrize("lora", [None, adapter("a real one")])
+@pytest.mark.parametrize("lora", [None, adapter("a real one"), adapter("pubs")])
 def test_other_requests_are_left_alone(lora, engine):
     engine.outputs = [output([4, 4])]
     asked = tokens(cache_salt="tenant")
@@ -178,11 +178,11 @@ def test_other_requests_are_left_alone(lora, engine):
     assert engine.calls == [(asked, lora)] and got[0].num_cached_tokens == 5
 
 
-def test_an_abandoned_answer_ends_its_request(engine):
+def test_an_abandoned_answer_ends_its_request(engine, folder):
     engine.outputs = [output([7] * 5 + [4, 4])] * 3
 
     async def leave():
-        answer = engine.generate(tokens(), PLAIN, "r", lora_request=adapter("pubs"))
+        answer = engine.generate(tokens(), PLAIN, "r", lora_request=adapter("pubs", folder / "pubs"))
         await anext(answer)
         await answer.aclose()
         return engine.closed
@@ -204,32 +204,33 @@ def test_an_abandoned_answer_ends_its_request(engine):
         ("real", tokens(cache_salt="prefix-tuning:"), PLAIN, "cache_salt: expected another beginning"),
     ],
 )
-def test_what_a_request_cannot_ask_for_is_said_by_the_call(name, prompt, params, said, engine):
+def test_what_a_request_cannot_ask_for_is_said_by_the_call(name, prompt, params, said, engine, folder):
     """Before an answer begins: one that is streamed has sent its status by the time it is read."""
     with pytest.raises(VLLMValidationError, match=said):
-        engine.generate(prompt, params, "r", lora_request=None if name is None else adapter(name))
+        engine.generate(prompt, params, "r", lora_request=None if name is None else adapter(name, folder / name))
     assert not engine.calls
 
 
-def test_prompts_just_fit(engine):
+def test_prompts_just_fit(engine, folder):
     engine.outputs = [output([7] * 5 + [4] * 58)]
-    assert asyncio.run(collect(engine.generate(tokens(58), PLAIN, "r", lora_request=adapter("pubs"))))
+    assert asyncio.run(collect(engine.generate(tokens(58), PLAIN, "r", lora_request=adapter("pubs", folder / "pubs"))))
 
 
 def test_where_prompts_may_be_scored(monkeypatch, folder):
     prefixes = ServedPrefixes.load({"pubs": folder / "pubs"}, prompt_logprobs=True)
     engine = import_with_stub(monkeypatch, MODULE).PrefixedEngine(engine_config(prefixes)[0])
     params = SimpleNamespace(prompt_logprobs=0, prompt_logprob_token_ids=None)
-    asyncio.run(collect(engine.generate(tokens(), params, "r", lora_request=adapter("pubs"))))
+    asyncio.run(collect(engine.generate(tokens(), params, "r", lora_request=adapter("pubs", folder / "pubs"))))
     params.prompt_logprob_token_ids = [1]
     with pytest.raises(VLLMValidationError, match="prompt_logprob_token_ids: not served behind a prefix"):
-        engine.generate(tokens(), params, "r", lora_request=adapter("pubs"))
+        engine.generate(tokens(), params, "r", lora_request=adapter("pubs", folder / "pubs"))
 
 
-def test_prefixes_are_adapters_that_need_no_loading(engine):
-    assert asyncio.run(engine.add_lora(adapter("pubs")))
-    with pytest.raises(ValueError, match="LoRA is not enabled"):
-        asyncio.run(engine.add_lora(adapter("a real one")))
+def test_prefixes_are_adapters_that_need_no_loading(engine, folder):
+    assert asyncio.run(engine.add_lora(adapter("pubs", folder / "pubs")))
+    for real in ("a real one", "pubs"):
+        with pytest.raises(ValueError, match="LoRA is not enabled"):
+            asyncio.run(engine.add_lora(adapter(real)))
 
 
 def test_engines_that_would_pass_prefixes_by(monkeypatch, prefixes):

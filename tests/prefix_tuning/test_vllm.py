@@ -8,9 +8,12 @@ import signal
 import socket
 import subprocess
 import sys
+import textwrap
 import time
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,8 +26,13 @@ from support.tokenizer import CHAT_TEMPLATE, tiny_tokenizer
 
 vllm = pytest.importorskip("vllm", reason="needs vllm 0.32, in an environment of its own")
 
-from prefix_tuning.served_prefixes import ServedPrefixes  # noqa: E402
+from vllm.distributed.kv_transfer.kv_connector.v1 import base  # noqa: E402
+from vllm.v1.engine.async_llm import AsyncLLM  # noqa: E402
 
+from prefix_tuning.served_prefixes import ServedPrefixes  # noqa: E402
+from prefix_tuning.vllm_connector import PrefixConnector  # noqa: E402
+
+DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "serving.md"
 BLOCK, NEW = 32, 16
 LENGTHS = {"short": 5, "middle": 40, "blocks": 64}  # less than a block, more than one, two of them
 CPU = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
@@ -104,21 +112,20 @@ def parameters(function):
     return [parameter.name for parameter in found if parameter.kind is not parameter.VAR_KEYWORD]
 
 
-@pytest.mark.parametrize("made", ["PrefixConnector", "KVConnectorBase_V1", "KVConnectorTransferResults", "AsyncLLM"])
+@pytest.mark.parametrize("made", ["PrefixConnector", "KVConnectorBase_V1", "AsyncLLM"])
 def test_connector_and_stub_have_the_methods_of_the_real_ones(made):
     """What other tests run over is what vLLM calls."""
-    from vllm.distributed.kv_transfer.kv_connector.v1 import base
-    from vllm.v1.engine.async_llm import AsyncLLM
-
-    from prefix_tuning.vllm_connector import PrefixConnector
-
     ours = PrefixConnector if made == "PrefixConnector" else getattr(vllm_stub, made)
-    real = {"PrefixConnector": base.KVConnectorBase_V1, "AsyncLLM": AsyncLLM}.get(made) or getattr(base, made)
-    shared = [name for name, value in vars(ours).items() if callable(value) and hasattr(real, name) and name != "__init__"]
-    assert len(shared) > 2
-    for name in shared:
+    real = AsyncLLM if made == "AsyncLLM" else base.KVConnectorBase_V1
+    shared = [name for name, value in vars(ours).items() if inspect.isfunction(value) and hasattr(real, name)]
+    assert "__init__" in shared and len(shared) > 2
+    for name in set(shared) - {"__init__"}:
         own, theirs = parameters(getattr(ours, name)), parameters(getattr(real, name))
-        assert own == [name for name in theirs if name in own] and (made == "AsyncLLM" or own == theirs), name
+        assert own == (theirs if made != "AsyncLLM" else [name for name in theirs if name in own]), name
+
+
+def test_the_stub_reports_as_the_real_one():
+    assert parameters(vllm_stub.KVConnectorTransferResults) == parameters(base.KVConnectorTransferResults)
 
 
 def ids(length, seed=0):
@@ -233,6 +240,23 @@ def test_windows_are_refused(tmp_path, capfd):
     with pytest.raises(RuntimeError), engine(served, unchecked, max_model_len=256):
         pass
     assert "model: its cache has 1 groups of" in capfd.readouterr().err.replace("\n", " ")
+
+
+def test_the_example_of_the_documents(served, tmp_path, monkeypatch):
+    example = textwrap.dedent(DOCUMENT.read_text().split("From Python, without a server:\n")[1].split("\nThe outputs")[0])
+    for written, run in {
+        "HuggingFaceTB/SmolLM2-135M-Instruct": str(served.path),
+        "temperature=0": f"temperature=0, max_tokens={NEW}, ignore_eos=True",
+        "LLM(name,": f"LLM(name, **{ENGINE}, max_model_len=128,",
+    }.items():
+        assert written in example
+        example = example.replace(written, run)
+    for name, ours in {"pubs": "short", "food": "middle"}.items():
+        served.prefixes[ours].save(tmp_path / "runs" / name / "prefix")
+    monkeypatch.chdir(tmp_path)
+    exec(compile(example, "serving.md", "exec"), names := {"__name__": "__main__"})
+    names["llm"].llm_engine.engine_core.shutdown()
+    assert generated(names["outputs"]) == [served.tokens(name, names["ids"]) for name in ("short", "middle", None)]
 
 
 @pytest.fixture(scope="module")
@@ -370,8 +394,6 @@ def test_refused_over_http(body, status, message, stream, server):
 
 def test_many_at_once(server, served):
     """More than run together, of every prefix; each gets what it gets alone."""
-    from concurrent.futures import ThreadPoolExecutor
-
     asked = requests((4, 11, 18, 25))
     with ThreadPoolExecutor(16) as pool:
         answers = [pool.submit(ask, server, "completions", model=name or "base", prompt=tokens) for name, tokens in asked]
