@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from prefix_tuning import Prefix
 from prefix_tuning.served_prefixes import ServedPrefixes
 from support.models import random_prefix, tiny_model
 from support.vllm_stub import Layer, engine_config, import_with_stub
@@ -225,6 +226,12 @@ def test_backends_that_write_by_themselves_are_refused(monkeypatch, prefixes):
 def test_a_prefix_that_has_changed_is_refused(monkeypatch, prefixes):
     random_prefix(tiny_model("llama"), PREFIX_LEN + 1).save(prefixes.folders["pubs"])
     with pytest.raises(ValueError, match="prefix pubs: .* has changed since"):
+        connector_of(monkeypatch, prefixes, layers=[Layer(40) for _ in range(3)])
+
+
+def test_a_prefix_that_has_become_unservable_is_refused(monkeypatch, prefixes, prefix):
+    Prefix({"decoder": prefix.layers()}, position_offset=0).save(prefixes.folders["pubs"])
+    with pytest.raises(NotImplementedError, match="prefix pubs: .* position_offset 0"):
         connector_of(monkeypatch, prefixes, layers=[Layer(40) for _ in range(3)])
 
 
