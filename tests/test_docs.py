@@ -179,4 +179,4 @@ def test_commands_of_the_readme_exist():
 def test_commands_of_the_documents_are_understood():
     commands = [line for path in DOCUMENTS for line in re.findall(r"^    prefix-tuning (.*)$", path.read_text(), re.MULTILINE)]
     parsed = [cli._parser().parse_args(shlex.split(command, comments=True)) for command in commands]
-    assert {args.command for args in parsed} == {"train", "distill", "evaluate", "generate", "convert", "doctor"}
+    assert {args.command for args in parsed} == {"train", "distill", "evaluate", "generate", "convert", "serve", "doctor"}

@@ -1,4 +1,4 @@
-"""The command `prefix-tuning train | distill | evaluate | generate | convert | doctor`.
+"""The command `prefix-tuning train | distill | evaluate | generate | convert | serve | doctor`.
 
 Errors of the user's making are one line on stderr and exit status 2, Ctrl-C is one and 130; --traceback shows where they arose.
 """
@@ -21,6 +21,7 @@ from accelerate.utils import get_int_from_env
 from transformers.utils import logging
 
 from prefix_kernels import available_backends
+from prefix_tuning import serve as server
 from prefix_tuning.attach import attach_prefix
 from prefix_tuning.bank import PrefixBank
 from prefix_tuning.data import check_row, is_e2e, read_rows
@@ -174,6 +175,13 @@ def convert(args: argparse.Namespace) -> None:
     print(f"written: {args.target}")
 
 
+def serve(args: argparse.Namespace) -> None:
+    server.serve(
+        args.model, prefix_folders(args.prefix), host=args.host, port=args.port, prompt_logprobs=args.prompt_logprobs,
+        arguments=args.arguments,
+    )  # fmt: skip
+
+
 def doctor(args: argparse.Namespace) -> None:
     if args.model is None:
         print(report())
@@ -244,13 +252,14 @@ def _parser() -> argparse.ArgumentParser:
         prog="prefix-tuning", description="Train, score and use prefixes of frozen language models.",
         epilog="prefix-tuning COMMAND --help says what a command takes.",
     )  # fmt: skip
-    names = "train | distill | evaluate | generate | convert | doctor"
+    names = "train | distill | evaluate | generate | convert | serve | doctor"
     commands = parser.add_subparsers(dest="command", required=True, metavar=names)
     _train_options(_command(commands, train, "train a prefix on a file of prompts and completions, or conversations"))
     _distill_options(_command(commands, distill, "train a prefix that stands for a long text"))
     _evaluate_options(_command(commands, evaluate, "score a model, with or without a prefix, on a file"))
     _generate_options(_command(commands, generate, "write the answers to prompts"))
     _convert_options(_command(commands, convert, "turn an adapter of the package peft into a prefix, or a prefix into one"))
+    _serve_options(_command(commands, serve, "answer requests over HTTP by vLLM's server, each with the prefix it names"))
     _command(commands, doctor, "say what this machine can run, and why not the rest").add_argument(
         "--model", metavar="NAME", help="hub id or folder: say what a prefix for it is and which backends serve its layers"
     )
@@ -370,6 +379,22 @@ def _convert_options(parser: argparse.ArgumentParser) -> None:
     add("--to", choices=("prefix", "peft"), required=True, help="what is written")
     add("--task-type", choices=TASK_TYPES, help="for --to peft: what the model does, in PEFT's words; CAUSAL_LM if not given")
     add("--part", choices=("decoder", "encoder"), help="for --to prefix: encoder for BERT and its like; decoder if not given")
+
+
+def _serve_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--model", metavar="NAME", help=f"hub id or folder; {OFFLINE_MODEL} if not given")
+    add(
+        "--prefix", action="append", required=True, metavar="NAME=FOLDER",
+        help='a saved prefix and the name that requests choose it by, in their field "model"; may be given several times',
+    )  # fmt: skip
+    add("--host", help="address to listen on; all of the machine's if not given")
+    add("--port", type=int, help="8000 if not given")
+    add(
+        "--prompt-logprobs", action="store_true",
+        help="serve log-probabilities of prompts behind a prefix; decoding on a GPU is then slower for all",
+    )  # fmt: skip
+    add("arguments", nargs="*", metavar="ARGUMENT", help="behind -- further ones of vllm serve: -- --max-model-len 4096")
 
 
 if __name__ == "__main__":

@@ -505,7 +505,7 @@ def test_doctor_names_the_model_that_it_cannot_read(run):
     assert status == 2 and err.startswith("prefix-tuning doctor: error: --model no/such: ")
 
 
-@pytest.mark.parametrize("command", ["train", "distill", "evaluate", "generate", "convert", "doctor"])
+@pytest.mark.parametrize("command", ["train", "distill", "evaluate", "generate", "convert", "serve", "doctor"])
 def test_help(run, command):
     status, out, _ = run(command, "--help")
     assert status == 0 and f"prefix-tuning {command}" in out

@@ -1,0 +1,193 @@
+"""Saved prefixes as a serving engine needs them: checked before it starts, chosen by name, placeholders in front of a prompt.
+
+vLLM keeps the keys and values of a request's tokens in blocks. A request with a prefix has prefix_len placeholder tokens in
+front of its own; their keys and values are not computed but the prefix's. Which prefix, the request's cache salt says. vLLM
+also hashes the salt with the tokens of a block, so that requests of one prefix share its blocks and no others do.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from prefix_tuning.prefix import Prefix
+from prefix_tuning.shapes import ModelShape, check_int
+from prefix_tuning.stacks import attention_kinds, part_shapes
+
+CONNECTOR, CONNECTOR_MODULE = "PrefixConnector", "prefix_tuning.vllm_connector"
+MARK = "prefix-tuning:"  # what the cache salt of a request with a prefix begins with
+# vLLM takes an adapter of such a name for the one that every message with such a part wants.
+PART_NAMES = {"audio", "file", "image", "input", "output", "prompt", "refusal", "text", "thinking", "tool", "video", "vision"}
+
+
+@dataclass(frozen=True)
+class ServedPrefixes:
+    """The prefixes of one engine.
+
+    folders          name → folder or hub id of a saved prefix
+    lengths          name → prefix_len
+    shape            what all of them share with the model: layers, kv_heads, head_dim
+    placeholder_id   the token that stands where a prefix goes. It is never computed, but a repetition penalty counts it: take
+                     one that is not generated, such as padding
+    prompt_logprobs  whether requests with a prefix may ask for log-probabilities of their prompt. vLLM then does without CUDA
+                     graphs of whole decoding steps, so such requests are refused unless it is wanted
+    """
+
+    folders: Mapping[str, str]
+    lengths: Mapping[str, int]
+    shape: ModelShape
+    placeholder_id: int = 0
+    prompt_logprobs: bool = False
+
+    @classmethod
+    def load(
+        cls,
+        folders: Mapping[str, str | os.PathLike],
+        *,
+        model: str | os.PathLike | None = None,
+        placeholder_id: int = 0,
+        prompt_logprobs: bool = False,
+    ) -> ServedPrefixes:
+        """Reads and checks the prefixes; the engine reads them again when it starts.
+
+        model: hub id or folder of the model, to be told here that prefixes do not fit and not by a starting engine.
+
+        Raises ValueError for a name that cannot be chosen and for prefixes of other shapes than the model's, or each other's;
+        NotImplementedError for what vLLM has no place for; errors of files as Prefix.load does.
+        """
+        check_int("placeholder_id", placeholder_id, at_least=0)
+        if not folders:
+            raise ValueError("folders: got none, expected the folder of at least one prefix by name")
+        shapes, lengths = {}, {}
+        for name, folder in folders.items():
+            _check_name(name)
+            prefix = Prefix.load(folder)
+            check_servable(name, prefix)
+            shapes[name], lengths[name] = prefix.parts["decoder"], prefix.prefix_len
+        expected, what = next(iter(shapes.values())), f"as {next(iter(shapes))} has"
+        if model is not None:
+            expected, what = _model_shape(model), f"as {model} has"
+        for name, shape in shapes.items():
+            if shape != expected:
+                raise ValueError(f"prefix {name}: got one with {shape}, expected {expected}, {what}")
+        places = {name: str(Path(folder).resolve() if Path(folder).is_dir() else folder) for name, folder in folders.items()}
+        return cls(places, lengths, expected, placeholder_id, prompt_logprobs)
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> ServedPrefixes:
+        """What kv_transfer_config()["kv_connector_extra_config"] says, back again."""
+        return cls(**{**config, "shape": ModelShape(**config["shape"])})
+
+    def kv_transfer_config(self) -> dict[str, Any]:
+        """vLLM's kv_transfer_config for an engine with these prefixes: LLM(model, kv_transfer_config=…)."""
+        return {
+            "kv_connector": CONNECTOR,
+            "kv_connector_module_path": CONNECTOR_MODULE,
+            "kv_role": "kv_consumer",
+            "kv_connector_extra_config": {
+                "folders": dict(self.folders),
+                "lengths": dict(self.lengths),
+                "shape": asdict(self.shape),
+                "placeholder_id": self.placeholder_id,
+                "prompt_logprobs": self.prompt_logprobs,
+            },
+        }
+
+    def prompt(self, name: str, token_ids: Sequence[int], cache_salt: str | None = None) -> dict[str, Any]:
+        """The prompt that vLLM is to be given for tokens behind the prefix `name`.
+
+        token_ids   int [tokens], at least one, with the special tokens that the model wants
+        cache_salt  requests share cached blocks with those of the same prefix and salt alone, as in vLLM
+
+        ValueError for a name that is not served and for no tokens.
+        """
+        self._check_served(name)
+        if not len(token_ids):
+            raise ValueError("token_ids: got none, expected at least one token behind the prefix")
+        placeholders = [self.placeholder_id] * self.lengths[name]
+        return {"prompt_token_ids": [*placeholders, *token_ids], "cache_salt": MARK + json.dumps([name, cache_salt])}
+
+    def chosen(self, token_ids: Sequence[int] | None, cache_salt: str | None) -> str | None:
+        """The name of the prefix that a request's salt asks for, or None; ValueError where the request is not what `prompt`
+        makes: an unknown name, placeholders missing, nothing behind them."""
+        if not asks_for_prefix(cache_salt):
+            return None
+        try:
+            name, _ = json.loads(cache_salt.removeprefix(MARK))
+        except (ValueError, TypeError):
+            raise ValueError(f"cache_salt: got {cache_salt!r}, expected what ServedPrefixes.prompt makes") from None
+        self._check_served(name)
+        length = self.lengths[name]
+        if token_ids is None or list(token_ids[:length]) != [self.placeholder_id] * length:
+            raise ValueError(
+                f"prompt: the prefix {name} takes the place of {length} tokens {self.placeholder_id}, which the prompt does "
+                "not begin with; expected what ServedPrefixes.prompt makes"
+            )
+        if len(token_ids) == length:
+            raise ValueError(f"prompt: got no token behind the placeholders of the prefix {name}, expected at least one")
+        return name
+
+    def _check_served(self, name: Any) -> None:
+        if not isinstance(name, str) or name not in self.lengths:
+            raise ValueError(f"prefix: got {name!r}, expected one of {', '.join(self.lengths)}")
+
+
+def asks_for_prefix(cache_salt: str | None) -> bool:
+    """Whether a request's salt is one that only ServedPrefixes.prompt makes."""
+    return cache_salt is not None and cache_salt.startswith(MARK)
+
+
+def check_servable(name: str, prefix: Prefix) -> None:
+    """NotImplementedError, saying why, for a prefix that cannot stand in an engine's cache of keys and values."""
+    shape, offset, length = prefix.parts.get("decoder"), prefix.position_offset, prefix.prefix_len
+    if list(prefix.parts) != ["decoder"]:
+        found = f"parts {', '.join(prefix.parts)}, expected that of a causal model, decoder, alone"
+    elif prefix.heads:
+        found = f"heads {', '.join(prefix.heads)}, expected none: the engine runs the model's own"
+    elif offset != length:
+        found = f"position_offset {offset}, expected prefix_len, {length}, from where the engine counts"
+    elif not shape.uniform or shape.value_dim != shape.head_dim:
+        found = f"{shape}, expected layers that are all alike, with values as long as keys"
+    else:
+        return
+    raise NotImplementedError(f"prefix {name}: vLLM cannot serve it: got {found}")
+
+
+def without_placeholders(output: Any, prefix_len: int) -> Any:
+    """A vLLM RequestOutput of a request with a prefix as it is without: the prompt's tokens and their log-probabilities, where
+    the first has none, as nothing predicts it, and the number of cached tokens. Changes and returns `output`."""
+    if output.prompt_token_ids is not None:
+        output.prompt_token_ids = output.prompt_token_ids[prefix_len:]
+    if output.prompt_logprobs:
+        output.prompt_logprobs = [None, *output.prompt_logprobs[prefix_len + 1 :]]
+    if output.num_cached_tokens is not None:
+        output.num_cached_tokens = max(0, output.num_cached_tokens - prefix_len)
+    return output
+
+
+def _check_name(name: str) -> None:
+    if not name or name in PART_NAMES:
+        raise ValueError(
+            f"prefix: got the name {name!r}, expected another: prefixes are chosen as models, and "
+            f"{', '.join(sorted(PART_NAMES))} are names of parts of a message"
+        )
+
+
+def _model_shape(model: str | os.PathLike) -> ModelShape:
+    """The shape of a prefix for this model; NotImplementedError where not every layer attends to all tokens."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(model)
+    for kind, options in attention_kinds(config).items():
+        if options.get("window") or "chunks" in kind:
+            raise NotImplementedError(
+                f"model {model}: its layers have {kind}, which a pinned prefix would slide out of; expected full attention"
+            )
+    shapes = part_shapes(config)
+    if list(shapes) != ["decoder"]:
+        raise NotImplementedError(f"model {model}: got a {config.model_type}, expected a causal model")
+    return shapes["decoder"]
