@@ -28,37 +28,17 @@ def generate_texts(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Prompt],
     *,
-    prefix_ids: Sequence[str | None] | None = None,
     special_tokens: bool = True,
-    max_new_tokens: int = 128,
-    batch_size: int = 8,
-    num_beams: int = 1,
-    sample: bool = False,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
-    seed: int | None = None,
-    progress: str | None = None,
+    **generation: Any,
 ) -> list[str]:
     """The model's continuation of each prompt, or an encoder-decoder's answer, without the prompt and without special tokens,
     in the prompts' order.
 
-    On a GPU with a prefix attached, causal models that write 16 tokens or more, without beams, decode with a static cache of
-    ours, whose steps are replayed as CUDA graphs where they can be (graphed_decoding.py); batches of similar length share
-    cache and graphs. A cache_implementation in the model's generation config is used instead.
-
     Args:
         prompts: texts, or conversations up to the answer (through the tokenizer's chat template), which encoder-decoders
             do not take.
-        prefix_ids: with a PrefixBank attached, the name of each prompt's prefix, None for no prefix.
         special_tokens: whether texts get the tokenizer's beginning of a text; not where a prefix made of a text has it.
-        max_new_tokens: a text ends there, or before an end-of-text token of the tokenizer or of the model's generation config.
-        batch_size: prompts of similar length are run together.
-        num_beams: above 1, beam search.
-        sample, temperature, top_p: draw tokens instead of taking the likeliest. Nothing else bends the distribution: of the
-            model's generation config only the end-of-text tokens, those that open an encoder-decoder's text and the kind of
-            cache count.
-        seed: of the drawing; None draws from torch's generator.
-        progress: title of a progress bar on stderr; None for no bar.
+        generation: as for `generate_ids`.
 
     Raises TypeError for a text in place of a list of prompts, ValueError for a prompt without tokens and numbers out of range.
     """
@@ -71,11 +51,7 @@ def generate_texts(
     empty = next((i for i, ids in enumerate(encoded) if not ids), None)
     if empty is not None:
         raise ValueError(f"prompts[{empty}]: {prompts[empty]!r} has no tokens, expected at least one")
-    answers = generate_ids(
-        model, tokenizer, encoded, prefix_ids=prefix_ids, max_new_tokens=max_new_tokens, batch_size=batch_size,
-        num_beams=num_beams, sample=sample, temperature=temperature, top_p=top_p, seed=seed, progress=progress,
-    )  # fmt: skip
-    return [tokenizer.decode(ids, skip_special_tokens=True) for ids in answers]
+    return [tokenizer.decode(ids, skip_special_tokens=True) for ids in generate_ids(model, tokenizer, encoded, **generation)]
 
 
 def generate_ids(
@@ -93,7 +69,26 @@ def generate_ids(
     seed: int | None = None,
     progress: str | None = None,
 ) -> list[list[int]]:
-    """generate_texts from and to ids: of each prompt's ids, one or more, the answer's, without the token that ends it."""
+    """The ids that the model writes after each prompt's, in the prompts' order, without the token that ends them.
+
+    On a GPU with a prefix attached, causal models that write 16 tokens or more, without beams, decode with a static cache of
+    ours, whose steps are replayed as CUDA graphs where they can be (graphed_decoding.py); batches of similar length share
+    cache and graphs. A cache_implementation in the model's generation config is used instead.
+
+    Args:
+        encoded: of each prompt one or more ids.
+        prefix_ids: with a PrefixBank attached, the name of each prompt's prefix, None for no prefix.
+        max_new_tokens: a text ends there, or before an end-of-text token of the tokenizer or of the model's generation config.
+        batch_size: prompts of similar length are run together.
+        num_beams: above 1, beam search.
+        sample, temperature, top_p: draw tokens instead of taking the likeliest. Nothing else bends the distribution: of the
+            model's generation config only the end-of-text tokens, those that open an encoder-decoder's text and the kind of
+            cache count.
+        seed: of the drawing; None draws from torch's generator.
+        progress: title of a progress bar on stderr; None for no bar.
+
+    Raises ValueError for numbers out of range.
+    """
     _check(max_new_tokens, batch_size, num_beams, temperature, top_p)
     if prefix_ids is not None and len(prefix_ids) != len(encoded):
         raise ValueError(f"prefix_ids: expected one for each of {len(encoded)} prompts, got {len(prefix_ids)}")
