@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import groupby
 from typing import Any
 
@@ -67,7 +67,7 @@ def generate_ids(
     temperature: float = 1.0,
     top_p: float = 1.0,
     seed: int | None = None,
-    progress: str | None = None,
+    progress: str | tqdm | None = None,
 ) -> list[list[int]]:
     """The ids that the model writes after each prompt's, in the prompts' order, without the token that ends them.
 
@@ -85,7 +85,7 @@ def generate_ids(
             model's generation config only the end-of-text tokens, those that open an encoder-decoder's text and the kind of
             cache count.
         seed: of the drawing; None draws from torch's generator.
-        progress: title of a progress bar on stderr; None for no bar.
+        progress: title of a progress bar on stderr, or a bar to move; None for no bar.
 
     Raises ValueError for numbers out of range.
     """
@@ -112,7 +112,7 @@ def generate_ids(
     answers: list[list[int]] = [[] for _ in encoded]
     device = next(model.parameters()).device
     with (
-        tqdm(total=len(encoded), desc=progress, unit="text", disable=progress is None) as bar,
+        progress_bar(progress, len(encoded)) as bar,
         torch.random.fork_rng() if seed is not None else nullcontext(),
         _configured(model, config),
     ):
@@ -133,6 +133,13 @@ def generate_ids(
                         used.reset()
                     bar.update(len(rows))
     return answers
+
+
+def progress_bar(progress: str | tqdm | None, texts: int) -> AbstractContextManager[tqdm]:
+    """A bar of that title over so many texts; one that somebody else has made as it is."""
+    if isinstance(progress, tqdm):
+        return nullcontext(progress)
+    return tqdm(total=texts, desc=progress, unit="text", disable=progress is None)
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from torch import nn
 
 from prefix_tuning.attach import attach_prefix
 from prefix_tuning.data import check_row
-from prefix_tuning.generate import first_line, generate_ids
+from prefix_tuning.generate import first_line, generate_ids, progress_bar
 from prefix_tuning.prefix import Prefix
 from prefix_tuning.prompts import encode_prompt
 from prefix_tuning.stacks import tokens_left
@@ -135,26 +135,37 @@ def common_prefix(rows: Sequence[Sequence[int]]) -> int:
 
 
 def _written(
-    model: nn.Module, tokenizer, text: SourceText, rows: Sequence[Mapping[str, Any]], *, max_new_tokens: int, **generation: Any
+    model: nn.Module,
+    tokenizer,
+    text: SourceText,
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    max_new_tokens: int,
+    seed: int | None = None,
+    progress: str | None = None,
+    **generation: Any,
 ) -> list[str]:
     """What the model writes after each row's prompt with its chunk in front, which is read once for all rows that follow each
     other with the same one. ValueError where that takes more tokens than the model has positions."""
     positions, texts = tokens_left(model, 0), []
-    for chunk, alike in groupby(rows, key=lambda row: row["chunk"]):
-        read = text.chunk(*chunk)
-        prompts = [with_text(row, read) for row in alike]
-        encoded = [encode_prompt(row.get("messages") or row["prompt"], tokenizer) for row in prompts]
-        longest = max(map(len, encoded)) + max_new_tokens
-        if positions is not None and longest > positions:
-            raise ValueError(
-                f"chunk_tokens: with {chunk[1] - chunk[0]} tokens of the text a conversation takes up to {longest} tokens, but "
-                f"the model has {positions} positions"
-            )
-        shared = min(common_prefix(encoded), min(map(len, encoded)) - 1)
-        with behind(model, encoded[0][:shared]):
-            rest = [ids[shared:] for ids in encoded]
-            answers = generate_ids(model, tokenizer, rest, max_new_tokens=max_new_tokens, **generation)
-        texts += [tokenizer.decode(ids, skip_special_tokens=True) for ids in answers]
+    with progress_bar(progress, len(rows)) as bar:
+        for chunk, alike in groupby(rows, key=lambda row: row["chunk"]):
+            read = text.chunk(*chunk)
+            prompts = [with_text(row, read) for row in alike]
+            encoded = [encode_prompt(row.get("messages") or row["prompt"], tokenizer) for row in prompts]
+            longest = max(map(len, encoded)) + max_new_tokens
+            if positions is not None and longest > positions:
+                raise ValueError(
+                    f"chunk_tokens: with {chunk[1] - chunk[0]} tokens of the text a conversation takes up to {longest} tokens, "
+                    f"but the model has {positions} positions"
+                )
+            shared = min(common_prefix(encoded), min(map(len, encoded)) - 1)
+            with behind(model, encoded[0][:shared]):
+                answers = generate_ids(
+                    model, tokenizer, [ids[shared:] for ids in encoded], max_new_tokens=max_new_tokens, progress=bar,
+                    seed=None if seed is None else seed + len(texts), **generation,
+                )  # fmt: skip
+            texts += [tokenizer.decode(ids, skip_special_tokens=True) for ids in answers]
     return texts
 
 

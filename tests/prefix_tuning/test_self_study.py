@@ -69,6 +69,15 @@ def test_questions_and_answers_are_what_the_model_writes_behind_the_chunk(model,
     assert answered(model, tokenizer, SOURCE, found, max_new_tokens=9) == found  # nothing is open any more
 
 
+def test_every_chunk_is_asked_about_by_numbers_of_its_own_under_one_bar(model, capsys):
+    tokenizer, chunks = tiny_tokenizer(), [[0, 30]] * 2 + [[10, 40]] * 2 + [[0, 30]] * 2
+    first, again, other = (questions(model, tokenizer, SOURCE, chunks, seed=seed, progress="asking") for seed in (0, 0, 1))
+    assert first == again != other
+    assert [row["prompt"] for row in first[:2]] != [row["prompt"] for row in first[-2:]]  # the same chunk, drawn later
+    bars = capsys.readouterr().err
+    assert bars.count("\n") == 3 and bars.count("0/6") == 3
+
+
 @pytest.mark.parametrize("chat", [True, False])
 def test_each_kind_of_question_is_asked_in_turn(model, chat, monkeypatch):
     tokenizer, asked = tiny_tokenizer(chat_template=CHAT_TEMPLATE if chat else None), []
