@@ -22,7 +22,7 @@ from prefix_tuning import cuda_graphs
 from prefix_tuning.attention import LayerPrefix
 from prefix_tuning.data import IGNORED
 from prefix_tuning.devices import is_spread
-from prefix_tuning.loss import loss_at, targets_of
+from prefix_tuning.loss import check_teacher, divergences, logits_at, loss_at, targets_of
 from prefix_tuning.masks import idle_mask
 
 MOST_GRAPHS = 32  # shapes that come later run as they are
@@ -68,17 +68,22 @@ class GraphedSteps:
         # The gradients inside are not scaled, so those of float16 could vanish.
         return not is_spread(self._model) and torch.float16 not in (self._model.dtype, _autocast(ids.device)) and ids.dim() == 2
 
-    def loss(self, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, int] | None:
-        """As target_loss; None where this step has to run as it is."""
+    def loss(self, input_ids: Tensor, labels: Tensor, *teacher: Tensor) -> tuple[Tensor, int] | None:
+        """As target_loss, or with a teacher's ids and probabilities as distillation_loss; None where it has to run as it is."""
         rows, length = len(input_ids), self._padded(input_ids.shape[1])
         index, targets = targets_of(functional.pad(labels, (0, length - labels.shape[1]), value=IGNORED))
         if not len(targets):
             return None
         device, most = input_ids.device, rounded(len(targets))
-        step = self._step((rows, length, most), device, partial(_TargetLoss, most, device))
+        if teacher:
+            check_teacher(len(targets), *teacher)
+            kept = teacher[0].shape[1]
+            step = self._step((rows, length, most, kept), device, partial(_Divergence, most, kept, device))
+        else:
+            step = self._step((rows, length, most), device, partial(_TargetLoss, most, device))
         if step is None:
             return None
-        step.load(input_ids, index, targets)
+        step.load(input_ids, index, *(teacher or (targets,)))
         return step.replay()[0], len(targets)
 
     def _padded(self, length: int) -> int:
@@ -143,6 +148,26 @@ class _TargetLoss:
         self.index[: len(index)] = index
         self.targets[: len(targets)] = targets
         self.targets[len(targets) :] = IGNORED
+
+
+class _Divergence:
+    """The summed divergence of at most that many labelled tokens from a teacher that names `kept` tokens for each."""
+
+    def __init__(self, targets: int, kept: int, device: torch.device):
+        self.index = torch.zeros(targets, dtype=torch.long, device=device)
+        self.counted = torch.zeros(targets, device=device)
+        self.ids = torch.zeros(targets, kept, dtype=torch.long, device=device)
+        self.probs = torch.zeros(targets, kept, device=device)
+
+    def run(self, model: nn.Module, **inputs: Tensor) -> tuple[Tensor]:
+        logits = logits_at(model, self.index, **inputs)
+        return (divergences(logits, self.ids, self.probs) @ self.counted.to(logits.device),)
+
+    def load(self, index: Tensor, teacher_ids: Tensor, teacher_probs: Tensor) -> None:
+        """index: in padded rows."""
+        self.index[: len(index)] = index
+        self.ids[: len(index)], self.probs[: len(index)] = teacher_ids, teacher_probs
+        self.counted[: len(index)], self.counted[len(index) :] = 1, 0
 
 
 class _Step:

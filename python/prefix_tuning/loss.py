@@ -77,17 +77,26 @@ def distillation_loss(
         number of targets). All tokens but the k count as one, so it is at most the divergence over the whole vocabulary.
     """
     index, targets = targets_of(labels)
-    if teacher_ids.shape != teacher_probs.shape or len(teacher_ids) != len(targets):
+    check_teacher(len(targets), teacher_ids, teacher_probs)
+    return divergences(logits_at(model, index, **inputs), teacher_ids, teacher_probs).sum(), len(targets)
+
+
+def check_teacher(targets: int, teacher_ids: Tensor, teacher_probs: Tensor) -> None:
+    """ValueError for what is not one row for each target."""
+    if teacher_ids.dim() != 2 or teacher_ids.shape != teacher_probs.shape or len(teacher_ids) != targets:
         shapes = f"{list(teacher_ids.shape)} and {list(teacher_probs.shape)}"
-        raise ValueError(f"teacher_ids, teacher_probs: expected [{len(targets)}, k], one row for each target, got {shapes}")
-    logits = logits_at(model, index, **inputs)
+        raise ValueError(f"teacher_ids, teacher_probs: expected [{targets}, k], one row for each target, got {shapes}")
+
+
+def divergences(logits: Tensor, teacher_ids: Tensor, teacher_probs: Tensor) -> Tensor:
+    """float32 [targets]: the divergence from the teacher of each row of logits [targets, vocabulary]."""
     with torch.autocast(logits.device.type, enabled=False):
         log_probs = functional.log_softmax(logits.float(), dim=-1)
-        teacher_ids, probs = teacher_ids.to(logits.device), teacher_probs.to(logits.device, torch.float32)
-        others = log_probs.scatter(1, teacher_ids, -torch.inf).logsumexp(1)
+        ids, probs = teacher_ids.to(logits.device), teacher_probs.to(logits.device, torch.float32)
+        others = log_probs.scatter(1, ids, -torch.inf).logsumexp(1)
         left = (1 - probs.sum(1)).clamp(min=0)
-        named = torch.special.xlogy(probs, probs) - probs * log_probs.gather(1, teacher_ids)
-        return (named.sum(1) + torch.special.xlogy(left, left) - left * others).sum(), len(targets)
+        named = torch.special.xlogy(probs, probs) - probs * log_probs.gather(1, ids)
+        return named.sum(1) + torch.special.xlogy(left, left) - left * others
 
 
 def encoder_decoder_loss(model: nn.Module, labels: Tensor, **inputs: Any) -> tuple[Tensor, int, Tensor]:

@@ -32,7 +32,7 @@ from prefix_tuning.checkpointing import LayerCheckpointing
 from prefix_tuning.data import IGNORED, PromptCompletionCollator, pair_collator, tokenize_rows, without_idle_mask
 from prefix_tuning.devices import is_spread
 from prefix_tuning.graphed_training import GraphedSteps
-from prefix_tuning.loss import distillation_loss, encoder_decoder_loss, sum_loss, target_loss
+from prefix_tuning.loss import distillation_loss, divergences, encoder_decoder_loss, sum_loss, target_loss
 from prefix_tuning.multimodal_families import text_part
 from prefix_tuning.prefix import Prefix
 from prefix_tuning.shapes import check_int, check_model
@@ -122,32 +122,33 @@ class PrefixedModel(nn.Module):
                 return {name: outputs[name] for name in ("loss", "logits", "start_logits", "end_logits") if name in outputs}
             if labels is None:
                 return {"logits": self.model(**inputs, use_cache=False, return_dict=True).logits}
-            if teacher_ids is not None:
-                loss, count = distillation_loss(self.model, labels, teacher_ids, teacher_probs, **inputs)
-                outputs = {}
-            elif self.task is Task.ENCODER_DECODER:
+            teacher = () if teacher_ids is None else (teacher_ids, teacher_probs)
+            if self.task is Task.ENCODER_DECODER:
                 loss, count, logits = encoder_decoder_loss(self.model, labels=labels, **inputs)
                 outputs = {"logits": logits} if return_logits else {}
             elif not return_logits:
-                loss, count = self._target_loss(labels, inputs)
+                loss, count = self._target_loss(labels, inputs, teacher)
                 outputs = {}
             else:
                 logits = self.model(**inputs, use_cache=False, return_dict=True).logits
                 wanted = labels[:, 1:] != IGNORED
-                loss, count = sum_loss(logits[:, :-1][wanted], labels[:, 1:][wanted]), int(wanted.sum())
+                predicted, count = logits[:, :-1][wanted], int(wanted.sum())
+                loss = divergences(predicted, *teacher).sum() if teacher else sum_loss(predicted, labels[:, 1:][wanted])
                 outputs = {"logits": logits}
         items = count if num_items_in_batch is None else num_items_in_batch
         # Without any target the loss is 0, and so are its gradients.
         return {"loss": loss / (items.clamp(min=1) if isinstance(items, Tensor) else max(items, 1)), **outputs}
 
-    def _target_loss(self, labels: Tensor, inputs: dict[str, Any]) -> tuple[Tensor, int]:
+    def _target_loss(self, labels: Tensor, inputs: dict[str, Any], teacher: tuple[Tensor, ...]) -> tuple[Tensor, int]:
         replayed = None
         unmasked = {name: value for name, value in inputs.items() if name != "attention_mask"}
         if self.graphs is not None and self.checkpointing is None and self.graphs.serves(unmasked):
             inputs = without_idle_mask(inputs, wait=True)  # the labels are waited for as well
             if "attention_mask" not in inputs:
-                replayed = self.graphs.loss(inputs["input_ids"], labels)
-        return target_loss(self.model, labels=labels, **inputs) if replayed is None else replayed
+                replayed = self.graphs.loss(inputs["input_ids"], labels, *teacher)
+        if replayed is not None:
+            return replayed
+        return (distillation_loss if teacher else target_loss)(self.model, labels, *teacher, **inputs)
 
     def activation_checkpointing_enable(
         self,

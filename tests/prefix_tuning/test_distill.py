@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from prefix_tuning import Prefix, attach_prefix, cli, distill
+from prefix_tuning import Prefix, PrefixedModel, attach_prefix, cli, distill
 from prefix_tuning.data import IGNORED, tokenize_example
 from prefix_tuning.distill import DistillationCollator, DistillSettings, mean_divergence, teacher_examples
 from prefix_tuning.loss import distillation_loss
@@ -104,6 +104,18 @@ def test_the_teacher_itself_diverges_by_nothing_and_has_no_gradient():
         doubted, _ = distillation_loss(model, labels, ids, certain, input_ids=input_ids)
     assert abs(loss.item()) < 1e-4 and torch.isfinite(doubted)
     assert all(parameter.grad.abs().max() < 1e-4 for parameter in prefix.parameters())
+
+
+def test_with_logits_the_loss_is_the_same():
+    model, input_ids, labels, wanted = labelled()
+    probs, ids = torch.randn(int(wanted.sum()), 128).softmax(-1).topk(9)
+    prefix = random_prefix(model)
+    with attach_prefix(model, prefix):
+        trained = PrefixedModel(model, prefix)
+        batch = {"input_ids": input_ids, "labels": labels, "teacher_ids": ids, "teacher_probs": probs}
+        alone, beside = trained(**batch), trained(**batch, return_logits=True)
+    assert list(alone) == ["loss"] and beside["logits"].shape == (2, 6, 128)
+    torch.testing.assert_close(alone["loss"], beside["loss"])
 
 
 def test_a_teacher_of_other_targets_is_refused():

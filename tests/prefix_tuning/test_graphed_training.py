@@ -60,6 +60,26 @@ def test_steps_equal(device, family, mlp):
 
 
 @pytest.mark.parametrize("device", DEVICES, indirect=True)
+def test_distillation_steps_equal(device):
+    """With a teacher; one that names another number of tokens, and a step without one, are other steps."""
+    model = tiny_model("llama").to(device)
+    prefix = Prefix.for_model(model, 5, seed=0).to(device)
+    with attach_prefix(model, prefix):
+        trained = PrefixedModel(model, prefix)
+        for number, size in enumerate(SIZES + SIZES[:2]):
+            batch = batch_of(*size, seed=number if number < len(SIZES) else 0, device=device)
+            wanted = (batch["labels"][:, 1:] != IGNORED).sum()
+            probs, ids = torch.randn(wanted, 128, device=device).softmax(-1).topk(9 if number < len(SIZES) else 3)
+            assert_step(trained, batch | {"teacher_ids": ids, "teacher_probs": probs})
+        assert len(trained.graphs._steps) == 3 and not trained.graphs._refused
+        assert_step(trained, batch_of(*SIZES[0], device=device))
+        assert_step(trained, batch_of(*SIZES[0], device=device))
+        assert len(trained.graphs._steps) == 4
+        with pytest.raises(ValueError, match=r"teacher_ids, teacher_probs: expected \[\d+, k\]"):
+            step(trained, batch | {"teacher_ids": ids[1:], "teacher_probs": probs[1:]})
+
+
+@pytest.mark.parametrize("device", DEVICES, indirect=True)
 @pytest.mark.parametrize("mlp", (False, True), ids=("prefix", "reparametrised"))
 def test_under_autocast(device, mlp):
     """A parameter that an optimiser changes is cast anew in every replay; without autocast the same shape is another step."""
