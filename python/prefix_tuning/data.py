@@ -250,8 +250,9 @@ def _tokenize_messages(
         start, end = len(before), len(after)
         if ids[:start] != before or ids[:end] != after:
             raise ValueError(
-                "messages: the chat template writes earlier turns otherwise once later ones follow, so the assistant's "
-                "turns cannot be found; make one row of each turn, or use a template with {% generation %}"
+                "messages: the chat template writes earlier turns otherwise once later ones follow, or opens an answer with "
+                "what the turn itself has not (<think>), so the assistant's turns cannot be found; make one row of each turn, "
+                "or use a template with {% generation %}"
             )
         turn_ids = ids[start:end]
         if tokenizer.eos_token_id in turn_ids:  # what follows the end of a turn is never generated

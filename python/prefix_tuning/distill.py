@@ -9,6 +9,7 @@ for all conversations about it; the student sees the conversation alone.
 from __future__ import annotations
 
 import dataclasses
+import json
 import random
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -24,15 +25,16 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prefix_tuning.attach import attach_prefix
-from prefix_tuning.data import IGNORED, PromptCompletionCollator, read_rows, tokenize_example
+from prefix_tuning.data import IGNORED, PromptCompletionCollator, check_row, read_rows, tokenize_example
 from prefix_tuning.files import check_writable, write_json_lines
 from prefix_tuning.loss import distillation_loss, logits_at, targets_of
 from prefix_tuning.prefix import Prefix
-from prefix_tuning.recipe import TrainSettings, train_prefix
+from prefix_tuning.recipe import TrainSettings, check_run, start_prefix, train_prefix
 from prefix_tuning.self_study import SourceText, answered, behind, common_prefix, questions, with_text
 from prefix_tuning.shapes import check_int
 from prefix_tuning.stacks import tokens_left
 from prefix_tuning.task import Task, task_of
+from prefix_tuning.text_cache import evaluating
 
 CONVERSATIONS_FILE = "conversations.jsonl"
 
@@ -45,7 +47,8 @@ class DistillSettings(TrainSettings):
     chunk_tokens       tokens of the text that are read at a time; a longer text is read in chunks drawn at random
     max_new_tokens     longest answer
     top_k              probabilities of the teacher that are kept of each token; the rest of the vocabulary counts as one
-    held_out           share of the conversations that is not trained on, but measured
+    held_out           share of the conversations that is not trained on, but measured; with save_steps they also choose the
+                       checkpoint that is kept
     """
 
     prefix_len: int = 128
@@ -81,7 +84,7 @@ def distill(
         text: of any length; what is read of it at a time, settings.chunk_tokens, must fit the model with a conversation.
         prompts: rows of data.py to learn from in place of the model's own questions. Those without a completion, or an
             assistant's turn at the end, are answered by the model. They are about the whole text, which is then read at once.
-        resume: go on with the conversations, and from the last checkpoint, in `output`.
+        resume: go on with the conversations in `output`, and from its last checkpoint where there is one.
 
     Returns the prefix and its numbers: those of train_prefix, conversations (how many) and divergences: of the held-out ones
     the mean divergence from the teacher in nats a token, with no prefix, with the prefix that training starts from and with the
@@ -103,30 +106,36 @@ def distill(
             f"prefix_len: expected less than the {len(source)} tokens of the text, which Prefix.from_text has as they are, got "
             f"{settings.prefix_len}"
         )
-    check_writable(output)
+    _check_top_k(model, settings.top_k)
+    if prompts is None and tokenizer.chat_template:  # refuses a template that turns cannot be found in
+        tokenize_example({"messages": [{"role": role, "content": role} for role in ("user", "assistant")]}, tokenizer)
     file, shown = output / CONVERSATIONS_FILE, progress or None
+    resume_training = resume and any(output.glob("checkpoint-*"))
+    check_run(model, output, settings, resume_training, evaluate=settings.held_out > 0)
+    start = start_prefix(model, tokenizer, settings)
+    check_writable(output)
     if resume:
-        rows = read_rows(file)
+        rows = _read_conversations(file, source)
     else:
-        rows = _conversations(model, tokenizer, source, settings, prompts, shown)
+        rows = _held_out(_conversations(model, tokenizer, source, settings, prompts, shown), settings)
+        rows = [{**row, "text": source.digest} for row in rows]
         write_json_lines(file, rows)
     examples = teacher_examples(
         model, tokenizer, rows, source, top_k=settings.top_k, batch_size=settings.batch_size,
         max_length=_longest_row(model, settings), progress=shown and "reading",
     )  # fmt: skip
-    order = random.Random(settings.seed).sample(range(len(examples)), len(examples))
-    kept = max(1, len(examples) - round(settings.held_out * len(examples)))
-    trained, measured = ([examples[i] for i in part] for part in (order[:kept], order[kept:]))
+    trained, measured = (
+        [example for row, example in zip(rows, examples, strict=True) if row["held_out"] is out] for out in (False, True)
+    )
     collator = DistillationCollator(tokenizer)
     divergences = {}
     if measured:
-        start = Prefix.for_model(model, settings.prefix_len, init="text", text=text, tokenizer=tokenizer)
         for name, prefix in (("no_prefix", None), ("start", start)):
             with nullcontext() if prefix is None else attach_prefix(model, prefix, backend=settings.backend):
                 divergences[name] = mean_divergence(model, measured, collator, settings.batch_size)
     prefix, metrics = train_prefix(
-        model, tokenizer, trained, output, settings, eval_rows=measured or None, data_collator=collator, resume=resume,
-        progress=progress,
+        model, tokenizer, trained, output, settings, eval_rows=measured or None, data_collator=collator,
+        resume=resume_training, progress=progress,
     )  # fmt: skip
     if measured:
         with attach_prefix(model, prefix, backend=settings.backend):
@@ -151,9 +160,7 @@ def teacher_examples(
     Raises ValueError naming the row for one that is none, whose answer is tokenised otherwise behind the text, or that does not
     fit the model together with it.
     """
-    vocabulary = model.get_output_embeddings().weight.shape[0]
-    if not 1 <= top_k < vocabulary:
-        raise ValueError(f"top_k: expected 1 … {vocabulary - 1}, got {top_k}")
+    _check_top_k(model, top_k)
     positions, pairs = tokens_left(model, 0), []
     for index, row in enumerate(rows):
         try:
@@ -162,7 +169,10 @@ def teacher_examples(
         except ValueError as error:
             raise ValueError(f"rows[{index}]: {error}") from None
         if _targets(alone) != _targets(joined):
-            raise ValueError(f"rows[{index}]: with the text in front its answer is tokenised otherwise, expected the same")
+            raise ValueError(
+                f"rows[{index}]: with the text in front its answer has other tokens, expected the same: its prompt has none, "
+                "or the chat template writes it otherwise"
+            )
         if positions is not None and len(joined["input_ids"]) > positions:
             raise ValueError(
                 f"rows[{index}]: {len(joined['input_ids'])} tokens with the text in front, but the model has {positions} "
@@ -175,7 +185,7 @@ def teacher_examples(
             alike = sorted(alike, key=lambda pair: len(pair[2]["input_ids"]))
             begins = [joined["input_ids"][: _first_target(joined) - 1] for _, _, joined in alike]
             shared = common_prefix(begins)
-            with torch.no_grad(), behind(model, begins[0][:shared]):
+            with torch.no_grad(), evaluating(model), behind(model, begins[0][:shared]):
                 for start in range(0, len(alike), batch_size):
                     some = alike[start : start + batch_size]
                     rest = [{name: ids[shared:] for name, ids in joined.items()} for _, _, joined in some]
@@ -203,10 +213,11 @@ def mean_divergence(
 ) -> float:
     """Mean divergence of the model, with whatever is attached to it, from the teacher of the examples: nats a target."""
     device, total, tokens = next(model.parameters()).device, 0.0, 0
-    for start in range(0, len(examples), batch_size):
-        batch = collator(examples[start : start + batch_size])
-        loss, count = distillation_loss(model, **{name: tensor.to(device) for name, tensor in batch.items()})
-        total, tokens = total + loss.item(), tokens + count
+    with evaluating(model):
+        for start in range(0, len(examples), batch_size):
+            batch = collator(examples[start : start + batch_size])
+            loss, count = distillation_loss(model, **{name: tensor.to(device) for name, tensor in batch.items()})
+            total, tokens = total + loss.item(), tokens + count
     return total / tokens
 
 
@@ -214,18 +225,48 @@ def _conversations(
     model: nn.Module, tokenizer, text: SourceText, settings: DistillSettings, prompts: Sequence[Mapping[str, Any]] | None,
     progress: bool | None,
 ) -> list[dict[str, Any]]:  # fmt: skip
+    options = {"batch_size": settings.batch_size}
     if prompts is None:
         chunks = text.chunks(settings.conversations, settings.chunk_tokens, settings.seed)
-        options = {"batch_size": settings.batch_size, "seed": settings.seed, "progress": progress and "asking"}
-        rows = questions(model, tokenizer, text, chunks, **options)
+        rows = questions(model, tokenizer, text, chunks, seed=settings.seed, progress=progress and "asking", **options)
     else:
         if len(text) > settings.chunk_tokens:
             raise ValueError(
                 f"chunk_tokens: prompts are about the whole text, which has {len(text)} tokens, got {settings.chunk_tokens}"
             )
+        if not prompts:
+            raise ValueError("prompts: expected at least one row, got none")
+        for index, row in enumerate(prompts):
+            try:
+                check_row(row, answered=False)
+            except ValueError as error:
+                raise ValueError(f"prompts[{index}]: {error}") from None
         rows = [{**row, "chunk": [0, len(text)]} for row in prompts]
-    options = {"batch_size": settings.batch_size, "progress": progress and "answering"}
-    return answered(model, tokenizer, text, rows, max_new_tokens=settings.max_new_tokens, **options)
+    options |= {"max_new_tokens": settings.max_new_tokens, "progress": progress and "answering"}
+    return answered(model, tokenizer, text, rows, **options)
+
+
+def _held_out(rows: Sequence[Mapping[str, Any]], settings: DistillSettings) -> list[dict[str, Any]]:
+    """The rows, each but once, with "held_out": whether it is measured instead of trained on."""
+    distinct = list({json.dumps({**row, "chunk": None}, sort_keys=True): row for row in reversed(rows)}.values())[::-1]
+    count = max(1, round(settings.held_out * len(distinct))) if settings.held_out else 0
+    chosen = random.Random(settings.seed).sample(range(len(distinct)), min(count, len(distinct) - 1))
+    return [{**row, "held_out": index in chosen} for index, row in enumerate(distinct)]
+
+
+def _read_conversations(file: Path, text: SourceText) -> list[dict[str, Any]]:
+    """What an earlier run wrote; ValueError where that was about another text."""
+    rows = read_rows(file)
+    for index, row in enumerate(rows):
+        if row.get("text") != text.digest or not isinstance(row.get("held_out"), bool) or "chunk" not in row:
+            raise ValueError(f"resume: rows[{index}] of {file} is not of a run with this text")
+    return rows
+
+
+def _check_top_k(model: nn.Module, top_k: int) -> None:
+    vocabulary = model.get_output_embeddings().weight.shape[0]
+    if not 1 <= top_k < vocabulary:
+        raise ValueError(f"top_k: expected 1 … {vocabulary - 1}, got {top_k}")
 
 
 def _longest_row(model: nn.Module, settings: DistillSettings) -> int | None:

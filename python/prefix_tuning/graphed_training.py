@@ -161,7 +161,7 @@ class _Divergence:
 
     def run(self, model: nn.Module, **inputs: Tensor) -> tuple[Tensor]:
         logits = logits_at(model, self.index, **inputs)
-        return (divergences(logits, self.ids, self.probs) @ self.counted.to(logits.device),)
+        return ((divergences(logits, self.ids, self.probs) * self.counted).sum(),)  # a product of vectors would be autocast
 
     def load(self, index: Tensor, teacher_ids: Tensor, teacher_probs: Tensor) -> None:
         """index: in padded rows."""

@@ -24,6 +24,7 @@ from transformers import (
 )
 from transformers.integrations import get_available_reporting_integrations
 
+from prefix_kernels import available_backends
 from prefix_tuning.doctor import explain_training
 from prefix_tuning.files import check_writable, write_json
 from prefix_tuning.prefix import Prefix
@@ -94,6 +95,8 @@ class TrainSettings:
             raise ValueError(f"init_text: got {self.init_text!r}, which init 'random' does not start from")
         if self.patience and not self.save_steps:
             raise ValueError(f"patience: got {self.patience} without save_steps, which says when to evaluate")
+        if self.backend not in (None, *available_backends()):
+            raise ValueError(f"backend: expected one of {', '.join(available_backends())}, got {self.backend!r}")
         loggers = ("none", "all", *get_available_reporting_integrations())
         if self.report_to not in loggers:
             raise ValueError(f"report_to: expected one of {', '.join(loggers)} (what is installed), got {self.report_to!r}")
@@ -129,13 +132,8 @@ def train_prefix(
     OSError, before anything is trained, for an output that is no folder or cannot be written to.
     """
     settings, output = settings.resolved(), Path(output)
-    arguments = _arguments(model, output, settings, evaluate=eval_rows is not None)
-    _check_checkpoints(output, settings, resume)
-    prefix = Prefix.for_model(
-        model, settings.prefix_len, init=settings.init, text=settings.init_text, tokenizer=tokenizer,
-        reparametrization=None if settings.reparametrization == "none" else settings.reparametrization,
-        hidden_size=settings.hidden_size, seed=settings.seed,
-    )  # fmt: skip
+    arguments = check_run(model, output, settings, resume, evaluate=eval_rows is not None)
+    prefix = start_prefix(model, tokenizer, settings)
     clock = _StepClock()
     callbacks: list[TrainerCallback] = [clock]
     if settings.patience:
@@ -175,6 +173,24 @@ def train_prefix(
         "steps": trainer.state.global_step,
         "settings": dataclasses.asdict(settings),
     }
+
+
+def start_prefix(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: TrainSettings) -> Prefix:
+    """The prefix that training with these settings, resolved, starts from."""
+    return Prefix.for_model(
+        model, settings.prefix_len, init=settings.init, text=settings.init_text, tokenizer=tokenizer,
+        reparametrization=None if settings.reparametrization == "none" else settings.reparametrization,
+        hidden_size=settings.hidden_size, seed=settings.seed,
+    )  # fmt: skip
+
+
+def check_run(
+    model: PreTrainedModel, output: Path, settings: TrainSettings, resume: bool, *, evaluate: bool
+) -> TrainingArguments:
+    """The arguments of a run with these settings, resolved; ValueError where it cannot be, as train_prefix says."""
+    arguments = _arguments(model, output, settings, evaluate=evaluate)
+    _check_checkpoints(output, settings, resume)
+    return arguments
 
 
 def write_metrics(output: str | Path, metrics: Mapping[str, Any]) -> Path:

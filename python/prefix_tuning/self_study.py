@@ -7,6 +7,7 @@ training (data.py), and "chunk", the tokens [begin, end] of the text that were i
 
 from __future__ import annotations
 
+import hashlib
 import os
 import random
 from collections.abc import Mapping, Sequence
@@ -22,6 +23,7 @@ from prefix_tuning.generate import first_line, generate_ids, progress_bar
 from prefix_tuning.prefix import Prefix
 from prefix_tuning.prompts import encode_prompt
 from prefix_tuning.stacks import tokens_left
+from prefix_tuning.text_cache import evaluating
 
 # What the model is asked to write, in turn. A model without a chat template goes on after "Question:" instead.
 KINDS = (
@@ -33,6 +35,7 @@ KINDS = (
 )
 QUESTION, ANSWER = "Question:", "Answer:"
 LONGEST_QUESTION = 64  # tokens
+CLOSING = 16  # tokens that may follow an answer in a row, or come of tokenising its text anew
 ROWS_OF_A_CHUNK = 16  # conversations about the same chunk of a text that has several
 
 
@@ -50,6 +53,11 @@ class SourceText:
 
     def __len__(self) -> int:
         return len(self._ids)
+
+    @property
+    def digest(self) -> str:
+        """Tells this text from others."""
+        return hashlib.sha256(self.text.encode()).hexdigest()[:16]
 
     def chunk(self, begin: int, end: int) -> str:
         """The tokens begin … end − 1 as text."""
@@ -71,7 +79,12 @@ def with_text(row: Mapping[str, Any], text: str) -> dict[str, Any]:
     asked = next((turn for turn in messages if turn["role"] == "user"), None)
     if asked is None:
         raise ValueError("messages: expected a turn of the user's for the text to stand in")
-    asked["content"] = f"{text}\n\n{asked['content']}"
+    if isinstance(asked["content"], str):
+        asked["content"] = f"{text}\n\n{asked['content']}"
+    elif isinstance(asked["content"], list):  # of parts
+        asked["content"] = [{"type": "text", "text": f"{text}\n\n"}, *asked["content"]]
+    else:
+        raise ValueError(f"messages: expected a text or a list of parts as content, got {type(asked['content']).__name__}")
     return {**row, "messages": messages}
 
 
@@ -112,11 +125,13 @@ def answered(
     found = []
     for row in rows:
         if not _is_answered(row):
-            answer = next(answers).strip()
+            answer = next(answers)
             if "messages" in row:
-                row = {**row, "messages": [*row["messages"], {"role": "assistant", "content": answer}]}
+                row = {**row, "messages": [*row["messages"], {"role": "assistant", "content": answer.strip()}]}
+            elif row["prompt"].endswith(ANSWER):  # a model that was taught no turns goes on with further questions
+                row = {**row, "completion": f" {first_line(answer)}"}
             else:
-                row = {**row, "completion": f" {answer}"}
+                row = {**row, "completion": answer.rstrip()}
         check_row(row)
         found.append(dict(row))
     return found
@@ -153,14 +168,14 @@ def _written(
             read = text.chunk(*chunk)
             prompts = [with_text(row, read) for row in alike]
             encoded = [encode_prompt(row.get("messages") or row["prompt"], tokenizer) for row in prompts]
-            longest = max(map(len, encoded)) + max_new_tokens
+            longest = max(map(len, encoded)) + max_new_tokens + CLOSING
             if positions is not None and longest > positions:
                 raise ValueError(
                     f"chunk_tokens: with {chunk[1] - chunk[0]} tokens of the text a conversation takes up to {longest} tokens, "
                     f"but the model has {positions} positions"
                 )
             shared = min(common_prefix(encoded), min(map(len, encoded)) - 1)
-            with behind(model, encoded[0][:shared]):
+            with evaluating(model), behind(model, encoded[0][:shared]):
                 answers = generate_ids(
                     model, tokenizer, [ids[shared:] for ids in encoded], max_new_tokens=max_new_tokens, progress=bar,
                     seed=None if seed is None else seed + len(texts), **generation,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -28,14 +29,8 @@ def cached_layers(model: nn.Module, input_ids: Tensor | Sequence[int]) -> Layers
     if list(part_shapes(model.config)) != ["decoder"]:
         raise NotImplementedError(f"model: the keys and values of a text are a causal model's, got {type(model).__name__}")
 
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad():
-            cache = _cache_of(model, ids[None].to(next(model.parameters()).device))
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+    with torch.no_grad(), evaluating(model):
+        cache = _cache_of(model, ids[None].to(next(model.parameters()).device))
     layers = [(layer.keys, layer.values) for layer in cache.layers]
     modules = stacks(model)[0].attention["decoder"] if text_part(model.config).model_type in FAMILIES else []
     if modules and hasattr(modules[0], "expand_kv"):  # latent attention caches what keys and values are made from
@@ -45,6 +40,18 @@ def cached_layers(model: nn.Module, input_ids: Tensor | Sequence[int]) -> Layers
     if found != (expected, len(ids)):
         raise ValueError(f"model: caches {found[1]} tokens, {found[0]}, but its config says {len(ids)} tokens, {expected}")
     return layers
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode; its modules' modes are put back."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
 
 
 def checked_ids(model: nn.Module, input_ids: Tensor | Sequence[int]) -> Tensor:

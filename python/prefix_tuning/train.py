@@ -116,13 +116,15 @@ class PrefixedModel(nn.Module):
         probabilities (`distillation_loss`).
         """
         self._check_attached(self.prefix)
+        teacher = () if teacher_ids is None else (teacher_ids, teacher_probs)
+        if (teacher_ids is None) != (teacher_probs is None) or (teacher and self.task is not Task.CAUSAL):
+            raise ValueError("teacher_ids, teacher_probs: expected both or neither, and both for a causal model alone")
         with nullcontext() if self.checkpointing is None else self.checkpointing.active():
             if self.task is Task.OWN_LOSS:
                 outputs = self.model(**inputs, labels=labels) if labels is not None else self.model(**inputs)
                 return {name: outputs[name] for name in ("loss", "logits", "start_logits", "end_logits") if name in outputs}
             if labels is None:
                 return {"logits": self.model(**inputs, use_cache=False, return_dict=True).logits}
-            teacher = () if teacher_ids is None else (teacher_ids, teacher_probs)
             if self.task is Task.ENCODER_DECODER:
                 loss, count, logits = encoder_decoder_loss(self.model, labels=labels, **inputs)
                 outputs = {"logits": logits} if return_logits else {}

@@ -200,6 +200,78 @@ def test_prompts_of_the_users_own(tmp_path):
         distill.distill(model, tokenizer, TEXT, tmp_path, SMALL, prompts=asked, progress=False)
 
 
+def test_a_run_over_checkpoints_leaves_the_conversations(tmp_path):
+    model, tokenizer = model_and_tokenizer()
+    settings = dataclasses.replace(SMALL, save_steps=2, steps=2)
+    distill.distill(model, tokenizer, TEXT, tmp_path, settings, progress=False)
+    before = (tmp_path / "conversations.jsonl").read_text()
+    with pytest.raises(ValueError, match="holds the checkpoints of an earlier run"):
+        distill.distill(model, tokenizer, TEXT, tmp_path, dataclasses.replace(settings, seed=5), progress=False)
+    with pytest.raises(ValueError, match=r"resume: rows\[0\] of .* is not of a run with this text"):
+        distill.distill(model, tokenizer, TEXT + " More.", tmp_path, settings, resume=True, progress=False)
+    assert (tmp_path / "conversations.jsonl").read_text() == before
+    rows = [json.loads(line) for line in before.splitlines()]
+    assert sum(row["held_out"] for row in rows) == round(0.2 * len(rows))  # and not drawn anew with another seed
+
+
+def test_equal_conversations_are_one(tmp_path):
+    rows = [PLAIN[0], PLAIN[1] | {"chunk": [1, 2]}, PLAIN[0], PLAIN[1], PLAIN[2]]
+    kept = distill._held_out(rows, SMALL)
+    assert [row["prompt"] for row in kept] == [row["prompt"] for row in PLAIN] and sum(row["held_out"] for row in kept) == 1
+    assert [row["held_out"] for row in distill._held_out(PLAIN[:1], SMALL)] == [False]
+    assert not any(row["held_out"] for row in distill._held_out(PLAIN, dataclasses.replace(SMALL, held_out=0.0)))
+
+
+@pytest.mark.parametrize("mlp", [None, "mlp"])
+def test_without_training_nothing_is_gained(mlp, tmp_path):
+    """Also where the model has dropout and is in training mode, which it is again afterwards."""
+    model, tokenizer = tiny_model("gpt2", n_positions=512, resid_pdrop=0.5, attn_pdrop=0.5).train(), tiny_tokenizer()
+    settings = dataclasses.replace(SMALL, learning_rate=1e-12, steps=1, reparametrization=mlp, hidden_size=8)
+    rows = [row | {"chunk": ALL} for row in PLAIN]
+    once, twice = (teacher_examples(model, tokenizer, rows, SourceText(TEXT, tokenizer)) for _ in range(2))
+    assert all(torch.equal(a["teacher_probs"], b["teacher_probs"]) for a, b in zip(once, twice, strict=True))
+    assert model.training
+    _, metrics = distill.distill(model, tokenizer, TEXT, tmp_path, settings, progress=False)
+    assert metrics["divergences"]["distilled"] == pytest.approx(metrics["divergences"]["start"], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "message"),
+    [
+        ({"patience": 1, "save_steps": 1, "held_out": 0.0}, {}, "patience: got 1 without eval_rows"),
+        ({"backend": "magic"}, {}, "backend: expected one of .*, got 'magic'"),
+        ({"top_k": 128}, {}, "top_k: "),
+        ({"chunk_tokens": 512}, {"prompts": []}, "prompts: expected at least one row, got none"),
+        ({"chunk_tokens": 512}, {"prompts": [{"prompt": "p"}, {"foo": 1}]}, r"prompts\[1\]: expected an object with"),
+        ({"chunk_tokens": 512}, {"prompts": [{"messages": []}]}, r"prompts\[0\]: messages: expected at least one turn"),
+    ],
+    ids=str,
+)
+def test_what_is_wrong_is_said_before_the_model_writes(changes, options, message, tmp_path):
+    model, tokenizer = model_and_tokenizer()
+    with pytest.raises(ValueError, match=message):
+        distill.distill(model, tokenizer, TEXT, tmp_path, dataclasses.replace(SMALL, **changes), progress=False, **options)
+    assert not (tmp_path / "conversations.jsonl").exists()
+
+
+def test_a_template_that_answers_cannot_be_found_in_is_refused_first(tmp_path):
+    thinking = CHAT_TEMPLATE.replace("{{ 'assistant: ' }}", "{{ 'assistant: <think>' }}")
+    with pytest.raises(ValueError, match="opens an answer with what the turn itself has not"):
+        tokenizer = tiny_tokenizer(chat_template=thinking)
+        distill.distill(tiny_model("llama", max_position_embeddings=512), tokenizer, TEXT, tmp_path, SMALL, progress=False)
+    assert not (tmp_path / "conversations.jsonl").exists()
+
+
+def test_a_teacher_needs_ids_and_probabilities_and_a_causal_model():
+    model, input_ids, labels, wanted = labelled()
+    prefix, ids = random_prefix(model), torch.zeros(int(wanted.sum()), 4, dtype=torch.int64)
+    with attach_prefix(model, prefix):
+        trained = PrefixedModel(model, prefix)
+        for given in ({"teacher_ids": ids}, {"teacher_probs": ids.float()}):
+            with pytest.raises(ValueError, match="teacher_ids, teacher_probs: expected both or neither"):
+                trained(input_ids=input_ids, labels=labels, **given)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -285,8 +357,9 @@ def test_from_the_shell(run, tmp_path):
         assert f"divergence, {name.replace('_', ' ')}" in out and f"{metrics['divergences'][name]:.4g}" in out
     assert "written: out/prefix, out/metrics.json" in out
     assert Prefix.load(tmp_path / "out" / "prefix").prefix_len == 8
-    status, out, err = run("--resume")
-    assert (status, out) == (2, "") and "out holds no checkpoint to go on from" in err
+    status, again, err = run("--resume")  # without a checkpoint: with the conversations, from the first step on
+    assert status == 0 and "asking" not in err
+    assert [line for line in again.splitlines() if "div" in line] == [line for line in out.splitlines() if "div" in line]
 
 
 def test_prompts_from_a_file(run, tmp_path):

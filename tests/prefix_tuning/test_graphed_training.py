@@ -77,6 +77,9 @@ def test_distillation_steps_equal(device):
         assert len(trained.graphs._steps) == 4
         with pytest.raises(ValueError, match=r"teacher_ids, teacher_probs: expected \[\d+, k\]"):
             step(trained, batch | {"teacher_ids": ids[1:], "teacher_probs": probs[1:]})
+        for _ in range(3):  # summed in float32 also where autocast is on
+            assert step(trained, batch | {"teacher_ids": ids, "teacher_probs": probs}, autocast=True)[0].dtype == torch.float32
+        assert len(trained.graphs._steps) == 5
 
 
 @pytest.mark.parametrize("device", DEVICES, indirect=True)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from prefix_tuning import self_study
-from prefix_tuning.generate import generate_ids, generate_texts
+from prefix_tuning.generate import first_line, generate_ids, generate_texts
 from prefix_tuning.self_study import KINDS, ROWS_OF_A_CHUNK, SourceText, answered, common_prefix, questions, with_text
 from support.models import tiny_model
 from support.tokenizer import CHAT_TEMPLATE, tiny_tokenizer
@@ -44,6 +44,11 @@ def test_the_text_stands_in_front_of_the_first_thing_the_user_says():
     expected = [turns[0], {"role": "user", "content": "t\n\nuser"}, *turns[2:]]
     assert with_text(row, "t") == {"messages": expected, "chunk": [0, 1]}
     assert turns[1]["content"] == "user"  # a copy
+    parts = [{"type": "text", "text": "user"}]
+    joined = with_text({"messages": [{"role": "user", "content": parts}]}, "t")["messages"][0]["content"]
+    assert joined == [{"type": "text", "text": "t\n\n"}, *parts]
+    with pytest.raises(ValueError, match="messages: expected a text or a list of parts as content, got int"):
+        with_text({"messages": [{"role": "user", "content": 3}]}, "t")
     with pytest.raises(ValueError, match="messages: expected a turn of the user's"):
         with_text({"messages": turns[2:3]}, "t")
 
@@ -64,8 +69,8 @@ def test_questions_and_answers_are_what_the_model_writes_behind_the_chunk(model,
     found = answered(model, tokenizer, SOURCE, rows, max_new_tokens=9, batch_size=2)
     prompts = [with_text(row, SOURCE.chunk(*row["chunk"])) for row in rows]
     texts = generate_texts(model, tokenizer, [row.get("messages") or row["prompt"] for row in prompts], max_new_tokens=9)
-    said = [row["messages"][-1]["content"] if chat else row["completion"][1:] for row in found]
-    assert said == [text.strip() for text in texts] and any(said)
+    said = [row["messages"][-1]["content"] if chat else row["completion"] for row in found]
+    assert said == [text.strip() if chat else f" {first_line(text)}" for text in texts] and any(said)
     assert answered(model, tokenizer, SOURCE, found, max_new_tokens=9) == found  # nothing is open any more
 
 
@@ -76,6 +81,12 @@ def test_every_chunk_is_asked_about_by_numbers_of_its_own_under_one_bar(model, c
     assert [row["prompt"] for row in first[:2]] != [row["prompt"] for row in first[-2:]]  # the same chunk, drawn later
     bars = capsys.readouterr().err
     assert bars.count("\n") == 3 and bars.count("0/6") == 3
+
+
+def test_a_prompt_of_the_users_own_is_gone_on_with_as_the_model_does(model, monkeypatch):
+    monkeypatch.setattr(self_study, "_written", lambda *args, **options: [" on\nand on \n"])
+    (row,) = answered(model, tiny_tokenizer(), SOURCE, [{"prompt": "go", "chunk": [0, 5]}])
+    assert row["completion"] == " on\nand on"
 
 
 @pytest.mark.parametrize("chat", [True, False])
