@@ -79,6 +79,22 @@ def test_readme_quotes_the_committed_results():
     assert report.render(text.replace("| slots left", "| slots found")) == text
 
 
+def test_distillation_quotes_the_committed_results():
+    results = ROOT / "benchmarks" / "results" / "distill"
+    metrics = json.loads((results / "metrics.json").read_text())
+    rows = [json.loads(line) for line in (results / "conversations.jsonl").read_text().splitlines()]
+    text = (ROOT / "docs" / "distill.md").read_text()
+    (command,) = re.findall(r"^    prefix-tuning (distill --text-file benchmarks/.*)$", text, re.MULTILINE)
+    args = vars(cli._parser().parse_args(shlex.split(command)))
+    settings = metrics["settings"]
+    assert {name: args[name] for name in settings.keys() & args.keys() - {"backend"}} == {
+        name: settings[name] for name in settings.keys() & args.keys() - {"backend"}
+    }
+    assert settings["init_text"] == (ROOT / args["text_file"]).read_text() and len(rows) == metrics["conversations"]
+    assert f"{sum(row['held_out'] for row in rows)} conversations held out" in text
+    assert re.findall(r"\| (\d\.\d\d) \|$", text, re.MULTILINE) == [f"{nats:.2f}" for nats in metrics["divergences"].values()]
+
+
 def test_every_encoder_and_encoder_decoder_is_in_the_table():
     support = json.loads((ROOT / "tests" / "prefix_tuning" / "encoder_support.json").read_text())
     assert support["families"].keys() == {*ENCODER_DECODERS, *ENCODERS, "deberta-v2"}

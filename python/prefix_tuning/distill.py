@@ -112,7 +112,7 @@ def distill(
     file, shown = output / CONVERSATIONS_FILE, progress or None
     resume_training = resume and any(output.glob("checkpoint-*"))
     check_run(model, output, settings, resume_training, evaluate=settings.held_out > 0)
-    start = start_prefix(model, tokenizer, settings)
+    prefix = start_prefix(model, tokenizer, settings)
     check_writable(output)
     if resume:
         rows = _read_conversations(file, source)
@@ -128,18 +128,20 @@ def distill(
         [example for row, example in zip(rows, examples, strict=True) if row["held_out"] is out] for out in (False, True)
     )
     collator = DistillationCollator(tokenizer)
-    divergences = {}
-    if measured:
-        for name, prefix in (("no_prefix", None), ("start", start)):
-            with nullcontext() if prefix is None else attach_prefix(model, prefix, backend=settings.backend):
+    divergences: dict[str, float] = {}
+
+    def measure(name: str, attached: Prefix | None) -> None:
+        if measured:
+            with nullcontext() if attached is None else attach_prefix(model, attached, backend=settings.backend):
                 divergences[name] = mean_divergence(model, measured, collator, settings.batch_size)
-    prefix, metrics = train_prefix(
-        model, tokenizer, trained, output, settings, eval_rows=measured or None, data_collator=collator,
+
+    measure("no_prefix", None)
+    measure("start", prefix)
+    _, metrics = train_prefix(
+        model, tokenizer, trained, output, settings, eval_rows=measured or None, prefix=prefix, data_collator=collator,
         resume=resume_training, progress=progress,
     )  # fmt: skip
-    if measured:
-        with attach_prefix(model, prefix, backend=settings.backend):
-            divergences["distilled"] = mean_divergence(model, measured, collator, settings.batch_size)
+    measure("distilled", prefix)
     return prefix, {**metrics, "conversations": len(rows), "divergences": divergences}
 
 

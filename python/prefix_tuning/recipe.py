@@ -114,15 +114,16 @@ def train_prefix(
     settings: TrainSettings,
     *,
     eval_rows: Sequence[Mapping[str, Any]] | None = None,
+    prefix: Prefix | None = None,
     data_collator: DataCollator | None = None,
     resume: bool = False,
     progress: bool = True,
 ) -> tuple[Prefix, dict[str, Any]]:
     """Trains a prefix on rows of text (as in data.py) and writes it to `output`/prefix; checkpoints go to `output`.
 
-    With eval_rows and save_steps, the prefix with the lowest evaluation loss is the one that is kept. data_collator: as for
-    PrefixTrainer, for rows that are tokenised already. resume: go on from the
-    last checkpoint in `output`; where that is the end of the run, nothing is trained.
+    With eval_rows and save_steps, the prefix with the lowest evaluation loss is the one that is kept. prefix: what start_prefix
+    has made for these settings, where somebody needs it before. data_collator: as for PrefixTrainer, for tokenised rows.
+    resume: go on from the last checkpoint in `output`; where that is the end of the run, nothing is trained.
 
     Returns the prefix and its numbers: losses (one a step), eval_losses [[step, loss], …], seconds_per_step (of this call's
     steps; NaN without any), trainable_parameters, trainable_share (of model and prefix), prefix_parameters, backend, steps,
@@ -133,7 +134,7 @@ def train_prefix(
     """
     settings, output = settings.resolved(), Path(output)
     arguments = check_run(model, output, settings, resume, evaluate=eval_rows is not None)
-    prefix = start_prefix(model, tokenizer, settings)
+    prefix = start_prefix(model, tokenizer, settings) if prefix is None else prefix
     clock = _StepClock()
     callbacks: list[TrainerCallback] = [clock]
     if settings.patience:
