@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
-from prefix_kernels import prefix_attention
+from prefix_kernels import prefix_attention, prefix_attention_varlen
 from prefix_tuning.masks import MaskStructure, dense_structure, mask_structure
 
 ATTENTION_NAME = "prefix_tuning"
@@ -100,6 +100,11 @@ def prefix_attention_forward(
         prefix_key, prefix_value = prefix_key.to(dtype), prefix_value.to(dtype)
     if layer.relative:
         bias = torch.cat([prefix_bias, position_bias.detach().expand(len(prefix_bias), -1, -1, -1)], dim=-1)
+    if mask.pack is not None:
+        if bias is None and not (layer.slides and mask.window):
+            prefix = prefix_key, prefix_value
+            return _attend_in_packs(layer, query, key, value, *prefix, mask, scaling, softcap, s_aux, prefix_ids), None
+        mask = mask.unpacked()
     if layer.slides:
         prefix_len = prefix_key.shape[-2]
         own_len = prefix_len if layer.lens is None else (layer.lens[prefix_ids.clamp(min=0)] * (prefix_ids >= 0))[:, None]
@@ -118,10 +123,31 @@ def prefix_attention_forward(
         prefix_ids=prefix_ids, prefix_lens=layer.lens, first_key_position=first_key_position,
         backend=layer.backend, return_lse=s_aux is not None,
     )  # fmt: skip
-    if s_aux is not None:
-        out, lse = out
-        out = (out * torch.sigmoid(lse - s_aux[:, None])[..., None]).to(query.dtype)
-    return out.transpose(1, 2), None
+    if s_aux is None:
+        return out.transpose(1, 2), None
+    out, lse = out
+    return _through_sinks(out.transpose(1, 2), lse.transpose(1, 2), s_aux), None
+
+
+def _attend_in_packs(
+    layer: LayerPrefix, query: Tensor, key: Tensor, value: Tensor, prefix_key: Tensor, prefix_value: Tensor,
+    mask: MaskStructure, scaling: float | None, softcap: float | None, s_aux: Tensor | None, prefix_ids: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """prefix_attention_forward where rows hold several sequences: each attends to the prefix and to itself."""
+    pack = mask.pack
+    q, k, v = (tensor.transpose(1, 2).flatten(0, 1) for tensor in (query, key, value))  # [batch · length, heads, …]
+    out, lse = prefix_attention_varlen(
+        q, k, v, prefix_key, prefix_value, cu_seqlens_q=pack.cu_seqlens, cu_seqlens_k=pack.cu_seqlens,
+        max_seqlen_q=pack.max_seqlen, max_seqlen_k=pack.max_seqlen, parent=pack.parent, scale=scaling, window=mask.window,
+        softcap=softcap, prefix_ids=None if prefix_ids is None else prefix_ids[pack.rows()], prefix_lens=layer.lens,
+        backend=layer.backend, return_lse=True,
+    )  # fmt: skip
+    return _through_sinks(out, lse.T, s_aux).unflatten(0, (pack.batch, pack.length))
+
+
+def _through_sinks(out: Tensor, lse: Tensor, sinks: Tensor | None) -> Tensor:
+    """out [..., heads, value_dim] where each head has one more score, `sinks` [heads], without a value; lse [..., heads]."""
+    return out if sinks is None else (out * torch.sigmoid(lse - sinks)[..., None]).to(out.dtype)
 
 
 AttentionInterface.register(ATTENTION_NAME, prefix_attention_forward)

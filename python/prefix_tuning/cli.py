@@ -296,6 +296,8 @@ def _train_options(parser: argparse.ArgumentParser) -> None:
     add("--reparametrization", choices=("none", "mlp"), help="mlp for a random start and none for a text if not given")
     add("--hidden-size", type=int, default=defaults.hidden_size, help="of the MLP")
     add("--lr", dest="learning_rate", type=float, help="3e-2 for a text without MLP, else 1e-3 if not given")
+    add("--padding-free", action=argparse.BooleanOptionalAction,
+        help="rows behind one another without padding, common beginnings once; on a CPU if not said")  # fmt: skip
     _step_options(parser, defaults)
 
 

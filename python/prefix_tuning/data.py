@@ -183,18 +183,7 @@ class PromptCompletionCollator:
         self.multiple = pad_to_multiple_of
 
     def __call__(self, examples: Sequence[Mapping[str, Sequence[int]]]) -> dict[str, Tensor]:
-        wanted = ("input_ids", "labels")
-        lacking = next((example for example in examples if not all(name in example for name in wanted)), None)
-        if lacking is not None:
-            raise ValueError(
-                f"examples: expected {' and '.join(wanted)}, as tokenize_example makes of a row of text, got "
-                f"{', '.join(lacking) or 'no field that the model takes'}"
-            )
-        lengths = [(len(example["input_ids"]), len(example["labels"])) for example in examples]
-        wrong = next((pair for pair in lengths if pair[0] != pair[1] or not pair[0]), None)
-        if wrong is not None:
-            raise ValueError(f"examples: expected as many labels as input_ids, and one or more, got {wrong[1]} and {wrong[0]}")
-        longest = max(lengths)[0]
+        longest = max(check_examples(examples))
         length = -(-longest // self.multiple) * self.multiple
         shape = (len(examples), length)
         input_ids = torch.full(shape, self.pad_id)
@@ -206,6 +195,22 @@ class PromptCompletionCollator:
             attention_mask[i, :end] = 1
             labels[i, :end] = torch.as_tensor(example["labels"])
         return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+
+
+def check_examples(examples: Sequence[Mapping[str, Sequence[int]]]) -> list[int]:
+    """The lengths of examples of `tokenize_example`; ValueError where one has not as many labels as input_ids, or none."""
+    wanted = ("input_ids", "labels")
+    lacking = next((example for example in examples if not all(name in example for name in wanted)), None)
+    if lacking is not None:
+        raise ValueError(
+            f"examples: expected {' and '.join(wanted)}, as tokenize_example makes of a row of text, got "
+            f"{', '.join(lacking) or 'no field that the model takes'}"
+        )
+    lengths = [(len(example["input_ids"]), len(example["labels"])) for example in examples]
+    wrong = next((pair for pair in lengths if pair[0] != pair[1] or not pair[0]), None)
+    if wrong is not None:
+        raise ValueError(f"examples: expected as many labels as input_ids, and one or more, got {wrong[1]} and {wrong[0]}")
+    return [length for length, _ in lengths]
 
 
 def pair_collator(tokenizer: PreTrainedTokenizerBase) -> DataCollatorForSeq2Seq:

@@ -12,7 +12,7 @@ from transformers.utils import ModelOutput
 
 from prefix_tuning import cuda_graphs
 from prefix_tuning.data import IGNORED, without_idle_mask
-from prefix_tuning.graphed_training import GraphedSteps
+from prefix_tuning.graphed_training import GraphedSteps, Rows
 
 SERVED = {"input_ids", "labels", "attention_mask", "num_items_in_batch", "use_cache", "return_dict"}
 GIVEN = {"loss", "logits"}  # the outputs of a replayed step
@@ -45,10 +45,11 @@ class GraphedOutputs(GraphedSteps):
             return None
         count, length = given.get("num_items_in_batch"), ids.shape[1]
         shape = (len(ids), self._padded(length), count is not None, modes)
-        step = self._step(shape, ids.device, partial(_LossAndLogits, shape, ids.device))
+        make_rows, what = partial(Rows, shape[:2], ids.device), partial(_LossAndLogits, shape, ids.device)
+        step = self._step(shape, make_rows, what)
         if step is None:
             return None
-        step.load(ids, labels, count)
+        step.load({"input_ids": ids}, labels, count)
         loss, logits = step.replay()
         return step.what.kind(loss=loss, logits=logits[:, :length])
 

@@ -24,6 +24,7 @@ from prefix_tuning.data import IGNORED
 from prefix_tuning.devices import is_spread
 from prefix_tuning.loss import check_teacher, divergences, logits_at, loss_at, targets_of
 from prefix_tuning.masks import idle_mask
+from prefix_tuning.packs import Pack, packed
 
 MOST_GRAPHS = 32  # shapes that come later run as they are
 
@@ -56,34 +57,46 @@ class GraphedSteps:
         self._steps.clear()
         self._seen.clear()
 
-    def serves(self, inputs: Mapping[str, Any]) -> bool:
-        """Whether a step on these arguments of the model, beside labels, may be recorded."""
-        ids = inputs.get("input_ids")
-        if self._refused or len(inputs) != 1 or not isinstance(ids, Tensor) or not self._on_device(ids):
+    def serves(self, inputs: Mapping[str, Any], pack: Pack | None = None) -> bool:
+        """Whether a step on these arguments of the model, beside labels, may be recorded. pack: of the sequences in a row,
+        whose positions are among the arguments."""
+        ids, wanted = inputs.get("input_ids"), {"input_ids"} if pack is None else {"input_ids", "position_ids"}
+        if self._refused or inputs.keys() != wanted or not isinstance(ids, Tensor) or not self._on_device(ids):
             return False
         if not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return False
-        if self._most_tokens is not None and ids.shape[-1] > self._most_tokens:
+        if pack is None and self._most_tokens is not None and ids.shape[-1] > self._most_tokens:
             return False
         # The gradients inside are not scaled, so those of float16 could vanish.
         return not is_spread(self._model) and torch.float16 not in (self._model.dtype, _autocast(ids.device)) and ids.dim() == 2
 
-    def loss(self, input_ids: Tensor, labels: Tensor, *teacher: Tensor) -> tuple[Tensor, int] | None:
-        """As target_loss, or with a teacher's ids and probabilities as distillation_loss; None where it has to run as it is."""
-        rows, length = len(input_ids), self._padded(input_ids.shape[1])
+    def loss(
+        self, labels: Tensor, *teacher: Tensor, pack: Pack | None = None, **inputs: Tensor
+    ) -> tuple[Tensor, int] | None:
+        """As target_loss, or with a teacher's ids and probabilities as distillation_loss; None where it has to run as it is.
+
+        pack, inputs: as serves() takes them.
+        """
+        device, (rows, length) = inputs["input_ids"].device, labels.shape
+        length = self._padded(length) if pack is None else rounded(length)
         index, targets = targets_of(functional.pad(labels, (0, length - labels.shape[1]), value=IGNORED))
         if not len(targets):
             return None
-        device, most = input_ids.device, rounded(len(targets))
+        shape, most = (rows, length), rounded(len(targets))
+        make_rows = partial(Rows, shape, device)
+        if pack is not None:
+            sequences, longest = len(pack.cu_seqlens) - 1, max(pack.max_seqlen, length - labels.shape[1])
+            shape += rounded(sequences + 1), 1 << (longest - 1).bit_length(), pack.parent is not None
+            make_rows, inputs = partial(_PackedRow, *shape[1:], device), {**inputs, "pack": pack}
         if teacher:
             check_teacher(len(targets), *teacher)
             kept = teacher[0].shape[1]
-            step = self._step((rows, length, most, kept), device, partial(_Divergence, most, kept, device))
+            step = self._step((*shape, most, kept), make_rows, partial(_Divergence, most, kept, device))
         else:
-            step = self._step((rows, length, most), device, partial(_TargetLoss, most, device))
+            step = self._step((*shape, most), make_rows, partial(_TargetLoss, most, device))
         if step is None:
             return None
-        step.load(input_ids, index, *(teacher or (targets,)))
+        step.load(inputs, index, *(teacher or (targets,)))
         return step.replay()[0], len(targets)
 
     def _padded(self, length: int) -> int:
@@ -91,11 +104,11 @@ class GraphedSteps:
         longer = rounded(length)
         return length if self._most_tokens is not None and longer > self._most_tokens else longer
 
-    def _step(self, shape: tuple, device: torch.device, what: Callable[[], Any]) -> _Step | None:
-        """The step of this shape (rows, length, …), recorded if it is time; None where it has to run as it is.
+    def _step(self, shape: tuple, make_rows: Callable[[], Rows], what: Callable[[], Any]) -> _Step | None:
+        """The step of this shape, recorded if it is time; None where it has to run as it is.
 
-        what: makes what it computes: run(model, input_ids=, attention_mask=) gives the loss and what comes with it, load() its
-        further inputs.
+        make_rows: makes the tokens that it reads. what: makes what it computes: run(model, **inputs) gives the loss and what
+        comes with it, load() its further inputs.
         """
         trained = [parameter for parameter in self.prefix.parameters() if parameter.requires_grad]
         layers = self._layers()
@@ -105,7 +118,7 @@ class GraphedSteps:
         if read != self._read:
             self.clear()
             self._read = read
-        autocast = _autocast(device)
+        autocast = _autocast(trained[0].device)
         key = shape, autocast
         self._seen[key] += 1
         if key not in self._steps:
@@ -113,7 +126,7 @@ class GraphedSteps:
                 return None
             try:
                 pool = next(iter(self._steps.values())).graph.pool if self._steps else None
-                self._steps[key] = _Step(self._model, self.prefix, trained, layers, shape[:2], what(), autocast, pool)
+                self._steps[key] = _Step(self._model, self.prefix, trained, layers, make_rows(), what(), autocast, pool)
             except cuda_graphs.CaptureError as error:
                 self._refused = True
                 logger.warning(f"training steps run without CUDA graphs: {error}")
@@ -131,6 +144,48 @@ class GraphedSteps:
     @staticmethod
     def _on_device(ids: Tensor) -> bool:
         return ids.is_cuda
+
+
+class Rows:
+    """The tokens of padded rows."""
+
+    def __init__(self, shape: tuple[int, int], device: torch.device):
+        self.input_ids = torch.zeros(shape, dtype=torch.long, device=device)
+
+    @contextmanager
+    def inputs(self) -> Iterator[dict[str, Tensor]]:
+        """What the model takes, within the block."""
+        with idle_mask(self.input_ids) as mask:
+            yield {"input_ids": self.input_ids, "attention_mask": mask}
+
+    def load(self, input_ids: Tensor) -> None:
+        """What is left of longer rows before it is seen by no target."""
+        self.input_ids[:, : input_ids.shape[1]] = input_ids
+
+
+class _PackedRow(Rows):
+    """The tokens of one row of fewer than that many sequences, each of at most `longest` tokens; what is left of a longer row
+    before it is one more."""
+
+    def __init__(self, length: int, sequences: int, longest: int, shared: bool, device: torch.device):
+        super().__init__((1, length), device)
+        self.position_ids = torch.zeros_like(self.input_ids)
+        cu_seqlens = (torch.arange(sequences + 1, device=device, dtype=torch.int32) * longest).clamp(max=length)
+        parent = torch.full((sequences,), -1, dtype=torch.int32, device=device) if shared else None
+        self.pack = Pack(cu_seqlens, longest, 1, length, parent)
+
+    @contextmanager
+    def inputs(self) -> Iterator[dict[str, Tensor]]:
+        with packed(self.pack), super().inputs() as inputs:
+            yield {**inputs, "position_ids": self.position_ids}
+
+    def load(self, input_ids: Tensor, position_ids: Tensor, pack: Pack) -> None:
+        super().load(input_ids)
+        self.position_ids[:, : position_ids.shape[1]] = position_ids
+        ends = len(pack.cu_seqlens)
+        self.pack.cu_seqlens[:ends], self.pack.cu_seqlens[ends:] = pack.cu_seqlens, self.pack.length
+        if pack.parent is not None:
+            self.pack.parent[: ends - 1], self.pack.parent[ends - 1 :] = pack.parent, -1
 
 
 class _TargetLoss:
@@ -171,18 +226,17 @@ class _Divergence:
 
 
 class _Step:
-    """The recorded step of (rows, length) tokens. autocast: the dtype of torch.autocast, where that is on."""
+    """The recorded step on `rows`. autocast: the dtype of torch.autocast, where that is on."""
 
     def __init__(
         self, model: nn.Module, prefix: nn.Module, trained: list[nn.Parameter], layers: list[LayerPrefix],
-        shape: tuple[int, int], what: Any, autocast: torch.dtype | None, pool: cuda_graphs.Pool,
+        rows: Rows, what: Any, autocast: torch.dtype | None, pool: cuda_graphs.Pool,
     ):  # fmt: skip
         device = trained[0].device
-        self.model, self.what, self.trained = model, what, trained  # trained: whom the gradients are handed to
+        self.model, self.rows, self.what, self.trained = model, rows, what, trained  # trained: whom the gradients are handed to
         # Without its cache, which would keep a parameter as it is now.
         on = autocast is not None
         self.autocast = partial(torch.autocast, device.type, autocast, enabled=on, cache_enabled=False)
-        self.input_ids = torch.zeros(shape, dtype=torch.long, device=device)
         # Leaves of the graph's own over the same memory: the parameters may still be part of a step that ran as it was.
         self.leaves = {parameter: nn.Parameter(parameter.detach()) for parameter in trained}
         self.stand_in = partial(_standing_in, self.leaves, prefix, layers)
@@ -191,15 +245,15 @@ class _Step:
     @torch.enable_grad()
     def _run(self) -> tuple[tuple[Tensor, ...], tuple[Tensor | None, ...]]:
         with self.stand_in():
-            with self.autocast(), idle_mask(self.input_ids) as mask:
-                loss, *others = self.what.run(self.model, input_ids=self.input_ids, attention_mask=mask)
-            with torch.autocast(self.input_ids.device.type, enabled=False):  # as backward() is called
+            with self.autocast(), self.rows.inputs() as inputs:
+                loss, *others = self.what.run(self.model, **inputs)
+            with torch.autocast(loss.device.type, enabled=False):  # as backward() is called
                 grads = torch.autograd.grad(loss, list(self.leaves.values()), allow_unused=True)
         return tuple(tensor.detach() for tensor in (loss, *others)), grads
 
-    def load(self, input_ids: Tensor, *inputs: Any) -> None:
-        """The batch of the next replay; what is left of longer rows before it is seen by no target."""
-        self.input_ids[:, : input_ids.shape[1]] = input_ids
+    def load(self, rows: Mapping[str, Any], *inputs: Any) -> None:
+        """The batch of the next replay: its tokens, and what else the loss is computed from."""
+        self.rows.load(**rows)
         self.what.load(*inputs)
 
     def replay(self) -> tuple[Tensor, ...]:

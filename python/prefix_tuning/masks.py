@@ -23,6 +23,8 @@ from transformers.masking_utils import (
     sliding_window_overlay,
 )
 
+from prefix_tuning.packs import Pack, current_pack, taken_apart
+
 
 @dataclass(eq=False)
 class MaskStructure:
@@ -42,6 +44,7 @@ class MaskStructure:
     opaque: bool = False  # whether the bias is one of such a window could not be seen
     tokens: Tensor | None = None  # bool [batch, tokens seen so far]: which are real; None where all are, or starts says enough
     starts: Tensor | None = None  # int [batch]: the index of each row's first real token
+    pack: Pack | None = None  # the sequences that causality and window are meant within
     ndim: int = 4
 
     @property
@@ -55,7 +58,7 @@ class MaskStructure:
         """As a tensor's: accelerate brings a layer's arguments to where the layer computes. MPT asks for a dtype: unheeded."""
         if args and isinstance(args[0], torch.dtype):
             return self
-        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor | Pack)}
         return replace(self, **{name: tensor.to(*args, **kwargs) for name, tensor in tensors.items()}) if tensors else self
 
     def __getitem__(self, index: tuple[slice, ...]) -> MaskStructure:
@@ -64,7 +67,12 @@ class MaskStructure:
         batch, heads, rows, keys = index
         if (batch, heads, keys, rows.stop, rows.step) != (everything, everything, everything, None, None):
             raise NotImplementedError(f"attention_mask: cannot be taken apart by {index}")
-        return self if self.bias is None else replace(self, bias=self.bias[:, :, rows])
+        mask = self if self.pack is None else self.unpacked()
+        return mask if mask.bias is None else replace(mask, bias=mask.bias[:, :, rows])
+
+    def unpacked(self) -> MaskStructure:
+        """The same mask with a bias over all pairs of tokens in place of the pack."""
+        return MaskStructure(causal=False, bias=_hiding(self.pack.hidden(self.window)), local=self.window)
 
     def unchanging(self, slides: bool, device: torch.device) -> MaskStructure:
         """The same mask of tensors that keep their shapes from one step with a static cache to the next.
@@ -156,6 +164,14 @@ def idle_mask(input_ids: Tensor) -> Iterator[Tensor]:
         _idle_mask.reset(token)
 
 
+def _is_idle(mask: Tensor | None) -> bool:
+    """Whether a mask is the idle one, or a view of all of it, such as GPT-2 makes."""
+    idle = _idle_mask.get()
+    if mask is None or idle is None:
+        return mask is idle
+    return (mask.data_ptr(), mask.shape, mask.dtype) == (idle.data_ptr(), idle.shape, idle.dtype)
+
+
 def mask_structure(
     batch_size: int, q_length: int, kv_length: int, q_offset: int | Tensor = 0, kv_offset: int | Tensor = 0,
     mask_function: Callable = causal_mask_function, attention_mask: Tensor | MaskStructure | None = None,
@@ -169,8 +185,11 @@ def mask_structure(
     """
     if isinstance(attention_mask, MaskStructure):  # generate builds it ahead for static caches
         return attention_mask
-    if not torch.compiler.is_compiling() and attention_mask is _idle_mask.get():
-        attention_mask = None
+    whole_function, pack, sequence = mask_function, None, None
+    if not torch.compiler.is_compiling():
+        if _is_idle(attention_mask):
+            attention_mask, pack = None, current_pack()
+        mask_function, sequence = taken_apart(mask_function)
     window, chunk, known = None, None, True
     causal = mask_function is not bidirectional_mask_function and "allow_is_bidirectional_skip" not in options
     if mask_function not in (bidirectional_mask_function, causal_mask_function):
@@ -186,7 +205,7 @@ def mask_structure(
             chunked = _same_function(mask_function, chunked_causal_mask_function(local_size, torch.empty(0)))
         if known:
             window = local_size if causal else local_size + 1  # there |i − j| ≤ local_size
-        elif chunked:
+        elif chunked and pack is None and sequence is None:
             chunk = local_size
         elif local_size is not None and local_size == getattr(options.get("config"), "attention_chunk_size", None):
             raise NotImplementedError(  # transformers cuts chunks by position_ids there, which count the prefix
@@ -197,11 +216,11 @@ def mask_structure(
         key_mask = _key_mask(attention_mask, kv_length, kv_offset)
         structure = MaskStructure(causal, window, key_mask, fill, kv_offset, tokens=attention_mask)
     if known:
-        return structure
+        return structure if sequence is None and pack is None else replace(structure, pack=pack or Pack.of(sequence))
     options.pop("allow_is_causal_skip", None)
     options.pop("allow_is_bidirectional_skip", None)
     visible = sdpa_mask(
-        batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, allow_is_causal_skip=False,
+        batch_size, q_length, kv_length, q_offset, kv_offset, whole_function, attention_mask, allow_is_causal_skip=False,
         **options,
     )  # fmt: skip
     dense = dense_structure(visible)
@@ -210,7 +229,7 @@ def mask_structure(
     composed = local_size is None and getattr(options.get("config"), "sliding_window", None) is not None
     if composed and torch.compiler.is_compiling():
         return replace(dense, opaque=options.get("use_vmap", False), key_offset=kv_offset)
-    return replace(dense, local=_window_in(mask_function) if composed else local_size, key_offset=kv_offset)
+    return replace(dense, local=_window_in(whole_function) if composed else local_size, key_offset=kv_offset)
 
 
 def dense_structure(mask: Tensor) -> MaskStructure:

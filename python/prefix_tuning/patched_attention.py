@@ -128,7 +128,7 @@ def alibi_bias(slopes: Tensor, mask: MaskStructure, key: Tensor, prefix_key: Ten
 
     dtype: the one to which the family rounds it.
     """
-    if isinstance(mask, Tensor) or mask.bias is not None:
+    if isinstance(mask, Tensor) or mask.bias is not None or mask.pack is not None:
         raise NotImplementedError("attention_mask: dense masks and packed rows are not served with ALiBi")
     prefix_len, kv_len = prefix_key.shape[-2], key.shape[-2]
     if mask.key_mask is None:

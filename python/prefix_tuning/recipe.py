@@ -42,6 +42,7 @@ class TrainSettings:
     learning_rate         None: 1e-3 with an MLP, 3e-2 for keys and values that start from a text, 1e-3 from random
     steps, epochs         optimiser steps, or passes over the rows; at most one of them, None for both: 3 passes
     warmup                steps (1 or more) or their share (below 1) in which the learning rate rises; then it falls linearly
+    padding_free          as for PrefixTrainer
     save_steps            a checkpoint, and an evaluation where there are rows for it, every so many steps; 0: none
     patience              stop after so many evaluations without a better loss; 0: never
     report_to             a logger that transformers knows and that is installed, "all" of those or "none"
@@ -58,6 +59,7 @@ class TrainSettings:
     batch_size: int = 8
     gradient_accumulation: int = 1
     gradient_checkpointing: bool = False
+    padding_free: bool | None = None
     warmup: float = 0.05
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
@@ -143,7 +145,8 @@ def train_prefix(
         callbacks.append(_LossBar())
     trainer = PrefixTrainer(
         model, prefix, arguments, train_dataset=rows, eval_dataset=eval_rows, processing_class=tokenizer,
-        data_collator=data_collator, max_length=settings.max_length, backend=settings.backend, callbacks=callbacks,
+        data_collator=data_collator, padding_free=settings.padding_free, max_length=settings.max_length,
+        backend=settings.backend, callbacks=callbacks,
     )  # fmt: skip
     trainer.remove_callback(PrinterCallback)  # stands in for transformers' own bar, and writes to stdout
     try:

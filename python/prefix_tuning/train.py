@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import (
     DataCollator,
     DataCollatorForTokenClassification,
@@ -33,7 +33,10 @@ from prefix_tuning.data import IGNORED, PromptCompletionCollator, pair_collator,
 from prefix_tuning.devices import is_spread
 from prefix_tuning.graphed_training import GraphedSteps
 from prefix_tuning.loss import distillation_loss, divergences, encoder_decoder_loss, sum_loss, target_loss
+from prefix_tuning.masks import idle_mask
 from prefix_tuning.multimodal_families import text_part
+from prefix_tuning.packs import Pack, current_pack, packed
+from prefix_tuning.padding_free import padding_free_collator
 from prefix_tuning.prefix import Prefix
 from prefix_tuning.shapes import check_int, check_model
 from prefix_tuning.stacks import tokens_left
@@ -108,14 +111,29 @@ class PrefixedModel(nn.Module):
         return_logits: bool = False,
         teacher_ids: Tensor | None = None,
         teacher_probs: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
+        parent: Tensor | None = None,
         **inputs: Any,
     ) -> dict[str, Tensor]:
         """labels: int [batch, length], or what the model takes; further arguments, input_ids among them, go to the model.
 
         With teacher_ids and teacher_probs the loss of a causal model is the mean divergence from the teacher that has these
-        probabilities (`distillation_loss`).
+        probabilities (`distillation_loss`). cu_seqlens, max_seqlen, parent: of a batch that is one row of several sequences,
+        as PaddingFreeCollator makes it.
         """
         self._check_attached(self.prefix)
+        if cu_seqlens is not None:
+            pack = Pack(cu_seqlens[0], max_seqlen, *inputs["input_ids"].shape, None if parent is None else parent[0])
+            with packed(pack), idle_mask(inputs["input_ids"]) as mask:
+                inputs["attention_mask"] = mask
+                return self._outputs(labels, num_items_in_batch, return_logits, teacher_ids, teacher_probs, inputs)
+        return self._outputs(labels, num_items_in_batch, return_logits, teacher_ids, teacher_probs, inputs)
+
+    def _outputs(
+        self, labels: Tensor | None, num_items_in_batch: Tensor | int | None, return_logits: bool,
+        teacher_ids: Tensor | None, teacher_probs: Tensor | None, inputs: dict[str, Any],
+    ) -> dict[str, Tensor]:  # fmt: skip
         teacher = () if teacher_ids is None else (teacher_ids, teacher_probs)
         if (teacher_ids is None) != (teacher_probs is None) or (teacher and self.task is not Task.CAUSAL):
             raise ValueError("teacher_ids, teacher_probs: expected both or neither, and both for a causal model alone")
@@ -143,11 +161,12 @@ class PrefixedModel(nn.Module):
 
     def _target_loss(self, labels: Tensor, inputs: dict[str, Any], teacher: tuple[Tensor, ...]) -> tuple[Tensor, int]:
         replayed = None
-        unmasked = {name: value for name, value in inputs.items() if name != "attention_mask"}
-        if self.graphs is not None and self.checkpointing is None and self.graphs.serves(unmasked):
-            inputs = without_idle_mask(inputs, wait=True)  # the labels are waited for as well
-            if "attention_mask" not in inputs:
-                replayed = self.graphs.loss(inputs["input_ids"], labels, *teacher)
+        pack, unmasked = current_pack(), {name: value for name, value in inputs.items() if name != "attention_mask"}
+        if self.graphs is not None and self.checkpointing is None and self.graphs.serves(unmasked, pack):
+            if pack is None:
+                inputs = without_idle_mask(inputs, wait=True)  # the labels are waited for as well
+            if pack is not None or "attention_mask" not in inputs:
+                replayed = self.graphs.loss(labels, *teacher, pack=pack, **unmasked)
         if replayed is not None:
             return replayed
         return (distillation_loss if teacher else target_loss)(self.model, labels, *teacher, **inputs)
@@ -188,6 +207,9 @@ class PrefixTrainer(Trainer):
             model with its own loss takes tokenised rows with what its forward takes: "labels", a class or one for each token,
             or "start_positions" and "end_positions".
         processing_class: the tokenizer. data_collator: by default the one that pads for the model's task.
+        padding_free: training steps of a causal model read rows one behind the other instead of padded ones, and what several
+            begin with once (PaddingFreeCollator): the same loss and gradients from fewer tokens. None: on a CPU, where the
+            model allows it, unless there is a data_collator or rows come from an iterable data set.
         max_length: cuts prompts so that a row has no more tokens; default, and at most: what the model has positions for.
         backend, prefix_window: as for attach_prefix.
         cuda_graphs: as for PrefixedModel.
@@ -215,6 +237,7 @@ class PrefixTrainer(Trainer):
         eval_dataset: Any = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         data_collator: DataCollator | None = None,
+        padding_free: bool | None = None,
         max_length: int | None = None,
         backend: str | None = None,
         prefix_window: str = "pinned",
@@ -230,6 +253,11 @@ class PrefixTrainer(Trainer):
         # In the backward pass every parameter of the prefix gets a gradient, and no buffer of the model ever changes.
         args.ddp_find_unused_parameters = bool(args.ddp_find_unused_parameters)
         args.ddp_broadcast_buffers = bool(args.ddp_broadcast_buffers)
+        if padding_free and data_collator is not None:
+            raise ValueError("padding_free: expected no data_collator, whose place it takes in training")
+        if padding_free is None and (data_collator is not None or isinstance(train_dataset, IterableDataset)):
+            padding_free = False
+        self._padding_free = padding_free_collator(model, padding_free, args.torch_compile, prefix_window == "peft")
         if data_collator is None:
             if processing_class is None:
                 raise ValueError("processing_class: expected the tokenizer, or a data_collator in its place")
@@ -291,6 +319,14 @@ class PrefixTrainer(Trainer):
 
     def hyperparameter_search(self, *args: Any, **kwargs: Any) -> None:
         raise NotImplementedError("hyperparameter_search: make a prefix and a PrefixTrainer for each trial")
+
+    def get_train_dataloader(self) -> DataLoader:
+        padded = self.data_collator
+        self.data_collator = self._padding_free or padded
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.data_collator = padded
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         return super().get_eval_dataloader(self._tokenized("eval_dataset", eval_dataset, self.processing_class))
@@ -435,7 +471,7 @@ def tokenized(
     if isinstance(dataset, Mapping) and name == "eval_dataset":
         return {part: tokenized(f"{name}[{part!r}]", rows, tokenizer, task, max_length) for part, rows in dataset.items()}
     named = isinstance(dataset, str) and name == "eval_dataset"
-    if dataset is None or named or isinstance(dataset, torch.utils.data.IterableDataset):
+    if dataset is None or named or isinstance(dataset, IterableDataset):
         return dataset
     if isinstance(dataset, Mapping | str) or not hasattr(dataset, "__len__"):
         raise TypeError(f"{name}: expected a sequence of rows or a data set, got {type(dataset).__name__}")

@@ -1,0 +1,141 @@
+"""Batches without padding: all rows behind one another in a single row, and what several of them begin with only once.
+
+Each row attends to the prefix and to itself alone (`packs.Pack`), so the loss and its gradients are those of padded rows, from
+fewer tokens. Rows that begin alike, as with one system prompt or several references for one input, share that beginning: it is
+a sequence of its own, the parent of what follows in each of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._dynamo import OptimizedModule
+
+from prefix_tuning.data import IGNORED, check_examples
+from prefix_tuning.multimodal_families import text_part
+from prefix_tuning.stacks import attention_kinds, stacks
+from prefix_tuning.task import Task, task_of
+
+LEAST_SHARED = 8  # tokens that are worth a sequence of their own; assumed
+_COMPILED = "it is compiled, and traced code cannot ask where its rows begin"
+
+
+class PaddingFreeCollator:
+    """Examples of `tokenize_example` -> a batch of one row without padding, for PrefixedModel.
+
+    Returns input_ids, labels and position_ids, int64 [1, tokens], position_ids starting anew with each example; cu_seqlens,
+    int32 [1, sequences + 1], where the sequences begin, and the end; max_seqlen, the length of the longest; and where examples
+    share anything parent, int32 [1, sequences], the sequence that one goes on from, or −1.
+
+    share: whether examples that begin alike share that; first_position: what the position of a row's first token is.
+
+    ValueError as PromptCompletionCollator, and for an example that begins with a target.
+    """
+
+    def __init__(self, share: bool = True, first_position: int = 0):
+        self.share, self.first_position = share, first_position
+
+    def __call__(self, examples: Sequence[Mapping[str, Sequence[int]]]) -> dict[str, Any]:
+        check_examples(examples)
+        rows = [(list(example["input_ids"]), list(example["labels"])) for example in examples]
+        if any(labels[0] != IGNORED for _, labels in rows):
+            raise ValueError("examples: expected no target as a row's first token, which nothing predicts")
+        groups = shared_beginnings(rows) if self.share else [([index], 0) for index in range(len(rows))]
+        sequences: list[tuple[list[int], list[int], int, int]] = []  # ids, labels, first position, parent
+        for members, shared in groups:
+            parent = -1
+            if shared:
+                parent, ids = len(sequences), rows[members[0]][0][:shared]
+                sequences.append((ids, [IGNORED] * shared, 0, -1))
+            sequences += [(rows[index][0][shared:], rows[index][1][shared:], shared, parent) for index in members]
+        lengths = [len(ids) for ids, *_ in sequences]
+        positions = [range(start, start + length) for length, (_, _, start, _) in zip(lengths, sequences, strict=True)]
+        return {
+            "input_ids": _row([token for ids, *_ in sequences for token in ids]),
+            "labels": _row([label for _, labels, *_ in sequences for label in labels]),
+            "position_ids": _row([position for span in positions for position in span]) + self.first_position,
+            "cu_seqlens": _row([0, *accumulate(lengths)], torch.int32),
+            "max_seqlen": max(lengths),
+            **({"parent": _row([parent for *_, parent in sequences], torch.int32)} if len(sequences) > len(rows) else {}),
+        }
+
+
+def shared_beginnings(rows: Sequence[tuple[list[int], list[int]]]) -> list[tuple[list[int], int]]:
+    """Rows in groups, and how many tokens the rows of each group begin with together and compute once: of all ways to do this
+    with neighbours in the order of their tokens the one that computes the fewest.
+
+    rows: (input_ids, labels). What is shared ends before the token that predicts a row's first target.
+    """
+    order = sorted(range(len(rows)), key=lambda index: rows[index][0])
+    most = [next((i for i, label in enumerate(rows[index][1]) if label != IGNORED), len(rows[index][0])) - 1 for index in order]
+    alike = [0, *(_common(rows[a][0], rows[b][0]) for a, b in zip(order, order[1:], strict=False))]
+    best: list[tuple[int, int, int]] = [(0, 0, 0)]  # after so many rows: tokens saved, where the last group begins, its tokens
+    for stop in range(1, len(rows) + 1):
+        best.append((best[-1][0], stop - 1, 0))
+        shared = most[stop - 1]
+        for start in range(stop - 2, -1, -1):
+            shared = min(shared, alike[start + 1], most[start])
+            if shared < LEAST_SHARED:
+                break
+            saved = best[start][0] + shared * (stop - start - 1)
+            if saved > best[stop][0]:
+                best[stop] = saved, start, shared
+    groups, stop = [], len(rows)
+    while stop:
+        _, start, shared = best[stop]
+        groups.append(([order[index] for index in range(start, stop)], shared))
+        stop = start
+    return groups[::-1]
+
+
+def padding_free_collator(
+    model: nn.Module, wanted: bool | None, compiled: bool = False, slides: bool = False
+) -> PaddingFreeCollator | None:
+    """What makes the batches of a model's training, None for padded ones.
+
+    wanted: None is wherever it can be, on a CPU; on a GPU it was not measured. compiled: the model will be. slides: the prefix
+        slides out of windows, which in such rows takes a mask over all pairs of tokens.
+
+    NotImplementedError for a model that needs padded rows, where others are wanted.
+    """
+    reason = _COMPILED if compiled else why_padded(model)
+    if wanted and reason is not None:
+        raise NotImplementedError(f"padding_free: {type(model).__name__} needs padded rows: {reason}")
+    if wanted is False or reason is not None:
+        return None
+    windows = any(kind.get("window") for kind in attention_kinds(model.config).values())
+    if wanted is None and (model.device.type != "cpu" or (windows and slides)):
+        return None
+    # A window would have to reach into what is shared.
+    return PaddingFreeCollator(share=not windows, first_position=stacks(model)[0].first_position)
+
+
+def why_padded(model: nn.Module) -> str | None:
+    """Why a model's rows must be batched with padding, None where they need not."""
+    if task_of(model) is not Task.CAUSAL:
+        return "it is no causal language model"
+    kinds = attention_kinds(model.config)
+    if any(kind.get("bias") for kind in kinds.values()):
+        return f"its attention has {', '.join(kinds)}, which is not served in rows of several sequences"
+    config, (stack, *_) = text_part(model.config), stacks(model)
+    attending = len(stack.attention["decoder"]) + len(stack.shared)
+    if attending != config.num_hidden_layers or "hybrid" in (getattr(config, "layer_types", None) or ()):
+        return "it has layers with a state, which runs on from one row to the next"
+    if stack.wrapper is not None:
+        return "it makes positions and masks of its own"
+    if isinstance(model, OptimizedModule) or model._compiled_call_impl is not None:
+        return _COMPILED
+    return None
+
+
+def _common(one: list[int], other: list[int]) -> int:
+    """How many tokens two rows begin with together."""
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+
+
+def _row(values: list[int], dtype: torch.dtype = torch.int64) -> Tensor:
+    return torch.tensor([values], dtype=dtype)

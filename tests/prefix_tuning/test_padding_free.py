@@ -1,0 +1,268 @@
+"""Batches without padding: what they hold, and that training on them is training on padded rows."""
+
+import itertools
+import random
+
+import pytest
+import torch
+from torch.utils.data import IterableDataset
+
+from prefix_tuning import Prefix, PrefixedModel, PrefixTrainer, attach_prefix
+from prefix_tuning.data import IGNORED, PromptCompletionCollator, tokenize_rows
+from prefix_tuning.padding_free import LEAST_SHARED, PaddingFreeCollator, padding_free_collator, shared_beginnings, why_padded
+from prefix_tuning.recipe import TrainSettings, train_prefix
+from support.models import MODELS, WITH_STATE, random_prefix, tiny_model
+from support.tokenizer import tiny_tokenizer
+from support.training import CHECKPOINTING, DEVICES, PREFIX_LEN, ROWS, losses, make_trainer, trained
+
+TOLERANCE = {"atol": 2e-5, "rtol": 1e-4}
+SYSTEM = "in one line\n"
+ALIKE = [{**row, "prompt": SYSTEM + row["prompt"]} for row in ROWS[::3]] + [
+    {"prompt": SYSTEM + ROWS[0]["prompt"], "completion": "A pub, Aromi."}, {"prompt": "name : x\n", "completion": "x"},
+]  # fmt: skip
+
+
+def example(ids, targets):
+    """A row whose last `targets` tokens have a loss."""
+    return {"input_ids": ids, "labels": [IGNORED] * (len(ids) - targets) + ids[len(ids) - targets :]}
+
+
+def test_rows_behind_one_another():
+    batch = PaddingFreeCollator(share=False, first_position=2)([example([5, 6, 7], 1), example([8, 9], 1)])
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 9]]
+    assert batch["labels"].tolist() == [[IGNORED, IGNORED, 7, IGNORED, 9]]
+    assert batch["position_ids"].tolist() == [[2, 3, 4, 2, 3]]
+    assert batch["cu_seqlens"].tolist() == [[0, 3, 5]] and batch["cu_seqlens"].dtype == torch.int32
+    assert batch["max_seqlen"] == 3 and "parent" not in batch
+
+
+def test_a_beginning_is_computed_once():
+    """The last token of a prompt predicts the first target, so each row has its own."""
+    begin = list(range(10, 10 + LEAST_SHARED))
+    rows = [example([*begin, 3, 50, 51], 2), example([*begin, 3, 60], 1), example([4, 70], 1)]
+    batch = PaddingFreeCollator()(rows)
+    assert batch["input_ids"].tolist() == [[4, 70, *begin, 3, 50, 51, 3, 60]]
+    assert batch["labels"].tolist() == [[IGNORED, 70, *[IGNORED] * LEAST_SHARED, IGNORED, 50, 51, IGNORED, 60]]
+    shared = LEAST_SHARED
+    assert batch["position_ids"].tolist() == [[0, 1, *range(shared), shared, shared + 1, shared + 2, shared, shared + 1]]
+    assert batch["cu_seqlens"].tolist() == [[0, 2, 2 + shared, 5 + shared, 7 + shared]]
+    assert batch["parent"].tolist() == [[-1, -1, 1, 1]] and batch["max_seqlen"] == LEAST_SHARED
+    assert "parent" not in PaddingFreeCollator()([example([*begin[:-1], 3, 50, 51], 2), example([*begin[:-1], 4, 60], 1)])
+
+
+def groups_of(count):
+    """All ways to cut a list of that length into runs."""
+    for cuts in itertools.product((False, True), repeat=max(count - 1, 0)):
+        ends = [i + 1 for i, cut in enumerate(cuts) if cut] + [count]
+        yield list(itertools.pairwise([0, *ends]))
+
+
+def saved_by(rows, order, runs):
+    total = 0
+    for start, stop in runs:
+        members = [rows[order[i]] for i in range(start, stop)]
+        most = min(next(i for i, label in enumerate(labels) if label != IGNORED) - 1 for _, labels in members)
+        shared = 0
+        while shared < most and len({ids[shared] for ids, _ in members}) == 1:
+            shared += 1
+        if stop - start > 1 and shared < LEAST_SHARED:
+            return -1
+        total += shared * (stop - start - 1)
+    return total
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_what_is_shared_saves_the_most(seed):
+    """Against all ways to group neighbours, on rows that branch from each other."""
+    generator = random.Random(seed)
+    rows = []
+    for _ in range(generator.randint(1, 7)):
+        start = list(generator.choice(rows)[0][: generator.randint(0, 30)]) if rows and generator.random() < 0.8 else []
+        ids = start + [generator.randint(0, 1) for _ in range(generator.randint(2, 20))]
+        targets = generator.randint(1, len(ids) - 1)
+        rows.append((ids, [IGNORED] * (len(ids) - targets) + ids[len(ids) - targets :]))
+    groups = shared_beginnings(rows)
+    assert sorted(index for members, _ in groups for index in members) == list(range(len(rows)))
+    order = sorted(range(len(rows)), key=lambda index: rows[index][0])
+    best = max(saved_by(rows, order, runs) for runs in groups_of(len(rows)))
+    assert sum(shared * (len(members) - 1) for members, shared in groups) == best
+    for members, shared in groups:
+        assert all(rows[index][0][:shared] == rows[members[0]][0][:shared] for index in members)
+        assert all(label == IGNORED for index in members for label in rows[index][1][: shared + 1])
+
+
+def test_examples_that_cannot_be_used():
+    with pytest.raises(ValueError, match="expected no target as a row's first token"):
+        PaddingFreeCollator()([{"input_ids": [1, 2], "labels": [1, 2]}])
+    with pytest.raises(ValueError, match="as many labels as input_ids"):
+        PaddingFreeCollator()([{"input_ids": [1, 2], "labels": [1]}])
+    with pytest.raises(ValueError, match="expected input_ids and labels"):
+        PaddingFreeCollator()([{"text": "x"}])
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_which_models_need_padding(name):
+    reason = why_padded(tiny_model(name))
+    alibi, chunks = name in ("bloom", "mpt", "falcon_alibi"), name in ("llama4", "llama4_temperature")
+    assert (reason is None) == (name not in WITH_STATE and not alibi and not chunks)
+    if reason is not None:
+        assert ("ALiBi" if alibi else "chunks of" if chunks else "layers with a state") in reason
+        with pytest.raises(NotImplementedError, match=f"padding_free: .* needs padded rows: {reason}"):
+            padding_free_collator(tiny_model(name), True)
+        assert padding_free_collator(tiny_model(name), None) is None
+
+
+def step(model, prefix, batch, autocast=False, checkpointing=False, graphs=False, **options):
+    """Loss and the prefix's gradients."""
+    prefix.zero_grad()
+    trained_model = PrefixedModel(model, prefix, cuda_graphs=graphs)
+    if checkpointing:
+        trained_model.activation_checkpointing_enable()
+    with torch.autocast(batch["input_ids"].device.type, torch.bfloat16, enabled=autocast):
+        outputs = trained_model(**batch, **options)
+    outputs["loss"].backward()
+    assert not torch.is_autocast_enabled("cpu")
+    return outputs, torch.cat([parameter.grad.flatten() for parameter in prefix.parameters()])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    "family", ("llama", "gpt2", "mistral", "gemma2", "gemma3", "opt", "gpt_oss", "qwen3_moe", "deepseek_v3")
+)
+def test_the_step_is_that_of_padded_rows(family, device):
+    model, tokenizer = tiny_model(family).to(device), tiny_tokenizer()
+    prefix = random_prefix(model, PREFIX_LEN).to(device)
+    examples = tokenize_rows(ALIKE, tokenizer)
+    padded, packed = PromptCompletionCollator(tokenizer)(examples), padding_free_collator(model, True)(examples)
+    assert packed["input_ids"].numel() < padded["attention_mask"].sum() or "parent" not in packed
+    assert ("parent" in packed) == (family in ("llama", "gpt2", "opt", "qwen3_moe", "deepseek_v3"))
+    padded, packed = (
+        {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
+        for batch in (padded, packed)
+    )
+    with attach_prefix(model, prefix):
+        expected, right = step(model, prefix, padded)
+        for options in ({}, {"checkpointing": True}, {"return_logits": True}, {"num_items_in_batch": 7}):
+            got, found = step(model, prefix, packed, **options)
+            targets = sum(label != IGNORED for row in examples for label in row["labels"])
+            factor = targets / 7 if "num_items_in_batch" in options else 1
+            torch.testing.assert_close(got["loss"], expected["loss"] * factor, **TOLERANCE)
+            torch.testing.assert_close(found, right * factor, atol=2e-5 * factor, rtol=1e-3)
+        exact, rounded = (step(model, prefix, batch, autocast=True) for batch in (padded, packed))
+        torch.testing.assert_close(rounded[0]["loss"], exact[0]["loss"], atol=0.02, rtol=0.02)
+        assert (rounded[1] - exact[1]).norm() < 0.1 * exact[1].norm()
+
+
+def test_a_compiled_model_runs_such_rows_as_they_are():
+    """Its traced code does not know of sequences."""
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+    prefix, batch = random_prefix(model, PREFIX_LEN), PaddingFreeCollator()(tokenize_rows(ALIKE, tokenizer))
+    with attach_prefix(model, prefix):
+        expected, right = step(model, prefix, batch)
+        compiled = torch.compile(model, backend="eager")
+        compiled(**{name: batch[name] for name in ("input_ids", "position_ids")}, use_cache=False)
+        got, found = step(compiled, prefix, batch)
+    assert torch.equal(got["loss"], expected["loss"]) and torch.equal(found, right)
+    with pytest.raises(NotImplementedError, match="it is compiled"):
+        padding_free_collator(compiled, True)
+    assert padding_free_collator(compiled, None) is None
+    model.compile(backend="eager")
+    assert padding_free_collator(model, None) is None is padding_free_collator(tiny_model("llama"), None, compiled=True)
+
+
+@pytest.mark.parametrize("mlp", (None, "mlp"), ids=("prefix", "reparametrised"))
+@pytest.mark.parametrize("device", DEVICES, indirect=True)
+def test_replayed_steps_are_the_steps(device, mlp):
+    """Batches of several lengths, with and without shared beginnings, in one graph for each kind of batch."""
+    model, tokenizer = tiny_model("llama").to(device), tiny_tokenizer()
+    prefix = Prefix.for_model(model, PREFIX_LEN, seed=0, reparametrization=mlp).to(device)
+    alike, others = (tokenize_rows(rows, tokenizer) for rows in (ALIKE, ROWS))
+    generator = random.Random(0)
+    with attach_prefix(model, prefix):
+        replayed, plain = PrefixedModel(model, prefix), PrefixedModel(model, prefix, cuda_graphs=False)
+        optimizer = torch.optim.AdamW(prefix.parameters(), lr=1e-2)
+        for number in range(16):
+            rows = generator.sample(alike, len(alike)) if number % 2 else generator.sample(others, 4)
+            batch = PaddingFreeCollator()(rows)
+            batch = {name: v.to(device) if isinstance(v, torch.Tensor) else v for name, v in batch.items()}
+            results = []
+            for way in (plain, replayed):
+                optimizer.zero_grad()
+                loss = way(**batch)["loss"]
+                loss.backward()
+                results.append((loss.detach(), *(parameter.grad.clone() for parameter in prefix.parameters())))
+            for value, right in zip(*reversed(results), strict=True):
+                torch.testing.assert_close(value, right, atol=1e-5, rtol=1e-4)
+            optimizer.step()
+        assert len(replayed.graphs._steps) >= 2 and not replayed.graphs._refused
+        assert {step.rows.pack.parent is not None for step in replayed.graphs._steps.values()} == {False, True}
+
+
+# The trainer
+
+
+@pytest.mark.parametrize("changes", ({}, {"gradient_accumulation_steps": 2}, {CHECKPOINTING: True}, {"bf16": True}), ids=str)
+@pytest.mark.parametrize("family", ("llama", "mistral"))
+def test_training_is_that_of_padded_rows(family, changes, tmp_path):
+    runs = [
+        trained(tmp_path / str(free), tiny_model(family), rows=[*ALIKE, *ROWS], options={"padding_free": free}, **changes)
+        for free in (True, False)
+    ]
+    close = {"rel": 0.02} if "bf16" in changes else {"rel": 2e-5}
+    assert losses(runs[0]) == pytest.approx(losses(runs[1]), **close)
+    if "bf16" not in changes:
+        for one, other in zip(*(run.prefix.parameters() for run in runs), strict=True):
+            torch.testing.assert_close(one, other, atol=1e-3, rtol=1e-3)
+
+
+def batches(trainer):
+    return [set(batch) for batch in trainer.get_train_dataloader()], [set(batch) for batch in trainer.get_eval_dataloader()]
+
+
+def test_what_is_left_out_by_itself(tmp_path):
+    """On a CPU training reads no padding where it need not; evaluation reads padded rows."""
+    free, padded = {"input_ids", "labels", "position_ids", "cu_seqlens", "max_seqlen"}, {"input_ids", "labels"}
+    for options, expected in (({}, free), ({"padding_free": False}, padded), ({"padding_free": True}, free)):
+        trainer = make_trainer(tmp_path, options=options | {"eval_dataset": ROWS[:4]})
+        training, evaluation = batches(trainer)
+        trainer.detach()
+        assert all(names - {"parent"} == expected for names in training) and all(names == padded for names in evaluation)
+    for family, options in (("bloom", {}), ("bamba", {}), ("mistral", {"prefix_window": "peft"})):
+        trainer = make_trainer(tmp_path, tiny_model(family), options=options | {"eval_dataset": ROWS[:4]})
+        assert trainer._padding_free is None and "cu_seqlens" not in batches(trainer)[0][0]
+        trainer.detach()
+
+
+def test_a_collator_or_an_iterable_data_set_stays_as_it_is(tmp_path):
+    class Stream(IterableDataset):
+        def __iter__(self):
+            yield from tokenize_rows(ROWS, tiny_tokenizer())
+
+    collator = PromptCompletionCollator(tiny_tokenizer())
+    expected = losses(trained(tmp_path / "rows", max_steps=2, options={"padding_free": False, "data_collator": collator}))
+    assert losses(trained(tmp_path / "collator", max_steps=2, options={"data_collator": collator})) == expected
+    with pytest.raises(ValueError, match="padding_free: expected no data_collator"):
+        make_trainer(tmp_path, options={"padding_free": True, "data_collator": collator})
+    streamed = make_trainer(tmp_path / "stream", rows=Stream())
+    assert streamed._padding_free is None
+    streamed.detach()
+    asked = make_trainer(tmp_path / "asked", rows=Stream(), options={"padding_free": True}, max_steps=2)
+    asked.train()
+    asked.detach()
+    assert len(losses(asked)) == 2
+
+
+def test_refusals_leave_the_model_alone(tmp_path):
+    model = tiny_model("bloom")
+    with pytest.raises(NotImplementedError, match="padding_free: BloomForCausalLM needs padded rows: its attention has ALiBi"):
+        PrefixTrainer(model, random_prefix(model), train_dataset=ROWS, processing_class=tiny_tokenizer(), padding_free=True)
+    assert not any(hasattr(module, "layer_prefix") for module in model.modules())
+
+
+def test_the_settings_reach_the_trainer(tmp_path):
+    model, found = tiny_model("llama"), []
+    for free in (True, False, None):
+        settings = TrainSettings(prefix_len=3, steps=2, batch_size=4, padding_free=free, learning_rate=1e-2)
+        _, numbers = train_prefix(model, tiny_tokenizer(), [*ALIKE, *ROWS], tmp_path / str(free), settings, progress=False)
+        found.append(numbers["losses"])
+    assert found[0] == found[2] == pytest.approx(found[1], rel=2e-5)
