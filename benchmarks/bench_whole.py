@@ -1,12 +1,13 @@
 """Whole models: one training step and greedy generation with a prefix, ours against PEFT's, timed in turn in one process.
 
     python benchmarks/bench_whole.py          SmolLM2-135M-Instruct on the CPU, to benchmarks/results/cpu/whole.json
-        train       as `make demo`: rows of E2E, 4 a step, a prefix of 16 positions; forward, loss, backward, AdamW
+        train       as `make demo`: rows of E2E, 4 and 16 a step, a prefix of 16 positions; forward, loss, backward, AdamW
         generate    prompts from E2E of one length, 32 new tokens each: 1, 8, 32 and 64 rows, prefixes of 16 to 2048 positions
                     (the largest of both: 8 new tokens)
 
 `selected` is what attach_prefix and PrefixTrainer do by themselves, `sdpa` the same with torch's stock kernels alone, `peft`
-the package peft with the same weights in its prefix. On a GPU training steps and generation's are replayed as CUDA graphs.
+the package peft with the same weights in its prefix. PrefixTrainer by itself reads rows behind one another on a CPU and `padded`
+ones on a GPU, where `padding free` is the other way. On a GPU training steps and generation's are replayed as CUDA graphs.
 `without graphs` they are not, nor over a `growing cache`, and `kept graphs` are those of one cache for all calls.
 `accelerated` is PEFT's model after accelerate_peft. All share the frozen model's weights. Before anything is timed, two
 training steps must give the losses of the reference backend; logits after the prompt must be the reference's, and in float32
@@ -41,6 +42,7 @@ from prefix_tuning.data import IGNORED, PromptCompletionCollator, tokenize_rows,
 from prefix_tuning.e2e import load_e2e, to_examples
 from prefix_tuning.offline_model import OFFLINE_MODEL, load_model_and_tokenizer
 from prefix_tuning.own_cache import CACHE
+from prefix_tuning.padding_free import PaddingFreeCollator
 from prefix_tuning.train import PrefixedModel
 
 OUTPUT = Path(__file__).parent / "results" / "cpu" / "whole.json"
@@ -49,6 +51,7 @@ GENERATED = ((8, 128), (8, 512), (32, 512), *((b, p) for p in (16, 512, 2048) fo
 FEWER_TOKENS = {(64, 2048): 8}  # PEFT copies 6 GB for each
 RUNS = (
     Run(SMOLLM2, "train", 4, 16),
+    Run(SMOLLM2, "train", 16, 16),
     *(Run(SMOLLM2, "generate", *size, prompt_len=24, new_tokens=FEWER_TOKENS.get(size, 32)) for size in GENERATED),
 )
 BATCHES = 4  # of a training run, in turn
@@ -62,7 +65,7 @@ Batch = Mapping[str, Tensor]
 
 
 class Ours:
-    """The model with the prefix attached, as PrefixTrainer trains it."""
+    """The model with the prefix attached, as PrefixTrainer trains it on padded rows."""
 
     generation: Mapping[str, Any] = {}  # further arguments of generate
     collate = staticmethod(without_idle_mask)  # as PrefixTrainer does before a batch goes to the device
@@ -75,6 +78,16 @@ class Ours:
 
     def loss(self, batch: Batch) -> Tensor:
         return self.trained(**batch)["loss"]
+
+
+class OursPaddingFree(Ours):
+    """Rows behind one another, and what several begin with once."""
+
+    @staticmethod
+    def collate(batch: Batch) -> dict[str, Any]:
+        lengths = batch["attention_mask"].sum(1).tolist()
+        rows = zip(batch["input_ids"].tolist(), batch["labels"].tolist(), lengths, strict=True)
+        return PaddingFreeCollator()([{"input_ids": ids[:end], "labels": labels[:end]} for ids, labels, end in rows])
 
 
 class OursGrowing(Ours):
@@ -178,13 +191,17 @@ def makers(run: Run, model: nn.Module, prefix: Prefix) -> dict[str, Callable[[],
     """What is compared, ours first."""
     found: dict[str, Callable[[], Ours | Peft]] = {"selected": lambda: Ours(model, prefix)}
     if model.device.type == "cuda" and run.what == "train":
+        found["padding free"] = lambda: OursPaddingFree(model, prefix)
         found["without graphs"] = lambda: Ours(model, prefix, cuda_graphs=False)
     elif model.device.type == "cuda":
         if run.batch >= GROWING_ROWS:
             found["growing cache"] = lambda: OursGrowing(model, prefix)
         found["kept graphs"] = lambda: OursKept(model, prefix, run.prompt_len + run.new_tokens)
-    elif prefix_kernels.available_backends()[0] != "sdpa":
-        found["sdpa"] = lambda: Ours(model, prefix, "sdpa")
+    else:
+        if run.what == "train":
+            found = {"selected": lambda: OursPaddingFree(model, prefix), "padded": found["selected"]}
+        if prefix_kernels.available_backends()[0] != "sdpa":
+            found["sdpa"] = lambda: Ours(model, prefix, "sdpa")
     if run.what == "train":
         found["accelerated"] = lambda: Accelerated(model, prefix)
     return found | {"peft": lambda: Peft(model, prefix)}
@@ -244,7 +261,10 @@ def on_device(way: Ours | Peft, inputs: Sequence[Batch] | Tensor, device: torch.
     """The inputs as a way is given them."""
     if isinstance(inputs, Tensor):
         return inputs.to(device)
-    return [{name: tensor.to(device) for name, tensor in way.collate(batch).items()} for batch in inputs]
+    return [
+        {name: value.to(device) if isinstance(value, Tensor) else value for name, value in way.collate(batch).items()}
+        for batch in inputs
+    ]
 
 
 class Checked:

@@ -313,7 +313,10 @@ def readme_gpu(operator: dict[str, Any], decode: dict[str, Any] | None, whole: d
 
 def _whole_by_prefix(whole: dict[str, Any]) -> str:
     """A line for each way of ours through each model at one size of a batch, a column for each prefix length."""
-    shown = {"selected": "", "accelerated": ", `accelerate_peft`", "kept graphs": ", `keep_graphs`"}
+    shown = {
+        "selected": "", "padding free": ", `padding_free=True`", "accelerated": ", `accelerate_peft`",
+        "kept graphs": ", `keep_graphs`",
+    }  # fmt: skip
     batches = {"train": 8, "generate": 64}
     lines: dict[str, dict[int, str]] = {}
     for row in whole["rows"]:
