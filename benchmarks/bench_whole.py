@@ -6,8 +6,8 @@
                     (the largest of both: 8 new tokens)
 
 `selected` is what attach_prefix and PrefixTrainer do by themselves, `sdpa` the same with torch's stock kernels alone, `peft`
-the package peft with the same weights in its prefix. PrefixTrainer by itself reads rows behind one another on a CPU and `padded`
-ones on a GPU, where `padding free` is the other way. On a GPU training steps and generation's are replayed as CUDA graphs.
+the package peft with the same weights in its prefix. By itself PrefixTrainer reads rows behind one another on a CPU, `padded`
+ones on a GPU, where `padding free` is the other way. There training steps and generation's are replayed as CUDA graphs.
 `without graphs` they are not, nor over a `growing cache`, and `kept graphs` are those of one cache for all calls.
 `accelerated` is PEFT's model after accelerate_peft. All share the frozen model's weights. Before anything is timed, two
 training steps must give the losses of the reference backend; logits after the prompt must be the reference's, and in float32
