@@ -33,7 +33,7 @@ class PaddingFreeCollator:
 
     share: whether examples that begin alike share that; first_position: what the position of a row's first token is.
 
-    ValueError as PromptCompletionCollator, and for an example that begins with a target.
+    ValueError as PromptCompletionCollator.
     """
 
     def __init__(self, share: bool = True, first_position: int = 0):
@@ -41,9 +41,10 @@ class PaddingFreeCollator:
 
     def __call__(self, examples: Sequence[Mapping[str, Sequence[int]]]) -> dict[str, Any]:
         check_examples(examples)
-        rows = [(list(example["input_ids"]), list(example["labels"])) for example in examples]
-        if any(labels[0] != IGNORED for _, labels in rows):
-            raise ValueError("examples: expected no target as a row's first token, which nothing predicts")
+        rows = []
+        for example in examples:
+            ids, labels = (torch.as_tensor(example[name]).tolist() for name in ("input_ids", "labels"))
+            rows.append((ids, [IGNORED, *labels[1:]]))  # the row before does not predict the first token
         groups = shared_beginnings(rows) if self.share else [([index], 0) for index in range(len(rows))]
         sequences: list[tuple[list[int], list[int], int, int]] = []  # ids, labels, first position, parent
         for members, shared in groups:

@@ -50,6 +50,13 @@ def test_a_beginning_is_computed_once():
     assert "parent" not in PaddingFreeCollator()([example([*begin[:-1], 3, 50, 51], 2), example([*begin[:-1], 4, 60], 1)])
 
 
+def test_a_first_token_is_no_target():
+    """Also where every token is one, and where rows are tensors."""
+    rows = [{"input_ids": torch.tensor([4, 5]), "labels": torch.tensor([4, 5])}, {"input_ids": [6], "labels": [6]}]
+    batch = PaddingFreeCollator()(rows)
+    assert batch["input_ids"].tolist() == [[4, 5, 6]] and batch["labels"].tolist() == [[IGNORED, 5, IGNORED]]
+
+
 def groups_of(count):
     """All ways to cut a list of that length into runs."""
     for cuts in itertools.product((False, True), repeat=max(count - 1, 0)):
@@ -92,8 +99,6 @@ def test_what_is_shared_saves_the_most(seed):
 
 
 def test_examples_that_cannot_be_used():
-    with pytest.raises(ValueError, match="expected no target as a row's first token"):
-        PaddingFreeCollator()([{"input_ids": [1, 2], "labels": [1, 2]}])
     with pytest.raises(ValueError, match="as many labels as input_ids"):
         PaddingFreeCollator()([{"input_ids": [1, 2], "labels": [1]}])
     with pytest.raises(ValueError, match="expected input_ids and labels"):
