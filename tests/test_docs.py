@@ -95,6 +95,18 @@ def test_distillation_quotes_the_committed_results():
     assert re.findall(r"\| (\d\.\d\d) \|$", text, re.MULTILINE) == [f"{nats:.2f}" for nats in metrics["divergences"].values()]
 
 
+def test_readme_quotes_the_committed_training_steps():
+    results = json.loads((ROOT / "benchmarks" / "results" / "cpu" / "training.json").read_text())
+    seconds = {
+        row["run"]["batch"]: [f"{row['ways'][way]['median']:.2f}" for way in ("selected", "padded", "peft")]
+        for row in results["rows"]
+    }
+    assert results["environment"]["instructions"] == "AVX2" and not results["environment"]["dirty"]
+    text = " ".join((ROOT / "README.md").read_text().split())
+    assert "took {} s, of padded rows {} and of PEFT {};".format(*seconds[16]) in text
+    assert "one of 4 rows {}, {} and {} (".format(*seconds[4]) in text
+
+
 def test_every_encoder_and_encoder_decoder_is_in_the_table():
     support = json.loads((ROOT / "tests" / "prefix_tuning" / "encoder_support.json").read_text())
     assert support["families"].keys() == {*ENCODER_DECODERS, *ENCODERS, "deberta-v2"}
