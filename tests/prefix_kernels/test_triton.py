@@ -15,7 +15,7 @@ import torch
 
 import prefix_kernels
 from support.cases import CASES, CASES_OF_SEVERAL_BLOCKS, Case
-from support.compare import DTYPES, compare
+from support.compare import DTYPES, compare, slack_of
 from support.inputs import make_inputs
 from support.recorded_calls import RECORDED, assert_same, repeated_calls
 
@@ -69,7 +69,7 @@ def test_selecting_for_cpu_tensors_loads_no_triton():
 @pytest.mark.parametrize("dtype", [name for name in DTYPES if name != "float64"])
 @pytest.mark.parametrize("case", [*CASES, *CASES_OF_SEVERAL_BLOCKS], ids=str)
 def test_on_the_gpu(case, dtype):
-    compare(case, *DTYPES[dtype], "triton", device="cuda")
+    compare(case, *DTYPES[dtype], "triton", device="cuda", slack=slack_of(case))
 
 
 @pytest.mark.gpu
