@@ -72,6 +72,18 @@ def results(inputs):
     return out, lse, *torch.autograd.grad(loss, inputs.tensors)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["bias that hides", "bias, decode"])
+def test_a_bias_in_the_dtype_of_q(name, dtype):
+    """It is widened as it is read."""
+    inputs, outcomes = make_inputs(next(case for case in CASES if case.name == name), dtype), []
+    for bias in (inputs.options["bias"].to(dtype), inputs.options["bias"].to(dtype).float()):
+        inputs.options["bias"] = bias
+        outcomes.append(results(inputs))
+    for value, other in zip(*outcomes, strict=True):
+        assert torch.equal(value, other)
+
+
 SMALL = {"heads": 2, "kv_heads": 1, "head_dim": 16, "prefix_len": 20}
 BANK = Case("bank", **SMALL, batch=3, q_len=20, kv_len=20, prefixes=2, prefix_ids=(1, 0, 1))
 PARENT = Case("parent", **SMALL, seqlens_q=(20, 17, 9, 5), parent=(-1, 0, -1, 0))

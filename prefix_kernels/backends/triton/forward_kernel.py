@@ -72,7 +72,7 @@ def attend_blocks(
 @triton.jit
 def attend(
     sums, largest, total, q, keys, values, key_stride, value_stride, stop_key, first, stop, blocks, key_mask, bias, scale,
-    softcap,    WINDOWED: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_N: tl.constexpr,
+    softcap, WINDOWED: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_DIM: tl.constexpr, BLOCK_VALUE_DIM: tl.constexpr,
 ):  # fmt: skip
     """The softmax state after one segment of keys, of which each query sees [first, stop): masks on edge blocks alone."""

@@ -148,7 +148,7 @@ BIASED = _table(_BIASED)  # instead, for calls with a bias
 
 
 def find(kernel: str, device: torch.device, dtype: torch.dtype, dim: int, biased: bool = False) -> Tile:
-    """The row for heads of up to `dim`."""
+    """The row for heads of up to `dim`; biased: of a call with a bias."""
     if device.type == "cpu":
         return INTERPRETER
     key = kernel, architecture_of(device), 8 * dtype.itemsize, 64 if dim <= 64 else 128 if dim <= 128 else 256
