@@ -49,7 +49,7 @@ def prefix_attention(
             stays visible.
         softcap: c > 0: scores become c · tanh(score / c), prefix columns included.
         bias: broadcastable to [batch, heads, q_len, prefix_len + kv_len], float32 or q's dtype, added after the softcap; −inf
-            hides. It gets no gradient: one that requires it is a ValueError. Served by sdpa and reference.
+            hides. It gets no gradient: one that requires it is a ValueError. Refused by cuda.
         prefix_ids: int [batch], the prefix of each row, −1 for none. Only and always with a bank.
         prefix_lens: int [prefixes], the valid length of each prefix of a bank. What lies past it may be NaN.
         first_key_position: f, 0 to 2^31 − 1: key j stands at position L + f + j behind its row's prefix of length L, and the

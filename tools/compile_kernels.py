@@ -87,6 +87,14 @@ def index(length: int) -> Tensor:
     return empty(length, dtype=torch.int32)
 
 
+def mask() -> Tensor:
+    return empty(BATCH, LENGTH, dtype=torch.bool)
+
+
+def bias(q_len: int) -> Tensor:
+    return empty(BATCH, HEADS, q_len, PREFIX_LEN + LENGTH, dtype=torch.float32)
+
+
 def prefix(dim: int, dtype: torch.dtype, bank: bool) -> tuple[Tensor, Tensor]:
     shape = (PREFIXES, KV_HEADS, PREFIX_LEN, dim) if bank else (KV_HEADS, PREFIX_LEN, dim)
     return empty(*shape, dtype=dtype), empty(*shape, dtype=dtype)
@@ -103,6 +111,10 @@ def windowed(dim: int, dtype: torch.dtype, **more) -> AttentionInputs:
     return dense(dim, dtype, bank=True, window=64, first_key_position=0, softcap=30.0, **ids, **more)
 
 
+def masked(dim: int, dtype: torch.dtype, **more) -> AttentionInputs:
+    return windowed(dim, dtype, key_mask=mask(), **more)
+
+
 def packed(dim: int, dtype: torch.dtype, **options) -> AttentionInputs:
     q, k, v = (empty(BATCH * LENGTH, heads, dim, dtype=dtype) for heads in (HEADS, KV_HEADS, KV_HEADS))
     return api._varlen_inputs(
@@ -115,7 +127,9 @@ VARIANTS = {
     "plain": dense,
     "padded head": lambda dim, dtype: dense(dim * 3 // 4, dtype),
     "windowed": windowed,
-    "masked": lambda dim, dtype: windowed(dim, dtype, key_mask=empty(BATCH, LENGTH, dtype=torch.bool)),
+    "masked": masked,
+    "biased": lambda dim, dtype: dense(dim, dtype, causal=False, key_mask=mask(), bias=bias(LENGTH)),
+    "biased, masked": lambda dim, dtype: masked(dim, dtype, bias=bias(LENGTH)),
     "packed": lambda dim, dtype: packed(dim, dtype, parent=index(BATCH), softcap=30.0, prefix_lens=index(PREFIXES)),
 }
 HOPPER_VARIANTS = {
@@ -131,8 +145,9 @@ DECODE_VARIANTS = {
     "windowed": lambda dim, dtype: dense(
         dim, dtype, q_len=8, window=64, first_key_position=0, softcap=30.0, key_lens=index(BATCH)
     ),
-    "masked": lambda dim, dtype: dense(dim, dtype, q_len=8, key_mask=empty(BATCH, LENGTH, dtype=torch.bool)),
+    "masked": lambda dim, dtype: dense(dim, dtype, q_len=8, key_mask=mask()),
     "bank": lambda dim, dtype: windowed(dim, dtype, q_len=8),
+    "biased": lambda dim, dtype: dense(dim, dtype, q_len=8, key_mask=mask(), bias=bias(8)),
 }
 VARIANTS_OF = {"decode": DECODE_VARIANTS} | dict.fromkeys(("hopper", *hopper_code.BACKWARD), HOPPER_VARIANTS)  # else VARIANTS
 
@@ -223,6 +238,8 @@ def judge(key: tuple[str, int, int, int], variants: tuple[str, ...]) -> tuple[tu
 def wrong_with(compiled, numbers: dict[str, int], key: tuple[str, int, int, int], variant: str) -> list[str]:
     """What is wrong with a compiled kernel of a row."""
     (kernel, architecture, bits, dim), tile, wrong = key, tile_sizes.TABLE[key], []
+    if "biased" in variant:
+        tile = tile_sizes.BIASED.get(key, tile)
     allowed = MOST_STACK.get(kernel, STACK[bits])
     if "measured" in tile.reason:
         allowed = MEASURED_STACK[dim]
@@ -245,8 +262,9 @@ def wrong_with(compiled, numbers: dict[str, int], key: tuple[str, int, int, int]
 
 def fingerprint(key: tuple[str, int, int, int]) -> str:
     """Changes with the row's numbers and with the code of its kernel, not with comments, docstrings or line breaks."""
-    tile = tile_sizes.TABLE[key]
-    words = [repr((key, tile.BLOCK_M, tile.BLOCK_N, tile.num_warps, tile.num_stages))]
+    words = [repr(key)]
+    for tile in (tile_sizes.TABLE[key], tile_sizes.BIASED.get(key)):
+        words.append(repr(tile and (tile.BLOCK_M, tile.BLOCK_N, tile.num_warps, tile.num_stages)))
     for file in (*SHARED, *FILES[key[0]]):
         for token in tokenize.generate_tokens(io.StringIO((SOURCES / file).read_text()).readline):
             docstring = token.string.startswith('"""')

@@ -5,7 +5,7 @@ import torch
 
 import prefix_kernels
 from support.cases import CASES, Case
-from support.compare import BACKENDS, DTYPES, compare, serves
+from support.compare import BACKENDS, DTYPES, compare, serves, slack_of
 from support.inputs import make_inputs
 
 pytestmark = pytest.mark.usefixtures("uninitialized_memory_is_nan")
@@ -15,10 +15,9 @@ pytestmark = pytest.mark.usefixtures("uninitialized_memory_is_nan")
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_backend(backend, case, dtype):
-    slack = 1.5 if case.bias is not None else 1.0  # how scores of a bias of ±6 round depends on the processor's kernels
     # Without AVX-512 exp(0) of torch's kernels for 16 bit is 3e-5 off 1; eager's is exact.
     inexact = backend == "sdpa" and dtype != "float32" and case.scale == 0
-    compare(case, *DTYPES[dtype], backend, slack=slack, lse_slack=30.0 if inexact else 1.0)
+    compare(case, *DTYPES[dtype], backend, slack=slack_of(case), lse_slack=30.0 if inexact else 1.0)
 
 
 @pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "reference"])

@@ -121,6 +121,18 @@ def test_float32_prefers_stock_kernels_on_a_gpu_but_in_decoding():
     assert set(select.preferred(problem)) == set(select.BACKENDS)
 
 
+@pytest.mark.parametrize(("first", "dtype", "q_len", "head_dim"), [
+    ("triton", torch.bfloat16, 512, 64), ("triton", torch.float16, 9, 128), ("triton", torch.bfloat16, 1, 64),
+    ("triton", torch.float32, 8, 64), ("sdpa", torch.float32, 9, 64), ("sdpa", torch.float32, 1, 256),
+])  # fmt: skip
+def test_who_takes_a_bias_on_a_gpu(first, dtype, q_len, head_dim):
+    """cuda takes none."""
+    inputs = make_inputs(Case("bias", kv_len=512, bias=(1, 0, 1, 0)), dtype)
+    problem = prefix_kernels.api._dense_inputs(*inputs.tensors, **inputs.options).problem()
+    problem = problem._replace(device="cuda", q_len=q_len, head_dim=head_dim, value_dim=head_dim)
+    assert problem.has_bias and next(name for name in select.preferred(problem) if name not in ("cpu", "cuda")) == first
+
+
 def test_wide_heads_where_triton_was_measured_to_win(monkeypatch):
     problem = prefix_kernels.api._dense_inputs(*make_inputs(Case("plain"), torch.bfloat16).tensors).problem()
     problem = problem._replace(device="cuda", head_dim=256, value_dim=256)

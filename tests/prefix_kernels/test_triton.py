@@ -15,9 +15,9 @@ import torch
 
 import prefix_kernels
 from support.cases import CASES, CASES_OF_SEVERAL_BLOCKS, Case
-from support.compare import DTYPES, compare
+from support.compare import DTYPES, compare, slack_of
 from support.inputs import make_inputs
-from support.recorded_calls import RECORDED, assert_same, repeated_calls
+from support.recorded_calls import RECORDED, assert_same, repeated_calls, results
 
 ROOT = Path(__file__).resolve().parents[2]
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton, which is not installed")
@@ -69,7 +69,7 @@ def test_selecting_for_cpu_tensors_loads_no_triton():
 @pytest.mark.parametrize("dtype", [name for name in DTYPES if name != "float64"])
 @pytest.mark.parametrize("case", [*CASES, *CASES_OF_SEVERAL_BLOCKS], ids=str)
 def test_on_the_gpu(case, dtype):
-    compare(case, *DTYPES[dtype], "triton", device="cuda")
+    compare(case, *DTYPES[dtype], "triton", device="cuda", slack=slack_of(case))
 
 
 @pytest.mark.gpu
@@ -81,6 +81,18 @@ def test_recorded_calls_on_the_gpu(name, dtype):
     for _, found, right in repeated_calls(RECORDED[name], dtype, (True,) * 5, lambda: None, device="cuda"):
         assert_same(found, right)
     assert [type(kind) for kind in recorded._kinds.values()] == [recorded.Recording] * 2  # forward, backward
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("q_len", [1, 40])
+def test_a_bias_in_the_dtype_of_q_on_the_gpu(q_len):
+    case = Case("bias", q_len=q_len, kv_len=70, prefix_len=37, padding="left", bias=(1, 0, 0, 0), head_dim=64)
+    inputs, outcomes = make_inputs(case, torch.bfloat16, device="cuda"), []
+    for bias in (inputs.options["bias"].bfloat16(), inputs.options["bias"].bfloat16().float()):
+        inputs.options["bias"] = bias
+        outcomes.append(results(inputs))
+    for value, other in zip(*outcomes, strict=True):
+        torch.testing.assert_close(value, other)
 
 
 MANY_ROWS = Case("many rows", batch=8, q_len=512, kv_len=512, prefix_len=256, head_dim=64)

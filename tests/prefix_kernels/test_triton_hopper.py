@@ -41,7 +41,7 @@ def check(case, dtype, device="cpu"):
 def emulate(monkeypatch, **options):
     kernel = EmulatedKernel(hopper, "hopper_kernel", **options)
     monkeypatch.setattr(hopper, "hopper_kernel", kernel)
-    monkeypatch.setattr(tile_sizes, "find", lambda *key: tile_sizes.TABLE["hopper", 90, 16, key[-1]])
+    monkeypatch.setattr(tile_sizes, "find", lambda *key: tile_sizes.TABLE["hopper", 90, 16, key[3]])
     return kernel
 
 

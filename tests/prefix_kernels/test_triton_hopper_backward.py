@@ -62,7 +62,7 @@ def emulate(monkeypatch, change=(), seed=0):
     for name, (module, kernel) in KERNELS.items():
         emulated[name] = EmulatedKernel(module, kernel, change=change[1:] if name in change[:1] else None, seed=seed)
         monkeypatch.setattr(module, kernel, emulated[name])
-    monkeypatch.setattr(tile_sizes, "find", lambda kernel, *key: tile_sizes.TABLE[kernel, 90, 16, key[-1]])
+    monkeypatch.setattr(tile_sizes, "find", lambda kernel, *key: tile_sizes.TABLE[kernel, 90, 16, key[2]])
     monkeypatch.setattr(tile_sizes, "HOPPER_BACKWARD_REGIMES", EVERYTHING)
     monkeypatch.setattr(hopper, "why_not", hopper.why_not_on_hopper)
     monkeypatch.setattr(backward_kernels, "_delta", delta_of)

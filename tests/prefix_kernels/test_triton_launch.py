@@ -5,8 +5,8 @@ import torch
 
 pytest.importorskip("triton")
 from prefix_kernels import api
-from prefix_kernels.backends.triton import launch
-from prefix_kernels.backends.triton.rows import Tokens, tokens
+from prefix_kernels.backends.triton import launch, tile_sizes
+from prefix_kernels.backends.triton.rows import Tokens, bias_of, tokens
 
 CPU = torch.device("cpu")
 
@@ -109,6 +109,31 @@ def test_keys_tell_apart_what_triton_specialises():
     assert len({launch.key_of(each) for each in [same[0], *others]}) == 1 + len(others)
     vector = torch.zeros(9)
     assert launch.key_of(vector) != launch.key_of(vector[1:]) and launch.key_of(vector) != launch.key_of(vector.long())
+
+
+def test_a_bias_is_read_where_it_lies():
+    """An axis of one is read again and again; only where columns are not side by side it is copied."""
+    q, prefix = torch.zeros(2, 4, 3, 16), torch.zeros(4, 5, 16)
+    for shape, strides in (
+        ((2, 4, 3, 8), (96, 24, 8)), ((4, 1, 8), (0, 8, 0)), ((2, 1, 3, 8), (24, 0, 8)), ((1, 8), (0, 0, 0)),
+        ((2, 1, 1, 1), (8, 0, 0)),
+    ):  # fmt: skip
+        bias = torch.zeros(shape)
+        operand = bias_of(api._dense_inputs(q, q, q, prefix, prefix, bias=bias))
+        assert operand.value[1:] == operand.addressed[1:] == strides
+        assert (operand.addressed[0] == bias.data_ptr()) == (shape[-1] > 1)
+    transposed = torch.zeros(3, 4, 8).transpose(0, 1)
+    assert bias_of(api._dense_inputs(q, q, q, prefix, prefix, bias=transposed)).addressed == (transposed.data_ptr(), 0, 8, 32)
+    assert bias_of(api._dense_inputs(q, q, q, prefix, prefix)) is None
+
+
+def test_a_bias_has_tiles_of_its_own_where_it_needs_them(monkeypatch):
+    monkeypatch.setattr(tile_sizes, "architecture_of", lambda device: 90)
+    for dim, biased in ((64, tile_sizes.BIASED), (256, tile_sizes.TABLE)):
+        q, prefix = (torch.zeros(*shape, dim, dtype=torch.bfloat16, device="meta") for shape in ((1, 2, 4), (2, 3)))
+        for bias, table in ((None, tile_sizes.TABLE), (torch.zeros(7, device="meta"), biased)):
+            call = launch.Call(api._dense_inputs(q, q, q, prefix, prefix, bias=bias))
+            assert call.tile("dkeys") is table["dkeys", 90, 16, dim]
 
 
 @pytest.mark.parametrize("option", ["scale", "softcap"])

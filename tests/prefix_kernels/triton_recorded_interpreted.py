@@ -21,6 +21,7 @@ from support.recorded_calls import RECORDED, SHAPE, assert_same, repeated_calls,
 pytestmark = pytest.mark.usefixtures("uninitialized_memory_is_nan")
 NOT_RECORDED = {
     "parent": Case("parent", **SHAPE, seqlens_q=(5, 3, 2), parent=(-1, 0, 0)),
+    "bias of queries": Case("bias of queries", **SHAPE, bias=(0, 1, 0, 1)),  # is copied
     "no prefix": Case("no prefix", **SHAPE, prefix_len=0),
     "no rows": Case("no rows", **SHAPE, batch=0),
     "no queries": Case("no queries", **SHAPE | {"q_len": 0}),
@@ -88,6 +89,17 @@ def test_what_makes_another_kind():
         call(each)
         call(each)
     assert len(recorded._kinds) == 4 and all(type(found) is Recording for found in recorded._kinds.values())
+
+
+def test_a_bias_of_another_shape_is_another_kind():
+    """Though its strides are the same: one for all rows, and one for each."""
+    tensors = [tensor.detach() for tensor in make_inputs(Case("one head", **SHAPE | {"heads": 1})).tensors]
+    biases = [torch.randn(rows, 1, 1, 12) for rows in (1, 2)]
+    assert biases[0].stride() == biases[1].stride()
+    for bias in biases * 3:
+        out, right = (prefix_attention(*tensors, bias=bias, backend=name) for name in ("triton", "reference"))
+        torch.testing.assert_close(out, right)
+    assert [type(found) for found in recorded._kinds.values()] == [Recording] * 2
 
 
 def test_other_gradients_are_another_kind(long_ways):

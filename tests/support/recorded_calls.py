@@ -20,7 +20,10 @@ RECORDED = {
     "mask": Case("mask", **SHAPE, padding="left", softcap=5.0),
     "fill": Case("fill", **SHAPE | {"q_len": 2}, key_lens=(3, 7), causal=False),
     "bank": Case("bank", **SHAPE, **WINDOW),
+    "bias": Case("bias", **SHAPE, bias=(0, 0, 0, 0), padding="left"),
+    "bias of heads": Case("bias of heads", **SHAPE, bias=(1, 0, 1, 0)),
     "decode": Case("decode", **SHAPE | {"q_len": 1}),
+    "decode, bias": Case("decode, bias", **SHAPE | {"q_len": 1}, bias=(0, 1, 1, 0)),
     "packed": Case("packed", **SHAPE, seqlens_q=(9, 4, 1), prefixes=3, prefix_ids=(2, -1, 0)),
 }
 

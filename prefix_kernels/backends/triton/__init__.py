@@ -32,8 +32,6 @@ def why_not(problem: AttentionProblem) -> str | None:
             return missing
     if problem.dtype == torch.float64:
         return "the Triton kernels accumulate in float32 and know no float64"
-    if problem.has_bias:
-        return "the Triton kernels know no bias"
     if max(problem.head_dim, problem.value_dim) > MAX_DIM:
         return f"the Triton kernels hold whole heads of up to {MAX_DIM}, not {max(problem.head_dim, problem.value_dim)}"
     return None

@@ -109,7 +109,9 @@ def backward(
         hopper["dq"](call, q, k, v, prefix_k, prefix_v, dq, **for_delta, **query_side)
     elif dq is not None:
         tile, operands = call.tile("dq"), {"prefix_k": prefix_k, "prefix_v": prefix_v, **for_delta, **query_side}
-        call.launch(dq_kernel, tile, _query_programs(call, tile), dependent=True, q=q, k=k, v=v, dq=dq, **operands)
+        call.launch(
+            dq_kernel, tile, _query_programs(call, tile), dependent=True, q=q, k=k, v=v, bias=call.bias, dq=dq, **operands
+        )
     if (dk is not None or dv is not None) and "dkeys" in hopper:
         hopper["dkeys"](call, q, k, v, dk, dv, **query_side)
     elif dk is not None or dv is not None:
@@ -117,7 +119,7 @@ def backward(
         programs = cdiv(call.problem.kv_len, tile.BLOCK_N) * call.problem.kv_heads * call.problem.batch
         children, first_child = _children(inputs)
         call.launch(
-            dkeys_kernel, tile, programs, dependent=True, q=q, k=k, v=v, dk=dk, dv=dv, children=children,
+            dkeys_kernel, tile, programs, dependent=True, q=q, k=k, v=v, bias=call.bias, dk=dk, dv=dv, children=children,
             first_child=first_child, **query_side,
         )  # fmt: skip
     late = (dk is not None or dv is not None) and call.problem.kv_len * call.problem.batch > 0  # right after dkeys
@@ -189,7 +191,7 @@ def _prefix_gradients(
     elif dprefix_k is not None or dprefix_v is not None:
         call.launch(
             dprefix_kernel, tile, owners * splits, dependent=True, q=q, prefix_k=prefix_k, prefix_v=prefix_v,
-            dprefix_k=dprefix_k, dprefix_v=dprefix_v, splits=splits, LATE=late, **query_side,
+            bias=call.bias, dprefix_k=dprefix_k, dprefix_v=dprefix_v, splits=splits, LATE=late, **query_side,
         )  # fmt: skip
     if splits > 1:
         numels = [0 if grad is None else grad.numel() for grad in grads]

@@ -20,7 +20,7 @@ from torch import Tensor
 from prefix_kernels.backends.triton import tile_sizes
 from prefix_kernels.backends.triton.forward_kernel import attend
 from prefix_kernels.backends.triton.launch import LENGTHS, Call, cdiv, next_power_of_2, run
-from prefix_kernels.backends.triton.online_softmax import lse_of, start_of
+from prefix_kernels.backends.triton.online_softmax import lse_of, start_of, start_of_bias
 from prefix_kernels.backends.triton.rows import (
     clamp,
     columns_seen,
@@ -109,8 +109,8 @@ def store_result(
 
 @triton.jit(do_not_specialize=(*LENGTHS, "shared_splits", "splits"))
 def decode_kernel(
-    q, k, v, prefix_k, prefix_v, out, lse, parts, rows, batch, heads, kv_heads, q_len, kv_len, q_tokens, k_tokens, prefixes,
-    prefix_len, window, slide, scale, softcap, shared_splits, splits, CAUSAL: tl.constexpr, HEAD_DIM: tl.constexpr,
+    q, k, v, prefix_k, prefix_v, bias, out, lse, parts, rows, batch, heads, kv_heads, q_len, kv_len, q_tokens, k_tokens,
+    prefixes, prefix_len, window, slide, scale, softcap, shared_splits, splits, CAUSAL: tl.constexpr, HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_VALUE_DIM: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_ROW: tl.constexpr, SHARED: tl.constexpr,
 ):  # fmt: skip
@@ -140,7 +140,8 @@ def decode_kernel(
             sums, largest, total = attend(
                 sums, largest, total, q_tile, start_of(prefix_k, 0, kv_head, 0), start_of(prefix_v, 0, kv_head, 0),
                 prefix_k.token, prefix_v.token, prefix_len, first, stop,
-                share_of(seen, split * size, split * size + size, BLOCK_N), None, scale, softcap, slide is not None,
+                share_of(seen, split * size, split * size + size, BLOCK_N), None,
+                start_of_bias(bias, row, head, query, 0), scale, softcap, slide is not None,
                 HEAD_DIM, VALUE_DIM, BLOCK_N, BLOCK_DIM, BLOCK_VALUE_DIM,
             )  # fmt: skip
             place = tl.cast(split * kv_heads + kv_head, tl.int64) * queries + index
@@ -176,7 +177,8 @@ def decode_kernel(
         sums, largest, total = attend(
             sums, largest, total, q_tile, start_of(prefix_k, prefix, kv_head, 0), start_of(prefix_v, prefix, kv_head, 0),
             prefix_k.token, prefix_v.token, own_prefix_len, first_column, stop_column,
-            share_of(prefix_seen, split * size, split * size + size, BLOCK_N), None, scale, softcap, slide is not None,
+            share_of(prefix_seen, split * size, split * size + size, BLOCK_N), None,
+            start_of_bias(bias, row, head, query, 0), scale, softcap, slide is not None,
             HEAD_DIM, VALUE_DIM, BLOCK_N, BLOCK_DIM, BLOCK_VALUE_DIM,
         )  # fmt: skip
         begin = split * size - columns_in(prefix_seen, BLOCK_N)
@@ -185,7 +187,8 @@ def decode_kernel(
         key_mask = rows.key_mask + tl.cast(row, tl.int64) * kv_len
     sums, largest, total = attend(
         sums, largest, total, q_tile, start_of(k, row, kv_head, 0), start_of(v, row, kv_head, 0), k.token, v.token,
-        own_kv_len, first, stop, share_of(seen, begin, begin + size, BLOCK_N), key_mask, scale, softcap, window is not None,
+        own_kv_len, first, stop, share_of(seen, begin, begin + size, BLOCK_N), key_mask,
+        start_of_bias(bias, row, head, query, prefix_len), scale, softcap, window is not None,
         HEAD_DIM, VALUE_DIM, BLOCK_N, BLOCK_DIM, BLOCK_VALUE_DIM,
     )  # fmt: skip
     if parts is None:
@@ -285,9 +288,8 @@ def _multiprocessors(device: str) -> int:
 
 def part_bytes(problem: AttentionProblem) -> int:
     """The memory that a call takes between its two kernels."""
-    tile = tile_sizes.find(
-        "decode", torch.device(problem.device), problem.dtype, max(problem.head_dim, problem.value_dim)
-    )
+    dim = max(problem.head_dim, problem.value_dim)
+    tile = tile_sizes.find("decode", torch.device(problem.device), problem.dtype, dim, problem.has_bias)
     return 4 * plan_of(problem, tile).part_values(problem)
 
 
@@ -301,8 +303,8 @@ def forward(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
     parts = q.new_empty(values, dtype=torch.float32) if values else None
     q, k, v, prefix_k, prefix_v = call.tensors
     call.launch(
-        decode_kernel, plan.tile, plan.programs, q=q, k=k, v=v, prefix_k=prefix_k, prefix_v=prefix_v, out=out, lse=lse,
-        parts=parts, shared_splits=plan.shared_splits, splits=plan.splits, BLOCK_ROW=plan.block_row,
+        decode_kernel, plan.tile, plan.programs, q=q, k=k, v=v, prefix_k=prefix_k, prefix_v=prefix_v, bias=call.bias,
+        out=out, lse=lse, parts=parts, shared_splits=plan.shared_splits, splits=plan.splits, BLOCK_ROW=plan.block_row,
         SHARED=plan.shared_splits > 0,
     )  # fmt: skip
     if parts is not None:

@@ -15,10 +15,12 @@ import triton.language as tl
 
 from prefix_kernels.backends.triton.launch import LENGTHS, wait_for_launch_before
 from prefix_kernels.backends.triton.online_softmax import (
+    load_bias,
     load_log2_lse,
     load_tile,
     scores_of,
     start_of,
+    start_of_bias,
     store_tile,
     through_softcap,
 )  # fmt: skip
@@ -37,12 +39,14 @@ from prefix_kernels.backends.triton.rows import (
 
 @triton.jit
 def add_queries(
-    dk, dv, k, v, q, grad_out, lse, delta, row, first_head, group, q_start, q_len, first, stop, begin, end, scale, softcap,
-    FIRST: tl.constexpr, STOP: tl.constexpr, WANT_DK: tl.constexpr, WANT_DV: tl.constexpr, HEAD_DIM: tl.constexpr,
-    VALUE_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_VALUE_DIM: tl.constexpr,
+    dk, dv, k, v, q, grad_out, lse, delta, bias, column, exists, row, first_head, group, q_start, q_len, first, stop, begin,
+    end, scale, softcap, FIRST: tl.constexpr, STOP: tl.constexpr, WANT_DK: tl.constexpr, WANT_DV: tl.constexpr,
+    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_DIM: tl.constexpr,
+    BLOCK_VALUE_DIM: tl.constexpr,
 ):  # fmt: skip
     """dk / scale and dv after a row's queries in [begin, end), of all heads of the group.
 
+    column, exists: each key's column of the bias, and whether it has one.
     FIRST, STOP: each key is seen by queries [first, stop) alone. One loop for edge blocks and whole ones: a copy without masks
     costs more registers than there are.
     """
@@ -54,7 +58,11 @@ def add_queries(
             q_tile = load_tile(queries, q.token, start, q_len, True, HEAD_DIM, BLOCK_M, BLOCK_DIM)
             grad_tile = load_tile(grads, grad_out.token, start, q_len, True, VALUE_DIM, BLOCK_M, BLOCK_VALUE_DIM)
             scores = scores_of(tl.dot(k, tl.trans(q_tile), input_precision="ieee"), scale, softcap)  # [BLOCK_N, BLOCK_M]
-            weights = tl.exp2(scores - load_log2_lse(lses, query, q_len)[None, :])
+            biased = scores
+            if bias is not None:
+                rows_of_bias = start_of_bias(bias, row, head, tl.minimum(query, q_len - 1), 0)
+                biased = scores + load_bias(rows_of_bias[None, :] + column[:, None], exists[:, None])  # [BLOCK_N, BLOCK_M]
+            weights = tl.exp2(biased - load_log2_lse(lses, query, q_len)[None, :])
             if FIRST:
                 weights = tl.where(query[None, :] >= first[:, None], weights, 0.0)
             if STOP:
@@ -71,7 +79,7 @@ def add_queries(
 
 @triton.jit(do_not_specialize=LENGTHS)
 def dkeys_kernel(
-    q, k, v, grad_out, lse, delta, dk, dv, children, first_child, rows, batch, heads, kv_heads, q_len, kv_len, q_tokens,
+    q, k, v, bias, grad_out, lse, delta, dk, dv, children, first_child, rows, batch, heads, kv_heads, q_len, kv_len, q_tokens,
     k_tokens, prefixes, prefix_len, window, slide, scale, softcap, CAUSAL: tl.constexpr, HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_VALUE_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DEPENDENT: tl.constexpr,
@@ -101,9 +109,10 @@ def dkeys_kernel(
     _, end = queries_seeing(last_key, shift, own_q_len, window, CAUSAL)
     end = tl.where(last_key < first_key, 0, end)
     dk_sum, dv_sum = add_queries(
-        dk_sum, dv_sum, k_tile, v_tile, q, grad_out, lse, delta, row, kv_head * group, group, q_start, own_q_len, first,
-        stop, begin // BLOCK_M * BLOCK_M, end, scale, softcap, CAUSAL or window is not None, window is not None,
-        dk is not None, dv is not None, HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_DIM, BLOCK_VALUE_DIM,
+        dk_sum, dv_sum, k_tile, v_tile, q, grad_out, lse, delta, bias, prefix_len + key, key < own_kv_len, row,
+        kv_head * group, group, q_start, own_q_len, first, stop, begin // BLOCK_M * BLOCK_M, end, scale, softcap,
+        CAUSAL or window is not None, window is not None, dk is not None, dv is not None, HEAD_DIM, VALUE_DIM, BLOCK_M,
+        BLOCK_DIM, BLOCK_VALUE_DIM,
     )  # fmt: skip
 
     if children is not None:
@@ -111,8 +120,8 @@ def dkeys_kernel(
             child = tl.load(children + index)
             q_start, own_q_len = queries_of(rows, child, q_len, q_tokens)
             dk_sum, dv_sum = add_queries(
-                dk_sum, dv_sum, k_tile, v_tile, q, grad_out, lse, delta, child, kv_head * group, group, q_start, own_q_len,
-                first, stop, 0, own_q_len, scale, softcap, False, False, dk is not None, dv is not None,
+                dk_sum, dv_sum, k_tile, v_tile, q, grad_out, lse, delta, None, None, None, child, kv_head * group, group,
+                q_start, own_q_len, first, stop, 0, own_q_len, scale, softcap, False, False, dk is not None, dv is not None,
                 HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_DIM, BLOCK_VALUE_DIM,
             )  # fmt: skip
 
@@ -134,9 +143,9 @@ def dkeys_kernel(
 
 @triton.jit(do_not_specialize=[*LENGTHS, "splits"])
 def dprefix_kernel(
-    q, prefix_k, prefix_v, grad_out, lse, delta, dprefix_k, dprefix_v, splits, rows, batch, heads, kv_heads, q_len, kv_len,
-    q_tokens, k_tokens, prefixes, prefix_len, window, slide, scale, softcap, CAUSAL: tl.constexpr, HEAD_DIM: tl.constexpr,
-    VALUE_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_VALUE_DIM: tl.constexpr,
+    q, prefix_k, prefix_v, bias, grad_out, lse, delta, dprefix_k, dprefix_v, splits, rows, batch, heads, kv_heads, q_len,
+    kv_len, q_tokens, k_tokens, prefixes, prefix_len, window, slide, scale, softcap, CAUSAL: tl.constexpr,
+    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_VALUE_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DEPENDENT: tl.constexpr, LATE: tl.constexpr,
 ):  # fmt: skip
     """dprefix_k and dprefix_v [splits · prefixes, kv_heads, prefix_len, …]: the sums over each split's share of the queries.
@@ -179,9 +188,9 @@ def dprefix_kernel(
         end = tl.minimum(tl.minimum(share_stop - row * query_blocks, query_blocks) * BLOCK_M, end)
         end = tl.where((own_prefix == prefix) & (own_prefix_len > 0), end, begin)
         dk_sum, dv_sum = add_queries(
-            dk_sum, dv_sum, k_tile, v_tile, q, grad_out, lse, delta, row, kv_head * group, group, q_start, own_q_len, first,
-            stop, begin, end, scale, softcap, False, slide is not None, dprefix_k is not None, dprefix_v is not None,
-            HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_DIM, BLOCK_VALUE_DIM,
+            dk_sum, dv_sum, k_tile, v_tile, q, grad_out, lse, delta, bias, column, column < length, row, kv_head * group,
+            group, q_start, own_q_len, first, stop, begin, end, scale, softcap, False, slide is not None,
+            dprefix_k is not None, dprefix_v is not None, HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_DIM, BLOCK_VALUE_DIM,
         )  # fmt: skip
 
     if LATE:

@@ -12,10 +12,12 @@ import triton.language as tl
 
 from prefix_kernels.backends.triton.launch import LENGTHS, wait_for_launch_before
 from prefix_kernels.backends.triton.online_softmax import (
+    load_bias,
     load_log2_lse,
     load_tile,
     scores_of,
     start_of,
+    start_of_bias,
     store_tile,
     through_softcap,
     visible_keys,
@@ -35,8 +37,8 @@ from prefix_kernels.backends.triton.rows import (
 
 @triton.jit
 def add_blocks(
-    dq, q, grad_out, lse, delta, keys, values, key_stride, value_stride, stop_key, first, stop, begin, end, key_mask, scale,
-    softcap, MASKED: tl.constexpr, WINDOWED: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+    dq, q, grad_out, lse, delta, keys, values, key_stride, value_stride, stop_key, first, stop, begin, end, key_mask,
+    bias, scale, softcap, MASKED: tl.constexpr, WINDOWED: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_VALUE_DIM: tl.constexpr,
 ):  # fmt: skip
     """dq / scale after the blocks of keys in [begin, end)."""
@@ -45,7 +47,10 @@ def add_blocks(
         k = load_tile(keys, key_stride, start, stop_key, MASKED, HEAD_DIM, BLOCK_N, BLOCK_DIM)
         v = load_tile(values, value_stride, start, stop_key, MASKED, VALUE_DIM, BLOCK_N, BLOCK_VALUE_DIM)
         scores = scores_of(tl.dot(q, tl.trans(k), input_precision="ieee"), scale, softcap)  # [BLOCK_M, BLOCK_N]
-        weights = tl.exp2(scores - lse[:, None])
+        biased = scores
+        if bias is not None:
+            biased = scores + load_bias(bias[:, None] + key[None, :], (key < stop_key)[None, :])  # [BLOCK_M, BLOCK_N]
+        weights = tl.exp2(biased - lse[:, None])
         if MASKED:
             weights = tl.where(visible_keys(key, stop_key, first, stop, key_mask, WINDOWED), weights, 0.0)
         dweights = tl.dot(grad_out, tl.trans(v), input_precision="ieee")  # [BLOCK_M, BLOCK_N]
@@ -56,27 +61,27 @@ def add_blocks(
 
 @triton.jit
 def add_segment(
-    dq, q, grad_out, lse, delta, keys, values, key_stride, value_stride, stop_key, first, stop, blocks, key_mask, scale,
-    softcap, WINDOWED: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_N: tl.constexpr,
+    dq, q, grad_out, lse, delta, keys, values, key_stride, value_stride, stop_key, first, stop, blocks, key_mask, bias,
+    scale, softcap, WINDOWED: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_DIM: tl.constexpr, BLOCK_VALUE_DIM: tl.constexpr,
 ):  # fmt: skip
     """dq / scale after one segment of keys, of which each query sees [first, stop): masks on edge blocks alone."""
     begin, full_begin, full_end, end = blocks
-    if key_mask is not None:
+    if key_mask is not None or bias is not None:
         full_end = begin
     elif WINDOWED:
         dq = add_blocks(
             dq, q, grad_out, lse, delta, keys, values, key_stride, value_stride, stop_key, first, stop, begin, full_begin,
-            key_mask, scale, softcap, True, True, HEAD_DIM, VALUE_DIM, BLOCK_N, BLOCK_DIM, BLOCK_VALUE_DIM,
+            key_mask, bias, scale, softcap, True, True, HEAD_DIM, VALUE_DIM, BLOCK_N, BLOCK_DIM, BLOCK_VALUE_DIM,
         )  # fmt: skip
-    if key_mask is None:
+    if key_mask is None and bias is None:
         dq = add_blocks(
             dq, q, grad_out, lse, delta, keys, values, key_stride, value_stride, stop_key, first, stop, full_begin, full_end,
-            key_mask, scale, softcap, False, False, HEAD_DIM, VALUE_DIM, BLOCK_N, BLOCK_DIM, BLOCK_VALUE_DIM,
+            key_mask, bias, scale, softcap, False, False, HEAD_DIM, VALUE_DIM, BLOCK_N, BLOCK_DIM, BLOCK_VALUE_DIM,
         )  # fmt: skip
     return add_blocks(
         dq, q, grad_out, lse, delta, keys, values, key_stride, value_stride, stop_key, first, stop, full_end, end, key_mask,
-        scale, softcap, True, WINDOWED, HEAD_DIM, VALUE_DIM, BLOCK_N, BLOCK_DIM, BLOCK_VALUE_DIM,
+        bias, scale, softcap, True, WINDOWED, HEAD_DIM, VALUE_DIM, BLOCK_N, BLOCK_DIM, BLOCK_VALUE_DIM,
     )  # fmt: skip
 
 
@@ -101,7 +106,7 @@ def delta_of_block(
 
 @triton.jit(do_not_specialize=LENGTHS)
 def dq_kernel(
-    q, k, v, prefix_k, prefix_v, out, grad_out, lse, grad_lse, delta, dq, rows, batch, heads, kv_heads, q_len, kv_len,
+    q, k, v, prefix_k, prefix_v, bias, out, grad_out, lse, grad_lse, delta, dq, rows, batch, heads, kv_heads, q_len, kv_len,
     q_tokens, k_tokens, prefixes, prefix_len, window, slide, scale, softcap, CAUSAL: tl.constexpr, HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_VALUE_DIM: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, DEPENDENT: tl.constexpr,
@@ -141,7 +146,8 @@ def dq_kernel(
     total = add_segment(
         total, q_tile, grad_tile, lse_of, delta_of, start_of(prefix_k, prefix, kv_head, 0),
         start_of(prefix_v, prefix, kv_head, 0), prefix_k.token, prefix_v.token, own_prefix_len, first, stop,
-        split_range(first_low, first_high, stop_low, stop_high, BLOCK_N), None, scale, softcap, slide is not None,
+        split_range(first_low, first_high, stop_low, stop_high, BLOCK_N), None,
+        start_of_bias(bias, row, head, tl.minimum(query, last_query), 0), scale, softcap, slide is not None,
         HEAD_DIM, VALUE_DIM, BLOCK_N, BLOCK_DIM, BLOCK_VALUE_DIM,
     )  # fmt: skip
 
@@ -152,7 +158,7 @@ def dq_kernel(
         total = add_segment(
             total, q_tile, grad_tile, lse_of, delta_of, start_of(k, 0, kv_head, parent_start),
             start_of(v, 0, kv_head, parent_start), k.token, v.token, parent_len, query * 0, query * 0 + parent_len,
-            split_range(0, 0, parent_len, parent_len, BLOCK_N), None, scale, softcap, False,
+            split_range(0, 0, parent_len, parent_len, BLOCK_N), None, None, scale, softcap, False,
             HEAD_DIM, VALUE_DIM, BLOCK_N, BLOCK_DIM, BLOCK_VALUE_DIM,
         )  # fmt: skip
 
@@ -165,7 +171,8 @@ def dq_kernel(
     total = add_segment(
         total, q_tile, grad_tile, lse_of, delta_of, start_of(k, row, kv_head, k_start), start_of(v, row, kv_head, k_start),
         k.token, v.token, own_kv_len, first, stop, split_range(first_low, first_high, stop_low, stop_high, BLOCK_N),
-        key_mask, scale, softcap, window is not None, HEAD_DIM, VALUE_DIM, BLOCK_N, BLOCK_DIM, BLOCK_VALUE_DIM,
+        key_mask, start_of_bias(bias, row, head, tl.minimum(query, last_query), prefix_len), scale, softcap,
+        window is not None, HEAD_DIM, VALUE_DIM, BLOCK_N, BLOCK_DIM, BLOCK_VALUE_DIM,
     )  # fmt: skip
     store_tile(
         start_of(dq, row, head, q_start), dq.token, first_query, own_q_len, total * scale, HEAD_DIM, BLOCK_M, BLOCK_DIM

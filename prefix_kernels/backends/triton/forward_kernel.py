@@ -1,6 +1,6 @@
 """The forward pass: one kernel, one online softmax over the prefix, the parent's keys and the row's own keys.
 
-    scores = scale · q · [prefix_k ; k]ᵀ → softcap → −inf where hidden
+    scores = scale · q · [prefix_k ; k]ᵀ → softcap → + bias → −inf where hidden
     lse    = log Σ exp(scores)        out = exp(scores − lse) · [prefix_v ; v]
 
 A program owns a block of queries of one head of one row. The prefix has no batch axis and is read where it lies.
@@ -15,10 +15,12 @@ from torch import Tensor
 
 from prefix_kernels.backends.triton.launch import LENGTHS, Call, cdiv
 from prefix_kernels.backends.triton.online_softmax import (
+    load_bias,
     load_tile,
     lse_of,
     scores_of,
     start_of,
+    start_of_bias,
     store_tile,
     visible_keys,
 )  # fmt: skip
@@ -40,8 +42,8 @@ from prefix_kernels.problem import AttentionInputs, empty_token_major
 
 @triton.jit
 def attend_blocks(
-    sums, largest, total, q, keys, values, key_stride, value_stride, stop_key, first, stop, begin, end, key_mask, scale,
-    softcap, MASKED: tl.constexpr, WINDOWED: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+    sums, largest, total, q, keys, values, key_stride, value_stride, stop_key, first, stop, begin, end, key_mask, bias,
+    scale, softcap, MASKED: tl.constexpr, WINDOWED: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_VALUE_DIM: tl.constexpr,
 ):  # fmt: skip
     """The softmax state after the blocks of keys in [begin, end)."""
@@ -49,6 +51,8 @@ def attend_blocks(
         key = start + tl.arange(0, BLOCK_N)
         k = load_tile(keys, key_stride, start, stop_key, MASKED, HEAD_DIM, BLOCK_N, BLOCK_DIM)
         scores = scores_of(tl.dot(q, tl.trans(k), input_precision="ieee"), scale, softcap)  # [BLOCK_M, BLOCK_N]
+        if bias is not None:
+            scores += load_bias(bias[:, None] + key[None, :], (key < stop_key)[None, :])  # [BLOCK_M, BLOCK_N]
         if MASKED:
             scores = tl.where(visible_keys(key, stop_key, first, stop, key_mask, WINDOWED), scores, float("-inf"))
         now_largest = tl.maximum(largest, tl.max(scores, 1))
@@ -67,33 +71,33 @@ def attend_blocks(
 
 @triton.jit
 def attend(
-    sums, largest, total, q, keys, values, key_stride, value_stride, stop_key, first, stop, blocks, key_mask, scale, softcap,
-    WINDOWED: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_N: tl.constexpr,
+    sums, largest, total, q, keys, values, key_stride, value_stride, stop_key, first, stop, blocks, key_mask, bias, scale,
+    softcap, WINDOWED: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_DIM: tl.constexpr, BLOCK_VALUE_DIM: tl.constexpr,
 ):  # fmt: skip
     """The softmax state after one segment of keys, of which each query sees [first, stop): masks on edge blocks alone."""
     begin, full_begin, full_end, end = blocks
-    if key_mask is not None:
+    if key_mask is not None or bias is not None:
         full_begin, full_end = begin, begin
     elif WINDOWED:
         sums, largest, total = attend_blocks(
             sums, largest, total, q, keys, values, key_stride, value_stride, stop_key, first, stop, begin, full_begin,
-            key_mask, scale, softcap, True, True, HEAD_DIM, VALUE_DIM, BLOCK_N, BLOCK_DIM, BLOCK_VALUE_DIM,
+            key_mask, bias, scale, softcap, True, True, HEAD_DIM, VALUE_DIM, BLOCK_N, BLOCK_DIM, BLOCK_VALUE_DIM,
         )  # fmt: skip
-    if key_mask is None:
+    if key_mask is None and bias is None:
         sums, largest, total = attend_blocks(
             sums, largest, total, q, keys, values, key_stride, value_stride, stop_key, first, stop, full_begin, full_end,
-            key_mask, scale, softcap, False, False, HEAD_DIM, VALUE_DIM, BLOCK_N, BLOCK_DIM, BLOCK_VALUE_DIM,
+            key_mask, bias, scale, softcap, False, False, HEAD_DIM, VALUE_DIM, BLOCK_N, BLOCK_DIM, BLOCK_VALUE_DIM,
         )  # fmt: skip
     return attend_blocks(
-        sums, largest, total, q, keys, values, key_stride, value_stride, stop_key, first, stop, full_end, end, key_mask,
+        sums, largest, total, q, keys, values, key_stride, value_stride, stop_key, first, stop, full_end, end, key_mask, bias,
         scale, softcap, True, WINDOWED, HEAD_DIM, VALUE_DIM, BLOCK_N, BLOCK_DIM, BLOCK_VALUE_DIM,
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=LENGTHS)
 def forward_kernel(
-    q, k, v, prefix_k, prefix_v, out, lse, rows, batch, heads, kv_heads, q_len, kv_len, q_tokens, k_tokens, prefixes,
+    q, k, v, prefix_k, prefix_v, bias, out, lse, rows, batch, heads, kv_heads, q_len, kv_len, q_tokens, k_tokens, prefixes,
     prefix_len, window, slide, scale, softcap, CAUSAL: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr, BLOCK_VALUE_DIM: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -122,7 +126,8 @@ def forward_kernel(
     sums, largest, total = attend(
         sums, largest, total, q_tile, start_of(prefix_k, prefix, kv_head, 0), start_of(prefix_v, prefix, kv_head, 0),
         prefix_k.token, prefix_v.token, own_prefix_len, first, stop,
-        split_range(first_low, first_high, stop_low, stop_high, BLOCK_N), None, scale, softcap, slide is not None,
+        split_range(first_low, first_high, stop_low, stop_high, BLOCK_N), None,
+        start_of_bias(bias, row, head, tl.minimum(query, last_query), 0), scale, softcap, slide is not None,
         HEAD_DIM, VALUE_DIM, BLOCK_N, BLOCK_DIM, BLOCK_VALUE_DIM,
     )  # fmt: skip
 
@@ -133,7 +138,7 @@ def forward_kernel(
         sums, largest, total = attend(
             sums, largest, total, q_tile, start_of(k, 0, kv_head, parent_start), start_of(v, 0, kv_head, parent_start),
             k.token, v.token, parent_len, query * 0, query * 0 + parent_len,
-            split_range(0, 0, parent_len, parent_len, BLOCK_N), None, scale, softcap, False,
+            split_range(0, 0, parent_len, parent_len, BLOCK_N), None, None, scale, softcap, False,
             HEAD_DIM, VALUE_DIM, BLOCK_N, BLOCK_DIM, BLOCK_VALUE_DIM,
         )  # fmt: skip
 
@@ -146,7 +151,8 @@ def forward_kernel(
     sums, largest, total = attend(
         sums, largest, total, q_tile, start_of(k, row, kv_head, k_start), start_of(v, row, kv_head, k_start),
         k.token, v.token, own_kv_len, first, stop,
-        split_range(first_low, first_high, stop_low, stop_high, BLOCK_N), key_mask, scale, softcap, window is not None,
+        split_range(first_low, first_high, stop_low, stop_high, BLOCK_N), key_mask,
+        start_of_bias(bias, row, head, tl.minimum(query, last_query), prefix_len), scale, softcap, window is not None,
         HEAD_DIM, VALUE_DIM, BLOCK_N, BLOCK_DIM, BLOCK_VALUE_DIM,
     )  # fmt: skip
 
@@ -168,6 +174,7 @@ def forward(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
     q, k, v, prefix_k, prefix_v = call.tensors
     call.launch(
         forward_kernel, tile, cdiv(call.problem.q_len, tile.BLOCK_M) * call.problem.heads * call.problem.batch,
-        q=q, k=k, v=v, prefix_k=prefix_k, prefix_v=prefix_v, out=tokens(out, varlen), lse=scalars(lse, varlen),
+        q=q, k=k, v=v, prefix_k=prefix_k, prefix_v=prefix_v, bias=call.bias, out=tokens(out, varlen),
+        lse=scalars(lse, varlen),
     )  # fmt: skip
     return out, lse

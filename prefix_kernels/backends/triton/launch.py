@@ -21,7 +21,7 @@ from torch.nn import Parameter
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from prefix_kernels.backends.triton import tile_sizes
-from prefix_kernels.backends.triton.rows import Operand, distances, rows_of, tokens
+from prefix_kernels.backends.triton.rows import Operand, bias_of, distances, rows_of, tokens
 from prefix_kernels.backends.triton.tile_sizes import Tile
 from prefix_kernels.problem import AttentionInputs, AttentionProblem
 
@@ -142,14 +142,15 @@ class Call:
         self.tensors = (
             *(tokens(tensor, problem.varlen) for tensor in inputs.tensors[:3]), *map(tokens, rounded_prefix(inputs)),
         )  # fmt: skip
-        self.rows = rows_of(inputs)
+        self.bias, self.rows = bias_of(inputs), rows_of(inputs)
         self.lengths, self.constants, key = _numbers(problem, inputs.scale, *distances(inputs))
         self.key = key, self.rows.key
 
     def tile(self, kernel: str) -> Tile:
         """The tile sizes of one kernel for this call."""
         problem = self.problem
-        return tile_sizes.find(kernel, self.device, problem.dtype, max(problem.head_dim, problem.value_dim))
+        dim = max(problem.head_dim, problem.value_dim)
+        return tile_sizes.find(kernel, self.device, problem.dtype, dim, problem.has_bias)
 
     def launch(
         self, kernel, tile: Tile, programs: int, dependent: bool = False, **arguments: Operand | Tensor | int | None

@@ -1,6 +1,6 @@
 """Tiles, scores, and the online softmax over a range of keys.
 
-    scores  = scale · q · keysᵀ → softcap
+    scores  = scale · q · keysᵀ → softcap → + bias
     largest = the greatest score so far        total = Σ exp(scores − largest)        sums = Σ exp(scores − largest) · values
 
 and lse = largest + log total, out = sums / total. Inside the kernels scores are in units of log 2, so that exp is exp2.
@@ -20,6 +20,16 @@ def start_of(tensor, row, head, token):
     """The address of one token, in 64 bit."""
     offset = tl.cast(row, tl.int64) * tensor.batch + tl.cast(head, tl.int64) * tensor.head
     return tensor.pointer + offset + tl.cast(token, tl.int64) * tensor.token
+
+
+@triton.jit
+def start_of_bias(bias, row, head, query, column):
+    """[queries]: the address of each query's bias of one column; None without a bias."""
+    if bias is None:
+        pointers = None
+    else:
+        pointers = start_of(bias, row, head, query) + column
+    return pointers
 
 
 @triton.jit
@@ -87,8 +97,14 @@ def scores_of(products, scale, softcap):
 
 
 @triton.jit
+def load_bias(pointers, exists):
+    """The bias at `pointers`, in units of log 2; 0 where there is none."""
+    return tl.load(pointers, mask=exists, other=0.0).to(tl.float32) * LOG2_E
+
+
+@triton.jit
 def through_softcap(dscores, scores, softcap):
-    """The gradient before the softcap: its slope is 1 − tanh²."""
+    """The gradient before the softcap: its slope is 1 − tanh². scores: without a bias."""
     if softcap is not None:
         capped = scores * (LN_2 / softcap)
         dscores = dscores * (1 - capped * capped)

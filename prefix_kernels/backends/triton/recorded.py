@@ -75,7 +75,8 @@ class Recording(NamedTuple):
 def kind_of(inputs: AttentionInputs, given: Sequence[Tensor | None], *more: Hashable) -> Hashable:
     """What the host's work for a call depends on."""
     tensors = [None if t is None else (t.dtype, t.stride(), t.data_ptr() % 16) for t in given]
-    return inputs.problem(), inputs.scale, inputs.q.device, *tensors, *more
+    bias = None if inputs.bias is None else inputs.bias.shape  # which the problem does not have
+    return inputs.problem(), inputs.scale, inputs.q.device, bias, *tensors, *more
 
 
 def serve(function: Callable[[], Sequence[Tensor | None]], kind: Hashable, given: Sequence[Tensor | None]) -> Sequence:

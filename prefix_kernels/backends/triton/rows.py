@@ -73,6 +73,14 @@ def scalars(tensor: Tensor, varlen: bool) -> Operand:
     return _operand(tensor, 0 if varlen else strides[0], strides[-2], 1)
 
 
+def bias_of(inputs: AttentionInputs) -> Operand | None:
+    """The bias of each row, head and query, whose columns are those of the prefix and the keys; axes of one have stride 0."""
+    if inputs.bias is None:
+        return None
+    bias = inputs.bias if inputs.bias.stride(-1) == 1 else inputs.bias.contiguous()
+    return _operand(bias, *bias.expand(*inputs.q.shape[:3], -1).stride()[:3])
+
+
 def rows_of(inputs: AttentionInputs) -> Operand:
     """The index tensors of a call, each with stride 1."""
     key_mask = None if inputs.key_mask is None else inputs.key_mask.view(torch.uint8)

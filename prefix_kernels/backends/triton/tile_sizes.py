@@ -37,6 +37,8 @@ TIMED = "measured: the fastest of 6 to 27 shapes on an H200 (benchmarks/results/
 TIMED_NEXT = "measured: the fastest of 8 to 27 shapes on an H200 (benchmarks/results/nvidia-h200/tiles_256.json)"
 AS_DKEYS = "as dkeys, where it was measured to be the fastest of 6 shapes"
 STREAM = "assumed; stages enough to stream the keys, for two programs on a multiprocessor"
+BIAS_STAGE = "as without a bias, with a stage less: one more spills or exceeds shared memory; assumed"
+BIAS_TILE = "assumed; as without a bias, with any number of stages, it spills"
 SCALAR = "assumed; IEEE products have no tensor cores; up to 8 words spilled are let pass"
 
 # (kernel, bits): {architecture: {head dimension: (BLOCK_M, BLOCK_N, num_warps, num_stages, reason)}}
@@ -80,6 +82,24 @@ _FLOAT32 = {
     "dkeys": {64: (32, 16, 4, 1, SCALAR), 128: (16, 16, 4, 1, SCALAR), 256: (16, 16, 8, 1, SCALAR)},
     "dprefix": {64: (32, 16, 4, 1, SCALAR), 128: (16, 16, 4, 1, SCALAR), 256: (16, 16, 8, 1, SCALAR)},
 }  # fmt: skip
+# Rows of calls with a bias that differ from those above.
+_BIASED = {
+    ("forward", 16): {
+        80: {64: (64, 64, 8, 2, BIAS_TILE)}, 100: {64: (128, 64, 8, 2, BIAS_STAGE), 128: (128, 64, 8, 2, BIAS_STAGE)},
+    },
+    ("decode", 16): {
+        80: {256: (64, 32, 8, 1, BIAS_STAGE)}, 90: {128: (64, 64, 8, 3, BIAS_TILE)}, 100: {128: (64, 64, 4, 2, BIAS_STAGE)},
+    },
+    ("dq", 16): {
+        80: {64: (64, 64, 8, 1, BIAS_STAGE)}, 90: {256: (128, 32, 8, 2, BIAS_STAGE)}, 100: {128: (128, 64, 8, 1, BIAS_STAGE)},
+    },
+    ("dkeys", 16): {
+        90: {64: (64, 64, 4, 1, BIAS_STAGE), 128: (32, 64, 4, 1, BIAS_STAGE)}, 100: {64: (32, 128, 8, 1, BIAS_STAGE)},
+    },
+    ("dprefix", 16): {
+        80: {128: (64, 64, 8, 1, BIAS_STAGE)}, 90: {64: (64, 64, 4, 1, BIAS_STAGE), 128: (32, 64, 4, 1, BIAS_STAGE)},
+    },
+}  # fmt: skip
 _DELTA = {64: (128, 16, 4, 1, LARGEST), 128: (64, 16, 4, 1, LARGEST), 256: (32, 16, 4, 1, LARGEST)}
 ARCHITECTURES = (80, 90, 100)
 
@@ -109,10 +129,7 @@ HOPPER_BACKWARD_REGIMES: dict[str, tuple[Regime, ...]] = {
 INTERPRETER = Tile(64, 64, 4, 1, "whole test cases in a block: the interpreter's time goes with the number of blocks")
 
 
-def _table() -> dict[tuple[str, int, int, int], Tile]:
-    rows = {(kernel, bits): by_architecture for (kernel, bits), by_architecture in _ROWS.items()}
-    rows |= {(kernel, 32): dict.fromkeys(ARCHITECTURES, by_dim) for kernel, by_dim in _FLOAT32.items()}
-    rows |= {("delta", bits): dict.fromkeys(ARCHITECTURES, _DELTA) for bits in (16, 32)}
+def _table(rows: dict) -> dict[tuple[str, int, int, int], Tile]:
     return {
         (kernel, architecture, bits, dim): Tile(*row)
         for (kernel, bits), by_architecture in rows.items()
@@ -121,14 +138,21 @@ def _table() -> dict[tuple[str, int, int, int], Tile]:
     }
 
 
-TABLE = _table()  # (kernel, architecture, bits of the dtype, head dimension)
+# (kernel, architecture, bits of the dtype, head dimension)
+TABLE = _table(
+    _ROWS
+    | {(kernel, 32): dict.fromkeys(ARCHITECTURES, by_dim) for kernel, by_dim in _FLOAT32.items()}
+    | {("delta", bits): dict.fromkeys(ARCHITECTURES, _DELTA) for bits in (16, 32)}
+)
+BIASED = _table(_BIASED)  # instead, for calls with a bias
 
 
-def find(kernel: str, device: torch.device, dtype: torch.dtype, dim: int) -> Tile:
-    """The row for heads of up to `dim`."""
+def find(kernel: str, device: torch.device, dtype: torch.dtype, dim: int, biased: bool = False) -> Tile:
+    """The row for heads of up to `dim`; biased: of a call with a bias."""
     if device.type == "cpu":
         return INTERPRETER
-    return TABLE[kernel, architecture_of(device), 8 * dtype.itemsize, 64 if dim <= 64 else 128 if dim <= 128 else 256]
+    key = kernel, architecture_of(device), 8 * dtype.itemsize, 64 if dim <= 64 else 128 if dim <= 128 else 256
+    return BIASED.get(key, TABLE[key]) if biased else TABLE[key]
 
 
 @functools.cache
