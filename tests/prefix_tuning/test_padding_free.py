@@ -98,6 +98,13 @@ def test_what_is_shared_saves_the_most(seed):
         assert all(label == IGNORED for index in members for label in rows[index][1][: shared + 1])
 
 
+def test_a_long_beginning_of_two_is_worth_more_than_a_short_one_of_three():
+    common, long = list(range(10, 10 + LEAST_SHARED)), list(range(30, 50))
+    rows = [([*common, *long, 1, 2], 2), ([*common, *long, 3], 1), ([*common, 60, 61], 1)]
+    rows = [(ids, [IGNORED] * (len(ids) - targets) + ids[-targets:]) for ids, targets in rows]
+    assert shared_beginnings(rows) == [([0, 1], len(common) + len(long) - 1), ([2], 0)]
+
+
 def test_examples_that_cannot_be_used():
     with pytest.raises(ValueError, match="as many labels as input_ids"):
         PaddingFreeCollator()([{"input_ids": [1, 2], "labels": [1]}])
