@@ -136,18 +136,21 @@ def _attend_in_packs(
     """prefix_attention_forward where rows hold several sequences: each attends to the prefix and to itself."""
     pack = mask.pack
     q, k, v = (tensor.transpose(1, 2).flatten(0, 1) for tensor in (query, key, value))  # [batch · length, heads, …]
-    out, lse = prefix_attention_varlen(
+    out = prefix_attention_varlen(
         q, k, v, prefix_key, prefix_value, cu_seqlens_q=pack.cu_seqlens, cu_seqlens_k=pack.cu_seqlens,
         max_seqlen_q=pack.max_seqlen, max_seqlen_k=pack.max_seqlen, parent=pack.parent, scale=scaling, window=mask.window,
         softcap=softcap, prefix_ids=None if prefix_ids is None else prefix_ids[pack.rows()], prefix_lens=layer.lens,
-        backend=layer.backend, return_lse=True,
+        backend=layer.backend, return_lse=s_aux is not None,
     )  # fmt: skip
-    return _through_sinks(out, lse.T, s_aux).unflatten(0, (pack.batch, pack.length))
+    if s_aux is not None:
+        out, lse = out
+        out = _through_sinks(out, lse.T, s_aux)
+    return out.unflatten(0, (pack.batch, pack.length))
 
 
-def _through_sinks(out: Tensor, lse: Tensor, sinks: Tensor | None) -> Tensor:
+def _through_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
     """out [..., heads, value_dim] where each head has one more score, `sinks` [heads], without a value; lse [..., heads]."""
-    return out if sinks is None else (out * torch.sigmoid(lse - sinks)[..., None]).to(out.dtype)
+    return (out * torch.sigmoid(lse - sinks)[..., None]).to(out.dtype)
 
 
 AttentionInterface.register(ATTENTION_NAME, prefix_attention_forward)

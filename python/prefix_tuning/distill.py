@@ -98,6 +98,8 @@ def distill(
     settings, output = dataclasses.replace(settings, init="text", init_text=text).resolved(), Path(output)
     if task_of(model) is not Task.CAUSAL:
         raise NotImplementedError(f"model: a text is distilled into a prefix of a causal model, got {type(model).__name__}")
+    if settings.padding_free:
+        raise ValueError("padding_free: expected False or None, as a text is distilled on padded rows, got True")
     if PartialState().num_processes > 1:
         raise NotImplementedError(f"processes: a text is distilled in one process, got {PartialState().num_processes}")
     source = SourceText(text, tokenizer)

@@ -181,6 +181,7 @@ class _PackedRow(Rows):
 
     def load(self, input_ids: Tensor, position_ids: Tensor, pack: Pack) -> None:
         super().load(input_ids)
+        pack.taken = self.pack.taken
         self.position_ids[:, : position_ids.shape[1]] = position_ids
         ends = len(pack.cu_seqlens)
         self.pack.cu_seqlens[:ends], self.pack.cu_seqlens[ends:] = pack.cu_seqlens, self.pack.length

@@ -189,7 +189,8 @@ def mask_structure(
     if not torch.compiler.is_compiling():
         if _is_idle(attention_mask):
             attention_mask, pack = None, current_pack()
-        mask_function, sequence = taken_apart(mask_function)
+        if attention_mask is None:
+            mask_function, sequence = taken_apart(mask_function)
     window, chunk, known = None, None, True
     causal = mask_function is not bidirectional_mask_function and "allow_is_bidirectional_skip" not in options
     if mask_function not in (bidirectional_mask_function, causal_mask_function):
@@ -215,6 +216,10 @@ def mask_structure(
     if known or chunk is not None:
         key_mask = _key_mask(attention_mask, kv_length, kv_offset)
         structure = MaskStructure(causal, window, key_mask, fill, kv_offset, tokens=attention_mask)
+    if pack is not None:
+        if not known:
+            raise NotImplementedError("cu_seqlens: rows of several sequences are not served under this model's masks")
+        pack.taken = True
     if known:
         return structure if sequence is None and pack is None else replace(structure, pack=pack or Pack.of(sequence))
     options.pop("allow_is_causal_skip", None)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,13 +15,17 @@ from transformers.masking_utils import and_masks, causal_mask_function, packed_s
 
 @dataclass(eq=False)
 class Pack:
-    """The sequences of all batch · length tokens, in their order; what the tokens of padding are is a sequence too."""
+    """The sequences of all batch · length tokens, in their order; what the tokens of padding are is a sequence too.
+
+    taken: whether a mask has been made of it.
+    """
 
     cu_seqlens: Tensor  # int32 [sequences + 1]: from 0, never falling, to batch · length
     max_seqlen: int  # at least the length of the longest
     batch: int
     length: int
     parent: Tensor | None = None  # int32 [sequences]: an earlier sequence that this one goes on from, or −1
+    taken: bool = False
 
     @classmethod
     def of(cls, sequence: Tensor) -> Pack:
@@ -32,6 +37,34 @@ class Pack:
         longest = int(cu_seqlens.diff().max()) if sequence.numel() else 0
         return cls(cu_seqlens.to(torch.int32), longest, *sequence.shape)
 
+    @classmethod
+    def of_batch(
+        cls, cu_seqlens: Tensor | None, max_seqlen: int | None, parent: Tensor | None, inputs: Mapping[str, Any]
+    ) -> Pack:
+        """Of a batch that PaddingFreeCollator has made; inputs: its other tensors. ValueError or TypeError for another."""
+        if cu_seqlens is None or max_seqlen is None:
+            raise ValueError("cu_seqlens, max_seqlen: expected both, as PaddingFreeCollator makes them, got one or a parent")
+        for name, value in (("cu_seqlens", cu_seqlens), ("parent", parent)):
+            if value is not None and (value.dim() != 2 or len(value) != 1):
+                raise ValueError(f"{name}: expected one row, [1, …], as PaddingFreeCollator makes it, got {list(value.shape)}")
+        if not isinstance(max_seqlen, int):
+            raise TypeError(f"max_seqlen: expected an int, got {type(max_seqlen).__name__}")
+        for name in ("input_ids", "position_ids"):
+            shape = None if inputs.get(name) is None else list(inputs[name].shape)
+            if shape is None or len(shape) != 2 or shape[0] != 1:
+                raise ValueError(f"{name}: expected [1, tokens] beside cu_seqlens, got {shape}")
+        if inputs.get("attention_mask") is not None:
+            raise ValueError("attention_mask: expected none beside cu_seqlens, which says what each token sees")
+        return cls(cu_seqlens[0], max_seqlen, *inputs["input_ids"].shape, None if parent is None else parent[0])
+
+    def check_taken(self) -> None:
+        """NotImplementedError where the model has made its masks without it, so that its rows have seen each other."""
+        if not self.taken:
+            raise NotImplementedError(
+                "cu_seqlens: the model made its attention masks without them, as one that is compiled does, or one around "
+                "which something copies the attention mask; it needs padded rows"
+            )
+
     def to(self, *args, **kwargs) -> Pack:
         parent = None if self.parent is None else self.parent.to(*args, **kwargs)
         return replace(self, cu_seqlens=self.cu_seqlens.to(*args, **kwargs), parent=parent)
@@ -41,7 +74,15 @@ class Pack:
         return (self.cu_seqlens[:-1].long() // self.length).clamp(max=self.batch - 1)
 
     def hidden(self, window: int | None) -> Tensor:
-        """Bool [batch, 1, length, length]: the keys that a query may not attend to, causally and within a window."""
+        """Bool [batch, 1, length, length]: the keys that a query may not attend to, causally and within a window.
+
+        NotImplementedError where sequences go on from another.
+        """
+        if self.parent is not None:
+            raise NotImplementedError(
+                "parent: what rows share is not served where a mask over all pairs of tokens is needed, as for a prefix that "
+                "slides out of a window; PaddingFreeCollator(share=False)"
+            )
         token = torch.arange(self.batch * self.length, device=self.cu_seqlens.device, dtype=torch.int32)
         sequence = torch.searchsorted(self.cu_seqlens, token, right=True).view(self.batch, self.length)
         distance = token[: self.length, None] - token[: self.length]
@@ -54,12 +95,10 @@ _current: ContextVar[Pack | None] = ContextVar("current", default=None)
 
 @contextmanager
 def packed(pack: Pack | None) -> Iterator[None]:
-    """Within, a causal mask without padding is one of these sequences. What is compiled runs as it was written: a traced mask
-    function cannot ask for them."""
+    """Within, a causal mask without padding is one of these sequences, but in code that is traced."""
     token = _current.set(pack)
     try:
-        with torch.compiler.set_stance("force_eager"):
-            yield
+        yield
     finally:
         _current.reset(token)
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
 
 from prefix_tuning.data import IGNORED, check_examples
+from prefix_tuning.doctor import explain_training
 from prefix_tuning.multimodal_families import text_part
 from prefix_tuning.stacks import attention_kinds, stacks
 from prefix_tuning.task import Task, task_of
@@ -94,12 +95,13 @@ def shared_beginnings(rows: Sequence[tuple[list[int], list[int]]]) -> list[tuple
 
 
 def padding_free_collator(
-    model: nn.Module, wanted: bool | None, compiled: bool = False, slides: bool = False
+    model: nn.Module, wanted: bool | None, *, compiled: bool = False, slides: bool = False, backend: str | None = None
 ) -> PaddingFreeCollator | None:
     """What makes the batches of a model's training, None for padded ones.
 
-    wanted: None is wherever it can be, on a CPU; on a GPU it was not measured. compiled: the model will be. slides: the prefix
-        slides out of windows, which in such rows takes a mask over all pairs of tokens.
+    wanted: None is wherever it can be and was measured to be faster: on a CPU, by the backend "cpu". compiled: the model will
+        be. slides: the prefix slides out of windows, which in such rows takes a mask over all pairs of tokens. backend: as for
+        attach_prefix.
 
     NotImplementedError for a model that needs padded rows, where others are wanted.
     """
@@ -109,7 +111,7 @@ def padding_free_collator(
     if wanted is False or reason is not None:
         return None
     windows = any(kind.get("window") for kind in attention_kinds(model.config).values())
-    if wanted is None and (model.device.type != "cpu" or (windows and slides)):
+    if wanted is None and (model.device.type != "cpu" or (windows and slides) or not _in_our_kernels(model, backend)):
         return None
     # A window would have to reach into what is shared.
     return PaddingFreeCollator(share=not windows, first_position=stacks(model)[0].first_position)
@@ -128,9 +130,21 @@ def why_padded(model: nn.Module) -> str | None:
         return "it has layers with a state, which runs on from one row to the next"
     if stack.wrapper is not None:
         return "it makes positions and masks of its own"
-    if isinstance(model, OptimizedModule) or model._compiled_call_impl is not None:
+    if getattr(config, "use_bidirectional_attention", None) in (True, "all"):  # Gemma 3, 4
+        return "its tokens see later ones"
+    if hasattr(model.forward, "_torchdynamo_orig_callable") or any(map(_is_compiled, model.modules())):
         return _COMPILED
     return None
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return isinstance(module, OptimizedModule) or module._compiled_call_impl is not None
+
+
+def _in_our_kernels(model: nn.Module, backend: str | None) -> bool:
+    """Whether the C++ kernels serve the model; torch's run sequence by sequence, and lose what the padding costs."""
+    reasons = explain_training(model, model.dtype, batch=2, length=8, prefix_len=8, backend=backend)
+    return reasons["cpu"] == "chosen"
 
 
 def _common(one: list[int], other: list[int]) -> int:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import copy
-import functools
 import inspect
 import logging
 from collections.abc import Mapping
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import DynamoBackend
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import (
@@ -36,7 +37,7 @@ from prefix_tuning.loss import distillation_loss, divergences, encoder_decoder_l
 from prefix_tuning.masks import idle_mask
 from prefix_tuning.multimodal_families import text_part
 from prefix_tuning.packs import Pack, current_pack, packed
-from prefix_tuning.padding_free import padding_free_collator
+from prefix_tuning.padding_free import padding_free_collator, why_padded
 from prefix_tuning.prefix import Prefix
 from prefix_tuning.shapes import check_int, check_model
 from prefix_tuning.stacks import tokens_left
@@ -87,6 +88,7 @@ class PrefixedModel(nn.Module):
             parameter.requires_grad_(True)
         self.prefix = prefix
         self.checkpointing: LayerCheckpointing | None = None
+        self._needs_padding: str | None = None  # why, "" if it does not; None before it is asked
         self.graphs = None
         if cuda_graphs and self.task is Task.CAUSAL:
             self.graphs = GraphedSteps(model, prefix, _max_length(model, prefix, None))
@@ -123,12 +125,20 @@ class PrefixedModel(nn.Module):
         as PaddingFreeCollator makes it.
         """
         self._check_attached(self.prefix)
-        if cu_seqlens is not None:
-            pack = Pack(cu_seqlens[0], max_seqlen, *inputs["input_ids"].shape, None if parent is None else parent[0])
-            with packed(pack), idle_mask(inputs["input_ids"]) as mask:
-                inputs["attention_mask"] = mask
-                return self._outputs(labels, num_items_in_batch, return_logits, teacher_ids, teacher_probs, inputs)
-        return self._outputs(labels, num_items_in_batch, return_logits, teacher_ids, teacher_probs, inputs)
+        outputs = partial(self._outputs, labels, num_items_in_batch, return_logits, teacher_ids, teacher_probs)
+        if cu_seqlens is None and max_seqlen is None and parent is None:
+            return outputs(inputs)
+        if torch.compiler.is_compiling():
+            raise NotImplementedError("cu_seqlens: a PrefixedModel that is compiled needs padded rows")
+        if self._needs_padding is None:
+            self._needs_padding = why_padded(self.model) or ""
+        if self._needs_padding:
+            raise NotImplementedError(f"cu_seqlens: {type(self.model).__name__} needs padded rows: {self._needs_padding}")
+        pack = Pack.of_batch(cu_seqlens, max_seqlen, parent, inputs)
+        with packed(pack), idle_mask(inputs["input_ids"]) as mask:
+            found = outputs({**inputs, "attention_mask": mask})
+        pack.check_taken()
+        return found
 
     def _outputs(
         self, labels: Tensor | None, num_items_in_batch: Tensor | int | None, return_logits: bool,
@@ -208,8 +218,8 @@ class PrefixTrainer(Trainer):
             or "start_positions" and "end_positions".
         processing_class: the tokenizer. data_collator: by default the one that pads for the model's task.
         padding_free: training steps of a causal model read rows one behind the other instead of padded ones, and what several
-            begin with once (PaddingFreeCollator): the same loss and gradients from fewer tokens. None: on a CPU, where the
-            model allows it, unless there is a data_collator or rows come from an iterable data set.
+            begin with once (PaddingFreeCollator): the same loss and gradients from fewer tokens. None: on a CPU, where the C++
+            kernels serve the model, unless there are a data_collator, a loss or a step of yours, or an iterable data set.
         max_length: cuts prompts so that a row has no more tokens; default, and at most: what the model has positions for.
         backend, prefix_window: as for attach_prefix.
         cuda_graphs: as for PrefixedModel.
@@ -253,11 +263,18 @@ class PrefixTrainer(Trainer):
         # In the backward pass every parameter of the prefix gets a gradient, and no buffer of the model ever changes.
         args.ddp_find_unused_parameters = bool(args.ddp_find_unused_parameters)
         args.ddp_broadcast_buffers = bool(args.ddp_broadcast_buffers)
+        if padding_free is not None and not isinstance(padding_free, bool):
+            raise TypeError(f"padding_free: expected True, False or None, got {padding_free!r}")
         if padding_free and data_collator is not None:
             raise ValueError("padding_free: expected no data_collator, whose place it takes in training")
-        if padding_free is None and (data_collator is not None or isinstance(train_dataset, IterableDataset)):
+        streamed = isinstance(train_dataset, IterableDataset)
+        if padding_free and streamed and args.world_size > 1:
+            raise NotImplementedError("padding_free: several processes need a train_dataset that has a length")
+        own_loss = others.get("compute_loss_func") or any(
+            getattr(type(self), name) is not getattr(Trainer, name) for name in ("compute_loss", "training_step")
+        )
+        if padding_free is None and (data_collator is not None or streamed or own_loss):
             padding_free = False
-        self._padding_free = padding_free_collator(model, padding_free, args.torch_compile, prefix_window == "peft")
         if data_collator is None:
             if processing_class is None:
                 raise ValueError("processing_class: expected the tokenizer, or a data_collator in its place")
@@ -281,6 +298,12 @@ class PrefixTrainer(Trainer):
                 **others,
             )
             self._check_launcher()
+            dynamo = getattr(self.accelerator.state, "dynamo_plugin", None)
+            compiled = args.torch_compile or getattr(dynamo, "backend", DynamoBackend.NO) != DynamoBackend.NO
+            self._padded_collator = self.data_collator
+            self._padding_free = padding_free_collator(
+                model, padding_free, compiled=compiled, slides=prefix_window == "peft", backend=backend
+            )
         except BaseException:
             self.attachment.detach()
             raise
@@ -322,7 +345,8 @@ class PrefixTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader:
         padded = self.data_collator
-        self.data_collator = self._padding_free or padded
+        if self._padding_free is not None and padded is self._padded_collator:  # and nobody has set another one
+            self.data_collator = self._padding_free
         try:
             return super().get_train_dataloader()
         finally:
@@ -370,7 +394,7 @@ class PrefixTrainer(Trainer):
     def _collator(self, data_collator: DataCollator, model: PreTrainedModel) -> DataCollator:
         if self.task is not Task.CAUSAL:
             return data_collator
-        return functools.partial(_collate, data_collator, _max_length(model, self.prefix, None))
+        return partial(_collate, data_collator, _max_length(model, self.prefix, None))
 
     def _set_signature_columns_if_needed(self) -> None:
         """What a row may hold is what the model inside takes."""

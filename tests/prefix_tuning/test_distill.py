@@ -243,6 +243,7 @@ def test_without_training_nothing_is_gained(mlp, tmp_path):
         ({"top_k": 128}, {}, "top_k: "),
         ({"chunk_tokens": 512}, {"prompts": []}, "prompts: expected at least one row, got none"),
         ({"chunk_tokens": 512}, {"prompts": [{"prompt": "p"}, {"foo": 1}]}, r"prompts\[1\]: expected an object with"),
+        ({"padding_free": True}, {}, "padding_free: expected False or None, as a text is distilled on padded rows, got True"),
         ({"chunk_tokens": 512}, {"prompts": [{"messages": []}]}, r"prompts\[0\]: messages: expected at least one turn"),
     ],
     ids=str,

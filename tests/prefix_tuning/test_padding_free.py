@@ -5,15 +5,17 @@ import random
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from torch.utils.data import IterableDataset
 
 from prefix_tuning import Prefix, PrefixedModel, PrefixTrainer, attach_prefix
 from prefix_tuning.data import IGNORED, PromptCompletionCollator, tokenize_rows
+from prefix_tuning.masks import mask_structure
 from prefix_tuning.padding_free import LEAST_SHARED, PaddingFreeCollator, padding_free_collator, shared_beginnings, why_padded
 from prefix_tuning.recipe import TrainSettings, train_prefix
 from support.models import MODELS, WITH_STATE, random_prefix, tiny_model
 from support.tokenizer import tiny_tokenizer
-from support.training import CHECKPOINTING, DEVICES, PREFIX_LEN, ROWS, losses, make_trainer, trained
+from support.training import CHECKPOINTING, DEVICES, PREFIX_LEN, ROWS, arguments, losses, make_trainer, trained
 
 TOLERANCE = {"atol": 2e-5, "rtol": 1e-4}
 SYSTEM = "in one line\n"
@@ -133,7 +135,7 @@ def step(model, prefix, batch, autocast=False, checkpointing=False, graphs=False
     with torch.autocast(batch["input_ids"].device.type, torch.bfloat16, enabled=autocast):
         outputs = trained_model(**batch, **options)
     outputs["loss"].backward()
-    assert not torch.is_autocast_enabled("cpu")
+    assert not torch.is_autocast_enabled("cpu")  # as it would be if forward called itself
     return outputs, torch.cat([parameter.grad.flatten() for parameter in prefix.parameters()])
 
 
@@ -165,21 +167,119 @@ def test_the_step_is_that_of_padded_rows(family, device):
         assert (rounded[1] - exact[1]).norm() < 0.1 * exact[1].norm()
 
 
-def test_a_compiled_model_runs_such_rows_as_they_are():
+def packed_batch(share=True, rows=ALIKE):
+    return PaddingFreeCollator(share)(tokenize_rows(rows, tiny_tokenizer()))
+
+
+def compiled_layers(model):
+    for layer in model.model.layers:
+        layer.compile(backend="eager")
+    return model
+
+
+def compiled_forward(model):
+    model.forward = torch.compile(model.forward, backend="eager")
+    return model
+
+
+COMPILED = {
+    "model": lambda model: torch.compile(model, backend="eager"), "layers": compiled_layers, "forward": compiled_forward,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("how", COMPILED)
+def test_a_compiled_model_needs_padding(how):
     """Its traced code does not know of sequences."""
-    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
-    prefix, batch = random_prefix(model, PREFIX_LEN), PaddingFreeCollator()(tokenize_rows(ALIKE, tokenizer))
-    with attach_prefix(model, prefix):
-        expected, right = step(model, prefix, batch)
-        compiled = torch.compile(model, backend="eager")
-        compiled(**{name: batch[name] for name in ("input_ids", "position_ids")}, use_cache=False)
-        got, found = step(compiled, prefix, batch)
-    assert torch.equal(got["loss"], expected["loss"]) and torch.equal(found, right)
-    with pytest.raises(NotImplementedError, match="it is compiled"):
-        padding_free_collator(compiled, True)
-    assert padding_free_collator(compiled, None) is None
-    model.compile(backend="eager")
-    assert padding_free_collator(model, None) is None is padding_free_collator(tiny_model("llama"), None, compiled=True)
+    model = tiny_model("llama")
+    with attach_prefix(model, prefix := random_prefix(model)):
+        compiled = COMPILED[how](model)
+        with pytest.raises(NotImplementedError, match="needs padded rows: it is compiled"):
+            step(compiled, prefix, packed_batch())
+        with pytest.raises(NotImplementedError, match="it is compiled"):
+            padding_free_collator(compiled, True)
+        assert padding_free_collator(compiled, None) is None
+    assert padding_free_collator(tiny_model("llama"), None, compiled=True) is None
+
+
+def test_a_prefixed_model_that_is_compiled_needs_padding(monkeypatch, tmp_path):
+    """Also where accelerate's launcher compiles it."""
+    model = tiny_model("llama")
+    with attach_prefix(model, prefix := random_prefix(model)):
+        compiled = torch.compile(PrefixedModel(model, prefix), backend="eager")
+        with pytest.raises(Exception, match="it needs padded rows|that is compiled needs padded rows"):
+            compiled(**packed_batch())
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "eager")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        expected = trained(tmp_path / "compiled", max_steps=2)
+        assert expected._padding_free is None
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_masks_made_without_the_sequences_are_refused():
+    """Rows would see each other: a mask that something copies on its way, one of another form, layers with a state."""
+    model = tiny_model("llama")
+    with attach_prefix(model, prefix := random_prefix(model)):
+
+
+        def copied(module, args, kwargs):
+            return args, {**kwargs, "attention_mask": kwargs["attention_mask"].clone()}
+
+        hook = model.model.register_forward_pre_hook(copied, with_kwargs=True)
+        with pytest.raises(NotImplementedError, match="the model made its attention masks without them"):
+            step(model, prefix, packed_batch())
+        hook.remove()
+        step(model, prefix, packed_batch())
+    for name, changes, message in (
+        ("gemma3", {"use_bidirectional_attention": True}, "its tokens see later ones"), ("bamba", {}, "layers with a state"),
+        ("bloom", {}, "ALiBi"),
+    ):  # fmt: skip
+        model = tiny_model(name, **changes)
+        refused = pytest.raises(NotImplementedError, match=f"cu_seqlens: {type(model).__name__} needs padded rows: .*{message}")
+        with attach_prefix(model, prefix := random_prefix(model)), refused:
+            step(model, prefix, packed_batch(share=False))
+
+
+def test_what_rows_share_is_refused_where_a_mask_is_needed():
+    model = tiny_model("mistral")
+    with attach_prefix(model, prefix := random_prefix(model), prefix_window="peft"):
+        expected, _ = step(model, prefix, PromptCompletionCollator(tiny_tokenizer())(tokenize_rows(ALIKE, tiny_tokenizer())))
+        got, _ = step(model, prefix, packed_batch(share=False))
+        torch.testing.assert_close(got["loss"], expected["loss"], **TOLERANCE)
+        with pytest.raises(NotImplementedError, match="parent: what rows share is not served .*share=False"):
+            step(model, prefix, packed_batch())
+
+
+def test_a_mask_beside_a_packed_mask_function_is_heeded():
+    from transformers.masking_utils import and_masks, causal_mask_function, packed_sequence_mask_function
+
+    sequence, mask = torch.tensor([[0, 0, 1, 1]]), torch.tensor([[True, True, True, False]])
+    function = and_masks(causal_mask_function, packed_sequence_mask_function(sequence))
+    given = {"batch_size": 1, "q_length": 4, "kv_length": 4, "mask_function": function, "device": torch.device("cpu")}
+    assert mask_structure(**given).pack.cu_seqlens.tolist() == [0, 2, 4]
+    hidden = mask_structure(**given, attention_mask=mask).bias[0, 0].isinf()
+    assert hidden.int().tolist() == [[0, 1, 1, 1], [0, 0, 1, 1], [1, 1, 0, 1], [1, 1, 0, 1]]
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"position_ids": None}, ValueError, r"position_ids: expected \[1, tokens\] beside cu_seqlens, got None"),
+        ({"cu_seqlens": None}, ValueError, "cu_seqlens, max_seqlen: expected both"),
+        ({"cu_seqlens": torch.tensor([0, 2])}, ValueError, r"cu_seqlens: expected one row, \[1, …\], .* got \[2\]"),
+        ({"max_seqlen": None}, ValueError, "cu_seqlens, max_seqlen: expected both"),
+        ({"max_seqlen": torch.tensor(9)}, TypeError, "max_seqlen: expected an int, got Tensor"),
+        ({"attention_mask": torch.ones(1, 3)}, ValueError, "attention_mask: expected none beside cu_seqlens"),
+        ({"input_ids": torch.ones(2, 3, dtype=torch.long)}, ValueError, r"input_ids: expected \[1, tokens\] .* got \[2, 3\]"),
+    ],
+    ids=str,
+)
+def test_a_batch_that_is_none_is_refused(changes, error, message):
+    model = tiny_model("llama")
+    batch = {name: value for name, value in {**packed_batch(), **changes}.items() if value is not None}
+    with attach_prefix(model, prefix := random_prefix(model)), pytest.raises(error, match=message):
+        PrefixedModel(model, prefix)(**batch)
 
 
 @pytest.mark.parametrize("mlp", (None, "mlp"), ids=("prefix", "reparametrised"))
@@ -239,7 +339,8 @@ def test_what_is_left_out_by_itself(tmp_path):
         training, evaluation = batches(trainer)
         trainer.detach()
         assert all(names - {"parent"} == expected for names in training) and all(names == padded for names in evaluation)
-    for family, options in (("bloom", {}), ("bamba", {}), ("mistral", {"prefix_window": "peft"})):
+    needed = (("bloom", {}), ("bamba", {}), ("mistral", {"prefix_window": "peft"}), ("llama", {"backend": "sdpa"}))
+    for family, options in needed:
         trainer = make_trainer(tmp_path, tiny_model(family), options=options | {"eval_dataset": ROWS[:4]})
         assert trainer._padding_free is None and "cu_seqlens" not in batches(trainer)[0][0]
         trainer.detach()
@@ -262,6 +363,33 @@ def test_a_collator_or_an_iterable_data_set_stays_as_it_is(tmp_path):
     asked.train()
     asked.detach()
     assert len(losses(asked)) == 2
+
+
+def test_code_of_the_users_own_gets_padded_rows(tmp_path):
+    class Weighted(PrefixTrainer):
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            seen.append(set(inputs))
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+    model, seen = tiny_model("llama"), []
+    given = {"train_dataset": ROWS, "processing_class": tiny_tokenizer()}
+    trainer = Weighted(model, random_prefix(model), arguments(tmp_path, max_steps=1), **given)
+    trainer.train()
+    trainer.detach()
+    assert seen and all("cu_seqlens" not in names for names in seen)
+    trainer = make_trainer(tmp_path, options={"compute_loss_func": lambda outputs, labels, num_items_in_batch: 0})
+    assert trainer._padding_free is None
+    trainer.detach()
+    trainer = make_trainer(tmp_path)
+    trainer.data_collator = PromptCompletionCollator(tiny_tokenizer())
+    assert all("cu_seqlens" not in batch for batch in trainer.get_train_dataloader())
+    trainer.detach()
+
+
+@pytest.mark.parametrize("value", (0, 1, "no"))
+def test_another_value_is_a_mistake(value, tmp_path):
+    with pytest.raises(TypeError, match="padding_free: expected True, False or None, got"):
+        make_trainer(tmp_path, options={"padding_free": value})
 
 
 def test_refusals_leave_the_model_alone(tmp_path):
