@@ -14,13 +14,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase
+from transformers import (
+    DataCollator,
+    DataCollatorForSeq2Seq,
+    DataCollatorForTokenClassification,
+    DataCollatorWithPadding,
+    PreTrainedTokenizerBase,
+)
 
 from prefix_tuning.e2e import load_e2e, to_examples
 from prefix_tuning.files import open_text
 from prefix_tuning.prompts import chat_template, encode_conversation, encode_prompt, render
+from prefix_tuning.task import Task
 
 IGNORED = -100  # the label of a token without loss
 
@@ -216,6 +223,17 @@ def check_examples(examples: Sequence[Mapping[str, Sequence[int]]]) -> list[int]
 def pair_collator(tokenizer: PreTrainedTokenizerBase) -> DataCollatorForSeq2Seq:
     """Examples of `tokenize_pair` -> a batch, padded as the tokenizer pads, with labels −100 on padding."""
     return DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED)
+
+
+def default_collator(model: nn.Module, task: Task, tokenizer: PreTrainedTokenizerBase) -> DataCollator:
+    """What pads the examples of a model for its task."""
+    if task is Task.CAUSAL:
+        return PromptCompletionCollator(tokenizer)
+    if task is Task.ENCODER_DECODER:
+        return pair_collator(tokenizer)
+    if "TokenClassification" in type(model).__name__:
+        return DataCollatorForTokenClassification(tokenizer, label_pad_token_id=IGNORED)
+    return DataCollatorWithPadding(tokenizer)
 
 
 def without_idle_mask(batch: dict[str, Tensor], wait: bool = False) -> dict[str, Tensor]:

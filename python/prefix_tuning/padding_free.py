@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
+from torch.utils.data import IterableDataset
 
 from prefix_tuning.data import IGNORED, check_examples
 from prefix_tuning.doctor import explain_training
@@ -92,6 +93,21 @@ def shared_beginnings(rows: Sequence[tuple[list[int], list[int]]]) -> list[tuple
         groups.append(([order[index] for index in range(start, stop)], shared))
         stop = start
     return groups[::-1]
+
+
+def asked_for(wanted: bool | None, rows: Any, data_collator: Any, own_loss: bool, processes: int) -> bool | None:
+    """What a trainer's argument padding_free comes to beside the others: None where the model decides.
+
+    own_loss: whether code of the user's own reads the batches.
+    """
+    if wanted is not None and not isinstance(wanted, bool):
+        raise TypeError(f"padding_free: expected True, False or None, got {wanted!r}")
+    if wanted and data_collator is not None:
+        raise ValueError("padding_free: expected no data_collator, whose place it takes in training")
+    streamed = isinstance(rows, IterableDataset)
+    if wanted and streamed and processes > 1:
+        raise NotImplementedError("padding_free: several processes need a train_dataset that has a length")
+    return False if wanted is None and (data_collator is not None or streamed or own_loss) else wanted
 
 
 def padding_free_collator(

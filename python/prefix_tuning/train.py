@@ -17,8 +17,6 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import (
     DataCollator,
-    DataCollatorForTokenClassification,
-    DataCollatorWithPadding,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
@@ -30,14 +28,14 @@ from transformers.utils import find_labels
 
 from prefix_tuning.attach import Attachment, attach_prefix
 from prefix_tuning.checkpointing import LayerCheckpointing
-from prefix_tuning.data import IGNORED, PromptCompletionCollator, pair_collator, tokenize_rows, without_idle_mask
+from prefix_tuning.data import IGNORED, default_collator, tokenize_rows, without_idle_mask
 from prefix_tuning.devices import is_spread
 from prefix_tuning.graphed_training import GraphedSteps
 from prefix_tuning.loss import distillation_loss, divergences, encoder_decoder_loss, sum_loss, target_loss
 from prefix_tuning.masks import idle_mask
 from prefix_tuning.multimodal_families import text_part
 from prefix_tuning.packs import Pack, current_pack, packed
-from prefix_tuning.padding_free import padding_free_collator, why_padded
+from prefix_tuning.padding_free import asked_for, padding_free_collator, why_padded
 from prefix_tuning.prefix import Prefix
 from prefix_tuning.shapes import check_int, check_model
 from prefix_tuning.stacks import tokens_left
@@ -263,22 +261,14 @@ class PrefixTrainer(Trainer):
         # In the backward pass every parameter of the prefix gets a gradient, and no buffer of the model ever changes.
         args.ddp_find_unused_parameters = bool(args.ddp_find_unused_parameters)
         args.ddp_broadcast_buffers = bool(args.ddp_broadcast_buffers)
-        if padding_free is not None and not isinstance(padding_free, bool):
-            raise TypeError(f"padding_free: expected True, False or None, got {padding_free!r}")
-        if padding_free and data_collator is not None:
-            raise ValueError("padding_free: expected no data_collator, whose place it takes in training")
-        streamed = isinstance(train_dataset, IterableDataset)
-        if padding_free and streamed and args.world_size > 1:
-            raise NotImplementedError("padding_free: several processes need a train_dataset that has a length")
         own_loss = others.get("compute_loss_func") or any(
             getattr(type(self), name) is not getattr(Trainer, name) for name in ("compute_loss", "training_step")
         )
-        if padding_free is None and (data_collator is not None or streamed or own_loss):
-            padding_free = False
+        padding_free = asked_for(padding_free, train_dataset, data_collator, bool(own_loss), args.world_size)
         if data_collator is None:
             if processing_class is None:
                 raise ValueError("processing_class: expected the tokenizer, or a data_collator in its place")
-            data_collator = _default_collator(model, self.task, processing_class)
+            data_collator = default_collator(model, self.task, processing_class)
 
         self.attachment: Attachment = attach_prefix(model, prefix, backend=backend, prefix_window=prefix_window)
         try:
@@ -475,16 +465,6 @@ def _max_length(model: PreTrainedModel, prefix: Prefix, max_length: int | None) 
         most = text_part(model.config).max_position_embeddings
         raise ValueError(f"prefix: it takes {prefix.position_offset} of the model's {most} positions, which leaves none")
     return left if max_length is None else min(max_length, left)
-
-
-def _default_collator(model: PreTrainedModel, task: Task, tokenizer: PreTrainedTokenizerBase) -> DataCollator:
-    if task is Task.CAUSAL:
-        return PromptCompletionCollator(tokenizer)
-    if task is Task.ENCODER_DECODER:
-        return pair_collator(tokenizer)
-    if "TokenClassification" in type(model).__name__:
-        return DataCollatorForTokenClassification(tokenizer, label_pad_token_id=IGNORED)
-    return DataCollatorWithPadding(tokenizer)
 
 
 def tokenized(
