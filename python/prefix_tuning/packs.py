@@ -94,7 +94,7 @@ _current: ContextVar[Pack | None] = ContextVar("current", default=None)
 
 
 @contextmanager
-def packed(pack: Pack | None) -> Iterator[None]:
+def packed(pack: Pack) -> Iterator[None]:
     """Within, a causal mask without padding is one of these sequences, but in code that is traced."""
     token = _current.set(pack)
     try:
