@@ -177,8 +177,9 @@ def tokenize_rows(
 class PromptCompletionCollator:
     """Examples of `tokenize_example` -> a batch, padded on the right to the next multiple of pad_to_multiple_of.
 
-    Returns input_ids, attention_mask (1 = a token of the row) and labels (−100 on padding), each int64 [batch, length].
-    Padding is told by position, never by its id: in many models it is the end-of-text token, which is to be learnt.
+    Returns input_ids, attention_mask (1 = a token of the row) and labels (−100 on padding), each int64 [batch, length], and
+    `teacher_targets`. Padding is told by position, never by its id: in many models it is the end-of-text token, which is to be
+    learnt.
 
     ValueError for examples without input_ids or labels, and where these are empty or of different lengths.
     """
@@ -201,7 +202,7 @@ class PromptCompletionCollator:
             input_ids[i, :end] = torch.as_tensor(example["input_ids"])
             attention_mask[i, :end] = 1
             labels[i, :end] = torch.as_tensor(example["labels"])
-        return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+        return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels, **teacher_targets(examples)}
 
 
 def check_examples(examples: Sequence[Mapping[str, Sequence[int]]]) -> list[int]:
@@ -218,6 +219,12 @@ def check_examples(examples: Sequence[Mapping[str, Sequence[int]]]) -> list[int]
     if wrong is not None:
         raise ValueError(f"examples: expected as many labels as input_ids, and one or more, got {wrong[1]} and {wrong[0]}")
     return [length for length, _ in lengths]
+
+
+def teacher_targets(examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+    """teacher_ids and teacher_probs, [targets of all examples, top_k], where `distill.teacher_examples` made the examples."""
+    names = ("teacher_ids", "teacher_probs")
+    return {name: torch.cat([example[name] for example in examples]) for name in names if name in examples[0]}
 
 
 def pair_collator(tokenizer: PreTrainedTokenizerBase) -> DataCollatorForSeq2Seq:

@@ -98,8 +98,6 @@ def distill(
     settings, output = dataclasses.replace(settings, init="text", init_text=text).resolved(), Path(output)
     if task_of(model) is not Task.CAUSAL:
         raise NotImplementedError(f"model: a text is distilled into a prefix of a causal model, got {type(model).__name__}")
-    if settings.padding_free:
-        raise ValueError("padding_free: expected False or None, as a text is distilled on padded rows, got True")
     if PartialState().num_processes > 1:
         raise NotImplementedError(f"processes: a text is distilled in one process, got {PartialState().num_processes}")
     source = SourceText(text, tokenizer)
@@ -129,19 +127,18 @@ def distill(
     trained, measured = (
         [example for row, example in zip(rows, examples, strict=True) if row["held_out"] is out] for out in (False, True)
     )
-    collator = DistillationCollator(tokenizer)
     divergences: dict[str, float] = {}
 
     def measure(name: str, attached: Prefix | None) -> None:
         if measured:
             with nullcontext() if attached is None else attach_prefix(model, attached, backend=settings.backend):
-                divergences[name] = mean_divergence(model, measured, collator, settings.batch_size)
+                divergences[name] = mean_divergence(model, tokenizer, measured, settings.batch_size)
 
     measure("no_prefix", None)
     measure("start", prefix)
     _, metrics = train_prefix(
-        model, tokenizer, trained, output, settings, eval_rows=measured or None, prefix=prefix, data_collator=collator,
-        resume=resume_training, progress=progress,
+        model, tokenizer, trained, output, settings, eval_rows=measured or None, prefix=prefix, resume=resume_training,
+        progress=progress,
     )  # fmt: skip
     measure("distilled", prefix)
     return prefix, {**metrics, "conversations": len(rows), "divergences": divergences}
@@ -202,21 +199,12 @@ def teacher_examples(
     return [alone for _, alone, _ in pairs]
 
 
-class DistillationCollator(PromptCompletionCollator):
-    """Examples of `teacher_examples` -> a batch as PromptCompletionCollator makes it, with teacher_ids and teacher_probs
-    [targets of all rows, top_k]."""
-
-    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        batch = super().__call__(examples)
-        return batch | {name: torch.cat([example[name] for example in examples]) for name in ("teacher_ids", "teacher_probs")}
-
-
 @torch.no_grad()
 def mean_divergence(
-    model: nn.Module, examples: Sequence[Mapping[str, Any]], collator: DistillationCollator, batch_size: int = 8
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Mapping[str, Any]], batch_size: int = 8
 ) -> float:
     """Mean divergence of the model, with whatever is attached to it, from the teacher of the examples: nats a target."""
-    device, total, tokens = next(model.parameters()).device, 0.0, 0
+    device, collator, total, tokens = next(model.parameters()).device, PromptCompletionCollator(tokenizer), 0.0, 0
     with evaluating(model):
         for start in range(0, len(examples), batch_size):
             batch = collator(examples[start : start + batch_size])

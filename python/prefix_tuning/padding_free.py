@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
 from torch.utils.data import IterableDataset
 
-from prefix_tuning.data import IGNORED, check_examples
+from prefix_tuning.data import IGNORED, check_examples, teacher_targets
 from prefix_tuning.doctor import explain_training
 from prefix_tuning.multimodal_families import text_part
 from prefix_tuning.stacks import attention_kinds, stacks
@@ -31,7 +31,7 @@ class PaddingFreeCollator:
 
     Returns input_ids, labels and position_ids, int64 [1, tokens], position_ids starting anew with each example; cu_seqlens,
     int32 [1, sequences + 1], where the sequences begin, and the end; max_seqlen, the length of the longest; and where examples
-    share anything parent, int32 [1, sequences], the sequence that one goes on from, or −1.
+    share anything parent, int32 [1, sequences], the sequence that one goes on from, or −1; and `teacher_targets`.
 
     share: whether examples that begin alike share that; first_position: what the position of a row's first token is.
 
@@ -64,6 +64,7 @@ class PaddingFreeCollator:
             "cu_seqlens": _row([0, *accumulate(lengths)], torch.int32),
             "max_seqlen": max(lengths),
             **({"parent": _row([parent for *_, parent in sequences], torch.int32)} if len(sequences) > len(rows) else {}),
+            **teacher_targets([examples[index] for members, _ in groups for index in members]),
         }
 
 

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from tqdm import tqdm
 from transformers import (
-    DataCollator,
     EarlyStoppingCallback,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -117,15 +116,14 @@ def train_prefix(
     *,
     eval_rows: Sequence[Mapping[str, Any]] | None = None,
     prefix: Prefix | None = None,
-    data_collator: DataCollator | None = None,
     resume: bool = False,
     progress: bool = True,
 ) -> tuple[Prefix, dict[str, Any]]:
     """Trains a prefix on rows of text (as in data.py) and writes it to `output`/prefix; checkpoints go to `output`.
 
     With eval_rows and save_steps, the prefix with the lowest evaluation loss is the one that is kept. prefix: what start_prefix
-    has made for these settings, where somebody needs it before. data_collator: as for PrefixTrainer, for tokenised rows.
-    resume: go on from the last checkpoint in `output`; where that is the end of the run, nothing is trained.
+    has made for these settings, where somebody needs it before. resume: go on from the last checkpoint in `output`; where that
+    is the end of the run, nothing is trained.
 
     Returns the prefix and its numbers: losses (one a step), eval_losses [[step, loss], …], seconds_per_step (of this call's
     steps; NaN without any), trainable_parameters, trainable_share (of model and prefix), prefix_parameters, backend, steps,
@@ -145,8 +143,7 @@ def train_prefix(
         callbacks.append(_LossBar())
     trainer = PrefixTrainer(
         model, prefix, arguments, train_dataset=rows, eval_dataset=eval_rows, processing_class=tokenizer,
-        data_collator=data_collator, padding_free=settings.padding_free, max_length=settings.max_length,
-        backend=settings.backend, callbacks=callbacks,
+        padding_free=settings.padding_free, max_length=settings.max_length, backend=settings.backend, callbacks=callbacks,
     )  # fmt: skip
     trainer.remove_callback(PrinterCallback)  # stands in for transformers' own bar, and writes to stdout
     try:

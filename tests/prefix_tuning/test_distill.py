@@ -9,9 +9,10 @@ import torch
 from torch.nn import functional
 
 from prefix_tuning import Prefix, PrefixedModel, attach_prefix, cli, distill
-from prefix_tuning.data import IGNORED, tokenize_example
-from prefix_tuning.distill import DistillationCollator, DistillSettings, mean_divergence, teacher_examples
+from prefix_tuning.data import IGNORED, PromptCompletionCollator, tokenize_example
+from prefix_tuning.distill import DistillSettings, mean_divergence, teacher_examples
 from prefix_tuning.loss import distillation_loss
+from prefix_tuning.padding_free import padding_free_collator
 from prefix_tuning.self_study import SourceText, with_text
 from support.encoder_decoders import tiny_encoder_decoder
 from support.models import random_prefix, tiny_model
@@ -46,11 +47,14 @@ def chunk(row):
     return tiny_tokenizer().decode(ids[slice(*row["chunk"])])
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "gpt2"])  # mistral's window is 8 tokens
+LONG = {name: {"n_positions" if name == "gpt2" else "max_position_embeddings": 512} for name in ("llama", "mistral", "gpt2")}
+
+
+@pytest.mark.parametrize("family", LONG)  # mistral's window is 8 tokens
 @pytest.mark.parametrize(("rows", "chat", "bos"), [(PLAIN, False, False), (PLAIN, False, True), (CHAT, True, False),
                                                    (TURNS, True, True)])  # fmt: skip
 def test_the_teacher_has_the_text_in_front(family, rows, chat, bos):
-    model = tiny_model(family, **({"n_positions": 512} if family == "gpt2" else {"max_position_embeddings": 512}))
+    model = tiny_model(family, **LONG[family])
     tokenizer = tiny_tokenizer(chat_template=CHAT_TEMPLATE if chat else None, bos=bos)
     examples = teacher_examples(model, tokenizer, rows, SourceText(TEXT, tokenizer), top_k=7, batch_size=2)
     assert len(examples) == len(rows)
@@ -145,8 +149,23 @@ def test_a_text_becomes_a_prefix(chat, tmp_path):
     everywhere = []
     for attached in (start, loaded):
         with attach_prefix(model, attached):
-            everywhere.append(mean_divergence(model, examples, DistillationCollator(tokenizer), 3))
+            everywhere.append(mean_divergence(model, tokenizer, examples, 3))
     assert everywhere[1] < 0.9 * everywhere[0]
+
+
+@pytest.mark.parametrize("family", LONG)
+@pytest.mark.parametrize("rows", [PLAIN[:2], [*PLAIN[1::-1], {**PLAIN[0], "completion": " 203 grey"}]], ids=["apart", "shared"])
+def test_rows_without_padding_have_the_teacher_beside_their_targets(rows, family):
+    """Also where rows that begin alike come in another order than they were given."""
+    model, tokenizer = tiny_model(family, **LONG[family]), tiny_tokenizer()
+    examples = teacher_examples(model, tokenizer, rows, SourceText(TEXT, tokenizer), top_k=7)
+    prefix, outcomes = random_prefix(model), []
+    for collator in (PromptCompletionCollator(tokenizer), padding_free_collator(model, True)):
+        with attach_prefix(model, prefix):
+            loss = PrefixedModel(model, prefix)(**collator(examples))["loss"]
+            outcomes.append((loss, *torch.autograd.grad(loss, list(prefix.parameters()))))
+    for padded, without in zip(*outcomes, strict=True):
+        torch.testing.assert_close(without, padded, atol=2e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize(("max_length", "longest"), [(40, 40), (None, 512 - 8)])
@@ -243,7 +262,6 @@ def test_without_training_nothing_is_gained(mlp, tmp_path):
         ({"top_k": 128}, {}, "top_k: "),
         ({"chunk_tokens": 512}, {"prompts": []}, "prompts: expected at least one row, got none"),
         ({"chunk_tokens": 512}, {"prompts": [{"prompt": "p"}, {"foo": 1}]}, r"prompts\[1\]: expected an object with"),
-        ({"padding_free": True}, {}, "padding_free: expected False or None, as a text is distilled on padded rows, got True"),
         ({"chunk_tokens": 512}, {"prompts": [{"messages": []}]}, r"prompts\[0\]: messages: expected at least one turn"),
     ],
     ids=str,

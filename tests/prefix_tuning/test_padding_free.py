@@ -280,13 +280,23 @@ def test_a_batch_that_is_none_is_refused(changes, error, message):
         PrefixedModel(model, prefix)(**batch)
 
 
-@pytest.mark.parametrize("mlp", (None, "mlp"), ids=("prefix", "reparametrised"))
+def taught(example):
+    """The example with a teacher that names four tokens."""
+    probs, ids = torch.randn(sum(label != IGNORED for label in example["labels"]), 128).softmax(-1).topk(4)
+    return {**example, "teacher_ids": ids, "teacher_probs": probs}
+
+
+@pytest.mark.parametrize(
+    ("mlp", "teacher"), ((None, False), (None, True), ("mlp", False)), ids=("prefix", "taught", "reparametrised")
+)
 @pytest.mark.parametrize("device", DEVICES, indirect=True)
-def test_replayed_steps_are_the_steps(device, mlp):
+def test_replayed_steps_are_the_steps(device, mlp, teacher):
     """Batches of several lengths, with and without shared beginnings, in one graph for each kind of batch."""
     model, tokenizer = tiny_model("llama").to(device), tiny_tokenizer()
     prefix = Prefix.for_model(model, PREFIX_LEN, seed=0, reparametrization=mlp).to(device)
     alike, others = (tokenize_rows(rows, tokenizer) for rows in (ALIKE, ROWS))
+    if teacher:
+        alike, others = (list(map(taught, examples)) for examples in (alike, others))
     generator = random.Random(0)
     with attach_prefix(model, prefix):
         replayed, plain = PrefixedModel(model, prefix), PrefixedModel(model, prefix, cuda_graphs=False)
