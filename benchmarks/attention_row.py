@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 import measure
-import prefix_kernels
 from cases import Case
-from rivals import STOCK_BACKENDS, InputSet, Way, explain, make_inputs, packing, row_and_column, ways
+from rivals import STOCK_BACKENDS, InputSet, Way, explain, make_inputs, options, public_function, row_and_column, ways
 
 CHECKED = 2  # rows of the batch, or packed sequences, that are compared; no other row gives gradients in the check
 LIMITS = {"float32": 1e-4, "float16": 5e-3, "bfloat16": 3e-2}  # of ‖actual − expected‖ / ‖expected‖
@@ -93,17 +92,13 @@ def measure_on_gpu(
 def reference(inputs: InputSet) -> list[Tensor]:
     """out, and where there is a backward pass the five gradients, of the first CHECKED rows in float64."""
     case = inputs.case
-    if case.seqlens is None:
-        rows, options = slice(0, CHECKED), {}
-        function = prefix_kernels.prefix_attention
-    else:
-        lengths = case.seqlens[:CHECKED]
-        rows = slice(0, sum(lengths))
-        options = packing(Case(**{**vars(case), "seqlens": lengths}), inputs.device)
-        function = prefix_kernels.prefix_attention_varlen
+    rows = slice(0, CHECKED)
+    if case.seqlens is not None:
+        case = Case(**{**vars(case), "seqlens": case.seqlens[:CHECKED]})
+        rows = slice(0, sum(case.seqlens))
     leaves = [t.detach()[rows].double() for t in inputs.leaves[:3]] + [t.detach().double() for t in inputs.leaves[3:]]
     leaves = [leaf.requires_grad_(case.backward) for leaf in leaves]
-    out = function(*leaves, **options, backend="reference")
+    out = public_function(case)(*leaves, **options(case, inputs.device), backend="reference")
     if not case.backward:
         return [out]
     return [out.detach(), *torch.autograd.grad(out, leaves, inputs.grad_out[rows].double())]

@@ -15,7 +15,7 @@ BACKWARD_FLOPS = 2.5  # times the forward pass's
 
 @dataclass(frozen=True)
 class Case:
-    """One attention call over a prefix shared by the batch, causal. A q_len of 1 is a decoding step over a cache of kv_len."""
+    """One attention call over a prefix shared by the batch. A q_len of 1 is a decoding step over a cache of kv_len."""
 
     model: str  # whose heads these are
     batch: int
@@ -28,6 +28,7 @@ class Case:
     dtype: str = "bfloat16"
     backward: bool = False  # forward and the gradients of q, k, v, prefix_k and prefix_v
     seqlens: tuple[int, ...] | None = None  # packed sequences of these lengths; q_len and kv_len are the longest
+    bias: bool = False  # an encoder's: not causal, one float32 bias [1, heads, q_len, prefix_len + kv_len] for all rows
 
     @property
     def decode(self) -> bool:
@@ -41,7 +42,8 @@ class Case:
     def key(self) -> str:
         """The row's name in a results file; two cases never share one."""
         batch = f"B{self.batch} S{self.kv_len}" if self.seqlens is None else f"packed {len(self.seqlens)}×{self.kv_len}"
-        return f"{self.direction} {batch} H{self.heads}/{self.kv_heads} D{self.head_dim} P{self.prefix_len} {self.dtype}"
+        heads = f"H{self.heads}/{self.kv_heads} D{self.head_dim}"
+        return f"{self.direction} {batch} {heads} P{self.prefix_len} {self.dtype}" + (" bias" if self.bias else "")
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -64,7 +66,7 @@ class Case:
         q, k = (shape(batch, heads, n, self.head_dim) for heads, n in ((self.heads, q_len), (self.kv_heads, kv_len)))
         prefix = shape(1, self.kv_heads, self.prefix_len, self.head_dim)
         given = dict.fromkeys(AttentionInputs._fields)
-        given |= {"q": q, "k": k, "v": k, "prefix_k": prefix, "prefix_v": prefix, "causal": True}
+        given |= {"q": q, "k": k, "v": k, "prefix_k": prefix, "prefix_v": prefix, "causal": not self.bias}
         return AttentionInputs(**given).problem()
 
     def flops(self) -> int:
@@ -78,7 +80,8 @@ class Case:
         if self.backward:
             return None
         if self.seqlens is None:
-            return self.problem().bytes_moved()
+            bias = 4 * self.heads * self.q_len * (self.prefix_len + self.kv_len) if self.bias else 0
+            return self.problem().bytes_moved() + bias
         prefix = self.problem(0).bytes_moved()
         return prefix + sum(self.problem(length).bytes_moved() - prefix for length in self.seqlens)
 
@@ -141,6 +144,7 @@ GPT2_MEDIUM = ("GPT-2 medium", 16, 16, 64)  # model, heads, kv heads, head_dim
 SMOLLM2 = ("SmolLM2-135M", 9, 3, 64)
 LLAMA_8B = ("Llama-3.1-8B", 32, 8, 128)
 WIDE = ("head_dim 256", 8, 4, 256)
+T5_BASE = ("T5-base", 12, 12, 64)
 
 # Tokens (SmolLM2's tokenizer) of 288 rows of E2E's training set, drawn with seed 0: source, target, end of text.
 E2E_LENGTHS = (
@@ -157,8 +161,8 @@ E2E_LENGTHS = (
 )  # fmt: skip
 
 
-def _dense(heads: tuple, batch: int, length: int, prefix_lens: tuple[int, ...]) -> list[Case]:
-    return [Case(*heads[:1], batch, *heads[1:], length, length, prefix_len) for prefix_len in prefix_lens]
+def _dense(heads: tuple, batch: int, length: int, prefix_lens: tuple[int, ...], bias: bool = False) -> list[Case]:
+    return [Case(*heads[:1], batch, *heads[1:], length, length, prefix_len, bias=bias) for prefix_len in prefix_lens]
 
 
 def _packed(heads: tuple, prefix_len: int, dtype: str = "bfloat16", lengths: tuple[int, ...] = E2E_LENGTHS) -> Case:
@@ -181,7 +185,8 @@ def gpu_op_cases() -> list[Case]:
     ]  # fmt: skip
     then = [
         *_dense(GPT2_MEDIUM, 16, 512, (200, 10)), *_dense(LLAMA_8B, 8, 512, (32, 8192)), *_dense(WIDE, 8, 1024, (512,)),
-        *_dense(GPT2_MEDIUM, 32, 128, (50,)), *_dense(LLAMA_8B, 4, 2048, (2048,)), _packed(GPT2_MEDIUM, 200),
+        *_dense(T5_BASE, 8, 512, (200, 16), bias=True), *_dense(GPT2_MEDIUM, 32, 128, (50,)),
+        *_dense(LLAMA_8B, 4, 2048, (2048,)), _packed(GPT2_MEDIUM, 200),
         _packed(GPT2_MEDIUM, 16, "float16"), Case("GPT-2 medium", 32, 16, 16, 64, 128, 128, 200, "float32"),
     ]  # fmt: skip
     return list(_both(first + then))
@@ -228,7 +233,8 @@ def gpu_runs() -> list[Run]:
 def tiny_op_cases() -> list[Case]:
     """For trying the control flow without a GPU."""
     heads = ("tiny", 4, 2, 16)
-    return list(_both([*_dense(heads, 3, 8, (5,)), _packed(heads, 5, lengths=(3, 7, 4))]))
+    packed = _packed(heads, 5, lengths=(3, 7, 4))
+    return list(_both([*_dense(heads, 3, 8, (5,)), packed, *_dense(heads, 3, 8, (5,), bias=True)]))
 
 
 def tiny_decode_cases() -> list[Case]:

@@ -63,7 +63,8 @@ def _of_gpu(case: Case) -> tuple[str, str] | None:
         return None
     rows = f"{case.batch} row{'s' if case.batch > 1 else ''}"
     size = f"{rows}, cache {case.kv_len}" if case.decode else f"{rows}, length {case.q_len}"
-    return f"{case.heads}/{case.kv_heads} heads of {case.head_dim}", "packed rows" if case.seqlens else size
+    heads = f"{case.heads}/{case.kv_heads} heads of {case.head_dim}" + (", a bias" if case.bias else "")
+    return heads, "packed rows" if case.seqlens else size
 
 
 def bars(results: dict[str, Any]) -> dict[str, Any] | None:

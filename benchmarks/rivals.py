@@ -17,6 +17,7 @@
 What is legal where: on the CPU no torch kernel takes the bottom-right causal flag that a prefix needs (causal_lower_right
 becomes a dense mask there), hence concat_mask and concat_square. In decoding a rival's cache holds the prefix already, expanded
 for every row; filling it is not timed. Packed sequences reach the dense rivals as padded rows; padding them is not timed.
+A bias is a mask in the dtype of q to torch's kernels; PEFT's way has one for every row, as T5 adds its padding mask to it.
 """
 
 from __future__ import annotations
@@ -179,8 +180,19 @@ def visible(case: Case, device: str) -> Tensor:
     return torch.ones(case.q_len, columns, dtype=torch.bool, device=device).tril(columns - case.q_len)
 
 
+def score_bias(case: Case, device: str) -> Tensor:
+    """Float32 [1, heads, q_len, prefix_len + kv_len]"""
+    shape = 1, case.heads, case.q_len, case.prefix_len + case.kv_len
+    return torch.randn(shape, generator=torch.Generator(device).manual_seed(1), device=device)
+
+
+def dense_mask(case: Case, device: str) -> Tensor:
+    """What torch's kernels take for all rows: the bias in the dtype of q, or which keys are visible, bool [1, 1, q_len, …]."""
+    return score_bias(case, device).to(case.torch_dtype) if case.bias else visible(case, device)[None, None]
+
+
 def prepare_peft(case: Case, device: str) -> Attend:
-    mask = visible(case, device)[None, None].repeat(case.batch, 1, 1, 1)
+    mask = dense_mask(case, device).repeat(case.batch, 1, 1, 1)
 
     def attend(inputs: InputSet) -> Tensor:
         k, v = (repeat_kv(case.heads, tensor) for tensor in concatenated(inputs))
@@ -190,8 +202,9 @@ def prepare_peft(case: Case, device: str) -> Attend:
 
 
 def prepare_concat_mask(case: Case, device: str) -> Attend:
-    mask = torch.zeros(case.q_len, case.prefix_len + case.kv_len, dtype=case.torch_dtype, device=device)
-    mask.masked_fill_(~visible(case, device), -torch.inf)
+    mask = dense_mask(case, device)
+    if not case.bias:
+        mask = torch.zeros_like(mask, dtype=case.torch_dtype).masked_fill_(~mask, -torch.inf)
     return lambda inputs: _sdpa(inputs, attn_mask=mask)
 
 
@@ -220,7 +233,7 @@ def prepare_concat_flash(case: Case, device: str) -> Attend:
 
 
 def prepare_concat_cudnn(case: Case, device: str) -> Attend:
-    mask = None if case.decode else visible(case, device)[None, None]
+    mask = None if case.decode else dense_mask(case, device)
 
     def attend(inputs: InputSet) -> Tensor:
         with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
@@ -263,11 +276,16 @@ def prepare_flex(case: Case, device: str) -> Attend:
 
     causal = block_mask(lambda b, h, i, j: i + case.kv_len - case.q_len >= j, None, case.kv_len)
     everything = block_mask(lambda b, h, i, j: j >= 0, case.batch, case.prefix_len)  # a key batch of 1 demands it batch-wide
+    score, prefix_score = {"block_mask": causal}, {"block_mask": everything}
+    if case.bias:
+        bias = score_bias(case, device)[0]
+        score = {"score_mod": lambda score, b, h, i, j: score + bias[h, i, case.prefix_len + j]}
+        prefix_score |= {"score_mod": lambda score, b, h, i, j: score + bias[h, i, j]}
     attend = functools.partial(flex_attention, enable_gqa=case.heads != case.kv_heads, return_aux=AuxRequest(lse=True))
 
     def merged(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor) -> Tensor:
-        own, own_aux = attend(q, k, v, block_mask=causal)
-        prefix, prefix_aux = attend(q, prefix_k[None], prefix_v[None], block_mask=everything)
+        own, own_aux = attend(q, k, v, **score)
+        prefix, prefix_aux = attend(q, prefix_k[None], prefix_v[None], **prefix_score)
         weight = torch.sigmoid(prefix_aux.lse - own_aux.lse)[..., None]
         return torch.lerp(own.float(), prefix.float(), weight).to(q.dtype)
 
@@ -332,17 +350,15 @@ def _hopper_refuses(inputs: InputSet) -> str | None:
 def attention_inputs(inputs: InputSet) -> AttentionInputs:
     """What a kernel receives of the public call."""
     make = api._dense_inputs if inputs.case.seqlens is None else api._varlen_inputs
-    return make(*inputs.leaves, **inputs.once("packing", lambda: packing(inputs.case, inputs.device)))
+    return make(*inputs.leaves, **inputs.once("options", lambda: options(inputs.case, inputs.device)))
 
 
 def our_way(backend: str) -> Way:
     """One of our backends through the public call."""
 
     def prepare(case: Case, device: str) -> Attend:
-        if case.seqlens is None:
-            return lambda inputs: prefix_kernels.prefix_attention(*inputs.leaves, backend=backend)
-        options = packing(case, device)
-        return lambda inputs: prefix_kernels.prefix_attention_varlen(*inputs.leaves, **options, backend=backend)
+        attend, given = public_function(case), options(case, device)
+        return lambda inputs: attend(*inputs.leaves, **given, backend=backend)
 
     def serves(inputs: InputSet) -> str | None:
         said = explain(inputs)[backend]
@@ -351,8 +367,14 @@ def our_way(backend: str) -> Way:
     return Way(backend, prepare, needs=(serves,), pads=False, ours=True)
 
 
-def packing(case: Case, device: str) -> dict[str, Tensor | int]:
-    """The arguments that describe packed sequences; none for other cases."""
+def public_function(case: Case) -> Callable[..., Tensor]:
+    return prefix_kernels.prefix_attention if case.seqlens is None else prefix_kernels.prefix_attention_varlen
+
+
+def options(case: Case, device: str) -> dict[str, Tensor | int]:
+    """The arguments of the public call beside its tensors: those that describe packed sequences, or a bias."""
+    if case.bias:
+        return {"causal": False, "bias": score_bias(case, device)}
     if case.seqlens is None:
         return {}
     ends = torch.nn.functional.pad(torch.tensor(case.seqlens).cumsum(0), (1, 0)).int().to(device)
@@ -361,7 +383,7 @@ def packing(case: Case, device: str) -> dict[str, Tensor | int]:
 
 def explain(inputs: InputSet, backend: str | None = None) -> dict[str, str]:
     """Of each of our backends: "chosen", "not chosen: …" or "refused: …"; backend: as if that one were asked for."""
-    return prefix_kernels.explain_backends(*inputs.leaves, **packing(inputs.case, inputs.device), backend=backend)
+    return prefix_kernels.explain_backends(*inputs.leaves, **options(inputs.case, inputs.device), backend=backend)
 
 
 def _need(wanted: Callable[[InputSet], bool], reason: str) -> Needs:
@@ -381,6 +403,7 @@ PACKED = _need(lambda inputs: inputs.case.seqlens is not None, "for packed seque
 NOT_PACKED = _need(lambda inputs: inputs.case.seqlens is None, "not for packed sequences")
 HALF = _need(lambda inputs: inputs.case.torch_dtype.itemsize == 2, "16 bit alone")
 BFLOAT16 = _need(lambda inputs: inputs.case.dtype == "bfloat16", "bfloat16 alone")
+NO_BIAS = _need(lambda inputs: not inputs.case.bias, "no bias")
 FEW_DUMMIES = _need(lambda inputs: inputs.case.prefix_len <= inputs.case.q_len, "more dummy queries than queries")
 HAS_PREFIX = _need(lambda inputs: inputs.case.prefix_len > 0, "no prefix")
 WHOLE_PAGES = _need(lambda i: i.case.prefix_len % PAGE == i.case.kv_len % PAGE == 0, f"pages of {PAGE} positions")
@@ -388,13 +411,13 @@ WHOLE_PAGES = _need(lambda i: i.case.prefix_len % PAGE == i.case.kv_len % PAGE =
 RIVALS = (
     Way("peft", prepare_peft),
     Way("concat_mask", prepare_concat_mask, None, (NOT_DECODING,)),
-    Way("concat_square", prepare_concat_square, "cpu", (NOT_DECODING, FEW_DUMMIES)),
+    Way("concat_square", prepare_concat_square, "cpu", (NOT_DECODING, NO_BIAS, FEW_DUMMIES)),
     Way("concat", prepare_concat, "cpu", (DECODING,)),
-    Way("concat_flash", prepare_concat_flash, "cuda", (HALF,)),
+    Way("concat_flash", prepare_concat_flash, "cuda", (HALF, NO_BIAS)),
     Way("concat_cudnn", prepare_concat_cudnn, "cuda", (HALF,)),
     Way("concat_varlen", prepare_concat_varlen, "cuda", (PACKED, HALF), pads=False),
     Way("flex", prepare_flex, "cuda", (NOT_DECODING, NOT_PACKED)),
-    Way("fa3", prepare_fa3, "cuda", (HOPPER, FORWARD, BFLOAT16, _installed(*FA3_MODULES))),
+    Way("fa3", prepare_fa3, "cuda", (HOPPER, FORWARD, BFLOAT16, NO_BIAS, _installed(*FA3_MODULES))),
     Way("flashinfer", prepare_flashinfer, "cuda", (DECODING, HALF, HAS_PREFIX, WHOLE_PAGES, _installed("flashinfer"))),
 )
 HOPPER_KERNEL = Way(

@@ -78,7 +78,8 @@ def grid(rows: list[Row]) -> str:
     lines: dict[tuple, dict[int, str]] = {}
     for row in rows:
         case = case_of(row)
-        place = (case.dtype, f"{case.batch}", f"{case.kv_len}", f"{case.heads}/{case.kv_heads}")
+        heads = f"{case.heads}/{case.kv_heads}" + (", bias" if case.bias else "")
+        place = (case.dtype, f"{case.batch}", f"{case.kv_len}", heads)
         lines.setdefault(place, {})[case.prefix_len] = ratio_text(row.get("ratio"))
     head = ("dtype", "batch", "keys" if case_of(rows[0]).decode else "length", "heads", *(f"P={length}" for length in lengths))
     return table(head, [(*place, *(found.get(length, "") for length in lengths)) for place, found in lines.items()])

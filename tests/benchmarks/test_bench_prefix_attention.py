@@ -26,8 +26,8 @@ def test_with_pytest_benchmark(tmp_path):
     extra = benchmark["extra_info"]
     assert KEY in benchmark["name"] and benchmark["stats"]["rounds"] == bench_prefix_attention.ROUNDS
     assert {"peft", "concat", "sdpa"} <= extra["median_seconds"].keys()
-    own = benchmark["stats"]["min"] / extra["calls_per_round"]  # other tests run beside it
-    assert 0.4 < extra["median_seconds"][extra["chosen"]] / own < extra["calls_per_round"]
+    own = benchmark["stats"]["median"] / extra["calls_per_round"]  # with a call that is not timed in each round
+    assert 0.25 < extra["median_seconds"][extra["chosen"]] / own < 2
     ratio = extra["median_seconds"][extra["best_rival"]] / extra["median_seconds"][extra["chosen"]]
     assert extra["ratio"] == pytest.approx(ratio, rel=1e-3)
 

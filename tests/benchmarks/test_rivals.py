@@ -14,10 +14,11 @@ from attention_row import measure_on_cpu, prepare
 from cases import Case, tiny_op_cases
 
 CASES = [
-    Case("small", 3, 4, kv_heads, 16, length, kv_len, prefix_len, dtype, backward, seqlens)
-    for length, kv_len, prefix_len, backward, seqlens in (
-        (6, 6, 5, False, None), (6, 6, 5, True, None), (3, 3, 9, True, None), (1, 7, 4, False, None), (1, 7, 0, False, None),
-        (5, 5, 3, True, (5, 2, 4)),
+    Case("small", 3, 4, kv_heads, 16, length, kv_len, prefix_len, dtype, backward, seqlens, bias)
+    for length, kv_len, prefix_len, backward, seqlens, bias in (
+        (6, 6, 5, False, None, False), (6, 6, 5, True, None, False), (3, 3, 9, True, None, False),
+        (1, 7, 4, False, None, False), (1, 7, 0, False, None, False), (5, 5, 3, True, (5, 2, 4), False),
+        (6, 6, 5, False, None, True), (6, 6, 5, True, None, True),
     )
     for kv_heads in (4, 2)
     for dtype in ("float32", "bfloat16")
@@ -42,6 +43,7 @@ def legal(case):
 def test_what_is_legal_on_a_cpu():
     assert legal(CASES[0]) == {"peft", "concat_mask", "concat_square", "sdpa"}
     assert legal(CASES[8]) == {"peft", "concat_mask", "sdpa"}  # more prefix than queries: no square
+    assert legal(CASES[24]) == {"peft", "concat_mask", "sdpa"}  # a bias
     assert legal(CASES[12]) == {"peft", "concat", "sdpa"}  # decoding: nothing is hidden, so no mask
 
 
@@ -146,7 +148,8 @@ def on_the_cpu(name, case, monkeypatch):
 
 
 @pytest.mark.parametrize("name, case", [
-    ("flex", Case("", 2, 4, 2, 16, 6, 6, 5, "float32")), ("flex", Case("", 2, 4, 4, 16, 6, 6, 3, "float32")),
+    ("flex", Case("", 2, 4, 2, 16, 6, 6, 5, "float32")), ("flex", Case("", 2, 4, 2, 16, 6, 6, 5, "float32", bias=True)),
+    ("flex", Case("", 2, 4, 4, 16, 6, 6, 3, "float32")),
     ("concat_flash", Case("", 2, 4, 4, 16, 6, 6, 5, backward=True)), ("concat_flash", Case("", 2, 4, 2, 16, 1, 6, 5)),
 ])  # fmt: skip
 def test_rivals_for_cuda(name, case, monkeypatch):
