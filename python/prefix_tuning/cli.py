@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
+from logging import LogRecord
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     if args.command != "doctor":
         logging.disable_progress_bar()  # of loading the weights
+        logging.get_logger("transformers.modeling_utils").addFilter(_is_no_advice)
     try:
         args.run(args)
         sys.stdout.flush()
@@ -79,6 +81,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"\nprefix-tuning {args.command}: interrupted{saved}", file=sys.stderr)  # a progress bar ends no line
         return 130
     return 0
+
+
+def _is_no_advice(record: LogRecord) -> bool:
+    """Of transformers' warnings not the one about calls without an attention mask: those that hide nothing are left out."""
+    return "strongly recommend passing in an `attention_mask`" not in record.getMessage()
 
 
 def train(args: argparse.Namespace) -> None:

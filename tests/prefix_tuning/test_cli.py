@@ -4,6 +4,7 @@ import gzip
 import importlib.metadata
 import io
 import json
+import logging
 import os
 import re
 import subprocess
@@ -47,7 +48,7 @@ def folder(tmp_path_factory):
     random_prefix(model, 3).save(folder / "short")
     random_prefix(tiny_model("llama", num_hidden_layers=2)).save(folder / "other")
     random_prefix(model, 3).save(folder / "run" / "prefix")
-    for name, other in (("bert", tiny_encoder("bert", vocab_size=128)), ("gpt2", tiny_model("gpt2"))):
+    for name, other in (("bert", tiny_encoder("bert", vocab_size=128)), ("gpt2", tiny_model("gpt2", pad_token_id=2))):
         other.save_pretrained(folder / name)
         tiny_tokenizer().save_pretrained(folder / name)
     transformers.CTRLLMHeadModel(CTRL).save_pretrained(folder / "ctrl")
@@ -390,6 +391,19 @@ def test_a_checkpoint_that_is_cut_short_is_named(run, tmp_path):
     file.write_bytes(file.read_bytes()[:100])
     status, out, err = train(run, tmp_path, "--steps", 6, "--save-steps", 2, "--resume")
     assert status == 2 and err.count("\n") == 1 and f"resume: {file} is cut short or damaged; remove {file.parent}" in err
+
+
+def test_rows_without_an_attention_mask_call_for_no_advice(run, tmp_path):
+    """Whose masks are left out because they hide nothing; transformers warns once in a process."""
+    records, handler = [], logging.Handler()
+    handler.emit = records.append
+    logging.Logger.warning_once.cache_clear()
+    logging.getLogger("transformers").addHandler(handler)
+    try:
+        assert train(run, tmp_path, "--steps", 1, "--no-padding-free", "--model", "gpt2")[0] == 0
+    finally:
+        logging.getLogger("transformers").removeHandler(handler)
+    assert not [record for record in records if "attention_mask" in record.getMessage()]
 
 
 def test_evaluation_loss_and_patience(run, tmp_path):
