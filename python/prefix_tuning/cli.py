@@ -32,7 +32,6 @@ from prefix_tuning.distill import DistillSettings
 from prefix_tuning.distill import distill as distill_text
 from prefix_tuning.doctor import model_report, report
 from prefix_tuning.e2e import check_bleu, load_e2e
-from prefix_tuning.encoder_families import ENCODERS
 from prefix_tuning.evaluate import e2e_reference_scores, evaluate_e2e, evaluate_rows, split_row
 from prefix_tuning.files import check_writable, open_text, write_json, write_json_lines
 from prefix_tuning.generate import generate_texts
@@ -239,10 +238,7 @@ def _model(args: argparse.Namespace):
             raise ValueError(f"--device: got {device}, but torch finds {torch.cuda.device_count() or 'no'} GPU here")
         device = f"cuda:{number}"
     with _named(args.model or OFFLINE_MODEL):
-        model, tokenizer = load_model_and_tokenizer(args.model, dtype=DTYPES[args.dtype], device=device)
-        if model.config.model_type in ENCODERS:
-            raise ValueError(f"{model.config.model_type} is an encoder, expected a model that writes text")
-    return model, tokenizer
+        return load_model_and_tokenizer(args.model, dtype=DTYPES[args.dtype], device=device)
 
 
 @contextmanager
