@@ -254,11 +254,13 @@ def _named(model: str) -> Iterator[None]:
 
 @contextmanager
 def _option(name: str) -> Iterator[None]:
-    """Errors of the system say which option they are about, and in short which file."""
+    """Errors of the system that are about a file say which option gave it."""
     try:
         yield
     except OSError as error:
-        raise type(error)(f"{name}: {error.filename}: {error.strerror}" if error.filename else f"{name}: {error}") from error
+        if error.filename is None:
+            raise
+        raise type(error)(f"{name}: {error.filename}: {error.strerror}") from error
 
 
 def _check_name(file: str | None) -> None:
@@ -437,7 +439,7 @@ def _generate_options(parser: argparse.ArgumentParser) -> None:
     source.add_argument("--messages", metavar="JSON", help='a conversation: [{"role": "user", "content": "…"}]')
     add(
         "--prefix", action="append", metavar="[NAME=]FOLDER",
-        help='a saved prefix; the plain model if not given. Several, with names: a line of a .jsonl file chooses by its field '
+        help='a saved prefix; the plain model if not given. Several, with names: a JSON line of --file chooses by its field '
         '"prefix", null for none; without the field it gets the one without a name, or none',
     )  # fmt: skip
     add(

@@ -123,4 +123,6 @@ def split_row(row: Mapping[str, Any]) -> tuple[Prompt, str]:
     *asked, answer = row["messages"]
     if answer["role"] != "assistant":
         raise ValueError(f"messages: expected an assistant turn at the end to compare with, got {answer['role']!r}")
+    if not isinstance(answer["content"], str):
+        raise ValueError(f"messages: content of the last turn: expected a string to compare with, got {answer['content']!r}")
     return asked, answer["content"]

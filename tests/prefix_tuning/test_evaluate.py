@@ -124,6 +124,9 @@ def test_evaluate_rows_of_a_conversation_asks_for_its_last_turn(written):
     assert calls[0][0] == [messages[:-1]] and scores["bleu"] == pytest.approx(100)
     with pytest.raises(ValueError, match="messages: expected an assistant turn at the end to compare with, got 'user'"):
         evaluate_rows(tiny_model("llama"), tiny_tokenizer(chat_template=CHAT_TEMPLATE), [{"messages": messages[:-1]}])
+    parts = {"role": "assistant", "content": [{"type": "text", "text": "hello"}]}
+    with pytest.raises(ValueError, match="messages: content of the last turn: expected a string to compare with, got .*text"):
+        evaluate_rows(tiny_model("llama"), tiny_tokenizer(chat_template=CHAT_TEMPLATE), [{"messages": [*messages[:-1], parts]}])
 
 
 def test_a_loss_too_large_for_a_perplexity(written, monkeypatch):
