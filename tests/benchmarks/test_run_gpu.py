@@ -171,14 +171,15 @@ def test_a_row_goes_on_with_the_ways_it_does_not_have(tmp_path, monkeypatch):
     def measure_on_gpu(case, wanted, put, tried):
         asked.extend(name for name in ("peft", "concat", "flex", "triton", "cuda") if wanted(name))
         assert tried == {"peft": {}, "triton": {"failed": "it took too long"}}
+        put({"key": case.key, "ways": tried})
 
     monkeypatch.setattr(gpu_jobs, "measure_on_gpu", measure_on_gpu)
     monkeypatch.setattr(gpu_jobs.torch.cuda, "is_available", lambda: True)
     results = measure.Results(tmp_path / "op.json", ENVIRONMENT)
-    results.put({"key": JOBS[0].key, "ways": {"peft": {}, "triton": {"failed": "it took too long"}}})
+    results.put({"key": JOBS[0].key, "ways": {"peft": {}, "triton": {"failed": "it took too long"}}, "commit": "earlier"})
     begun = []
     gpu_jobs.run_job(JOBS[0], results, ["cuda"], begun.append)
-    assert asked == begun == ["concat"]
+    assert asked == begun == ["concat"] and results.rows[JOBS[0].key]["commit"] == "earlier"
 
 
 def test_flex_attention_is_compiled_after_everything_else():

@@ -318,6 +318,21 @@ def test_replayed_steps_are_the_steps(device, mlp, teacher):
         assert {step.rows.pack.parent is not None for step in replayed.graphs._steps.values()} == {False, True}
 
 
+@pytest.mark.parametrize("device", DEVICES, indirect=True)
+def test_what_is_left_of_a_rounded_row_is_no_long_sequence(device):
+    """Some 33 sequences of 4 tokens in a row of 160."""
+    model = tiny_model("llama").to(device)
+    with attach_prefix(model, prefix := random_prefix(model).to(device)):
+        replayed, plain = PrefixedModel(model, prefix), PrefixedModel(model, prefix, cuda_graphs=False)
+        for count in (34, 34, 33):
+            batch = PaddingFreeCollator()([example(list(range(i, i + 4)), 1) for i in range(5, 5 + count)])
+            batch = {name: v.to(device) if isinstance(v, torch.Tensor) else v for name, v in batch.items()}
+            torch.testing.assert_close(replayed(**batch)["loss"], plain(**batch)["loss"], **TOLERANCE)
+        (step,) = replayed.graphs._steps.values()
+        lengths = step.rows.pack.cu_seqlens.diff()
+        assert lengths.max() == step.rows.pack.max_seqlen == 4 and lengths.sum() == 160
+
+
 # The trainer
 
 
