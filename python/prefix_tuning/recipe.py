@@ -24,6 +24,7 @@ from transformers import (
 from transformers.integrations import get_available_reporting_integrations
 
 from prefix_kernels import available_backends
+from prefix_tuning.checkpoints import checkpoints
 from prefix_tuning.doctor import explain_training
 from prefix_tuning.files import check_writable, write_json
 from prefix_tuning.prefix import Prefix
@@ -210,7 +211,7 @@ def _json(value: Any) -> Any:
 
 
 def _check_checkpoints(output: Path, settings: TrainSettings, resume: bool) -> None:
-    found = any(output.glob("checkpoint-*"))
+    found = checkpoints(output)
     if resume and not found:
         raise ValueError(f"resume: {output} holds no checkpoint to go on from")
     if settings.save_steps and found and not resume:

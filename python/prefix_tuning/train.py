@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from accelerate.utils import DynamoBackend
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import (
     DataCollator,
@@ -22,12 +23,12 @@ from transformers import (
     Trainer,
     TrainingArguments,
 )
-from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput
 from transformers.utils import find_labels
 
 from prefix_tuning.attach import Attachment, attach_prefix
 from prefix_tuning.checkpointing import LayerCheckpointing
+from prefix_tuning.checkpoints import last_checkpoint, load_checkpoint
 from prefix_tuning.data import IGNORED, default_collator, tokenize_rows, without_idle_mask
 from prefix_tuning.devices import is_spread
 from prefix_tuning.graphed_training import GraphedSteps
@@ -307,7 +308,8 @@ class PrefixTrainer(Trainer):
         if self.attachment.switched_off:
             raise ValueError("attachment: the prefix is switched off; enable(True) comes before training")
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = _last_checkpoint(Path(self.args.output_dir))
+            resume_from_checkpoint = last_checkpoint(Path(self.args.output_dir))
+        self._forget_evaluation()
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def detach(self) -> None:
@@ -392,26 +394,21 @@ class PrefixTrainer(Trainer):
             columns = inspect.signature(self.attachment.model.forward).parameters
             self._signature_columns = [*columns, "label", "label_ids", "teacher_ids", "teacher_probs", *self.label_names]
 
+    def _forget_evaluation(self) -> None:
+        """A model that an evaluation has prepared counts as prepared, and its training would do without DDP."""
+        wrapped = getattr(self.model_wrapped, "_orig_mod", self.model_wrapped)
+        if self.args.world_size > 1 and not isinstance(wrapped, DistributedDataParallel):
+            self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)  # autocast comes around it again
+            self.model_wrapped, self.model._is_accelerate_prepared = self.model, False
+
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        if self.state.global_step < self.state.max_steps:  # Trainer takes one more step where it resumes a finished run
+        if self.state.global_step < self.state.max_steps:
             super()._run_epoch(*args, **kwargs)
+        else:  # a finished run is resumed: Trainer takes one more step, and a stream has epochs without end
+            self.control.should_training_stop = True
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        saved = Prefix.load(resume_from_checkpoint)
-        kinds = ["with" if p.reparametrization is not None else "without" for p in (self.prefix, saved)]
-        if kinds[0] != kinds[1]:
-            raise ValueError(
-                f"resume_from_checkpoint: the prefix is trained {kinds[0]} a reparametrisation, the one in "
-                f"{resume_from_checkpoint} was saved {kinds[1]}"
-            )
-        expected, found = _sizes(self.prefix), _sizes(saved)
-        wrong = next((name for name in expected | found if expected.get(name) != found.get(name)), None)
-        if wrong is not None:
-            raise ValueError(
-                f"resume_from_checkpoint: {wrong} is {found.get(wrong, 'missing')} in {resume_from_checkpoint}, expected "
-                f"{expected.get(wrong, 'no such tensor')} as in the prefix that is trained"
-            )
-        self.prefix.load_state_dict(saved.state_dict())
+        load_checkpoint(self.prefix, resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
         logger.info(f"Loading the best prefix from {self.state.best_model_checkpoint} (score: {self.state.best_metric}).")
@@ -438,20 +435,6 @@ def _check_args(model: nn.Module, args: TrainingArguments, others: Mapping[str, 
         if not is_spread(model):
             logger.warning(f"{args.n_gpu} GPUs are visible and one is used; start one process for each with torchrun")
         args._n_gpu = 1
-
-
-def _last_checkpoint(folder: Path) -> str:
-    """That with the most steps among those that have what Trainer writes last."""
-    whole = [path for path in folder.glob("checkpoint-*") if (path / TRAINER_STATE_NAME).is_file()]
-    if not whole:
-        raise ValueError(f"resume_from_checkpoint: {folder} holds no whole checkpoint")
-    return str(max(whole, key=lambda path: int(path.name.removeprefix("checkpoint-"))))
-
-
-def _sizes(prefix: Prefix) -> dict[str, Any]:
-    """What two prefixes must agree on for one to be loaded into the other."""
-    sizes = {"prefix_len": prefix.prefix_len, "position_offset": prefix.position_offset}
-    return sizes | {name: list(tensor.shape) for name, tensor in prefix.state_dict().items()}
 
 
 def _max_length(model: PreTrainedModel, prefix: Prefix, max_length: int | None) -> int | None:
