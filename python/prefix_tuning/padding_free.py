@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
 from torch.utils.data import IterableDataset
 
-from prefix_tuning.data import IGNORED, check_examples, teacher_targets
+from prefix_tuning.data import IGNORED, teacher_targets, tokens_and_labels
 from prefix_tuning.doctor import explain_training
 from prefix_tuning.multimodal_families import text_part
 from prefix_tuning.stacks import attention_kinds, stacks
@@ -42,11 +42,8 @@ class PaddingFreeCollator:
         self.share, self.first_position = share, first_position
 
     def __call__(self, examples: Sequence[Mapping[str, Sequence[int]]]) -> dict[str, Any]:
-        check_examples(examples)
-        rows = []
-        for example in examples:
-            ids, labels = (torch.as_tensor(example[name]).tolist() for name in ("input_ids", "labels"))
-            rows.append((ids, [IGNORED, *labels[1:]]))  # the row before does not predict the first token
+        # The row before does not predict the first token.
+        rows = [(ids.tolist(), [IGNORED, *labels[1:].tolist()]) for ids, labels in tokens_and_labels(examples)]
         groups = shared_beginnings(rows) if self.share else [([index], 0) for index in range(len(rows))]
         sequences: list[tuple[list[int], list[int], int, int]] = []  # ids, labels, first position, parent
         for members, shared in groups:

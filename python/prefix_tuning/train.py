@@ -15,7 +15,7 @@ import torch
 from accelerate.utils import DynamoBackend
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader
 from transformers import (
     DataCollator,
     PreTrainedModel,
@@ -29,7 +29,7 @@ from transformers.utils import find_labels
 from prefix_tuning.attach import Attachment, attach_prefix
 from prefix_tuning.checkpointing import LayerCheckpointing
 from prefix_tuning.checkpoints import last_checkpoint, load_checkpoint
-from prefix_tuning.data import IGNORED, default_collator, tokenize_rows, without_idle_mask
+from prefix_tuning.data import IGNORED, default_collator, tokenized, without_idle_mask
 from prefix_tuning.devices import is_spread
 from prefix_tuning.graphed_training import GraphedSteps
 from prefix_tuning.loss import distillation_loss, divergences, encoder_decoder_loss, sum_loss, target_loss
@@ -215,11 +215,14 @@ class PrefixTrainer(Trainer):
             and predict are given. Of an encoder-decoder the prompt is the encoder's input, the completion the decoder's. A
             model with its own loss takes tokenised rows with what its forward takes: "labels", a class or one for each token,
             or "start_positions" and "end_positions".
-        processing_class: the tokenizer. data_collator: by default the one that pads for the model's task.
+        processing_class: the tokenizer.
+        data_collator: by default the one that pads for the model's task. One of yours gets rows that are not text as they are,
+            such as rows with images, and with args.remove_unused_columns=False rows of text too, with all their columns.
         padding_free: training steps of a causal model read rows one behind the other instead of padded ones, and what several
             begin with once (PaddingFreeCollator): the same loss and gradients from fewer tokens. None: on a CPU, where the C++
             kernels serve the model, unless there are a data_collator, a loss or a step of yours, or an iterable data set.
-        max_length: cuts prompts so that a row has no more tokens; default, and at most: what the model has positions for.
+        max_length: cuts the prompts of rows of text so that a row has no more tokens, and no row that is tokenised already;
+            default, and at most: what the model has positions for.
         backend, prefix_window: as for attach_prefix.
         cuda_graphs: as for PrefixedModel.
         others: as for Trainer.
@@ -230,7 +233,8 @@ class PrefixTrainer(Trainer):
     attribute model.
 
     A checkpoint holds the prefix with its reparametrisation, and the state of optimiser, schedule and random numbers:
-    train(resume_from_checkpoint=…) goes on as if never interrupted. save_model writes the prefix alone, for Prefix.load.
+    train(resume_from_checkpoint=…) goes on as if never interrupted, but for the order of rows under group_by_length and
+    dispatch_batches, which Trainer does not restore. save_model writes the prefix alone, for Prefix.load.
 
     Raises ValueError or TypeError for wrong arguments; NotImplementedError for args, and for a launcher of accelerate, that
     would change, split or upload the model.
@@ -266,7 +270,10 @@ class PrefixTrainer(Trainer):
             getattr(type(self), name) is not getattr(Trainer, name) for name in ("compute_loss", "training_step")
         )
         padding_free = asked_for(padding_free, train_dataset, data_collator, bool(own_loss), args.world_size)
-        if data_collator is None:
+        if processing_class is not None and not callable(processing_class):
+            raise TypeError(f"processing_class: expected a tokenizer, got {type(processing_class).__name__}")
+        own_collator = data_collator is not None
+        if not own_collator:
             if processing_class is None:
                 raise ValueError("processing_class: expected the tokenizer, or a data_collator in its place")
             data_collator = default_collator(model, self.task, processing_class)
@@ -277,6 +284,10 @@ class PrefixTrainer(Trainer):
                 raise ValueError("prefix: none of its parameters requires a gradient; prefix.requires_grad_() lets them")
             self.prefix = prefix
             self.max_length = _max_length(model, prefix, max_length)
+            self._tokenized = partial(
+                tokenized, task=self.task, max_length=self.max_length, own_collator=own_collator,
+                all_columns=not args.remove_unused_columns,
+            )  # fmt: skip
             if args.label_names is None:
                 args.label_names = find_labels(type(self.attachment.model))
             super().__init__(
@@ -380,9 +391,6 @@ class PrefixTrainer(Trainer):
         if refused:
             raise NotImplementedError(f"accelerate: {refused} would split the model, which is not served; launch without")
 
-    def _tokenized(self, name: str, dataset: Any, tokenizer: PreTrainedTokenizerBase | None) -> Any:
-        return tokenized(name, dataset, tokenizer, self.task, self.max_length)
-
     def _collator(self, data_collator: DataCollator, model: PreTrainedModel) -> DataCollator:
         if self.task is not Task.CAUSAL:
             return data_collator
@@ -448,29 +456,3 @@ def _max_length(model: PreTrainedModel, prefix: Prefix, max_length: int | None) 
         most = text_part(model.config).max_position_embeddings
         raise ValueError(f"prefix: it takes {prefix.position_offset} of the model's {most} positions, which leaves none")
     return left if max_length is None else min(max_length, left)
-
-
-def tokenized(
-    name: str, dataset: Any, tokenizer: PreTrainedTokenizerBase | None, task: Task, max_length: int | None
-) -> Any:
-    """Rows of text as examples; what is tokenised already or no map-style data set goes on as it is. An eval_dataset may be
-    several by name, or one of these names."""
-    if isinstance(dataset, Mapping) and name == "eval_dataset":
-        return {part: tokenized(f"{name}[{part!r}]", rows, tokenizer, task, max_length) for part, rows in dataset.items()}
-    named = isinstance(dataset, str) and name == "eval_dataset"
-    if dataset is None or named or isinstance(dataset, IterableDataset):
-        return dataset
-    if isinstance(dataset, Mapping | str) or not hasattr(dataset, "__len__"):
-        raise TypeError(f"{name}: expected a sequence of rows or a data set, got {type(dataset).__name__}")
-    if len(dataset) == 0:
-        raise ValueError(f"{name}: expected at least one row, got none")
-    if isinstance(dataset[0], Mapping) and dataset[0].keys() & {"input_ids", "inputs_embeds", "input_features"}:
-        return dataset
-    if task is Task.OWN_LOSS:
-        raise ValueError(f"{name}: expected tokenised rows with input_ids and what the model learns from, got {dataset[0]!r}")
-    if tokenizer is None:
-        raise ValueError("processing_class: expected the tokenizer, which rows of text need")
-    try:
-        return tokenize_rows(dataset, tokenizer, max_length, encoder_decoder=task is Task.ENCODER_DECODER)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from None

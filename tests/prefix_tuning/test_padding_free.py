@@ -107,13 +107,6 @@ def test_a_long_beginning_of_two_is_worth_more_than_a_short_one_of_three():
     assert shared_beginnings(rows) == [([0, 1], len(common) + len(long) - 1), ([2], 0)]
 
 
-def test_examples_that_cannot_be_used():
-    with pytest.raises(ValueError, match="as many labels as input_ids"):
-        PaddingFreeCollator()([{"input_ids": [1, 2], "labels": [1]}])
-    with pytest.raises(ValueError, match="expected input_ids and labels"):
-        PaddingFreeCollator()([{"text": "x"}])
-
-
 @pytest.mark.parametrize("name", MODELS)
 def test_which_models_need_padding(name):
     reason = why_padded(tiny_model(name))
