@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
 from torch.utils.data import IterableDataset
+from transformers import Trainer
 
 from prefix_tuning.data import IGNORED, teacher_targets, tokens_and_labels
 from prefix_tuning.doctor import explain_training
@@ -23,6 +24,7 @@ from prefix_tuning.stacks import attention_kinds, stacks
 from prefix_tuning.task import Task, task_of
 
 LEAST_SHARED = 8  # tokens that are worth a sequence of their own; assumed
+_READ_BATCHES = ("compute_loss", "training_step", "_prepare_inputs", "get_batch_samples")  # methods of Trainer
 _COMPILED = "it is compiled, and traced code cannot ask where its rows begin"
 
 
@@ -93,19 +95,31 @@ def shared_beginnings(rows: Sequence[tuple[list[int], list[int]]]) -> list[tuple
     return groups[::-1]
 
 
-def asked_for(wanted: bool | None, rows: Any, data_collator: Any, own_loss: bool, processes: int) -> bool | None:
-    """What a trainer's argument padding_free comes to beside the others: None where the model decides.
-
-    own_loss: whether code of the user's own reads the batches.
-    """
+def asked_for(wanted: bool | None, data_collator: Any) -> bool | None:
+    """A trainer's argument padding_free: in place of None False beside a data_collator of the user's own."""
     if wanted is not None and not isinstance(wanted, bool):
         raise TypeError(f"padding_free: expected True, False or None, got {wanted!r}")
     if wanted and data_collator is not None:
         raise ValueError("padding_free: expected no data_collator, whose place it takes in training")
-    streamed = isinstance(rows, IterableDataset)
-    if wanted and streamed and processes > 1:
-        raise NotImplementedError("padding_free: several processes need a train_dataset that has a length")
-    return False if wanted is None and (data_collator is not None or streamed or own_loss) else wanted
+    return wanted if data_collator is None else False
+
+
+def allowed_by(trainer: Trainer, wanted: bool | None) -> bool | None:
+    """What the argument comes to beside the trainer's data, arguments and methods: in place of None False where rows are
+    streamed, one process makes the batches of all, or code of the user's own reads them.
+
+    NotImplementedError where several processes cannot share the batches that are wanted.
+    """
+    streamed = isinstance(trainer.train_dataset, IterableDataset)
+    dispatched = trainer.args.world_size > 1 and (streamed or bool(trainer.args.accelerator_config.dispatch_batches))
+    if wanted and dispatched:
+        raise NotImplementedError(
+            "padding_free: several processes need a train_dataset that has a length, and args without dispatch_batches"
+        )
+    own = trainer.compute_loss_func is not None or any(
+        getattr(getattr(trainer, name), "__func__", None) is not getattr(Trainer, name) for name in _READ_BATCHES
+    )
+    return False if wanted is None and (streamed or dispatched or own) else wanted
 
 
 def padding_free_collator(

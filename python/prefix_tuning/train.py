@@ -35,8 +35,8 @@ from prefix_tuning.graphed_training import GraphedSteps
 from prefix_tuning.loss import distillation_loss, divergences, encoder_decoder_loss, sum_loss, target_loss
 from prefix_tuning.masks import idle_mask
 from prefix_tuning.multimodal_families import text_part
-from prefix_tuning.packs import Pack, current_pack, packed
-from prefix_tuning.padding_free import asked_for, padding_free_collator, why_padded
+from prefix_tuning.packs import NEEDS_PADDING, Pack, current_pack, packed
+from prefix_tuning.padding_free import PaddingFreeCollator, allowed_by, asked_for, padding_free_collator, why_padded
 from prefix_tuning.prefix import Prefix
 from prefix_tuning.shapes import check_int, check_model
 from prefix_tuning.stacks import tokens_left
@@ -128,11 +128,11 @@ class PrefixedModel(nn.Module):
         if cu_seqlens is None and max_seqlen is None and parent is None:
             return outputs(inputs)
         if torch.compiler.is_compiling():
-            raise NotImplementedError("cu_seqlens: a PrefixedModel that is compiled needs padded rows")
+            raise NotImplementedError(f"cu_seqlens: a PrefixedModel that is compiled {NEEDS_PADDING}")
         if self._needs_padding is None:
             self._needs_padding = why_padded(self.model) or ""
         if self._needs_padding:
-            raise NotImplementedError(f"cu_seqlens: {type(self.model).__name__} needs padded rows: {self._needs_padding}")
+            raise NotImplementedError(f"cu_seqlens: {type(self.model).__name__} {NEEDS_PADDING}: {self._needs_padding}")
         pack = Pack.of_batch(cu_seqlens, max_seqlen, parent, inputs)
         with packed(pack), idle_mask(inputs["input_ids"]) as mask:
             found = outputs({**inputs, "attention_mask": mask})
@@ -219,8 +219,10 @@ class PrefixTrainer(Trainer):
         data_collator: by default the one that pads for the model's task. One of yours gets rows that are not text as they are,
             such as rows with images, and with args.remove_unused_columns=False rows of text too, with all their columns.
         padding_free: training steps of a causal model read rows one behind the other instead of padded ones, and what several
-            begin with once (PaddingFreeCollator): the same loss and gradients from fewer tokens. None: on a CPU, where the C++
-            kernels serve the model, unless there are a data_collator, a loss or a step of yours, or an iterable data set.
+            begin with once (PaddingFreeCollator): the same loss and gradients from fewer tokens, which is what
+            num_input_tokens_seen then counts. None: on a CPU, where the C++ kernels serve the model, unless there are a
+            data_collator of yours, code of yours that reads batches (a loss, a step), an iterable data set, or dispatch_batches
+            in several processes.
         max_length: cuts the prompts of rows of text so that a row has no more tokens, and no row that is tokenised already;
             default, and at most: what the model has positions for.
         backend, prefix_window: as for attach_prefix.
@@ -266,10 +268,7 @@ class PrefixTrainer(Trainer):
         # In the backward pass every parameter of the prefix gets a gradient, and no buffer of the model ever changes.
         args.ddp_find_unused_parameters = bool(args.ddp_find_unused_parameters)
         args.ddp_broadcast_buffers = bool(args.ddp_broadcast_buffers)
-        own_loss = others.get("compute_loss_func") or any(
-            getattr(type(self), name) is not getattr(Trainer, name) for name in ("compute_loss", "training_step")
-        )
-        padding_free = asked_for(padding_free, train_dataset, data_collator, bool(own_loss), args.world_size)
+        self._padding_free_wanted = asked_for(padding_free, data_collator)
         if processing_class is not None and not callable(processing_class):
             raise TypeError(f"processing_class: expected a tokenizer, got {type(processing_class).__name__}")
         own_collator = data_collator is not None
@@ -293,7 +292,7 @@ class PrefixTrainer(Trainer):
             super().__init__(
                 PrefixedModel(model, prefix, cuda_graphs),
                 args,
-                data_collator=self._collator(data_collator, model),
+                data_collator=self._collator(data_collator, model, args),
                 train_dataset=self._tokenized("train_dataset", train_dataset, processing_class),
                 eval_dataset=self._tokenized("eval_dataset", eval_dataset, processing_class),
                 processing_class=processing_class,
@@ -303,9 +302,11 @@ class PrefixTrainer(Trainer):
             dynamo = getattr(self.accelerator.state, "dynamo_plugin", None)
             compiled = args.torch_compile or getattr(dynamo, "backend", DynamoBackend.NO) != DynamoBackend.NO
             self._padded_collator = self.data_collator
-            self._padding_free = padding_free_collator(
-                model, padding_free, compiled=compiled, slides=prefix_window == "peft", backend=backend
+            self._padding_free_collator = partial(
+                padding_free_collator, model, compiled=compiled, slides=prefix_window == "peft", backend=backend
             )
+            if padding_free:
+                self._padding_free()  # where it cannot be, the constructor says so
         except BaseException:
             self.attachment.detach()
             raise
@@ -348,12 +349,16 @@ class PrefixTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader:
         padded = self.data_collator
-        if self._padding_free is not None and padded is self._padded_collator:  # and nobody has set another one
-            self.data_collator = self._padding_free
+        if padded is self._padded_collator:  # nobody has set another one
+            self.data_collator = self._padding_free() or padded
         try:
             return super().get_train_dataloader()
         finally:
             self.data_collator = padded
+
+    def _padding_free(self) -> PaddingFreeCollator | None:
+        """What makes batches without padding, None for padded ones; by what holds when it is asked, as training begins."""
+        return self._padding_free_collator(allowed_by(self, self._padding_free_wanted))
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         return super().get_eval_dataloader(self._tokenized("eval_dataset", eval_dataset, self.processing_class))
@@ -391,8 +396,8 @@ class PrefixTrainer(Trainer):
         if refused:
             raise NotImplementedError(f"accelerate: {refused} would split the model, which is not served; launch without")
 
-    def _collator(self, data_collator: DataCollator, model: PreTrainedModel) -> DataCollator:
-        if self.task is not Task.CAUSAL:
+    def _collator(self, data_collator: DataCollator, model: PreTrainedModel, args: TrainingArguments) -> DataCollator:
+        if self.task is not Task.CAUSAL or args.include_num_input_tokens_seen == "non_padding":  # counted by the mask
             return data_collator
         return partial(_collate, data_collator, _max_length(model, self.prefix, None))
 
@@ -408,6 +413,11 @@ class PrefixTrainer(Trainer):
         if self.args.world_size > 1 and not isinstance(wrapped, DistributedDataParallel):
             self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)  # autocast comes around it again
             self.model_wrapped, self.model._is_accelerate_prepared = self.model, False
+
+    def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
+        if "cu_seqlens" in inputs:  # no token is padding, also where a row's end has the id of padding
+            inputs = {**inputs, "attention_mask": torch.ones_like(inputs["input_ids"])}
+        super()._track_num_input_tokens(inputs)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         if self.state.global_step < self.state.max_steps:
