@@ -37,7 +37,7 @@ class PaddingFreeCollator:
 
     share: whether examples that begin alike share that; first_position: what the position of a row's first token is.
 
-    ValueError as PromptCompletionCollator.
+    Tokens whose attention_mask is 0 in an example are left out. ValueError as `tokens_and_labels`.
     """
 
     def __init__(self, share: bool = True, first_position: int = 0):

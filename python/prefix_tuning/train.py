@@ -211,10 +211,11 @@ class PrefixTrainer(Trainer):
         args: TrainingArguments. gradient_checkpointing recomputes the layers of the frozen model; bf16 and fp16 leave the
             prefix in its own dtype.
         train_dataset, eval_dataset: rows as data.py describes them (a sequence; tokenised here, which needs
-            processing_class), or data sets, also iterable ones, of {"input_ids", "labels"}. The same goes for what evaluate
-            and predict are given. Of an encoder-decoder the prompt is the encoder's input, the completion the decoder's. A
-            model with its own loss takes tokenised rows with what its forward takes: "labels", a class or one for each token,
-            or "start_positions" and "end_positions".
+            processing_class), or data sets, also iterable ones, of {"input_ids", "labels"}; tokens of a causal model's rows
+            whose "attention_mask" is 0 are left out. The same goes for what evaluate and predict are given. Of an
+            encoder-decoder the prompt is the encoder's input, the completion the decoder's. A model with its own loss takes
+            tokenised rows with what its forward takes: "labels", a class or one for each token, or "start_positions" and
+            "end_positions".
         processing_class: the tokenizer.
         data_collator: by default the one that pads for the model's task. One of yours gets rows that are not text as they are,
             such as rows with images, and with args.remove_unused_columns=False rows of text too, with all their columns.
