@@ -24,6 +24,8 @@ from transformers import (
 from transformers.integrations import get_available_reporting_integrations
 
 from prefix_kernels import available_backends
+from prefix_tuning.checkpoints import checkpoints
+from prefix_tuning.data import each
 from prefix_tuning.doctor import explain_training
 from prefix_tuning.files import check_writable, write_json
 from prefix_tuning.prefix import Prefix
@@ -158,7 +160,7 @@ def train_prefix(
     history = trainer.state.log_history
     trained = sum(p.numel() for p in prefix.parameters())
     frozen = sum(p.numel() for p in model.parameters())
-    length = round(statistics.median(len(example["input_ids"]) for example in trainer.train_dataset))
+    length = round(statistics.median(len(example["input_ids"]) for example in each(trainer.train_dataset)))
     reasons = explain_training(
         model, next(prefix.parameters()).dtype, batch=settings.batch_size, length=length,
         prefix_len=settings.prefix_len, backend=settings.backend,
@@ -210,7 +212,7 @@ def _json(value: Any) -> Any:
 
 
 def _check_checkpoints(output: Path, settings: TrainSettings, resume: bool) -> None:
-    found = any(output.glob("checkpoint-*"))
+    found = checkpoints(output)
     if resume and not found:
         raise ValueError(f"resume: {output} holds no checkpoint to go on from")
     if settings.save_steps and found and not resume:
