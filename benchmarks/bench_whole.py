@@ -240,7 +240,8 @@ def measure_run(
         else:
             found["failed"] = wrong
     training = run.what == "train"  # generation was warmed up by its check
-    comparison = measure.Comparison(calls, len(inputs) if training else 1, warm_up=training, settles=False)
+    # A step of a shape is recorded when it comes for the second time: all are, before any is timed.
+    comparison = measure.Comparison(calls, len(inputs) if training else 1, warm_up=2 * training, settles=False)
     comparison.run(seconds, rounds)
     if training and model.device.type == "cuda":
         for name, call in calls.items():

@@ -77,9 +77,19 @@ MARKS = {"yes": "✓", "wrong": "✗", "fails": "fails", "refused": "refused", "
 
 
 def family_table() -> str:
-    """Causal models."""
+    """Causal models: a sentence for those that have every mark and of which nothing is recorded of PEFT, then the others."""
     ours, peft = (json.loads(path.read_text(encoding="utf-8")) for path in (OURS, PEFT))
-    return f"{_table('model family', COLUMNS, ours['families'], peft)}\n\n{_legend(ours, peft)}"
+    of_peft = {name for group in peft["groups"] for name in group["families"]}
+
+    def whole(name: str) -> bool:
+        outcomes = ours["families"][name]
+        return name not in of_peft and all(_mark(outcomes, names) == MARKS["yes"] for names in COLUMNS.values())
+
+    listed = [name for name in ours["families"] if whole(name)]
+    others = {name: outcomes for name, outcomes in ours["families"].items() if name not in listed}
+    titles = ", ".join(TITLES[name] for name in listed)
+    sentence = f"{len(listed)} families are right in every column below: {titles}. The others:"
+    return "\n\n".join([sentence, _table("model family", COLUMNS, others, peft), _legend(ours, peft)])
 
 
 def encoder_tables() -> str:

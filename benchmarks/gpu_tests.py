@@ -14,6 +14,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -36,6 +37,7 @@ SANITIZED = ["-m", "gpu", "-k", "plain or mqa", "tests/prefix_kernels", "--ignor
 SANITIZER_SECONDS = 40  # left at least, or it is not started
 LOST_DEVICE = 3  # a worker's exit status
 LINES = 5
+DONE = "GPU_TESTS_DONE"  # environment variable: a file of the tests that have a row, for the test processes of pytest-xdist
 
 
 class Recorder:
@@ -99,9 +101,10 @@ def end_if_device_is_lost() -> None:
 
 
 def pytest_collection_modifyitems(items: list) -> None:
-    """In a test process of pytest-xdist, which is given tests in their order."""
+    """In a test process of pytest-xdist, which is given tests in their order; all of them must find the same ones."""
     if "PYTEST_XDIST_WORKER" in os.environ:
-        items.sort(key=lambda item: item.path.name not in FIRST)
+        done = set(Path(os.environ[DONE]).read_text(encoding="utf-8").splitlines())
+        items[:] = sorted((i for i in items if i.nodeid not in done), key=lambda item: item.path.name not in FIRST)
 
 
 def pytest_runtest_logreport(report: Any) -> None:
@@ -134,11 +137,13 @@ def run_tests(results: measure.Results, begin: Callable[[str], None], dry_run: b
     arguments = ["-q", "-p", "no:cacheprovider", *(DRY_SELECTION if dry_run else SELECTION)]
     processes = min((os.cpu_count() or 1) - 1, MOST_PROCESSES)
     parallel = processes > 1 and not dry_run and all(importlib.util.find_spec(name) for name in ("xdist", "pytest_timeout"))
-    if parallel:
-        os.environ["OMP_NUM_THREADS"] = "1"
-        arguments += ["-p", __name__, "-n", str(processes), "--maxschedchunk=1"]
-        arguments += [f"--timeout={SECONDS_A_TEST}", "--timeout-method=thread"]
-    return int(pytest.main(arguments, plugins=[Recorder(results, begin, parallel)]))
+    with tempfile.TemporaryDirectory() as folder:
+        if parallel:
+            (Path(folder) / "done").write_text("\n".join(results.rows), encoding="utf-8")
+            os.environ |= {"OMP_NUM_THREADS": "1", DONE: f"{folder}/done"}
+            arguments += ["-p", __name__, "-n", str(processes), "--maxschedchunk=1"]
+            arguments += [f"--timeout={SECONDS_A_TEST}", "--timeout-method=thread"]
+        return int(pytest.main(arguments, plugins=[Recorder(results, begin, parallel)]))
 
 
 def sanitizer_row(tool: str) -> str:

@@ -49,19 +49,19 @@ def summary(samples: list[float], calls: int) -> dict[str, Any]:
 class Comparison:
     """Ways to compute the same thing, timed in turn by the clock. Each way is called with the number of an input set.
 
-    warm_up: call each way on every set first, so that all memory is touched and every lazy thing is done, and find out how
-    often a short call must be repeated.
+    warm_up: how often each way is called on every set first, so that all memory is touched and every lazy thing is done; then
+    it is found out how often a short call must be repeated. 0: neither.
     settles: an untimed call before every sample, so that what the way before left behind is not charged to this one. (After
     memory of some 60 MB was freed, the next small allocations took milliseconds.)
     """
 
-    def __init__(self, ways: Mapping[str, Call], sets: int = 1, warm_up: bool = True, settles: bool = True):
+    def __init__(self, ways: Mapping[str, Call], sets: int = 1, warm_up: int = 1, settles: bool = True):
         self.ways, self.sets, self.settles = dict(ways), sets, settles
         self.samples: dict[str, list[float]] = {name: [] for name in ways}
         self._position = dict.fromkeys(ways, 0)
         self._calls = dict.fromkeys(ways, 1)
         for name in ways if warm_up else ():
-            for _ in range(sets):
+            for _ in range(sets * warm_up):
                 self._timed(name)
             once = self._timed(name)
             self._calls[name] = max(1, min(1000, int(SAMPLE_SECONDS / max(once, 1e-9))))

@@ -12,7 +12,6 @@ from typing import get_type_hints
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.autograd.function import once_differentiable
 
 from prefix_kernels.problem import AttentionInputs, empty_token_major
 from prefix_kernels.select import choose_backend, load_backend
@@ -150,12 +149,21 @@ class _Recorded(torch.autograd.Function):
         return output
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_out, grad_lse):
         inputs, _, return_lse, out, lse, wanted = _saved(ctx)
-        grad_out = torch.zeros_like(out) if grad_out is None else grad_out
-        grads = _gradients(inputs, ctx.backend, out, lse, grad_out, grad_lse if return_lse else None, wanted)
+        with torch.no_grad():
+            grad_out = torch.zeros_like(out) if grad_out is None else grad_out
+            grads = _gradients(inputs, ctx.backend, out, lse, grad_out, grad_lse if return_lse else None, wanted)
+        if torch.is_grad_enabled():  # create_graph=True
+            grads = _differentiable_once(grads)
         return (*grads, *[None] * (_INPUT_COUNT - _DIFFERENTIABLE + 2))
+
+
+def _differentiable_once(grads: list[Tensor | None]) -> list[Tensor | None]:
+    """Gradients that raise RuntimeError where they are differentiated; torch's once_differentiable lets those pass as
+    constants that come from a grad_out without a gradient, as that of a sum."""
+    raising = torch._C._functions.DelayedError("prefix_attention: trying to differentiate twice, which is not served", 1)
+    return [None if grad is None else raising(grad.detach().requires_grad_()) for grad in grads]
 
 
 def run(inputs: AttentionInputs, backend: str | None, return_lse: bool) -> tuple[Tensor, Tensor]:

@@ -5,6 +5,7 @@ Backends receive an AttentionInputs and nothing else; selection looks only at th
 
 from __future__ import annotations
 
+import itertools
 from typing import NamedTuple
 
 import torch
@@ -52,6 +53,28 @@ class AttentionInputs(_Arguments):
     @property
     def varlen(self) -> bool:
         return self.cu_seqlens_q is not None
+
+    def sequences(self) -> list[tuple[slice, slice, slice | None]]:
+        """Where each packed sequence's queries, its keys and its parent's keys, if it has a parent, lie among the tokens.
+
+        Reads the index tensors. ValueError where they describe no sequences of these tokens, which nothing has checked of a
+        call that was compiled.
+        """
+        places = []
+        for name, tensor, tokens in (("cu_seqlens_q", self.cu_seqlens_q, self.q), ("cu_seqlens_k", self.cu_seqlens_k, self.k)):
+            ends = tensor.tolist()
+            if ends[0] != 0 or ends[-1] != len(tokens) or ends != sorted(ends):
+                raise ValueError(
+                    f"{name}: expected values that start at 0, never fall and end at {len(tokens)} tokens, got {ends[:16]}"
+                )
+            places.append([slice(*pair) for pair in itertools.pairwise(ends)])
+        queries, keys = places
+        parents = [-1] * len(queries) if self.parent is None else self.parent.tolist()
+        ids = [0] * len(queries) if self.parent is None or self.prefix_ids is None else self.prefix_ids.tolist()
+        for index, parent in enumerate(parents):
+            if parent >= index or (parent >= 0 and (parents[parent] >= 0 or ids[parent] != ids[index])):
+                raise ValueError(f"parent: expected an earlier sequence with the same prefix and no parent, got {parent}")
+        return list(zip(queries, keys, [keys[parent] if parent >= 0 else None for parent in parents], strict=True))
 
     def problem(self, gradients: bool | None = None) -> AttentionProblem:
         """The shape of this call, made once; reads no tensor values. gradients: None asks autograd the first time, which must

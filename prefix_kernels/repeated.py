@@ -40,6 +40,7 @@ def find(
             None if on_cpu else (q.device, k.device, v.device, prefix_k.device, prefix_v.device),
             q.shape, k.shape, v.shape, prefix_k.shape, prefix_v.shape,
             q.dtype, k.dtype, v.dtype, prefix_k.dtype, prefix_v.dtype,
+            q.layout, k.layout, v.layout, prefix_k.layout, prefix_v.layout,
             type(q), type(k), type(v), type(prefix_k), type(prefix_v), *options, *map(type, options),
             key_mask if key_mask is None else (type(key_mask), key_mask.shape, key_mask.dtype, key_mask.device),
             bias if bias is None else (type(bias), bias.shape, bias.dtype, bias.device),
@@ -52,7 +53,9 @@ def find(
 
 def remember(kind: tuple, inputs: AttentionInputs, backend: str | None) -> None:
     """That a call of this kind was served."""
-    module = select.load_backend(select.choose_backend(inputs.problem(False), backend))
     if len(_kernels) >= MOST_REMEMBERED:
         _kernels.clear()
-    _kernels[kind] = module.repeat(inputs) if hasattr(module, "repeat") and ops.is_plain(inputs) else None
+    _kernels[kind] = None
+    if ops.is_plain(inputs):
+        module = select.load_backend(select.choose_backend(inputs.problem(False), backend))
+        _kernels[kind] = module.repeat(inputs) if hasattr(module, "repeat") else None

@@ -6,7 +6,6 @@ a backend treats ids out of range as −1 and clamps lengths, and the C++ kernel
 
 from __future__ import annotations
 
-import math
 import weakref
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INDEX_DTYPES = (torch.int32, torch.int64)
 LARGEST_POSITION = 2**31 - 1  # so that no sum of positions is beyond 64 bit
+SMALLEST, LARGEST = 1e-30, 1e30  # of scale and softcap, so that what float32 makes of them is neither 0 nor infinite
 
 MOST_PASSED = 4096
 _passed: set[tuple] = set()  # shapes, dtypes and devices that check_tensors has found right
@@ -52,8 +52,7 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: 
     for name, tensor in (("q", q), ("k", k), ("v", v), ("prefix_k", prefix_k), ("prefix_v", prefix_v)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
-        if tensor.layout != torch.strided or tensor.is_nested:
-            raise TypeError(f"{name}: expected a dense tensor, got {'a nested one' if tensor.is_nested else tensor.layout}")
+        check_dense(name, tensor)
     for name, tensor, rank in (("q", q, 3 if varlen else 4), ("k", k, 3 if varlen else 4), ("v", v, 3 if varlen else 4)):
         if tensor.dim() != rank:
             words = {"heads": "heads" if name == "q" else "kv_heads", "length": "q_len" if name == "q" else "kv_len"}
@@ -93,6 +92,12 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: 
         )
 
 
+def check_dense(name: str, tensor: Tensor) -> None:
+    """Neither sparse nor nested."""
+    if tensor.layout != torch.strided or tensor.is_nested:
+        raise TypeError(f"{name}: expected a dense tensor, got {'a nested one' if tensor.is_nested else tensor.layout}")
+
+
 def _check_dtypes(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor) -> None:
     if q.dtype not in DTYPES:
         raise TypeError(f"q: expected dtype float16, bfloat16, float32 or float64, got {q.dtype}")
@@ -116,10 +121,10 @@ def check_options(causal, scale, window, softcap, first_key_position) -> None:
     for name, value in (("scale", scale), ("softcap", softcap)):
         if value is not None and (not isinstance(value, (int, float)) or isinstance(value, bool)):
             raise TypeError(f"{name}: expected a number or None, got {kind_of(value)}")
-    if scale is not None and not -math.inf < scale < math.inf:
-        raise ValueError(f"scale: expected a finite number or None, got {scale}")
-    if softcap is not None and not 0 < softcap < math.inf:
-        raise ValueError(f"softcap: expected a positive finite number or None, got {softcap}")
+    if scale is not None and scale != 0 and not SMALLEST <= abs(scale) <= LARGEST:
+        raise ValueError(f"scale: expected 0, {SMALLEST} to {LARGEST}, either sign, or None, got {scale}")
+    if softcap is not None and not SMALLEST <= softcap <= LARGEST:
+        raise ValueError(f"softcap: expected {SMALLEST} to {LARGEST} or None, got {softcap}")
     for name, value, least in (("window", window, 1), ("first_key_position", first_key_position, 0)):
         if value is None:
             continue
@@ -145,6 +150,7 @@ def check_index(name: str, tensor: Tensor | None, length: int, of: str, device: 
         return
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: expected an integer tensor, got {type(tensor).__name__}")
+    check_dense(name, tensor)
     if tensor.dtype not in INDEX_DTYPES:
         raise TypeError(f"{name}: expected dtype int32 or int64, got {tensor.dtype}")
     if tensor.dim() != 1 or tensor.shape[0] != length:
@@ -201,6 +207,7 @@ def check_key_mask(key_mask: Tensor | None, batch: int, kv_len: int, device: tor
         return
     if not isinstance(key_mask, Tensor):
         raise TypeError(f"key_mask: expected a bool tensor, got {type(key_mask).__name__}")
+    check_dense("key_mask", key_mask)
     if key_mask.dtype != torch.bool:
         raise TypeError(f"key_mask: expected dtype bool, got {key_mask.dtype}")
     if tuple(key_mask.shape) != (batch, kv_len):
@@ -215,6 +222,7 @@ def check_bias(bias: Tensor | None, q: Tensor, columns: int) -> None:
         return
     if not isinstance(bias, Tensor):
         raise TypeError(f"bias: expected a tensor, got {type(bias).__name__}")
+    check_dense("bias", bias)
     if bias.dtype not in (q.dtype, torch.float32):
         raise TypeError(f"bias: expected dtype float32 or q's {q.dtype}, got {bias.dtype}")
     if bias.device != q.device:

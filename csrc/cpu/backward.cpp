@@ -54,7 +54,8 @@ static void differentiate(const Problem& p, BackwardTile& t, int64_t count) {
   for (int u = 0; u < t.rows.vectors(); ++u) {
     const Vec delta = load(t.delta + u * LANES);
     for (int64_t n = 0; n < count; ++n) {
-      const Vec weight = exp2(load(t.weights[n] + u * LANES));
+      const Vec score = load(t.weights[n] + u * LANES);  // less the lse, whose rounding is large where a bias is
+      const Vec weight = exp2(score > 0.0f ? Vec{} : score);
       Vec ds = weight * (load(t.dscores[n] + u * LANES) - delta);
       if (p.softcap > 0) ds *= load(t.slopes[n] + u * LANES);
       store(t.weights[n] + u * LANES, weight), store(t.dscores[n] + u * LANES, ds);

@@ -1,7 +1,7 @@
 """The specification: eager attention over the concatenation, every option, any dtype.
 
     scores  = scale · q · [prefix_k ; k]ᵀ → softcap → + bias → −inf where hidden
-    lse     = log Σ exp(scores)                weights = exp(scores − lse), 0 where nothing is visible
+    lse     = log Σ exp(scores)                weights = softmax(scores), 0 where nothing is visible
     out     = weights · [prefix_v ; v]
     dscores = weights ∘ (dout · valuesᵀ − rowsum(dout ∘ out) + dlse)
 
@@ -81,15 +81,12 @@ def _compute_dtype(inputs: AttentionInputs) -> torch.dtype:
 
 def _sequences(inputs: AttentionInputs):
     """(query indices, key indices — the parent's first —, sequence index) of every packed sequence."""
-    ends_q, ends_k = inputs.cu_seqlens_q.tolist(), inputs.cu_seqlens_k.tolist()
-    parents = inputs.parent.tolist() if inputs.parent is not None else [-1] * (len(ends_q) - 1)
-    device = inputs.q.device
-    for row, parent in enumerate(parents):
-        queries = torch.arange(ends_q[row], ends_q[row + 1], device=device)
-        keys = torch.arange(ends_k[row], ends_k[row + 1], device=device)
-        if parent >= 0:
-            keys = torch.cat([torch.arange(ends_k[parent], ends_k[parent + 1], device=device), keys])
-        yield queries, keys, row
+
+    def indices(*places: slice) -> Tensor:
+        return torch.cat([torch.arange(place.start, place.stop, device=inputs.q.device) for place in places])
+
+    for row, (queries, keys, parent_keys) in enumerate(inputs.sequences()):
+        yield indices(queries), indices(*([] if parent_keys is None else [parent_keys]), keys), row
 
 
 def _one_sequence(inputs: AttentionInputs, queries: Tensor, keys: Tensor, row: int) -> AttentionInputs:
@@ -182,8 +179,9 @@ def _scores(inputs: AttentionInputs, columns: Tensor) -> tuple[Tensor, Tensor | 
 
 
 def _weights(scores: Tensor, lse: Tensor) -> Tensor:
-    """exp(scores − lse), and 0 for queries that see nothing (lse −inf)."""
-    return torch.exp(scores - torch.where(lse == -torch.inf, 0.0, lse)[..., None])
+    """The softmax, and 0 for queries that see nothing (lse −inf). exp(scores − lse) would lose all digits of a large lse."""
+    hidden = (lse == -torch.inf)[..., None]
+    return torch.softmax(scores.masked_fill(hidden, 0.0), dim=-1).masked_fill(hidden, 0.0)
 
 
 def _dense_forward(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:

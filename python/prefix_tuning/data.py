@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import IterableDataset
 from tqdm import tqdm
 from transformers import (
     DataCollator,
@@ -88,7 +89,7 @@ def check_row(row: Any, answered: bool = True) -> None:
     answered: False where completion and assistant's turn are not needed.
     """
     fields = ("prompt", "completion") if answered else ("prompt",)
-    if not isinstance(row, Mapping) or not ("messages" in row or set(fields) <= row.keys()):
+    if not _is_text(row, fields):
         shown = sorted(map(str, row)) if isinstance(row, Mapping) else type(row).__name__
         wanted = " and ".join(f'"{name}"' for name in fields)
         raise ValueError(f'expected an object with {wanted}, or with "messages"; got {shown}')
@@ -110,6 +111,15 @@ def check_row(row: Any, answered: bool = True) -> None:
         raise ValueError(f"messages: expected at least one assistant turn to learn from, got {roles}")
     if not messages:
         raise ValueError("messages: expected at least one turn, got none")
+
+
+def _is_text(row: Any, fields: Sequence[str] = ("prompt", "completion")) -> bool:
+    return isinstance(row, Mapping) and ("messages" in row or set(fields) <= row.keys())
+
+
+def each(rows: Any) -> Iterator[Any]:
+    """The rows of a sequence or data set; one that has but a length and rows by index may never raise IndexError."""
+    return iter(rows) if hasattr(rows, "__iter__") else (rows[index] for index in range(len(rows)))
 
 
 def tokenize_example(
@@ -182,12 +192,51 @@ def tokenize_rows(
     """`tokenize_example`, or `tokenize_pair`, of every row; ValueError naming the row (from 0) where one cannot be used."""
     tokenize = tokenize_pair if encoder_decoder else tokenize_example
     examples = []
-    for index, row in enumerate(tqdm(rows, desc="tokenising", unit="row", delay=2, disable=None)):
+    bar = tqdm(each(rows), total=len(rows), desc="tokenising", unit="row", delay=2, disable=None)
+    for index, row in enumerate(bar):
         try:
             examples.append(tokenize(row, tokenizer, max_length))
         except ValueError as error:
             raise ValueError(f"rows[{index}]: {error}") from None
     return examples
+
+
+def tokenized(
+    name: str, dataset: Any, tokenizer: PreTrainedTokenizerBase | None, *, task: Task, max_length: int | None,
+    own_collator: bool = False, all_columns: bool = False,
+) -> Any:  # fmt: skip
+    """Rows of text as examples; what is tokenised already or no map-style data set goes on as it is. An eval_dataset may be
+    several by name, or one of these names.
+
+    own_collator: a collator of the user's own makes the batches, so that rows that are not text go on as they are, and rows of
+        text too where it sees all columns.
+    """
+    options = {"task": task, "max_length": max_length, "own_collator": own_collator, "all_columns": all_columns}
+    if isinstance(dataset, Mapping) and name == "eval_dataset":
+        return {part: tokenized(f"{name}[{part!r}]", rows, tokenizer, **options) for part, rows in dataset.items()}
+    named = isinstance(dataset, str) and name == "eval_dataset"
+    if dataset is None or named or isinstance(dataset, IterableDataset):
+        return dataset
+    expected = f"{name}: expected a sequence of rows or a data set"
+    if hasattr(dataset, "iloc"):
+        raise TypeError(f'{expected}, got a {type(dataset).__name__}; its to_dict("records") makes rows')
+    if isinstance(dataset, Mapping | str) or not hasattr(dataset, "__len__"):
+        raise TypeError(f"{expected}, got {type(dataset).__name__}")
+    if len(dataset) == 0:
+        raise ValueError(f"{name}: expected at least one row, got none")
+    first = dataset[0]
+    if isinstance(first, Mapping) and first.keys() & {"input_ids", "inputs_embeds", "input_features"}:
+        return dataset
+    if own_collator and (all_columns or task is Task.OWN_LOSS or not _is_text(first)):
+        return dataset
+    if task is Task.OWN_LOSS:
+        raise ValueError(f"{name}: expected tokenised rows with input_ids and what the model learns from, got {first!r}")
+    if tokenizer is None:
+        raise ValueError("processing_class: expected the tokenizer, which rows of text need")
+    try:
+        return tokenize_rows(dataset, tokenizer, max_length, encoder_decoder=task is Task.ENCODER_DECODER)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
 
 
 class PromptCompletionCollator:
@@ -197,7 +246,7 @@ class PromptCompletionCollator:
     `teacher_targets`. Padding is told by position, never by its id: in many models it is the end-of-text token, which is to be
     learnt.
 
-    ValueError for examples without input_ids or labels, and where these are empty or of different lengths.
+    Tokens whose attention_mask is 0 in an example are left out. ValueError as `tokens_and_labels`.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, pad_to_multiple_of: int = 8):
@@ -207,34 +256,52 @@ class PromptCompletionCollator:
         self.multiple = pad_to_multiple_of
 
     def __call__(self, examples: Sequence[Mapping[str, Sequence[int]]]) -> dict[str, Tensor]:
-        longest = max(check_examples(examples))
-        length = -(-longest // self.multiple) * self.multiple
-        shape = (len(examples), length)
+        rows = tokens_and_labels(examples)
+        length = -(-max(len(ids) for ids, _ in rows) // self.multiple) * self.multiple
+        shape = (len(rows), length)
         input_ids = torch.full(shape, self.pad_id)
         attention_mask = torch.zeros(shape, dtype=torch.int64)
         labels = torch.full(shape, IGNORED)
-        for i, example in enumerate(examples):
-            end = len(example["input_ids"])
-            input_ids[i, :end] = torch.as_tensor(example["input_ids"])
-            attention_mask[i, :end] = 1
-            labels[i, :end] = torch.as_tensor(example["labels"])
+        for i, (ids, learnt) in enumerate(rows):
+            input_ids[i, : len(ids)] = ids
+            attention_mask[i, : len(ids)] = 1
+            labels[i, : len(ids)] = learnt
         return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels, **teacher_targets(examples)}
 
 
-def check_examples(examples: Sequence[Mapping[str, Sequence[int]]]) -> list[int]:
-    """The lengths of examples of `tokenize_example`; ValueError where one has not as many labels as input_ids, or none."""
-    wanted = ("input_ids", "labels")
-    lacking = next((example for example in examples if not all(name in example for name in wanted)), None)
-    if lacking is not None:
+def tokens_and_labels(examples: Sequence[Mapping[str, Any]]) -> list[tuple[Tensor, Tensor]]:
+    """input_ids and labels of examples of `tokenize_example`, int [tokens], without the tokens whose attention_mask is 0.
+
+    ValueError for an example without them, with more dimensions, with none or of different lengths, and with a label on a token
+    that its attention_mask hides.
+    """
+    return [_tokens_and_labels(example) for example in examples]
+
+
+def _tokens_and_labels(example: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    given = [name for name in example if example[name] is not None]
+    if not {"input_ids", "labels"} <= set(given):
         raise ValueError(
-            f"examples: expected {' and '.join(wanted)}, as tokenize_example makes of a row of text, got "
-            f"{', '.join(lacking) or 'no field that the model takes'}"
+            "examples: expected input_ids and labels, as tokenize_example makes of a row of text, got "
+            f"{', '.join(given) or 'no field that the model takes'}; text is tokenised in a sequence of rows that is given to "
+            "PrefixTrainer, evaluate or predict"
         )
-    lengths = [(len(example["input_ids"]), len(example["labels"])) for example in examples]
-    wrong = next((pair for pair in lengths if pair[0] != pair[1] or not pair[0]), None)
-    if wrong is not None:
-        raise ValueError(f"examples: expected as many labels as input_ids, and one or more, got {wrong[1]} and {wrong[0]}")
-    return [length for length, _ in lengths]
+    names = [name for name in ("input_ids", "labels", "attention_mask") if name in given]
+    fields = {name: torch.as_tensor(example[name]) for name in names}
+    ids, labels = fields["input_ids"], fields["labels"]
+    for name, tensor in fields.items():
+        if tensor.dim() != 1:
+            raise ValueError(f"examples: expected {name} of one dimension, [tokens], got {list(tensor.shape)}")
+        if len(tensor) != len(ids):
+            raise ValueError(f"examples: expected {name} as long as input_ids, got {len(tensor)} and {len(ids)}")
+    if "attention_mask" in fields:
+        real = fields["attention_mask"].bool()
+        if (labels[~real] != IGNORED).any():
+            raise ValueError(f"examples: expected {IGNORED} as the label of every token whose attention_mask is 0, got another")
+        ids, labels = ids[real], labels[real]
+    if not len(ids):
+        raise ValueError("examples: expected at least one token, got none")
+    return ids, labels
 
 
 def teacher_targets(examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:

@@ -25,6 +25,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prefix_tuning.attach import attach_prefix
+from prefix_tuning.checkpoints import checkpoints
 from prefix_tuning.data import IGNORED, PromptCompletionCollator, check_row, read_rows, tokenize_example
 from prefix_tuning.files import check_writable, write_json_lines
 from prefix_tuning.loss import distillation_loss, logits_at, targets_of
@@ -112,7 +113,7 @@ def distill(
     if prompts is None and tokenizer.chat_template:  # refuses a template that turns cannot be found in
         tokenize_example({"messages": [{"role": role, "content": role} for role in ("user", "assistant")]}, tokenizer)
     file, shown = output / CONVERSATIONS_FILE, progress or None
-    resume_training = resume and any(output.glob("checkpoint-*"))
+    resume_training = resume and bool(checkpoints(output))
     replaced = overwrite or (resume and not resume_training)
     check_run(model, output, settings, resume_training, replaced, evaluate=settings.held_out > 0)
     prefix = start_prefix(model, tokenizer, settings)

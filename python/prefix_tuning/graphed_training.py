@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from prefix_tuning import cuda_graphs
@@ -85,8 +84,9 @@ class GraphedSteps:
         shape, most = (rows, length), rounded(len(targets))
         make_rows = partial(Rows, shape, device)
         if pack is not None:
-            sequences, longest = len(pack.cu_seqlens) - 1, max(pack.max_seqlen, length - labels.shape[1])
-            shape += rounded(sequences + 1), 1 << (longest - 1).bit_length(), pack.parent is not None
+            longest = 1 << (pack.max_seqlen - 1).bit_length()
+            sequences = len(pack.cu_seqlens) - 1 - (labels.shape[1] - length) // longest  # those of what is left, rounded up
+            shape += rounded(sequences), longest, pack.parent is not None
             make_rows, inputs = partial(_PackedRow, *shape[1:], device), {**inputs, "pack": pack}
         if teacher:
             check_teacher(len(targets), *teacher)
@@ -164,13 +164,14 @@ class Rows:
 
 
 class _PackedRow(Rows):
-    """The tokens of one row of fewer than that many sequences, each of at most `longest` tokens; what is left of a longer row
-    before it is one more."""
+    """The tokens of one row of at most that many sequences, each of at most `longest` tokens. What is left of a longer row
+    before it is cut to that length: as one sequence its attention would take as long as that of all others."""
 
     def __init__(self, length: int, sequences: int, longest: int, shared: bool, device: torch.device):
         super().__init__((1, length), device)
         self.position_ids = torch.zeros_like(self.input_ids)
-        cu_seqlens = (torch.arange(sequences + 1, device=device, dtype=torch.int32) * longest).clamp(max=length)
+        self._steps = torch.arange(sequences + 1, device=device, dtype=torch.int32) * longest
+        cu_seqlens = self._steps.clamp(max=length)
         parent = torch.full((sequences,), -1, dtype=torch.int32, device=device) if shared else None
         self.pack = Pack(cu_seqlens, longest, 1, length, parent)
 
@@ -183,8 +184,9 @@ class _PackedRow(Rows):
         super().load(input_ids)
         pack.taken = self.pack.taken
         self.position_ids[:, : position_ids.shape[1]] = position_ids
-        ends = len(pack.cu_seqlens)
-        self.pack.cu_seqlens[:ends], self.pack.cu_seqlens[ends:] = pack.cu_seqlens, self.pack.length
+        ends, left = len(pack.cu_seqlens), self._steps[1 : len(self._steps) + 1 - len(pack.cu_seqlens)]
+        self.pack.cu_seqlens[:ends] = pack.cu_seqlens
+        self.pack.cu_seqlens[ends:] = (left + input_ids.shape[1]).clamp(max=self.pack.length)
         if pack.parent is not None:
             self.pack.parent[: ends - 1], self.pack.parent[ends - 1 :] = pack.parent, -1
 
@@ -241,7 +243,8 @@ class _Step:
         # Leaves of the graph's own over the same memory: the parameters may still be part of a step that ran as it was.
         self.leaves = {parameter: nn.Parameter(parameter.detach()) for parameter in trained}
         self.stand_in = partial(_standing_in, self.leaves, prefix, layers)
-        self.graph = cuda_graphs.Graph(self._run, pool)
+        with torch.cuda.device_of(trained[0]):  # which need not be the current one
+            self.graph = cuda_graphs.Graph(self._run, pool)
 
     @torch.enable_grad()
     def _run(self) -> tuple[tuple[Tensor, ...], tuple[Tensor | None, ...]]:
@@ -276,12 +279,16 @@ class _Replayed(torch.autograd.Function):
             return tuple(tensor.clone() for tensor in outputs)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_loss: Tensor | None, *grad_others: Tensor | None) -> tuple[Tensor | None, ...]:
         if any(grad is not None for grad in grad_others):
             raise NotImplementedError(
                 "logits: of a training step that is replayed the loss alone has a gradient; cuda_graphs=False runs each step "
                 "as it is"
+            )
+        if torch.is_grad_enabled():
+            raise NotImplementedError(
+                "create_graph: the gradients of a training step that is replayed have none themselves; cuda_graphs=False runs "
+                "each step as it is"
             )
         if grad_loss is None:
             return None, *[None] * len(ctx.used)

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from transformers.masking_utils import and_masks, causal_mask_function, packed_sequence_mask_function
 
+NEEDS_PADDING = "needs padded rows (in PrefixTrainer padding_free=False)"
+
 
 @dataclass(eq=False)
 class Pack:
@@ -62,7 +64,7 @@ class Pack:
         if not self.taken:
             raise NotImplementedError(
                 "cu_seqlens: the model made its attention masks without them, as one that is compiled does, or one around "
-                "which something copies the attention mask; it needs padded rows"
+                f"which something copies the attention mask; it {NEEDS_PADDING}"
             )
 
     def to(self, *args, **kwargs) -> Pack:

@@ -15,14 +15,16 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
 from torch.utils.data import IterableDataset
+from transformers import Trainer
 
-from prefix_tuning.data import IGNORED, check_examples, teacher_targets
+from prefix_tuning.data import IGNORED, teacher_targets, tokens_and_labels
 from prefix_tuning.doctor import explain_training
 from prefix_tuning.multimodal_families import text_part
 from prefix_tuning.stacks import attention_kinds, stacks
 from prefix_tuning.task import Task, task_of
 
 LEAST_SHARED = 8  # tokens that are worth a sequence of their own; assumed
+_READ_BATCHES = ("compute_loss", "training_step", "_prepare_inputs", "get_batch_samples")  # methods of Trainer
 _COMPILED = "it is compiled, and traced code cannot ask where its rows begin"
 
 
@@ -35,18 +37,15 @@ class PaddingFreeCollator:
 
     share: whether examples that begin alike share that; first_position: what the position of a row's first token is.
 
-    ValueError as PromptCompletionCollator.
+    Tokens whose attention_mask is 0 in an example are left out. ValueError as `tokens_and_labels`.
     """
 
     def __init__(self, share: bool = True, first_position: int = 0):
         self.share, self.first_position = share, first_position
 
     def __call__(self, examples: Sequence[Mapping[str, Sequence[int]]]) -> dict[str, Any]:
-        check_examples(examples)
-        rows = []
-        for example in examples:
-            ids, labels = (torch.as_tensor(example[name]).tolist() for name in ("input_ids", "labels"))
-            rows.append((ids, [IGNORED, *labels[1:]]))  # the row before does not predict the first token
+        # The row before does not predict the first token.
+        rows = [(ids.tolist(), [IGNORED, *labels[1:].tolist()]) for ids, labels in tokens_and_labels(examples)]
         groups = shared_beginnings(rows) if self.share else [([index], 0) for index in range(len(rows))]
         sequences: list[tuple[list[int], list[int], int, int]] = []  # ids, labels, first position, parent
         for members, shared in groups:
@@ -96,19 +95,31 @@ def shared_beginnings(rows: Sequence[tuple[list[int], list[int]]]) -> list[tuple
     return groups[::-1]
 
 
-def asked_for(wanted: bool | None, rows: Any, data_collator: Any, own_loss: bool, processes: int) -> bool | None:
-    """What a trainer's argument padding_free comes to beside the others: None where the model decides.
-
-    own_loss: whether code of the user's own reads the batches.
-    """
+def asked_for(wanted: bool | None, data_collator: Any) -> bool | None:
+    """A trainer's argument padding_free: in place of None False beside a data_collator of the user's own."""
     if wanted is not None and not isinstance(wanted, bool):
         raise TypeError(f"padding_free: expected True, False or None, got {wanted!r}")
     if wanted and data_collator is not None:
         raise ValueError("padding_free: expected no data_collator, whose place it takes in training")
-    streamed = isinstance(rows, IterableDataset)
-    if wanted and streamed and processes > 1:
-        raise NotImplementedError("padding_free: several processes need a train_dataset that has a length")
-    return False if wanted is None and (data_collator is not None or streamed or own_loss) else wanted
+    return wanted if data_collator is None else False
+
+
+def allowed_by(trainer: Trainer, wanted: bool | None) -> bool | None:
+    """What the argument comes to beside the trainer's data, arguments and methods: in place of None False where rows are
+    streamed, one process makes the batches of all, or code of the user's own reads them.
+
+    NotImplementedError where several processes cannot share the batches that are wanted.
+    """
+    streamed = isinstance(trainer.train_dataset, IterableDataset)
+    dispatched = trainer.args.world_size > 1 and (streamed or bool(trainer.args.accelerator_config.dispatch_batches))
+    if wanted and dispatched:
+        raise NotImplementedError(
+            "padding_free: several processes need a train_dataset that has a length, and args without dispatch_batches"
+        )
+    own = trainer.compute_loss_func is not None or any(
+        getattr(getattr(trainer, name), "__func__", None) is not getattr(Trainer, name) for name in _READ_BATCHES
+    )
+    return False if wanted is None and (streamed or dispatched or own) else wanted
 
 
 def padding_free_collator(

@@ -24,16 +24,16 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.integrations import get_available_reporting_integrations
-from transformers.trainer import TRAINER_STATE_NAME
 
 from prefix_kernels import available_backends
+from prefix_tuning.checkpoints import checkpoints, last_checkpoint
+from prefix_tuning.data import each
 from prefix_tuning.doctor import explain_training
 from prefix_tuning.files import check_writable, write_json
 from prefix_tuning.prefix import Prefix
 from prefix_tuning.train import PrefixTrainer
 
 METRICS_FILE = "metrics.json"
-CHECKPOINTS = "checkpoint-*"
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,7 @@ def train_prefix(
     try:
         check_writable(output)
         if overwrite and arguments.should_save:
-            for checkpoint in output.glob(CHECKPOINTS):
+            for checkpoint in checkpoints(output):
                 shutil.rmtree(checkpoint)
         trainer.train(resume_from_checkpoint=resume or None)
         if eval_rows is not None and not settings.save_steps:
@@ -174,7 +174,7 @@ def train_prefix(
 
     trained = sum(p.numel() for p in prefix.parameters())
     frozen = sum(p.numel() for p in model.parameters())
-    length = round(statistics.median(len(example["input_ids"]) for example in trainer.train_dataset))
+    length = round(statistics.median(len(example["input_ids"]) for example in each(trainer.train_dataset)))
     reasons = explain_training(
         model, next(prefix.parameters()).dtype, batch=settings.batch_size, length=length,
         prefix_len=settings.prefix_len, backend=settings.backend,
@@ -226,21 +226,21 @@ def _json(value: Any) -> Any:
 
 
 def _check_output(output: Path, resume: bool, overwrite: bool) -> None:
-    checkpoints = list(output.glob(CHECKPOINTS))
+    found = checkpoints(output)
     if resume and overwrite:
         raise ValueError("resume: expected resume or overwrite, got both")
-    if resume and not checkpoints:
+    if resume and not found:
         raise ValueError(f"resume: {output} holds no checkpoint to go on from")
     if resume:
-        whole = (file for path in checkpoints if (path / TRAINER_STATE_NAME).is_file() for file in path.glob("*.pt*"))
-        damaged = next((file for file in whole if not zipfile.is_zipfile(file)), None)
+        files = sorted(Path(last_checkpoint(output)).glob("*.pt*"))
+        damaged = next((file for file in files if not zipfile.is_zipfile(file)), None)
         if damaged is not None:
             raise ValueError(f"resume: {damaged} is cut short or damaged; remove {damaged.parent} to go on from an earlier one")
-    found = ["checkpoints"] * bool(checkpoints) + ["prefix"] * (output / "prefix").exists()
-    if found and not resume and not overwrite:
-        held = " and the ".join(found)
+    held = ["checkpoints"] * bool(found) + ["prefix"] * (output / "prefix").exists()
+    if held and not resume and not overwrite:
         raise ValueError(
-            f"output: {output} holds the {held} of an earlier run; resume that, overwrite it or take another folder"
+            f"output: {output} holds the {' and the '.join(held)} of an earlier run; resume that, overwrite it or take another "
+            "folder"
         )
 
 

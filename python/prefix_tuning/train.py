@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from accelerate.utils import DynamoBackend
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
 from transformers import (
     DataCollator,
     PreTrainedModel,
@@ -22,20 +23,20 @@ from transformers import (
     Trainer,
     TrainingArguments,
 )
-from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput
 from transformers.utils import find_labels
 
 from prefix_tuning.attach import Attachment, attach_prefix
 from prefix_tuning.checkpointing import LayerCheckpointing
-from prefix_tuning.data import IGNORED, default_collator, tokenize_rows, without_idle_mask
+from prefix_tuning.checkpoints import last_checkpoint, load_checkpoint
+from prefix_tuning.data import IGNORED, default_collator, tokenized, without_idle_mask
 from prefix_tuning.devices import is_spread
 from prefix_tuning.graphed_training import GraphedSteps
 from prefix_tuning.loss import distillation_loss, divergences, encoder_decoder_loss, sum_loss, target_loss
 from prefix_tuning.masks import idle_mask
 from prefix_tuning.multimodal_families import text_part
-from prefix_tuning.packs import Pack, current_pack, packed
-from prefix_tuning.padding_free import asked_for, padding_free_collator, why_padded
+from prefix_tuning.packs import NEEDS_PADDING, Pack, current_pack, packed
+from prefix_tuning.padding_free import PaddingFreeCollator, allowed_by, asked_for, padding_free_collator, why_padded
 from prefix_tuning.prefix import Prefix
 from prefix_tuning.shapes import check_int, check_model
 from prefix_tuning.stacks import tokens_left
@@ -127,11 +128,11 @@ class PrefixedModel(nn.Module):
         if cu_seqlens is None and max_seqlen is None and parent is None:
             return outputs(inputs)
         if torch.compiler.is_compiling():
-            raise NotImplementedError("cu_seqlens: a PrefixedModel that is compiled needs padded rows")
+            raise NotImplementedError(f"cu_seqlens: a PrefixedModel that is compiled {NEEDS_PADDING}")
         if self._needs_padding is None:
             self._needs_padding = why_padded(self.model) or ""
         if self._needs_padding:
-            raise NotImplementedError(f"cu_seqlens: {type(self.model).__name__} needs padded rows: {self._needs_padding}")
+            raise NotImplementedError(f"cu_seqlens: {type(self.model).__name__} {NEEDS_PADDING}: {self._needs_padding}")
         pack = Pack.of_batch(cu_seqlens, max_seqlen, parent, inputs)
         with packed(pack), idle_mask(inputs["input_ids"]) as mask:
             found = outputs({**inputs, "attention_mask": mask})
@@ -210,15 +211,21 @@ class PrefixTrainer(Trainer):
         args: TrainingArguments. gradient_checkpointing recomputes the layers of the frozen model; bf16 and fp16 leave the
             prefix in its own dtype.
         train_dataset, eval_dataset: rows as data.py describes them (a sequence; tokenised here, which needs
-            processing_class), or data sets, also iterable ones, of {"input_ids", "labels"}. The same goes for what evaluate
-            and predict are given. Of an encoder-decoder the prompt is the encoder's input, the completion the decoder's. A
-            model with its own loss takes tokenised rows with what its forward takes: "labels", a class or one for each token,
-            or "start_positions" and "end_positions".
-        processing_class: the tokenizer. data_collator: by default the one that pads for the model's task.
+            processing_class), or data sets, also iterable ones, of {"input_ids", "labels"}; tokens of a causal model's rows
+            whose "attention_mask" is 0 are left out. The same goes for what evaluate and predict are given. Of an
+            encoder-decoder the prompt is the encoder's input, the completion the decoder's. A model with its own loss takes
+            tokenised rows with what its forward takes: "labels", a class or one for each token, or "start_positions" and
+            "end_positions".
+        processing_class: the tokenizer.
+        data_collator: by default the one that pads for the model's task. One of yours gets rows that are not text as they are,
+            such as rows with images, and with args.remove_unused_columns=False rows of text too, with all their columns.
         padding_free: training steps of a causal model read rows one behind the other instead of padded ones, and what several
-            begin with once (PaddingFreeCollator): the same loss and gradients from fewer tokens. None: on a CPU, where the C++
-            kernels serve the model, unless there are a data_collator, a loss or a step of yours, or an iterable data set.
-        max_length: cuts prompts so that a row has no more tokens; default, and at most: what the model has positions for.
+            begin with once (PaddingFreeCollator): the same loss and gradients from fewer tokens, which is what
+            num_input_tokens_seen then counts. None: on a CPU, where the C++ kernels serve the model, unless there are a
+            data_collator of yours, code of yours that reads batches (a loss, a step), an iterable data set, or dispatch_batches
+            in several processes.
+        max_length: cuts the prompts of rows of text so that a row has no more tokens, and no row that is tokenised already;
+            default, and at most: what the model has positions for.
         backend, prefix_window: as for attach_prefix.
         cuda_graphs: as for PrefixedModel.
         others: as for Trainer.
@@ -229,7 +236,8 @@ class PrefixTrainer(Trainer):
     attribute model.
 
     A checkpoint holds the prefix with its reparametrisation, and the state of optimiser, schedule and random numbers:
-    train(resume_from_checkpoint=…) goes on as if never interrupted. save_model writes the prefix alone, for Prefix.load.
+    train(resume_from_checkpoint=…) goes on as if never interrupted, but for the order of rows under group_by_length and
+    dispatch_batches, which Trainer does not restore. save_model writes the prefix alone, for Prefix.load.
 
     Raises ValueError or TypeError for wrong arguments; NotImplementedError for args, and for a launcher of accelerate, that
     would change, split or upload the model.
@@ -261,11 +269,11 @@ class PrefixTrainer(Trainer):
         # In the backward pass every parameter of the prefix gets a gradient, and no buffer of the model ever changes.
         args.ddp_find_unused_parameters = bool(args.ddp_find_unused_parameters)
         args.ddp_broadcast_buffers = bool(args.ddp_broadcast_buffers)
-        own_loss = others.get("compute_loss_func") or any(
-            getattr(type(self), name) is not getattr(Trainer, name) for name in ("compute_loss", "training_step")
-        )
-        padding_free = asked_for(padding_free, train_dataset, data_collator, bool(own_loss), args.world_size)
-        if data_collator is None:
+        self._padding_free_wanted = asked_for(padding_free, data_collator)
+        if processing_class is not None and not callable(processing_class):
+            raise TypeError(f"processing_class: expected a tokenizer, got {type(processing_class).__name__}")
+        own_collator = data_collator is not None
+        if not own_collator:
             if processing_class is None:
                 raise ValueError("processing_class: expected the tokenizer, or a data_collator in its place")
             data_collator = default_collator(model, self.task, processing_class)
@@ -276,12 +284,16 @@ class PrefixTrainer(Trainer):
                 raise ValueError("prefix: none of its parameters requires a gradient; prefix.requires_grad_() lets them")
             self.prefix = prefix
             self.max_length = _max_length(model, prefix, max_length)
+            self._tokenized = partial(
+                tokenized, task=self.task, max_length=self.max_length, own_collator=own_collator,
+                all_columns=not args.remove_unused_columns,
+            )  # fmt: skip
             if args.label_names is None:
                 args.label_names = find_labels(type(self.attachment.model))
             super().__init__(
                 PrefixedModel(model, prefix, cuda_graphs),
                 args,
-                data_collator=self._collator(data_collator, model),
+                data_collator=self._collator(data_collator, model, args),
                 train_dataset=self._tokenized("train_dataset", train_dataset, processing_class),
                 eval_dataset=self._tokenized("eval_dataset", eval_dataset, processing_class),
                 processing_class=processing_class,
@@ -291,9 +303,11 @@ class PrefixTrainer(Trainer):
             dynamo = getattr(self.accelerator.state, "dynamo_plugin", None)
             compiled = args.torch_compile or getattr(dynamo, "backend", DynamoBackend.NO) != DynamoBackend.NO
             self._padded_collator = self.data_collator
-            self._padding_free = padding_free_collator(
-                model, padding_free, compiled=compiled, slides=prefix_window == "peft", backend=backend
+            self._padding_free_collator = partial(
+                padding_free_collator, model, compiled=compiled, slides=prefix_window == "peft", backend=backend
             )
+            if padding_free:
+                self._padding_free()  # where it cannot be, the constructor says so
         except BaseException:
             self.attachment.detach()
             raise
@@ -307,7 +321,8 @@ class PrefixTrainer(Trainer):
         if self.attachment.switched_off:
             raise ValueError("attachment: the prefix is switched off; enable(True) comes before training")
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = _last_checkpoint(Path(self.args.output_dir))
+            resume_from_checkpoint = last_checkpoint(Path(self.args.output_dir))
+        self._forget_evaluation()
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def detach(self) -> None:
@@ -335,12 +350,16 @@ class PrefixTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader:
         padded = self.data_collator
-        if self._padding_free is not None and padded is self._padded_collator:  # and nobody has set another one
-            self.data_collator = self._padding_free
+        if padded is self._padded_collator:  # nobody has set another one
+            self.data_collator = self._padding_free() or padded
         try:
             return super().get_train_dataloader()
         finally:
             self.data_collator = padded
+
+    def _padding_free(self) -> PaddingFreeCollator | None:
+        """What makes batches without padding, None for padded ones; by what holds when it is asked, as training begins."""
+        return self._padding_free_collator(allowed_by(self, self._padding_free_wanted))
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         return super().get_eval_dataloader(self._tokenized("eval_dataset", eval_dataset, self.processing_class))
@@ -378,11 +397,8 @@ class PrefixTrainer(Trainer):
         if refused:
             raise NotImplementedError(f"accelerate: {refused} would split the model, which is not served; launch without")
 
-    def _tokenized(self, name: str, dataset: Any, tokenizer: PreTrainedTokenizerBase | None) -> Any:
-        return tokenized(name, dataset, tokenizer, self.task, self.max_length)
-
-    def _collator(self, data_collator: DataCollator, model: PreTrainedModel) -> DataCollator:
-        if self.task is not Task.CAUSAL:
+    def _collator(self, data_collator: DataCollator, model: PreTrainedModel, args: TrainingArguments) -> DataCollator:
+        if self.task is not Task.CAUSAL or args.include_num_input_tokens_seen == "non_padding":  # counted by the mask
             return data_collator
         return partial(_collate, data_collator, _max_length(model, self.prefix, None))
 
@@ -392,26 +408,26 @@ class PrefixTrainer(Trainer):
             columns = inspect.signature(self.attachment.model.forward).parameters
             self._signature_columns = [*columns, "label", "label_ids", "teacher_ids", "teacher_probs", *self.label_names]
 
+    def _forget_evaluation(self) -> None:
+        """A model that an evaluation has prepared counts as prepared, and its training would do without DDP."""
+        wrapped = getattr(self.model_wrapped, "_orig_mod", self.model_wrapped)
+        if self.args.world_size > 1 and not isinstance(wrapped, DistributedDataParallel):
+            self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)  # autocast comes around it again
+            self.model_wrapped, self.model._is_accelerate_prepared = self.model, False
+
+    def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
+        if "cu_seqlens" in inputs:  # no token is padding, also where a row's end has the id of padding
+            inputs = {**inputs, "attention_mask": torch.ones_like(inputs["input_ids"])}
+        super()._track_num_input_tokens(inputs)
+
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        if self.state.global_step < self.state.max_steps:  # Trainer takes one more step where it resumes a finished run
+        if self.state.global_step < self.state.max_steps:
             super()._run_epoch(*args, **kwargs)
+        else:  # a finished run is resumed: Trainer takes one more step, and a stream has epochs without end
+            self.control.should_training_stop = True
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        saved = Prefix.load(resume_from_checkpoint)
-        kinds = ["with" if p.reparametrization is not None else "without" for p in (self.prefix, saved)]
-        if kinds[0] != kinds[1]:
-            raise ValueError(
-                f"resume_from_checkpoint: the prefix is trained {kinds[0]} a reparametrisation, the one in "
-                f"{resume_from_checkpoint} was saved {kinds[1]}"
-            )
-        expected, found = _sizes(self.prefix), _sizes(saved)
-        wrong = next((name for name in expected | found if expected.get(name) != found.get(name)), None)
-        if wrong is not None:
-            raise ValueError(
-                f"resume_from_checkpoint: {wrong} is {found.get(wrong, 'missing')} in {resume_from_checkpoint}, expected "
-                f"{expected.get(wrong, 'no such tensor')} as in the prefix that is trained"
-            )
-        self.prefix.load_state_dict(saved.state_dict())
+        load_checkpoint(self.prefix, resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
         logger.info(f"Loading the best prefix from {self.state.best_model_checkpoint} (score: {self.state.best_metric}).")
@@ -440,20 +456,6 @@ def _check_args(model: nn.Module, args: TrainingArguments, others: Mapping[str, 
         args._n_gpu = 1
 
 
-def _last_checkpoint(folder: Path) -> str:
-    """That with the most steps among those that have what Trainer writes last."""
-    whole = [path for path in folder.glob("checkpoint-*") if (path / TRAINER_STATE_NAME).is_file()]
-    if not whole:
-        raise ValueError(f"resume_from_checkpoint: {folder} holds no whole checkpoint")
-    return str(max(whole, key=lambda path: int(path.name.removeprefix("checkpoint-"))))
-
-
-def _sizes(prefix: Prefix) -> dict[str, Any]:
-    """What two prefixes must agree on for one to be loaded into the other."""
-    sizes = {"prefix_len": prefix.prefix_len, "position_offset": prefix.position_offset}
-    return sizes | {name: list(tensor.shape) for name, tensor in prefix.state_dict().items()}
-
-
 def _max_length(model: PreTrainedModel, prefix: Prefix, max_length: int | None) -> int | None:
     """max_length, or the tokens that the model has positions for behind the prefix where that is less; None: no limit."""
     if max_length is not None:
@@ -465,29 +467,3 @@ def _max_length(model: PreTrainedModel, prefix: Prefix, max_length: int | None) 
         most = text_part(model.config).max_position_embeddings
         raise ValueError(f"prefix: it takes {prefix.position_offset} of the model's {most} positions, which leaves none")
     return left if max_length is None else min(max_length, left)
-
-
-def tokenized(
-    name: str, dataset: Any, tokenizer: PreTrainedTokenizerBase | None, task: Task, max_length: int | None
-) -> Any:
-    """Rows of text as examples; what is tokenised already or no map-style data set goes on as it is. An eval_dataset may be
-    several by name, or one of these names."""
-    if isinstance(dataset, Mapping) and name == "eval_dataset":
-        return {part: tokenized(f"{name}[{part!r}]", rows, tokenizer, task, max_length) for part, rows in dataset.items()}
-    named = isinstance(dataset, str) and name == "eval_dataset"
-    if dataset is None or named or isinstance(dataset, IterableDataset):
-        return dataset
-    if isinstance(dataset, Mapping | str) or not hasattr(dataset, "__len__"):
-        raise TypeError(f"{name}: expected a sequence of rows or a data set, got {type(dataset).__name__}")
-    if len(dataset) == 0:
-        raise ValueError(f"{name}: expected at least one row, got none")
-    if isinstance(dataset[0], Mapping) and dataset[0].keys() & {"input_ids", "inputs_embeds", "input_features"}:
-        return dataset
-    if task is Task.OWN_LOSS:
-        raise ValueError(f"{name}: expected tokenised rows with input_ids and what the model learns from, got {dataset[0]!r}")
-    if tokenizer is None:
-        raise ValueError("processing_class: expected the tokenizer, which rows of text need")
-    try:
-        return tokenize_rows(dataset, tokenizer, max_length, encoder_decoder=task is Task.ENCODER_DECODER)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from None

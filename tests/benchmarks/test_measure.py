@@ -15,7 +15,7 @@ def test_an_untimed_call_comes_first(monkeypatch):
     """On the set before, which the timed calls do not touch next."""
     seen, clock = [], iter(range(100))
     monkeypatch.setattr(measure.time, "perf_counter", lambda: seen.append("clock") or next(clock))
-    comparison = measure.Comparison({"way": seen.append}, sets=4, warm_up=False)
+    comparison = measure.Comparison({"way": seen.append}, sets=4, warm_up=0)
     comparison.sample("way"), comparison.sample("way")
     assert seen == [3, "clock", 0, "clock", 0, "clock", 1, "clock"]
 

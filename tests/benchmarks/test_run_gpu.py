@@ -171,14 +171,15 @@ def test_a_row_goes_on_with_the_ways_it_does_not_have(tmp_path, monkeypatch):
     def measure_on_gpu(case, wanted, put, tried):
         asked.extend(name for name in ("peft", "concat", "flex", "triton", "cuda") if wanted(name))
         assert tried == {"peft": {}, "triton": {"failed": "it took too long"}}
+        put({"key": case.key, "ways": tried})
 
     monkeypatch.setattr(gpu_jobs, "measure_on_gpu", measure_on_gpu)
     monkeypatch.setattr(gpu_jobs.torch.cuda, "is_available", lambda: True)
     results = measure.Results(tmp_path / "op.json", ENVIRONMENT)
-    results.put({"key": JOBS[0].key, "ways": {"peft": {}, "triton": {"failed": "it took too long"}}})
+    results.put({"key": JOBS[0].key, "ways": {"peft": {}, "triton": {"failed": "it took too long"}}, "commit": "earlier"})
     begun = []
     gpu_jobs.run_job(JOBS[0], results, ["cuda"], begun.append)
-    assert asked == begun == ["concat"]
+    assert asked == begun == ["concat"] and results.rows[JOBS[0].key]["commit"] == "earlier"
 
 
 def test_flex_attention_is_compiled_after_everything_else():
@@ -207,6 +208,9 @@ def untidy():
 def test_untidy(untidy): pass
 def test_wrong_and_untidy(untidy): assert False, "first"
 def test_crash(): os.environ.get("CALM") or os._exit(9)
+"""
+LATER = """
+def test_later(): open("again", "a").write("x")
 """
 RUN_TESTS = """
 import sys
@@ -262,6 +266,10 @@ def test_tests_in_parallel_outlive_a_crash(tmp_path, monkeypatch):
     rows = {row["key"].split("::")[-1]: row for row in json.loads((tmp_path / "tests.json").read_text())["rows"]}
     assert rows["counts"] == {"key": "counts", "passed": 1, "failed": 5, "skipped": 1}
     assert "crashed" in str(rows["test_crash"]["lines"]) and "no tidying" in str(rows["test_untidy"]["lines"])
+    (tmp_path / "test_some.py").write_text(OUTCOMES + LATER)  # what has a row is not run again
+    done = subprocess.run([sys.executable, "-c", PARALLEL, str(tmp_path)], capture_output=True, text=True, cwd=tmp_path)
+    assert "1 passed" in done.stdout and "failed" not in done.stdout, done.stdout + done.stderr
+    assert (tmp_path / "again").read_text() == "x"
 
 
 def test_sanitizer_says_why_it_did_not_run(monkeypatch):
@@ -299,13 +307,16 @@ def test_stages_have_the_limits_of_the_script():
     assert measure.ROOT == ROOT
 
 
-def test_what_compiles_longest_comes_first_in_parallel(monkeypatch):
+def test_what_compiles_longest_comes_first_in_parallel(monkeypatch, tmp_path):
     assert all((ROOT / "tests" / "prefix_kernels" / name).exists() for name in gpu_tests.FIRST)
-    items = [mock.Mock(path=Path(name)) for name in ("a.py", gpu_tests.FIRST[0], "b.py", gpu_tests.FIRST[1])]
+    names = ("a.py", gpu_tests.FIRST[0], "b.py", gpu_tests.FIRST[1], "c.py")
+    items = [mock.Mock(path=Path(name), nodeid=name) for name in names]
     monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
     gpu_tests.pytest_collection_modifyitems(alone := items.copy())
     assert alone == items
+    (tmp_path / "done").write_text("c.py\nd.py")
     monkeypatch.setenv("PYTEST_XDIST_WORKER", "gw0")
+    monkeypatch.setenv(gpu_tests.DONE, str(tmp_path / "done"))
     gpu_tests.pytest_collection_modifyitems(items)
     assert items == [alone[1], alone[3], alone[0], alone[2]]
 

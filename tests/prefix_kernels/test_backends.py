@@ -41,6 +41,23 @@ def test_the_gradient_of_a_float32_prefix_never_passes_through_16_bit(backend, c
         assert (tensor.grad != tensor.grad.bfloat16()).float().mean() > 0.9
 
 
+@pytest.mark.parametrize("level", [-1e9, -1e20, -6e21, -3.2e22])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_bias_that_leaves_no_digits_of_the_scores(backend, level):
+    """Of a row without a prefix whose keys all have it, as those that a model hides by a large number: the weights are equal,
+    as eager attention has them. Gradients that a kernel computes from the log-sum-exp, which is rounded, are off, not large."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 1, 8, 16, requires_grad=True) for _ in range(3))
+    prefix, bias = torch.zeros(1, 0, 16), torch.zeros(1, 1, 8, 8)
+    bias[:, :, 0] = level
+    out = prefix_kernels.prefix_attention(q, k, v, prefix, prefix, bias=bias, causal=False, backend=backend)
+    grads = torch.autograd.grad(out.sum(), (q, k, v))
+    scores = q.detach() @ k.detach().transpose(2, 3) / 4 + bias
+    expected = scores.softmax(-1) @ v.detach()
+    torch.testing.assert_close(out.detach(), expected, atol=1e-5, rtol=1e-4)
+    assert all(grad.abs().max() < 20 for grad in grads)
+
+
 ABSENT = [case for case in CASES if (case.key_lens or case.prefix_lens or case.padding) and case.bias is None]
 
 

@@ -324,7 +324,7 @@ def test_eager_calls_pass_the_operator_by(operator_calls, monkeypatch, backend, 
     operator_calls["attention"].clear()
     meta = make_inputs(case, device="meta")
     with torch.no_grad():
-        assert meta.call().is_meta and operator_calls["attention"]
+        assert meta.call().is_meta and meta.call(backend=backend).is_meta and operator_calls["attention"]
 
 
 @pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "enable_grad"])

@@ -99,7 +99,8 @@ def test_what_is_wrong_stays_wrong(wrong, error):
         with pytest.raises(error, match=f"^{next(iter(wrong))}: "):
             prefix_attention(*tensors, **wrong)
         for index, name in enumerate(("q", "k", "v", "prefix_k", "prefix_v")):
-            for other in (tensors[index].numpy(), tensors[index].double(), tensors[index][..., :8], None):
+            others = (tensors[index].numpy(), tensors[index].double(), tensors[index][..., :8], None)
+            for other in (*others, tensors[index].to_sparse(), tensors[index].to_mkldnn()):
                 with pytest.raises((TypeError, ValueError)):
                     prefix_attention(*tensors[:index], other, *tensors[index + 1 :])
             if name != "q":

@@ -123,10 +123,10 @@ OPTIONS = [
       for value, kind in ((None, "NoneType"), (1, "int"), (np.True_, f"numpy.{type(np.True_).__name__}"))),
     *(Wrong(base, {name: value}, TypeError, f"{name}: expected a number or None, got {kind}")
       for base in (DENSE, PACKED) for name in ("scale", "softcap") for value, kind in (("1", "str"), (True, "bool"))),
-    *(Wrong(DENSE, {"scale": value}, ValueError, f"scale: expected a finite number or None, got {value}")
-      for value in (float("nan"), float("inf"), -float("inf"))),
-    *(Wrong(base, {"softcap": value}, ValueError, f"softcap: expected a positive finite number or None, got {value}")
-      for base in (DENSE, PACKED) for value in (0, -1.5, float("nan"), float("inf"))),
+    *(Wrong(DENSE, {"scale": value}, ValueError, f"scale: expected 0, 1e-30 to 1e+30, either sign, or None, got {value}")
+      for value in (float("nan"), float("inf"), -float("inf"), 1e39, -1e-46, 10**400)),
+    *(Wrong(base, {"softcap": value}, ValueError, f"softcap: expected 1e-30 to 1e+30 or None, got {value}")
+      for base in (DENSE, PACKED) for value in (0, -1.5, float("nan"), float("inf"), 3e38, 1e-300, 10**400)),
     *(Wrong(base, {"window": value}, TypeError, f"window: expected an int or None, got {kind}")
       for base in (DENSE, PACKED)
       for value, kind in ((2.0, "float"), (True, "bool"), ("3", "str"), (np.int64(3), "numpy.int64"))),
@@ -149,6 +149,8 @@ MASKS = [
             f"key_mask: expected shape [2, 7] (batch, kv_len), got {list(shape)}") for shape in ((2, 5), (1, 7), (2, 1, 7))),
     Wrong(DENSE, {"key_mask": rand(2, 7, dtype=torch.bool, device="meta")}, ValueError,
           "key_mask: expected device cpu as q, got meta"),
+    *(Wrong(DENSE, {name: tensor.to_sparse()}, TypeError, f"{name}: expected a dense tensor, got torch.sparse_coo")
+      for name, tensor in (("key_mask", rand(2, 7, dtype=torch.bool)), ("key_lens", ints(7, 7)), ("bias", rand(5, 10)))),
     Wrong(DENSE, {"key_lens": [7, 7]}, TypeError, "key_lens: expected an integer tensor, got list"),
     Wrong(DENSE, {"key_lens": ints(7, 7, dtype=torch.int16)}, TypeError,
           "key_lens: expected dtype int32 or int64, got torch.int16"),
@@ -349,16 +351,43 @@ PACKED_OUT_OF_RANGE = [
 ]
 
 
-@pytest.mark.skipif("cpu" not in prefix_kernels.available_backends(), reason="the C++ kernels are not built")
+ON_THE_HOST = [name for name in ("cpu", "sdpa", "reference") if name in prefix_kernels.available_backends()]
+
+
+@pytest.mark.parametrize("backend", ON_THE_HOST)
 @pytest.mark.parametrize(("base", "outside", "message"), PACKED_OUT_OF_RANGE)
-def test_packs_that_lie_outside_of_their_tensors_are_refused_under_compile(base, outside, message):
-    """By the C++ kernels, which would read and write what belongs to others."""
+def test_packs_that_lie_outside_of_their_tensors_are_refused_under_compile(base, outside, message, backend):
+    """They would read and write what belongs to others, or end the process."""
     base = base | {name: torch.randn(*base[name].shape[:-1], 16, requires_grad=True) for name in DENSE}
     torch.compiler.reset()
     compiled = torch.compile(prefix_kernels.prefix_attention_varlen, backend="aot_eager", fullgraph=True)
-    compiled(**base, backend="cpu").sum().backward()
-    with pytest.raises(RuntimeError, match=message):
-        compiled(**base | outside, backend="cpu").sum().backward()
+    compiled(**base, backend=backend).sum().backward()
+    with pytest.raises((RuntimeError, ValueError), match=message):
+        compiled(**base | outside, backend=backend).sum().backward()
+
+
+@pytest.mark.parametrize("backend", ON_THE_HOST)
+def test_more_queries_than_keys_under_compile(backend):
+    """The queries in front of the first key see the prefix alone, and no sequence sees another one's keys."""
+    torch.manual_seed(0)
+    base = PACKED | {name: torch.randn(*PACKED[name].shape[:-1], 16, requires_grad=True) for name in DENSE}
+    ends = {"cu_seqlens_q": ints(0, 3, 3, 6), "cu_seqlens_k": ints(0, 1, 8, 9), "max_seqlen_k": 7}
+    torch.compiler.reset()
+    compiled = torch.compile(prefix_kernels.prefix_attention_varlen, backend="aot_eager", fullgraph=True)
+    out = compiled(**base | ends, backend=backend)
+    out.square().sum().backward()
+    expected = []
+    seen = ((slice(2), slice(0, 0)), (slice(2, 3), slice(0, 1)), (slice(3, 5), slice(8, 8)), (slice(5, 6), slice(8, 9)))
+    for queries, keys in seen:
+        own = {name: base[name][keys].transpose(0, 1)[None] for name in ("k", "v")}
+        row = base["q"][queries].transpose(0, 1)[None]
+        found = prefix_kernels.prefix_attention(row, **own, prefix_k=base["prefix_k"], prefix_v=base["prefix_v"], causal=False)
+        expected.append(found[0].transpose(0, 1))
+    torch.testing.assert_close(out, torch.cat(expected))
+    grads = [base[name].grad for name in DENSE]
+    right = torch.autograd.grad(torch.cat(expected).square().sum(), [base[name] for name in DENSE])
+    for grad, other in zip(grads, right, strict=True):
+        torch.testing.assert_close(grad, other, atol=1e-5, rtol=1e-4)
 
 
 INDEXED = [

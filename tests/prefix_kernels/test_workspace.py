@@ -19,6 +19,11 @@ LARGE = (
     Case("parent", seqlens_q=(60, 30, 50, 64), parent=(-1, 0, 0, -1), prefix_len=128),
 )
 
+UNEQUAL = (  # what the smaller dimension's tensors are padded to counts
+    Case("values wider than keys", batch=8, q_len=1, kv_len=2000, head_dim=16, value_dim=256),
+    Case("keys wider than values", batch=2, q_len=200, kv_len=400, head_dim=256, value_dim=16, causal=False),
+)
+
 SMALL = 4096  # bytes: index tensors and the like
 # What is stated is at most LOOSE times what is taken plus SCRATCH: parts that a bank leaves empty, kernels' own buffers.
 LOOSE = {"cpu": 3, "sdpa": 6, "reference": 6}
@@ -36,7 +41,7 @@ def taken(inputs, backend):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float32 prefix"])
-@pytest.mark.parametrize("case", CASES + LARGE, ids=str)
+@pytest.mark.parametrize("case", CASES + LARGE + UNEQUAL, ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_bound(backend, case, dtype):
     inputs = make_inputs(case, *DTYPES[dtype])

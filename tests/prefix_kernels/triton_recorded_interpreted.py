@@ -52,6 +52,20 @@ def test_repeated_calls(long_ways, name, dtype):
     check(RECORDED[name], dtype, long_ways)
 
 
+def test_packs_whose_ends_are_one_tensor(long_ways):
+    """As a model has them; a call with two tensors is of another kind."""
+    for number in range(4):
+        inputs = make_inputs(RECORDED["packed"], seed=number)
+        if number < 3:
+            inputs.options["cu_seqlens_k"] = inputs.options["cu_seqlens_q"]
+        long_ways.clear()
+        found = results(inputs)
+        assert bool(long_ways) == (number != 2)
+        recorded._kinds, kinds = {}, recorded._kinds
+        assert_same(found, results(inputs))
+        recorded._kinds = kinds
+
+
 @pytest.mark.parametrize("name", NOT_RECORDED)
 def test_what_is_not_recorded(long_ways, name):
     check(NOT_RECORDED[name], "float32", long_ways, repeated=False)

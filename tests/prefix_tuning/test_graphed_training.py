@@ -1,12 +1,13 @@
 """Replayed training steps give the losses and gradients of the steps as they are. Graphs are emulated where no GPU is."""
 
+import contextlib
 import copy
 import itertools
 
 import pytest
 import torch
 
-from prefix_tuning import Prefix, PrefixBank, attach_prefix
+from prefix_tuning import Prefix, PrefixBank, attach_prefix, cuda_graphs
 from prefix_tuning.data import IGNORED
 from prefix_tuning.graphed_training import MOST_GRAPHS, rounded
 from prefix_tuning.train import PrefixedModel
@@ -39,6 +40,31 @@ def assert_step(trained, batch):
     loss, grads = step(trained, batch)
     for value, right in zip([loss, *grads], [expected, *expected_grads], strict=True):
         torch.testing.assert_close(value, right, **TOLERANCE)
+
+
+def test_steps_are_recorded_on_the_device_of_the_prefix(graphs, monkeypatch):
+    """Which need not be the current one."""
+    current = []
+
+    @contextlib.contextmanager
+    def device_of(tensor):
+        current.append(tensor)
+        yield
+        current.pop()
+
+    class Graph(graphs):
+        def __init__(self, *arguments):
+            assert current == list(prefix.parameters())[:1]
+            super().__init__(*arguments)
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    monkeypatch.setattr(cuda_graphs, "Graph", Graph)
+    model = tiny_model("llama")
+    with attach_prefix(model, prefix := random_prefix(model)):
+        trained = PrefixedModel(model, prefix)
+        for _ in range(2):
+            step(trained, batch_of(2, 9))
+        assert len(trained.graphs._steps) == 1
 
 
 @pytest.mark.parametrize("device", DEVICES, indirect=True)
@@ -186,6 +212,8 @@ def test_accumulation_and_losses_that_are_still_held(device):
             torch.testing.assert_close(parameter.grad, 2 * grad, **TOLERANCE)
         with pytest.raises(RuntimeError, match="retain_graph=True"):
             held[-1].backward()
+        with pytest.raises(NotImplementedError, match="create_graph: .* cuda_graphs=False"):
+            torch.autograd.grad(trained(**batches[0])["loss"], list(prefix.parameters()), create_graph=True)
 
 
 def test_a_stale_recording_is_not_replayed(graphs):

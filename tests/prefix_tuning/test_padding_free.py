@@ -2,6 +2,7 @@
 
 import itertools
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -107,13 +108,6 @@ def test_a_long_beginning_of_two_is_worth_more_than_a_short_one_of_three():
     assert shared_beginnings(rows) == [([0, 1], len(common) + len(long) - 1), ([2], 0)]
 
 
-def test_examples_that_cannot_be_used():
-    with pytest.raises(ValueError, match="as many labels as input_ids"):
-        PaddingFreeCollator()([{"input_ids": [1, 2], "labels": [1]}])
-    with pytest.raises(ValueError, match="expected input_ids and labels"):
-        PaddingFreeCollator()([{"text": "x"}])
-
-
 @pytest.mark.parametrize("name", MODELS)
 def test_which_models_need_padding(name):
     reason = why_padded(tiny_model(name))
@@ -193,7 +187,7 @@ def test_a_compiled_model_needs_padding(how):
     model = tiny_model("llama")
     with attach_prefix(model, prefix := random_prefix(model)):
         compiled = COMPILED[how](model)
-        with pytest.raises(NotImplementedError, match="needs padded rows: it is compiled"):
+        with pytest.raises(NotImplementedError, match="in PrefixTrainer padding_free=False.: it is compiled"):
             step(compiled, prefix, packed_batch())
         with pytest.raises(NotImplementedError, match="it is compiled"):
             padding_free_collator(compiled, True)
@@ -211,7 +205,7 @@ def test_a_prefixed_model_that_is_compiled_needs_padding(monkeypatch, tmp_path):
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "eager")
     AcceleratorState._reset_state(reset_partial_state=True)
     try:
-        assert trained(tmp_path, max_steps=2)._padding_free is None
+        assert trained(tmp_path, max_steps=2)._padding_free() is None
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)
 
@@ -225,7 +219,7 @@ def test_masks_made_without_the_sequences_are_refused():
 
     with attach_prefix(model, prefix := random_prefix(model)):
         hook = model.model.register_forward_pre_hook(copied, with_kwargs=True)
-        with pytest.raises(NotImplementedError, match="the model made its attention masks without them"):
+        with pytest.raises(NotImplementedError, match="masks without them.* it needs padded rows .*padding_free=False"):
             step(model, prefix, packed_batch())
         hook.remove()
         step(model, prefix, packed_batch())
@@ -234,7 +228,7 @@ def test_masks_made_without_the_sequences_are_refused():
         ("bloom", {}, "ALiBi"),
     ):  # fmt: skip
         model = tiny_model(name, **changes)
-        refused = pytest.raises(NotImplementedError, match=f"cu_seqlens: {type(model).__name__} needs padded rows: .*{message}")
+        refused = pytest.raises(NotImplementedError, match=f"cu_seqlens: {type(model).__name__} needs padded .*{message}")
         with attach_prefix(model, prefix := random_prefix(model)), refused:
             step(model, prefix, packed_batch(share=False))
 
@@ -318,6 +312,21 @@ def test_replayed_steps_are_the_steps(device, mlp, teacher):
         assert {step.rows.pack.parent is not None for step in replayed.graphs._steps.values()} == {False, True}
 
 
+@pytest.mark.parametrize("device", DEVICES, indirect=True)
+def test_what_is_left_of_a_rounded_row_is_no_long_sequence(device):
+    """Some 33 sequences of 4 tokens in a row of 160."""
+    model = tiny_model("llama").to(device)
+    with attach_prefix(model, prefix := random_prefix(model).to(device)):
+        replayed, plain = PrefixedModel(model, prefix), PrefixedModel(model, prefix, cuda_graphs=False)
+        for count in (34, 34, 33):
+            batch = PaddingFreeCollator()([example(list(range(i, i + 4)), 1) for i in range(5, 5 + count)])
+            batch = {name: v.to(device) if isinstance(v, torch.Tensor) else v for name, v in batch.items()}
+            torch.testing.assert_close(replayed(**batch)["loss"], plain(**batch)["loss"], **TOLERANCE)
+        (step,) = replayed.graphs._steps.values()
+        lengths = step.rows.pack.cu_seqlens.diff()
+        assert lengths.max() == step.rows.pack.max_seqlen == 4 and lengths.sum() == 160
+
+
 # The trainer
 
 
@@ -350,7 +359,7 @@ def test_what_is_left_out_by_itself(tmp_path):
     needed = (("bloom", {}), ("bamba", {}), ("mistral", {"prefix_window": "peft"}), ("llama", {"backend": "sdpa"}))
     for family, options in needed:
         trainer = make_trainer(tmp_path, tiny_model(family), options=options | {"eval_dataset": ROWS[:4]})
-        assert trainer._padding_free is None and "cu_seqlens" not in batches(trainer)[0][0]
+        assert trainer._padding_free() is None and "cu_seqlens" not in batches(trainer)[0][0]
         trainer.detach()
 
 
@@ -365,7 +374,7 @@ def test_a_collator_or_an_iterable_data_set_stays_as_it_is(tmp_path):
     with pytest.raises(ValueError, match="padding_free: expected no data_collator"):
         make_trainer(tmp_path, options={"padding_free": True, "data_collator": collator})
     streamed = make_trainer(tmp_path / "stream", rows=Stream())
-    assert streamed._padding_free is None
+    assert streamed._padding_free() is None
     streamed.detach()
     asked = make_trainer(tmp_path / "asked", rows=Stream(), options={"padding_free": True}, max_steps=2)
     asked.train()
@@ -386,12 +395,57 @@ def test_code_of_the_users_own_gets_padded_rows(tmp_path):
     trainer.detach()
     assert seen and all("cu_seqlens" not in names for names in seen)
     trainer = make_trainer(tmp_path, options={"compute_loss_func": lambda outputs, labels, num_items_in_batch: 0})
-    assert trainer._padding_free is None
+    assert trainer._padding_free() is None
     trainer.detach()
+    for name in ("compute_loss", "training_step", "_prepare_inputs", "get_batch_samples", "compute_loss_func"):
+        trainer = make_trainer(tmp_path)
+        assert trainer._padding_free() is not None
+        setattr(trainer, name, lambda *args: None)
+        assert trainer._padding_free() is None
+        trainer.detach()
+        if name != "compute_loss_func":
+            kind = type("Own", (PrefixTrainer,), {name: lambda self, *args: None})
+            own = kind(model, random_prefix(model), arguments(tmp_path), **given)
+            assert own._padding_free() is None
+            own.detach()
     trainer = make_trainer(tmp_path)
     trainer.data_collator = PromptCompletionCollator(tiny_tokenizer())
     assert all("cu_seqlens" not in batch for batch in trainer.get_train_dataloader())
     trainer.detach()
+
+
+def test_layers_that_are_compiled_later_get_padded_rows(tmp_path):
+    trainer = make_trainer(tmp_path, max_steps=1)
+    compiled_layers(trainer.model.model)
+    trainer.train()
+    assert len(losses(trainer)) == 1
+    trainer.detach()
+
+
+@pytest.mark.parametrize("free", (None, True))
+def test_batches_that_one_process_hands_out_are_padded(free, tmp_path):
+    """It cuts one batch for all processes into parts."""
+    config = {"dispatch_batches": True}
+    trainer = make_trainer(tmp_path, options={"padding_free": free}, max_steps=1, accelerator_config=config)
+    trainer.train()
+    assert trainer._padding_free() is not None
+    trainer.args = SimpleNamespace(world_size=2, accelerator_config=trainer.args.accelerator_config)
+    if free:
+        with pytest.raises(NotImplementedError, match="padding_free: several processes need .* without dispatch_batches"):
+            trainer._padding_free()
+    else:
+        assert trainer._padding_free() is None
+
+
+@pytest.mark.parametrize("free", (True, False))
+def test_the_tokens_seen_are_those_of_the_rows(free, tmp_path):
+    """Also the end of a row, which has the id of padding here."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.pad_token = tokenizer.eos_token
+    options = {"padding_free": free, "processing_class": tokenizer}
+    trainer = trained(tmp_path, options=options, max_steps=2, include_num_input_tokens_seen="non_padding")
+    rows = tokenize_rows(ROWS, tokenizer)
+    assert trainer.state.num_input_tokens_seen == sum(len(row["input_ids"]) for row in rows)
 
 
 @pytest.mark.parametrize("value", (0, 1, "no"))

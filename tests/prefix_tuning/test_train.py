@@ -216,14 +216,15 @@ trainer = PrefixTrainer(
     eval_dataset=json.load(open(f"{folder}/evaluated.json")), processing_class=AutoTokenizer.from_pretrained(f"{folder}/model"),
 )
 trainer.remove_callback(PrinterCallback)
+before = trainer.evaluate()["eval_loss"]
 trainer.train()
 loss = trainer.evaluate()["eval_loss"]
 trainer.prefix.save(f"{folder}/trained{trainer.args.process_index}", keep_reparametrization=True)
 losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 wrapped = trainer.model_wrapped
 result = {
-    "processes": trainer.args.world_size, "wrapped": type(wrapped).__name__, "losses": losses, "eval_loss": loss,
-    "extra work": [wrapped.find_unused_parameters, wrapped.broadcast_buffers],
+    "processes": trainer.args.world_size, "wrapped": type(wrapped).__name__, "losses": losses, "before": before,
+    "eval_loss": loss, "extra work": [wrapped.find_unused_parameters, wrapped.broadcast_buffers],
 }
 json.dump(result, open(f"{folder}/result{trainer.args.process_index}.json", "w"))
 """
@@ -232,7 +233,8 @@ json.dump(result, open(f"{folder}/result{trainer.args.process_index}.json", "w")
 def test_two_processes_equal_one_with_their_batches_together(tmp_path):
     """Two gloo processes with two accumulated batches of one row each, with gradient checkpointing and an MLP.
 
-    The six rows that are evaluated are three batches: one process fills up with a batch that does not count.
+    An evaluation comes first, after which accelerate would wrap no model in DDP. The six rows that are evaluated are three
+    batches: one process fills up with a batch that does not count.
     """
     model = tiny_model("llama")
     prefix = mlp_prefix(model)
@@ -245,7 +247,10 @@ def test_two_processes_equal_one_with_their_batches_together(tmp_path):
     run_twice(tmp_path / "script.py", tmp_path, CHECKPOINTING)
 
     evaluated = {"options": {"eval_dataset": ROWS[:6]}, "per_device_eval_batch_size": 2}
-    one = trained(tmp_path / "one", model, prefix, ROWS[:4], max_steps=3, **evaluated)
+    one = make_trainer(tmp_path / "one", model, prefix, ROWS[:4], max_steps=3, **evaluated)
+    before = one.evaluate()["eval_loss"]
+    one.train()
+    one.detach()
     with attach_prefix(model, prefix):
         eval_loss = one.evaluate()["eval_loss"]
     for rank in range(2):
@@ -253,6 +258,7 @@ def test_two_processes_equal_one_with_their_batches_together(tmp_path):
         assert result["processes"] == 2 and result["wrapped"] == "DistributedDataParallel"
         assert result["extra work"] == [False, False], "of searching for unused parameters, of sending the frozen buffers"
         assert result["losses"] == pytest.approx(losses(one), rel=1e-5)
+        assert result["before"] == pytest.approx(before, rel=1e-5)
         assert result["eval_loss"] == pytest.approx(eval_loss, rel=1e-5)
         assert_prefixes_close(Prefix.load(tmp_path / f"trained{rank}"), prefix, atol=2e-4, rtol=1e-3)
     assert_prefixes_equal(Prefix.load(tmp_path / "run" / "checkpoint-3"), Prefix.load(tmp_path / "trained0"))

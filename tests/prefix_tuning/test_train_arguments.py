@@ -43,6 +43,10 @@ OTHERS = {
     "max_length of another type": ({"max_length": "9"}, TypeError, "max_length: got '9', expected an int"),
     "one row": ({"rows": ROWS[0]}, TypeError, "train_dataset: expected a sequence of rows or a data set, got dict"),
     "a file": ({"rows": "rows.jsonl"}, TypeError, "train_dataset: expected a sequence of rows or a data set, got str"),
+    "a table": (
+        {"rows": SimpleNamespace(iloc=None)}, TypeError, r"train_dataset: .*got a SimpleNamespace; its to_dict\(.records.\)"
+    ),
+    "a tokenizer by name": ({"processing_class": "gpt2"}, TypeError, "processing_class: expected a tokenizer, got str"),
     "a file by name": (
         {"eval_dataset": {"a": "rows.jsonl"}}, TypeError, r"eval_dataset\['a'\]: expected a sequence of rows .*, got str"
     ),

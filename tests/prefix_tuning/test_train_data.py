@@ -6,6 +6,8 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from prefix_tuning.data import PromptCompletionCollator, tokenize_rows
+from prefix_tuning.padding_free import PaddingFreeCollator
+from prefix_tuning.recipe import TrainSettings, train_prefix
 from support.models import tiny_model
 from support.tokenizer import tiny_tokenizer
 from support.training import PREFIX_LEN, ROWS, assert_prefixes_close, losses, make_trainer, row_loss, trained
@@ -97,11 +99,92 @@ def test_tensors_as_examples(recwarn):
     assert not recwarn.list
 
 
-@pytest.mark.parametrize(("labels", "found"), [([-100, 6], "2 and 3"), ([-100, 6, 7, 8], "4 and 3"), ([], "0 and 0")])
-def test_examples_whose_labels_do_not_fit(labels, found):
-    example = {"input_ids": [5, 6, 7][: 3 * bool(labels)], "labels": labels}
-    with pytest.raises(ValueError, match=f"examples: expected as many labels as input_ids, and one or more, got {found}"):
-        PromptCompletionCollator(tiny_tokenizer())([example])
+IDS = {"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}
+UNUSABLE = {
+    "few labels": ({"labels": [-100, 6]}, "expected labels as long as input_ids, got 2 and 3"),
+    "many labels": ({"labels": [-100, 6, 7, 8]}, "expected labels as long as input_ids, got 4 and 3"),
+    "no token": ({"input_ids": [], "labels": []}, "expected at least one token, got none"),
+    "no labels": ({"labels": None}, "expected input_ids and labels, .* got input_ids; text is tokenised in a sequence of rows"),
+    "a batch": ({"input_ids": torch.tensor([[5, 6, 7]])}, r"expected input_ids of one dimension, \[tokens\], got \[1, 3\]"),
+    "a short mask": ({"attention_mask": [1, 1]}, "expected attention_mask as long as input_ids, got 2 and 3"),
+    "a hidden target": ({"attention_mask": [1, 1, 0]}, "expected -100 as the label of every token whose attention_mask is 0"),
+    "all hidden": ({"attention_mask": [0] * 3, "labels": [-100] * 3}, "expected at least one token, got none"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", UNUSABLE)
+def test_examples_that_cannot_be_used(name):
+    change, message = UNUSABLE[name]
+    for collator in (PromptCompletionCollator(tiny_tokenizer()), PaddingFreeCollator()):
+        with pytest.raises(ValueError, match=f"examples: {message}"):
+            collator([IDS, IDS | change])
+
+
+@pytest.mark.parametrize("free", (True, False))
+def test_tokens_that_an_attention_mask_hides_are_left_out(free, tmp_path):
+    """Padded on either side, or with a hole; with a teacher for what is left."""
+
+    def padded(example, before, behind, value):
+        return {name: [value.get(name, 0)] * before + ids + [value.get(name, 0)] * behind for name, ids in example.items()}
+
+    plain = tokenize_rows(ROWS[:3], tiny_tokenizer())
+    masked = [example | {"attention_mask": [1] * len(example["input_ids"])} for example in plain]
+    value = {"labels": -100, "input_ids": 3}
+    masked = [padded(masked[0], 30, 0, value), padded(masked[1], 0, 20, value), {**masked[2], "attention_mask": None}]
+    hole = {"input_ids": [5, 3, 6, 7], "attention_mask": [1, 0, 1, 1], "labels": [-100, -100, 6, 7]}
+    runs = [
+        losses(trained(tmp_path, rows=rows, options={"padding_free": free}, max_steps=2))
+        for rows in ([*plain, IDS], [*masked, hole])
+    ]
+    assert runs[0] == pytest.approx(runs[1], rel=1e-6)
+    taught = [row | {"teacher_ids": torch.ones(2, 4), "teacher_probs": torch.ones(2, 4)} for row in (IDS, hole)]
+    for collator in (PromptCompletionCollator(tiny_tokenizer()), PaddingFreeCollator()):
+        one, other = (collator([row]) for row in taught)
+        assert one.keys() == other.keys() and all(torch.equal(torch.as_tensor(one[n]), torch.as_tensor(other[n])) for n in one)
+
+
+class Indexed(torch.utils.data.Dataset):
+    """Has a length and rows by index, for any index, and no iterator."""
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        assert index < len(self), "a row behind the last one"
+        return self.rows[index]
+
+
+def test_a_data_set_without_an_iterator(tmp_path):
+    expected = losses(trained(tmp_path / "list"))
+    for rows in (ROWS, tokenize_rows(ROWS, tiny_tokenizer())):
+        assert losses(trained(tmp_path / "indexed", rows=Indexed(rows))) == expected
+    settings = TrainSettings(prefix_len=3, steps=1, batch_size=2, learning_rate=1e-2)
+    train_prefix(tiny_model("llama"), tiny_tokenizer(), Indexed(rows), tmp_path / "recipe", settings, progress=False)
+
+
+@pytest.mark.parametrize("unused", (True, False), ids=("columns of the model", "all columns"))
+def test_a_collator_of_ones_own_gets_what_is_no_text(unused, tmp_path):
+    """Rows of text too where all columns are kept: what stands beside the text, such as an image, is for the collator."""
+
+    def collate(rows):
+        seen.extend(rows)
+        return PromptCompletionCollator(tiny_tokenizer())([IDS for _ in rows])
+
+    with_images, seen = [row | {"image": 1} for row in ROWS], []
+    options = {"data_collator": collate, "processing_class": None}
+    for rows in ([{"label": 1, "labels": 2}] * 4, [("a", "b")] * 4, *([] if unused else [with_images])):
+        trainer = make_trainer(tmp_path, rows=rows, options=options, max_steps=1, remove_unused_columns=unused)
+        for use, given in ((trainer.train, ()), (trainer.evaluate, (rows,)), (trainer.predict, (rows,))):
+            seen.clear()
+            use(*given)
+            assert seen and all(row in rows for row in seen)
+        trainer.detach()
+    if unused:
+        trainer = make_trainer(tmp_path, rows=with_images, options={"data_collator": collate})
+        assert trainer.train_dataset == tokenize_rows(ROWS, tiny_tokenizer())
 
 
 def test_embeddings_in_place_of_ids(tmp_path):
@@ -129,10 +212,15 @@ def test_a_batch_without_any_target_trains_nothing(tmp_path):
     assert seen[0] == seen[2] == 0 < seen[3] < seen[1]
 
 
-def test_text_of_a_data_set_that_is_no_sequence_is_refused(tmp_path):
-    trainer = make_trainer(tmp_path, rows=Stream(ROWS))
-    with pytest.raises(ValueError, match="examples: expected input_ids and labels, as tokenize_example makes of a row of text"):
-        trainer.train()
+def test_text_that_is_not_given_as_a_sequence_is_refused(tmp_path):
+    """A stream of it, and a data set that is set later."""
+    message = "examples: expected input_ids and labels, .* got no field that the model takes; text is tokenised in a sequence"
+    later = make_trainer(tmp_path)
+    later.train_dataset = ROWS
+    later.detach()
+    for trainer in (make_trainer(tmp_path, rows=Stream(ROWS)), later):
+        with pytest.raises(ValueError, match=message):
+            trainer.train()
 
 
 def test_conversations_are_trained_on(tmp_path):

@@ -2,6 +2,7 @@
 
 import copy
 import random
+import shutil
 
 import numpy as np
 import pytest
@@ -9,8 +10,10 @@ import torch
 from transformers import EarlyStoppingCallback, TrainerCallback
 
 from prefix_tuning import Prefix
+from prefix_tuning.data import tokenize_rows
 from support.models import tiny_model
 from support.prefixes import mlp_prefix
+from support.tokenizer import tiny_tokenizer
 from support.training import (
     PREFIX_LEN,
     ROWS,
@@ -97,6 +100,38 @@ def test_resuming_a_finished_run_trains_nothing(tmp_path):
     assert losses(resumed) == losses(whole)
     assert_prefixes_equal(resumed.prefix, whole.prefix)
     assert {path.name for path in tmp_path.glob("checkpoint-*")} == {"checkpoint-3", "checkpoint-6", "checkpoint-7"}
+
+
+def test_resuming_a_finished_run_on_a_stream_ends(tmp_path):
+    """A stream has no length, so that Trainer counts no epochs."""
+
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            yield from tokenize_rows(ROWS, tiny_tokenizer())
+
+    class Epochs(TrainerCallback):
+        def on_epoch_begin(self, args, state, control, **kwargs):
+            assert not begun, "one epoch after the other"
+            begun.append(state.global_step)
+
+    begun = []
+    whole = trained(tmp_path, rows=Stream(), **RESUMED)
+    resumed = make_trainer(tmp_path, rows=Stream(), options={"callbacks": [Epochs()]}, **RESUMED)
+    resumed.train(resume_from_checkpoint=True)
+    assert begun == [7] and losses(resumed) == losses(whole)
+
+
+def test_only_what_is_named_by_its_step_is_a_checkpoint(tmp_path):
+    whole = trained(tmp_path, **RESUMED)
+    (tmp_path / "checkpoint-3").rename(tmp_path / "checkpoint-best")
+    for name in ("checkpoint-6", "checkpoint-7"):
+        shutil.rmtree(tmp_path / name)
+    resumed = make_trainer(tmp_path, **RESUMED)
+    with pytest.raises(ValueError, match="resume_from_checkpoint: .* holds no whole checkpoint"):
+        resumed.train(resume_from_checkpoint=True)
+    shutil.copytree(tmp_path / "checkpoint-best", tmp_path / "checkpoint-3")
+    resumed.train(resume_from_checkpoint=True)
+    assert losses(resumed) == losses(whole)
 
 
 def test_checkpoints_keep_the_reparametrisation_and_save_model_drops_it(tmp_path):

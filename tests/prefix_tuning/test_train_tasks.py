@@ -218,6 +218,12 @@ def test_a_classifier_equals_a_plain_loop(tmp_path):
         torch.testing.assert_close(tensor, plain.state_dict()[name], atol=1e-4, rtol=1e-3)
 
 
+def test_rows_for_a_collator_of_ones_own_go_on_as_they_are(tmp_path):
+    model, rows = tiny_encoder("bert"), [{"prompt": "a pub", "completion": "x", "label": 1}]
+    trainer = make_trainer(tmp_path, model, random_prefix(model, PREFIX_LEN), rows, {"data_collator": len})
+    assert trainer.train_dataset is rows
+
+
 def test_wrong_rows_and_prefixes_are_refused(tmp_path):
     model = tiny_encoder("bert")
     prefix = random_prefix(model, PREFIX_LEN)

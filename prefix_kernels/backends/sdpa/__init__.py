@@ -52,9 +52,14 @@ def workspace_bytes(problem: AttentionProblem) -> tuple[int, int]:
         if problem.has_bias or problem.first_key_position is not None:
             heads = problem.heads if problem.has_bias else 1
             masks += 4 * wide * heads * problem.q_len * problem.prefix_len
+    padded = 0
+    if problem.head_dim != problem.value_dim:  # the kernels want one for both
+        dims, larger = problem.head_dim + problem.value_dim, 2 * max(problem.head_dim, problem.value_dim)
+        queries, keys, prefix = (values * larger // dims for values in (queries, keys, prefix))
+        padded = (queries + keys + prefix) // 2
     copies = size * (keys if problem.has_key_lens else 0) + (size * prefix if problem.prefix_dtype != problem.dtype else 0)
-    forward = (size + 2 * wide) * queries + 6 * lse + masks + copies + scratch
-    backward = 5 * wide * queries + 4 * wide * (keys + prefix) + 6 * lse + masks + copies + scratch
+    forward = (size + 2 * wide) * queries + 6 * lse + masks + copies + size * padded + scratch
+    backward = 5 * wide * queries + 4 * wide * (keys + prefix) + 6 * lse + masks + copies + wide * padded + scratch
     group, splits_keys = problem.heads // problem.kv_heads, problem.dtype.itemsize == 2
     heads = problem.heads if splits_keys else problem.kv_heads
     if problem.device == "cuda" and expands_prefix(heads, problem.q_len, problem.prefix_len, splits_keys):

@@ -221,20 +221,20 @@ def _packed_prefix_passes(inputs: AttentionInputs) -> Iterator[Pass]:
 
 
 def _packed_passes(inputs: AttentionInputs) -> Iterator[Pass]:
-    """One pass a sequence over its own keys, and one over its parent's."""
-    ends_q, ends_k = inputs.cu_seqlens_q.tolist(), inputs.cu_seqlens_k.tolist()
-    parents = [-1] * (len(ends_q) - 1) if inputs.parent is None else inputs.parent.tolist()
-    for index, parent in enumerate(parents):
-        queries = slice(ends_q[index], ends_q[index + 1])
-        q_len, kv_len = queries.stop - queries.start, ends_k[index + 1] - ends_k[index]
+    """One pass a sequence over its own keys, and one over its parent's. inputs: tokens as one batch row."""
+    by_token = inputs._replace(q=inputs.q[0].transpose(0, 1), k=inputs.k[0].transpose(0, 1))
+    for queries, keys, parent_keys in by_token.sequences():
+        start, stop = keys.start, keys.stop
+        q_len, kv_len = queries.stop - queries.start, stop - start
         if q_len == 0:
             continue
-        selection = Selection(positions=queries)
-        if parent >= 0 and ends_k[parent] < ends_k[parent + 1]:
-            yield Pass(selection, None, slice(ends_k[parent], ends_k[parent + 1]))
+        if parent_keys is not None and parent_keys.start < parent_keys.stop:
+            yield Pass(Selection(positions=queries), None, parent_keys)
         if kv_len == 0:
             continue
-        start, stop = ends_k[index], ends_k[index + 1]
+        if inputs.causal and q_len > kv_len:  # those in front of the first key see none
+            queries, q_len = slice(queries.stop - kv_len, queries.stop), kv_len
+        selection = Selection(positions=queries)
         if inputs.window is not None and not (inputs.causal and inputs.window >= kv_len):
             mask = _restrict(None, _band(inputs, q_len, kv_len, None), inputs.q.dtype)
             yield Pass(selection, None, slice(start, stop), mask=mask, hidden=_hidden(mask, False))

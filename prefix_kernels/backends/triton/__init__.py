@@ -59,7 +59,7 @@ def forward(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
     """(out, lse) of one call."""
     from prefix_kernels.backends.triton import recorded
 
-    given = inputs[: recorded.TENSORS]
+    given = recorded.tensors_of(inputs)
     out, lse = recorded.serve(lambda: _forward(inputs), recorded.kind_of(inputs, given), given)
     return out, lse
 
@@ -86,7 +86,7 @@ def backward(
     """Gradients of q, k, v, prefix_k, prefix_v, None where not wanted."""
     from prefix_kernels.backends.triton import backward_kernels, recorded
 
-    given = *inputs[: recorded.TENSORS], out, lse, grad_out, grad_lse
+    given = *recorded.tensors_of(inputs), out, lse, grad_out, grad_lse
     return recorded.serve(
         lambda: backward_kernels.backward(inputs, out, lse, grad_out, grad_lse, wanted),
         recorded.kind_of(inputs, given, wanted),

@@ -20,6 +20,7 @@ from prefix_kernels.problem import AttentionInputs
 
 MOST_KINDS = 1024  # that are remembered
 TENSORS = AttentionInputs._fields.index("causal")  # its first fields
+_KEY_ENDS = AttentionInputs._fields.index("cu_seqlens_k")
 _ALLOCATING = {
     torch.ops.aten.empty.memory_format, torch.ops.aten.empty_like.default, torch.ops.aten.empty_strided.default,
     torch.ops.aten.new_empty.default,
@@ -70,6 +71,14 @@ class Recording(NamedTuple):
                 else:
                     tensors[step[0]].copy_(tensors[step[1]])
         return [None if number is None else tensors[number] for number in self.results]
+
+
+def tensors_of(inputs: AttentionInputs) -> Sequence[Tensor | None]:
+    """The tensors that a call reads, None for one that stands there a second time: in a model cu_seqlens_k is cu_seqlens_q."""
+    given = list(inputs[:TENSORS])
+    if inputs.cu_seqlens_k is inputs.cu_seqlens_q:
+        given[_KEY_ENDS] = None
+    return given
 
 
 def kind_of(inputs: AttentionInputs, given: Sequence[Tensor | None], *more: Hashable) -> Hashable:

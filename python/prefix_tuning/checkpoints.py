@@ -1,0 +1,50 @@
+"""The checkpoints of a training run: which a folder holds, and a prefix read back from one."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from transformers.trainer import TRAINER_STATE_NAME
+
+from prefix_tuning.prefix import Prefix
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Those that Trainer names by their step, in the order of the steps; a copy by another name (checkpoint-best) is none."""
+    named = [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted(named, key=lambda path: int(path.name.removeprefix("checkpoint-")))
+
+
+def last_checkpoint(folder: Path) -> str:
+    """That with the most steps among those that have what Trainer writes last."""
+    whole = [path for path in checkpoints(folder) if (path / TRAINER_STATE_NAME).is_file()]
+    if not whole:
+        raise ValueError(f"resume_from_checkpoint: {folder} holds no whole checkpoint")
+    return str(whole[-1])
+
+
+def load_checkpoint(prefix: Prefix, folder: str) -> None:
+    """Reads the parameters of `prefix` from a checkpoint; ValueError where it holds a prefix of another kind or size."""
+    saved = Prefix.load(folder)
+    kinds = ["with" if p.reparametrization is not None else "without" for p in (prefix, saved)]
+    if kinds[0] != kinds[1]:
+        raise ValueError(
+            f"resume_from_checkpoint: the prefix is trained {kinds[0]} a reparametrisation, the one in {folder} was saved "
+            f"{kinds[1]}"
+        )
+    expected, found = _sizes(prefix), _sizes(saved)
+    wrong = next((name for name in expected | found if expected.get(name) != found.get(name)), None)
+    if wrong is not None:
+        raise ValueError(
+            f"resume_from_checkpoint: {wrong} is {found.get(wrong, 'missing')} in {folder}, expected "
+            f"{expected.get(wrong, 'no such tensor')} as in the prefix that is trained"
+        )
+    prefix.load_state_dict(saved.state_dict())
+
+
+def _sizes(prefix: Prefix) -> dict[str, Any]:
+    """What two prefixes must agree on for one to be loaded into the other."""
+    sizes = {"prefix_len": prefix.prefix_len, "position_offset": prefix.position_offset}
+    return sizes | {name: list(tensor.shape) for name, tensor in prefix.state_dict().items()}
