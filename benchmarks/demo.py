@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
     rows = to_examples(load_e2e(DATA / "train.jsonl.gz"))
     rows = random.Random(args.seed).sample(rows, min(args.steps * args.batch_size, len(rows)))
     say(f"training a prefix of {args.prefix_len} positions: {args.steps} steps of {args.batch_size} references")
-    prefix, metrics = train_prefix(model, tokenizer, rows, args.output, settings)
+    prefix, metrics = train_prefix(model, tokenizer, rows, args.output, settings, overwrite=True)
 
     say("after training: the same meaning representations, the prefix attached")
     with attach_prefix(model, prefix):

@@ -1,17 +1,20 @@
 """The command `prefix-tuning train | distill | evaluate | generate | convert | serve | doctor`.
 
 Errors of the user's making are one line on stderr and exit status 2, Ctrl-C is one and 130; --traceback shows where they arose.
+Where nobody reads stdout any more it ends in silence, with status 141 as a shell shows it.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import random
 import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
+from logging import LogRecord
 from pathlib import Path
 from typing import Any
 
@@ -28,16 +31,24 @@ from prefix_tuning.data import check_row, is_e2e, read_rows
 from prefix_tuning.distill import DistillSettings
 from prefix_tuning.distill import distill as distill_text
 from prefix_tuning.doctor import model_report, report
-from prefix_tuning.e2e import load_e2e
-from prefix_tuning.evaluate import e2e_reference_scores, evaluate_e2e, evaluate_rows
-from prefix_tuning.files import check_writable, open_text, write_json
+from prefix_tuning.e2e import check_bleu, load_e2e
+from prefix_tuning.evaluate import e2e_reference_scores, evaluate_e2e, evaluate_rows, split_row
+from prefix_tuning.files import check_writable, open_text, write_json, write_json_lines
 from prefix_tuning.generate import generate_texts
 from prefix_tuning.offline_model import OFFLINE_MODEL, load_model_and_tokenizer
 from prefix_tuning.peft_adapters import TASK_TYPES
 from prefix_tuning.plot import save_loss_curve
 from prefix_tuning.prefix import Prefix
+from prefix_tuning.prefix_files import library_version
 from prefix_tuning.recipe import TrainSettings, train_prefix, write_metrics
-from prefix_tuning.requests import DEFAULT_PREFIX, check_unnamed, parse_conversation, prefix_folders, read_requests
+from prefix_tuning.requests import (
+    DEFAULT_PREFIX,
+    answered,
+    check_unnamed,
+    parse_conversation,
+    prefix_folders,
+    read_requests,
+)
 
 USER_ERRORS = (ValueError, TypeError, OSError, ImportError, NotImplementedError)
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
@@ -48,8 +59,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     if args.command != "doctor":
         logging.disable_progress_bar()  # of loading the weights
+        logging.get_logger("transformers.modeling_utils").addFilter(_is_no_advice)
     try:
         args.run(args)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left is flushed at exit
+        return 141
     except USER_ERRORS as error:
         if args.traceback:
             raise
@@ -59,35 +75,49 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         if args.traceback:
             raise
-        print(f"\nprefix-tuning {args.command}: interrupted", file=sys.stderr)  # a progress bar ends no line
+        lost = args.command == "train" and not args.save_steps
+        saved = "; nothing was saved, --save-steps N keeps checkpoints" if lost else ""
+        print(f"\nprefix-tuning {args.command}: interrupted{saved}", file=sys.stderr)  # a progress bar ends no line
         return 130
     return 0
+
+
+def _is_no_advice(record: LogRecord) -> bool:
+    """Of transformers' warnings not the one about calls without an attention mask: those that hide nothing are left out."""
+    return "strongly recommend passing in an `attention_mask`" not in record.getMessage()
 
 
 def train(args: argparse.Namespace) -> None:
     settings = _settings(TrainSettings, args)
     if args.eval_file is None and (args.eval_limit is not None or args.patience):
         raise ValueError("--eval-limit, --patience: they need --eval-file")
-    rows = read_rows(args.train_file)
-    eval_rows = _limited(read_rows(args.eval_file), args.eval_limit, args.seed) if args.eval_file else None
+    with _option("--train-file"):
+        rows = read_rows(args.train_file)
+    with _option("--eval-file"):
+        eval_rows = _limited(read_rows(args.eval_file), args.eval_limit, args.seed) if args.eval_file else None
     model, tokenizer = _model(args)
-    _, metrics = train_prefix(
-        model, tokenizer, rows, args.output, settings, eval_rows=eval_rows, resume=args.resume, progress=not args.quiet
-    )
+    with _option("--output"):
+        _, metrics = train_prefix(
+            model, tokenizer, rows, args.output, settings, eval_rows=eval_rows, resume=args.resume, overwrite=args.overwrite,
+            progress=not args.quiet,
+        )  # fmt: skip
     if PartialState().is_main_process:  # of several under torchrun one writes and tells
         lowest = {"lowest evaluation loss": min(loss for _, loss in metrics["eval_losses"])} if eval_rows else {}
         _write_run(args, {**metrics, "rows": len(rows)}, lowest)
 
 
 def distill(args: argparse.Namespace) -> None:
-    with open_text(args.text_file) as file:
+    with _option("--text-file"), open_text(args.text_file) as file:
         text = file.read()
     settings = _settings(DistillSettings, args, init_text=text)
-    prompts = read_rows(args.prompts_file, partial(check_row, answered=False)) if args.prompts_file else None
+    with _option("--prompts-file"):
+        prompts = read_rows(args.prompts_file, partial(check_row, answered=False)) if args.prompts_file else None
     model, tokenizer = _model(args)
-    _, metrics = distill_text(
-        model, tokenizer, text, args.output, settings, prompts=prompts, resume=args.resume, progress=not args.quiet
-    )
+    with _option("--output"):
+        _, metrics = distill_text(
+            model, tokenizer, text, args.output, settings, prompts=prompts, resume=args.resume, overwrite=args.overwrite,
+            progress=not args.quiet,
+        )  # fmt: skip
     measured = {f"divergence, {name.replace('_', ' ')}": nats for name, nats in metrics["divergences"].items()}
     _write_run(args, metrics, {"conversations": metrics["conversations"], **measured})
 
@@ -122,16 +152,16 @@ def _write_run(args: argparse.Namespace, metrics: dict[str, Any], measured: dict
 
 
 def evaluate(args: argparse.Namespace) -> None:
-    if args.output and Path(args.output).is_dir():
-        raise ValueError(f"--output: expected the name of a file, got the folder {args.output}")
-    e2e = is_e2e(args.file)
-    rows = _limited(load_e2e(args.file) if e2e else read_rows(args.file), args.limit, args.seed)
+    check_bleu()
+    _check_name(args.output)
+    with _option("--file"):
+        e2e = is_e2e(args.file)
+        rows = _limited(load_e2e(args.file) if e2e else read_rows(args.file, split_row), args.limit, args.seed)
     model, tokenizer = _model(args)
-    if args.output:
-        check_writable(Path(args.output).parent)
+    _check_folder(args.output)
     options: dict[str, Any] = {"max_new_tokens": args.max_new_tokens, "num_beams": args.num_beams}
     options |= {"batch_size": args.batch_size, "progress": None if args.quiet else "generating"}
-    with _attached(model, {} if args.prefix is None else {DEFAULT_PREFIX: args.prefix}, args.backend):
+    with _attached(model, {} if args.prefix is None else {DEFAULT_PREFIX: args.prefix}, args):
         if e2e:
             scores, texts = evaluate_e2e(model, tokenizer, rows, **options)
             scores |= e2e_reference_scores(rows)
@@ -147,21 +177,29 @@ def generate(args: argparse.Namespace) -> None:
     if not args.sample and (args.temperature, args.top_p) != (1.0, 1.0):
         raise ValueError("--temperature, --top-p: they need --sample")
     prefixes = prefix_folders(args.prefix or ())
+    _check_name(args.output)
     if args.prompt is None and args.messages is None:
-        prompts, names = read_requests(args.file, prefixes)
+        with _option("--file"):
+            prompts, names = read_requests(args.file, prefixes)
     else:
         check_unnamed(prefixes, "a prompt")
         prompts, names = args.prompt or [parse_conversation(args.messages)], []
+    chosen = names if prefixes.keys() - {DEFAULT_PREFIX} else None
     model, tokenizer = _model(args)
-    with _attached(model, prefixes, args.backend):
+    _check_folder(args.output)
+    with _attached(model, prefixes, args):
         texts = generate_texts(
-            model, tokenizer, prompts, prefix_ids=names if prefixes.keys() - {DEFAULT_PREFIX} else None,
-            special_tokens=args.special_tokens, max_new_tokens=args.max_new_tokens, batch_size=args.batch_size,
-            num_beams=args.num_beams, sample=args.sample, temperature=args.temperature, top_p=args.top_p, seed=args.seed,
+            model, tokenizer, prompts, prefix_ids=chosen, special_tokens=args.special_tokens,
+            max_new_tokens=args.max_new_tokens, batch_size=args.batch_size, num_beams=args.num_beams, sample=args.sample,
+            temperature=args.temperature, top_p=args.top_p, seed=args.seed,
             progress=None if args.quiet or len(prompts) <= args.batch_size else "generating",
         )  # fmt: skip
-    for text in texts:
-        print(text)
+    if args.output:
+        write_json_lines(args.output, answered(prompts, chosen, texts))
+        print(f"written: {args.output}")
+    else:
+        for text in texts:
+            print(text)
 
 
 def convert(args: argparse.Namespace) -> None:
@@ -206,19 +244,55 @@ def _model(args: argparse.Namespace):
 @contextmanager
 def _named(model: str) -> Iterator[None]:
     """Errors say which model they are about, as those of transformers do not always."""
+    if not Path(model).exists() and not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", model):
+        raise ValueError(f"--model {model}: no such folder, and no hub id")
     try:
         yield
     except (OSError, ValueError) as error:
         raise ValueError(f"--model {model}: {error}") from error
 
 
-def _attached(model, prefixes: dict[str, str], backend: str | None) -> AbstractContextManager:
+@contextmanager
+def _option(name: str) -> Iterator[None]:
+    """Errors of the system that are about a file say which option gave it."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            raise
+        raise type(error)(f"{name}: {error.filename}: {error.strerror}") from error
+
+
+def _check_name(file: str | None) -> None:
+    if file and Path(file).is_dir():
+        raise ValueError(f"--output: expected the name of a file, got the folder {file}")
+
+
+def _check_folder(file: str | None) -> None:
+    """Before there is work to lose, but behind whatever else may be wrong: it makes the folder."""
+    if file:
+        with _option("--output"):
+            check_writable(Path(file).parent)
+
+
+def _attached(model, folders: dict[str, str], args: argparse.Namespace) -> AbstractContextManager:
     """The prefixes of these folders or hub ids on the model: none, the one without a name, or a bank by name."""
-    if not prefixes:
+    if not folders:
         return nullcontext()
-    loaded = {name: Prefix.load(folder) for name, folder in prefixes.items()}
+    loaded = {name: _prefix(folder, args.model or OFFLINE_MODEL) for name, folder in folders.items()}
     only = loaded.get(DEFAULT_PREFIX) if len(loaded) == 1 else None
-    return attach_prefix(model, PrefixBank(loaded) if only is None else only, backend=backend)
+    return attach_prefix(model, PrefixBank(loaded) if only is None else only, backend=args.backend)
+
+
+def _prefix(folder: str, model: str) -> Prefix:
+    try:
+        prefix = Prefix.load(folder)
+    except FileNotFoundError as error:
+        inside = Path(folder) / "prefix"
+        raise FileNotFoundError(f"--prefix: {error}" + f"; did you mean {inside}?" * inside.is_dir()) from error
+    if Path(prefix.base_model).name not in ("", Path(model).resolve().name):
+        print(f"warning: --prefix {folder}: made for the model {prefix.base_model}, used with {model}", file=sys.stderr)
+    return prefix
 
 
 def _limited(rows: list, limit: int | None, seed: int) -> list:
@@ -252,8 +326,8 @@ def _parser() -> argparse.ArgumentParser:
         prog="prefix-tuning", description="Train, score and use prefixes of frozen language models.",
         epilog="prefix-tuning COMMAND --help says what a command takes.",
     )  # fmt: skip
-    names = "train | distill | evaluate | generate | convert | serve | doctor"
-    commands = parser.add_subparsers(dest="command", required=True, metavar=names)
+    parser.add_argument("--version", action="version", version=f"prefix-tuning {library_version()}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _train_options(_command(commands, train, "train a prefix on a file of prompts and completions, or conversations"))
     _distill_options(_command(commands, distill, "train a prefix that stands for a long text"))
     _evaluate_options(_command(commands, evaluate, "score a model, with or without a prefix, on a file"))
@@ -333,7 +407,9 @@ def _step_options(parser: argparse.ArgumentParser, defaults: TrainSettings) -> N
     add("--max-length", type=int, help="tokens of a row; longer prompts lose their beginning")
     add("--save-steps", type=int, default=0, metavar="N", help="checkpoint and evaluate every N steps; 0 for never")
     add("--patience", type=int, default=0, metavar="N", help="stop after N evaluations without a better loss; 0 for never")
-    add("--resume", action="store_true", help="go on from the last checkpoint in --output")
+    earlier = parser.add_mutually_exclusive_group()
+    earlier.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --output")
+    earlier.add_argument("--overwrite", action="store_true", help="replace the prefix and the checkpoints in --output")
     add("--report-to", default="none", help="a logger that transformers knows, such as tensorboard")
 
 
@@ -353,12 +429,17 @@ def _evaluate_options(parser: argparse.ArgumentParser) -> None:
 def _generate_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("--prompt", action="append", help="a prompt, taken as it is; may be given several times")
-    source.add_argument("--file", help="one prompt a line, or the prompts of a .jsonl or E2E file; stdin if nothing is given")
+    source.add_argument(
+        "--prompt", action="append", help="taken as it is: give a line end if one was trained with; may be given several times"
+    )
+    source.add_argument(
+        "--file",
+        help="JSON lines of prompt or messages, E2E data, or a prompt a line, without its line end; stdin if nothing is given",
+    )
     source.add_argument("--messages", metavar="JSON", help='a conversation: [{"role": "user", "content": "…"}]')
     add(
         "--prefix", action="append", metavar="[NAME=]FOLDER",
-        help='a saved prefix; the plain model if not given. Several, with names: a line of a .jsonl file chooses by its field '
+        help='a saved prefix; the plain model if not given. Several, with names: a JSON line of --file chooses by its field '
         '"prefix", null for none; without the field it gets the one without a name, or none',
     )  # fmt: skip
     add(
@@ -372,6 +453,7 @@ def _generate_options(parser: argparse.ArgumentParser) -> None:
     add("--sample", action="store_true", help="draw tokens instead of taking the likeliest")
     add("--temperature", type=float, default=1.0, help="for --sample")
     add("--top-p", type=float, default=1.0, help="for --sample: draw from the likeliest tokens of this total probability")
+    add("--output", metavar="FILE", help="JSON lines of prompt or messages and text, in place of the texts on stdout")
 
 
 def _convert_options(parser: argparse.ArgumentParser) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,19 +42,27 @@ def read_rows(path: str | Path, check: Callable[[Any], None] | None = None) -> l
     """
     if is_e2e(path):
         return to_examples(load_e2e(path))
-    rows = []
     with open_text(path) as file:
-        for line, text in enumerate(file, 1):
-            if not text.strip():
-                continue
-            try:
-                row = json.loads(text)
-                (check or check_row)(row)
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"{path}, line {line}: {error}") from None
-            rows.append(row)
+        return parse_rows(file, path, check or check_row)
+
+
+def parse_rows(lines: Iterable[str], source: str | Path, check: Callable[[Any], None]) -> list[dict[str, Any]]:
+    """The rows that lines of JSON hold, blank ones left out; ValueError naming the source and the line, as for read_rows."""
+    rows = []
+    for line, text in enumerate(lines, 1):
+        if not text.strip():
+            continue
+        try:
+            row = json.loads(text)
+            check(row)
+        except json.JSONDecodeError as error:
+            at = f"at character {error.pos + 1}"
+            raise ValueError(f"{source}, line {line}: not JSON: {error.msg}, {at}; expected one object a line") from None
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{source}, line {line}: {error}") from None
+        rows.append(row)
     if not rows:
-        raise ValueError(f"{path}: holds no rows")
+        raise ValueError(f"{source}: holds no rows")
     return rows
 
 
@@ -63,12 +71,16 @@ def is_e2e(path: str | Path) -> bool:
     if Path(path).name.lower().endswith((".csv", ".csv.gz")):
         return True
     with open_text(path) as file:
-        first = next((text for text in file if text.strip()), "")
+        return {"mr", "refs"} <= first_object(file).keys()
+
+
+def first_object(lines: Iterable[str]) -> dict[str, Any]:
+    """The JSON object on the first line that is not blank, empty where there is no such."""
     try:
-        row = json.loads(first)
+        row = json.loads(next((text for text in lines if text.strip()), ""))
     except (ValueError, RecursionError):
-        return False
-    return isinstance(row, dict) and {"mr", "refs"} <= row.keys()
+        return {}
+    return row if isinstance(row, dict) else {}
 
 
 def check_row(row: Any, answered: bool = True) -> None:
@@ -91,8 +103,12 @@ def check_row(row: Any, answered: bool = True) -> None:
         isinstance(turn, Mapping) and {"role", "content"} <= turn.keys() for turn in messages
     ):
         raise ValueError('messages: expected a list of objects with "role" and "content"')
+    for turn in messages:
+        if not isinstance(turn["content"], str | list) and not turn.get("tool_calls"):
+            raise ValueError(f"messages: content of {turn['role']!r}: expected a string, got {turn['content']!r}")
     if answered and not any(turn["role"] == "assistant" for turn in messages):
-        raise ValueError("messages: expected at least one assistant turn to learn from")
+        roles = ", ".join(repr(turn["role"]) for turn in messages) or "no turn"
+        raise ValueError(f"messages: expected at least one assistant turn to learn from, got {roles}")
     if not messages:
         raise ValueError("messages: expected at least one turn, got none")
 

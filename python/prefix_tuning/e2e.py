@@ -99,7 +99,7 @@ def _json_rows(file: TextIO, path: Path) -> Iterator[tuple[int, str, list[str]]]
         try:
             row = json.loads(text)
         except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {line}: not JSON: {error}") from None
+            raise ValueError(f"{path}, line {line}: not JSON: {error.msg}, at character {error.pos + 1}") from None
         if not isinstance(row, dict) or not isinstance(row.get("refs"), list) or "mr" not in row:
             raise ValueError(f'{path}, line {line}: expected an object with "mr" and a list "refs"')
         yield line, row["mr"], row["refs"]
@@ -109,7 +109,10 @@ def _csv_rows(file: TextIO, path: Path) -> Iterator[tuple[int, str, list[str]]]:
     reader = csv.DictReader(file)
     missing = {"mr", "ref"} - set(reader.fieldnames or ())
     if missing:
-        raise ValueError(f"{path}, line 1: expected the columns mr and ref, got {reader.fieldnames}")
+        found = ", ".join(reader.fieldnames or ())
+        raise ValueError(
+            f"{path}, line 1: a .csv is read as E2E data, with the columns mr and ref; got {found}; other rows go as JSON lines"
+        )
     try:
         for row in reader:
             yield reader.line_num, row["mr"], [row["ref"]]
@@ -171,13 +174,20 @@ def corpus_bleu(texts: Sequence[str], references: Sequence[Sequence[str]]) -> fl
         raise ValueError(f"references: expected one list for each of {len(texts)} texts, got {len(references)}")
     if not all(references) or any(isinstance(group, str) for group in references):
         raise ValueError("references: expected a non-empty list of texts for every text")
-    try:
-        from sacrebleu.metrics import BLEU
-    except ImportError as error:
-        raise ImportError("BLEU needs sacrebleu: pip install sacrebleu") from error
+    check_bleu()
+    from sacrebleu.metrics import BLEU
+
     width = max(len(group) for group in references)
     streams = [[group[i] if i < len(group) else None for group in references] for i in range(width)]
     return BLEU(lowercase=True).corpus_score(list(texts), streams).score
+
+
+def check_bleu() -> None:
+    """ImportError with the command to run where the package that computes BLEU is missing."""
+    try:
+        import sacrebleu.metrics  # noqa: F401
+    except ImportError as error:
+        raise ImportError("BLEU needs sacrebleu: pip install sacrebleu") from error
 
 
 _NUMBERS = {"twenty five": "25", "one": "1", "three": "3", "five": "5", "twenty": "20", "thirty": "30"}

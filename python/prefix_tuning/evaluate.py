@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from prefix_tuning.data import PromptCompletionCollator, check_row, pair_collator, tokenize_rows
 from prefix_tuning.e2e import (
+    check_bleu,
     corpus_bleu,
     reference_slot_error_rate,
     slot_error_rate,
@@ -19,6 +20,7 @@ from prefix_tuning.e2e import (
 )
 from prefix_tuning.generate import Prompt, first_line, generate_texts
 from prefix_tuning.loss import encoder_decoder_loss, target_loss
+from prefix_tuning.room import longest_row
 from prefix_tuning.shapes import check_int
 from prefix_tuning.task import Task, task_of
 
@@ -31,6 +33,7 @@ def evaluate_e2e(
     bleu is without regard to case, against all references; slot_error the share of slots that the texts leave out.
     generation: as for `generate_texts`.
     """
+    check_bleu()
     prompts = [to_examples([row])[0]["prompt"] for row in rows]
     texts = [first_line(text) for text in generate_texts(model, tokenizer, prompts, **generation)]
     scores = {
@@ -61,12 +64,15 @@ def evaluate_rows(
     """Scores on rows of `data.read_rows`, and the generated texts.
 
     loss is the mean over all target tokens, perplexity its exponential; bleu compares what is generated with the
-    completion (of a conversation: with its last turn, which must be the assistant's), without regard to case.
+    completion (of a conversation: with its last turn, which must be the assistant's), without regard to case. A prompt too long
+    for the model loses its beginning, as in training.
     """
+    check_bleu()
     _check_some(rows)
-    prompts, answers = zip(*map(_split, rows), strict=True)
+    prompts, answers = zip(*map(split_row, rows), strict=True)
     loss, tokens = mean_loss(model, tokenizer, rows, batch_size=batch_size, max_length=max_length)
-    texts = [text.strip() for text in generate_texts(model, tokenizer, prompts, batch_size=batch_size, **generation)]
+    texts = generate_texts(model, tokenizer, prompts, batch_size=batch_size, cut_prompts=True, **generation)
+    texts = [text.strip() for text in texts]
     scores = {
         "loss": loss,
         "perplexity": math.exp(loss) if loss < 700 else math.inf,
@@ -84,13 +90,16 @@ def mean_loss(
     batch_size: int = 8,
     max_length: int | None = None,
 ) -> tuple[float, int]:
-    """Mean cross-entropy over all target tokens of the rows, and their number."""
+    """Mean cross-entropy over all target tokens of the rows, and their number.
+
+    max_length: tokens of a row, at most as many as the model has positions for; a longer prompt loses its beginning.
+    """
     _check_some(rows)
     check_int("batch_size", batch_size, at_least=1)
     pairs, device = task_of(model) is Task.ENCODER_DECODER, next(model.parameters()).device
     collate = pair_collator(tokenizer) if pairs else PromptCompletionCollator(tokenizer)
     loss_of = encoder_decoder_loss if pairs else target_loss
-    examples = tokenize_rows(rows, tokenizer, max_length, encoder_decoder=pairs)
+    examples = tokenize_rows(rows, tokenizer, longest_row(model, max_length), encoder_decoder=pairs)
     examples.sort(key=lambda example: len(example["input_ids"]))
     total, tokens = 0.0, 0
     with torch.no_grad():
@@ -106,11 +115,14 @@ def _check_some(rows: Sequence[Mapping[str, Any]]) -> None:
         raise ValueError("rows: expected at least one row")
 
 
-def _split(row: Mapping[str, Any]) -> tuple[Prompt, str]:
+def split_row(row: Mapping[str, Any]) -> tuple[Prompt, str]:
+    """What a row asks and what it answers; ValueError for what is no row or does not end with an answer."""
     check_row(row)
     if "messages" not in row:
         return row["prompt"], row["completion"]
     *asked, answer = row["messages"]
     if answer["role"] != "assistant":
         raise ValueError(f"messages: expected an assistant turn at the end to compare with, got {answer['role']!r}")
+    if not isinstance(answer["content"], str):
+        raise ValueError(f"messages: content of the last turn: expected a string to compare with, got {answer['content']!r}")
     return asked, answer["content"]

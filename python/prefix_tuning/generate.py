@@ -16,10 +16,12 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase, StaticCache
 from prefix_tuning.graphed_decoding import GraphedDecoding, graphed
 from prefix_tuning.own_cache import CACHE, LEAST_REPLAYED
 from prefix_tuning.prompts import encode_prompt
+from prefix_tuning.room import fitting
 from prefix_tuning.task import Task, task_of
 
 Prompt = str | Sequence[Mapping[str, Any]]
 
+MAX_NEW_TOKENS = 128
 CACHE_STEP = 128  # lengths of static caches are multiples of it, so that batches of similar prompts have one length
 
 
@@ -29,6 +31,7 @@ def generate_texts(
     prompts: Sequence[Prompt],
     *,
     special_tokens: bool = True,
+    cut_prompts: bool = False,
     **generation: Any,
 ) -> list[str]:
     """The model's continuation of each prompt, or an encoder-decoder's answer, without the prompt and without special tokens,
@@ -38,9 +41,11 @@ def generate_texts(
         prompts: texts, or conversations up to the answer (through the tokenizer's chat template), which encoder-decoders
             do not take.
         special_tokens: whether texts get the tokenizer's beginning of a text; not where a prefix made of a text has it.
+        cut_prompts: whether prompts of causal models lose their beginning where they would not fit, as in training.
         generation: as for `generate_ids`.
 
-    Raises TypeError for a text in place of a list of prompts, ValueError for a prompt without tokens and numbers out of range.
+    Raises TypeError for a text in place of a list of prompts, ValueError for a prompt without tokens, numbers out of range and
+    a prompt that does not fit: a table of positions must have room for prefix, prompt and max_new_tokens.
     """
     if isinstance(prompts, str):
         raise TypeError(f"prompts: expected a list of texts or conversations, got the text {prompts!r}")
@@ -51,6 +56,9 @@ def generate_texts(
     empty = next((i for i, ids in enumerate(encoded) if not ids), None)
     if empty is not None:
         raise ValueError(f"prompts[{empty}]: {prompts[empty]!r} has no tokens, expected at least one")
+    encoded = fitting(
+        model, encoded, generation.get("max_new_tokens", MAX_NEW_TOKENS), generation.get("prefix_ids"), cut_prompts
+    )
     return [tokenizer.decode(ids, skip_special_tokens=True) for ids in generate_ids(model, tokenizer, encoded, **generation)]
 
 
@@ -60,7 +68,7 @@ def generate_ids(
     encoded: Sequence[Sequence[int]],
     *,
     prefix_ids: Sequence[str | None] | None = None,
-    max_new_tokens: int = 128,
+    max_new_tokens: int = MAX_NEW_TOKENS,
     batch_size: int = 8,
     num_beams: int = 1,
     sample: bool = False,

@@ -22,6 +22,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from prefix_tuning.encoder_families import ENCODERS
 from prefix_tuning.multimodal_families import MULTIMODAL
 
 OFFLINE_MODEL = "SmolLM2-135M-Instruct"
@@ -72,7 +73,7 @@ def load_model_and_tokenizer(
     device        where the model goes; None: where `from_pretrained` leaves it
 
     A tokenizer without a padding token gets its end-of-text token as one, so that batches can be built. In SmolLM2 both
-    are the same token too: labels are therefore never to be masked by the padding id.
+    are the same token too: labels are therefore never to be masked by the padding id. ValueError for an encoder.
     """
     if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise TypeError(f"dtype: got {dtype!r}, expected a floating torch.dtype such as torch.float32")
@@ -82,6 +83,8 @@ def load_model_and_tokenizer(
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     config = AutoConfig.from_pretrained(source, local_files_only=offline)
+    if config.model_type in ENCODERS:
+        raise ValueError(f"{config.model_type} is an encoder, expected a model that writes text")
     model_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     if config.model_type in MULTIMODAL and config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         model_class = AutoModelForImageTextToText

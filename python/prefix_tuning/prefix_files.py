@@ -49,7 +49,7 @@ def write_prefix(
     dtype = next(iter(tensors.values())).dtype  # heads stand in a model, which may have been converted meanwhile
     for module, parameters in heads.items():
         tensors |= {f"head.{module}.{name}": value.detach().to("cpu", dtype, copy=True) for name, value in parameters.items()}
-    config = {"format": FORMAT, "format_version": FORMAT_VERSION, "library_version": _library_version(), **description}
+    config = {"format": FORMAT, "format_version": FORMAT_VERSION, "library_version": library_version(), **description}
     if heads:
         config["heads"] = {
             module: {name: list(value.shape) for name, value in parameters.items()} for module, parameters in heads.items()
@@ -106,7 +106,7 @@ def write_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
         raise OSError(f"{file}: {error}") from error
 
 
-def _library_version() -> str:
+def library_version() -> str:
     try:
         return importlib.metadata.version("prefix-kernels")
     except importlib.metadata.PackageNotFoundError:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import shutil
 import statistics
 import time
+import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +26,7 @@ from transformers import (
 from transformers.integrations import get_available_reporting_integrations
 
 from prefix_kernels import available_backends
-from prefix_tuning.checkpoints import checkpoints
+from prefix_tuning.checkpoints import checkpoints, last_checkpoint
 from prefix_tuning.data import each
 from prefix_tuning.doctor import explain_training
 from prefix_tuning.files import check_writable, write_json
@@ -119,23 +121,25 @@ def train_prefix(
     eval_rows: Sequence[Mapping[str, Any]] | None = None,
     prefix: Prefix | None = None,
     resume: bool = False,
+    overwrite: bool = False,
     progress: bool = True,
 ) -> tuple[Prefix, dict[str, Any]]:
     """Trains a prefix on rows of text (as in data.py) and writes it to `output`/prefix; checkpoints go to `output`.
 
     With eval_rows and save_steps, the prefix with the lowest evaluation loss is the one that is kept. prefix: what start_prefix
     has made for these settings, where somebody needs it before. resume: go on from the last checkpoint in `output`; where that
-    is the end of the run, nothing is trained.
+    is the end of the run, nothing is trained. overwrite: remove an earlier run's checkpoints, replace its prefix at the end.
 
     Returns the prefix and its numbers: losses (one a step), eval_losses [[step, loss], …], seconds_per_step (of this call's
     steps; NaN without any), trainable_parameters, trainable_share (of model and prefix), prefix_parameters, backend, steps,
     settings. The model is the plain model again afterwards.
 
-    Raises ValueError for wrong settings and rows, and where checkpoints are missing (resume) or in the way (otherwise);
-    OSError, before anything is trained, for an output that is no folder or cannot be written to.
+    Raises ValueError for wrong settings and rows, where checkpoints are missing or damaged (resume) or, as may a prefix, stand
+    in the way (otherwise), and for a run that diverged, whose prefix is not written; OSError, before anything is trained, for
+    an output that is no folder or cannot be written to.
     """
     settings, output = settings.resolved(), Path(output)
-    arguments = check_run(model, output, settings, resume, evaluate=eval_rows is not None)
+    arguments = check_run(model, output, settings, resume, overwrite, evaluate=eval_rows is not None)
     prefix = start_prefix(model, tokenizer, settings) if prefix is None else prefix
     clock = _StepClock()
     callbacks: list[TrainerCallback] = [clock]
@@ -150,14 +154,24 @@ def train_prefix(
     trainer.remove_callback(PrinterCallback)  # stands in for transformers' own bar, and writes to stdout
     try:
         check_writable(output)
+        if overwrite and arguments.should_save:
+            for checkpoint in checkpoints(output):
+                shutil.rmtree(checkpoint)
         trainer.train(resume_from_checkpoint=resume or None)
         if eval_rows is not None and not settings.save_steps:
             trainer.evaluate()
     finally:
         trainer.detach()
+    history = trainer.state.log_history
+    if not all(bool(parameter.isfinite().all()) for parameter in prefix.parameters()):
+        lost = (entry["step"] for entry in history if not math.isfinite(entry.get("loss", 0.0)))
+        step = next(lost, trainer.state.global_step)
+        raise ValueError(
+            f"learning_rate: with {settings.learning_rate:g} the run diverged by step {step}; its prefix is not finite and was "
+            "not written; take a lower rate"
+        )
     trainer.save_model(str(output / "prefix"))
 
-    history = trainer.state.log_history
     trained = sum(p.numel() for p in prefix.parameters())
     frozen = sum(p.numel() for p in model.parameters())
     length = round(statistics.median(len(example["input_ids"]) for example in each(trainer.train_dataset)))
@@ -188,11 +202,11 @@ def start_prefix(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, set
 
 
 def check_run(
-    model: PreTrainedModel, output: Path, settings: TrainSettings, resume: bool, *, evaluate: bool
+    model: PreTrainedModel, output: Path, settings: TrainSettings, resume: bool, overwrite: bool, *, evaluate: bool
 ) -> TrainingArguments:
     """The arguments of a run with these settings, resolved; ValueError where it cannot be, as train_prefix says."""
     arguments = _arguments(model, output, settings, evaluate=evaluate)
-    _check_checkpoints(output, settings, resume)
+    _check_output(output, resume, overwrite)
     return arguments
 
 
@@ -211,12 +225,23 @@ def _json(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _check_checkpoints(output: Path, settings: TrainSettings, resume: bool) -> None:
+def _check_output(output: Path, resume: bool, overwrite: bool) -> None:
     found = checkpoints(output)
+    if resume and overwrite:
+        raise ValueError("resume: expected resume or overwrite, got both")
     if resume and not found:
         raise ValueError(f"resume: {output} holds no checkpoint to go on from")
-    if settings.save_steps and found and not resume:
-        raise ValueError(f"output: {output} holds the checkpoints of an earlier run; resume that, or take another folder")
+    if resume:
+        files = sorted(Path(last_checkpoint(output)).glob("*.pt*"))
+        damaged = next((file for file in files if not zipfile.is_zipfile(file)), None)
+        if damaged is not None:
+            raise ValueError(f"resume: {damaged} is cut short or damaged; remove {damaged.parent} to go on from an earlier one")
+    held = ["checkpoints"] * bool(found) + ["prefix"] * (output / "prefix").exists()
+    if held and not resume and not overwrite:
+        raise ValueError(
+            f"output: {output} holds the {' and the '.join(held)} of an earlier run; resume that, overwrite it or take another "
+            "folder"
+        )
 
 
 def _arguments(model: PreTrainedModel, output: Path, settings: TrainSettings, *, evaluate: bool) -> TrainingArguments:

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from prefix_tuning.data import check_row, is_e2e, read_rows
+from prefix_tuning.data import check_row, first_object, is_e2e, parse_rows
 from prefix_tuning.e2e import linearize, load_e2e
 from prefix_tuning.files import open_text
 from prefix_tuning.generate import Prompt
@@ -36,32 +36,44 @@ def prefix_folders(values: Sequence[str]) -> dict[str, str]:
 def read_requests(path: str | None, prefixes: Collection[str]) -> tuple[list[Prompt], list[str | None]]:
     """The prompts of a file, or of stdin where path is None, and of each the name of its prefix.
 
+    JSON lines are told by their first, which is an object, or by the file's name; E2E files as by read_rows. Of anything else
+    each line is a prompt, without its line end.
+
     prefixes: the names there are. A line of JSON chooses one by its field "prefix", null for none; what has no such field
     gets DEFAULT_PREFIX if it is among them, else none.
 
     Raises ValueError naming file and line.
     """
-    default = DEFAULT_PREFIX if DEFAULT_PREFIX in prefixes else None
-    structured = path is not None and any(suffix in (".jsonl", ".csv") for suffix in Path(path).suffixes)
-    if structured and not is_e2e(path):
-        rows = read_rows(path, partial(_check_request, prefixes=prefixes))
+    default, source = DEFAULT_PREFIX if DEFAULT_PREFIX in prefixes else None, path or "stdin"
+    if path is not None and is_e2e(path):
+        check_unnamed(prefixes, path)
+        prompts = [linearize(row["mr"]) + "\n" for row in load_e2e(path)]
+        return prompts, [default] * len(prompts)
+    with open_text(path) if path else nullcontext(sys.stdin) as file:
+        lines = [line.rstrip("\r\n") for line in file]
+    if first_object(lines) or ".jsonl" in Path(source.lower()).suffixes:
+        rows = parse_rows(lines, source, partial(_check_request, prefixes=prefixes))
         prompts = [_asked(row["messages"]) if "messages" in row else row["prompt"] for row in rows]
         return prompts, [row.get("prefix", default) for row in rows]
-    check_unnamed(prefixes, path or "stdin")
-    if structured:
-        prompts = [linearize(row["mr"]) + "\n" for row in load_e2e(path)]
-    else:
-        with open_text(path) if path else nullcontext(sys.stdin) as lines:
-            prompts = [line for line in lines.read().splitlines() if line.strip()]
-        if not prompts:
-            raise ValueError(f"{path or 'stdin'}: holds no prompts")
+    check_unnamed(prefixes, source)
+    prompts = [line for line in lines if line.strip()]
+    if not prompts:
+        raise ValueError(f"{source}: holds no prompts")
     return prompts, [default] * len(prompts)
+
+
+def answered(prompts: Sequence[Prompt], names: Sequence[str | None] | None, texts: Sequence[str]) -> list[dict[str, Any]]:
+    """What was asked and what was written, a row each, with the name of its prefix (null for none) where lines choose one."""
+    rows: list[dict[str, Any]] = [{"prompt" if isinstance(prompt, str) else "messages": prompt} for prompt in prompts]
+    for row, name, text in zip(rows, names or [DEFAULT_PREFIX] * len(rows), texts, strict=True):
+        row |= ({} if name == DEFAULT_PREFIX else {"prefix": name}) | {"text": text}
+    return rows
 
 
 def check_unnamed(prefixes: Collection[str], source: str) -> None:
     """ValueError for prefixes with names where no prompt can choose one."""
     if set(prefixes) - {DEFAULT_PREFIX}:
-        raise ValueError(f'--prefix: a NAME=FOLDER is chosen by the field "prefix" of a .jsonl file, which {source} has not')
+        raise ValueError(f'--prefix: a NAME=FOLDER is chosen by the field "prefix" of JSON lines, which {source} has not')
 
 
 def parse_conversation(text: str) -> Prompt:

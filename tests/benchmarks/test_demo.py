@@ -91,6 +91,16 @@ def test_model_is_frozen(run):
         assert torch.equal(trained, untouched), name
 
 
+def test_it_runs_again_over_an_earlier_run(run):
+    folder, model, _ = run
+    before = (folder / "prefix" / "prefix.safetensors").read_bytes()
+    demo = load_demo()
+    demo.load_model_and_tokenizer = lambda device: (model, tiny_tokenizer())
+    arguments = ["--steps", "3", "--evaluate", "4", "--max-new-tokens", "6", "--prefix-len", "5"]
+    assert demo.main(["--output", str(folder), *arguments]) == 0
+    assert (folder / "prefix" / "prefix.safetensors").read_bytes() == before
+
+
 def test_wrong_settings_are_refused_before_anything_runs(tmp_path):
     demo = load_demo()
     demo.load_model_and_tokenizer = lambda **options: pytest.fail("the model was loaded")

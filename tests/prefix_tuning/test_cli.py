@@ -1,9 +1,14 @@
 """The command prefix-tuning, in process, on a tiny model saved to a folder: what it writes, prints and refuses."""
 
 import gzip
+import importlib.metadata
 import io
 import json
+import logging
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -14,6 +19,7 @@ import prefix_tuning.recipe
 from prefix_kernels import available_backends
 from prefix_tuning import Prefix, attach_prefix, cli
 from prefix_tuning.e2e import load_e2e
+from support.encoders import tiny_encoder
 from support.models import random_prefix, tiny_model
 from support.processes import run_twice
 from support.tokenizer import CHAT_TEMPLATE, tiny_tokenizer
@@ -41,6 +47,10 @@ def folder(tmp_path_factory):
     random_prefix(model).save(folder / "prefix")
     random_prefix(model, 3).save(folder / "short")
     random_prefix(tiny_model("llama", num_hidden_layers=2)).save(folder / "other")
+    random_prefix(model, 3).save(folder / "run" / "prefix")
+    for name, other in (("bert", tiny_encoder("bert", vocab_size=128)), ("gpt2", tiny_model("gpt2", pad_token_id=2))):
+        other.save_pretrained(folder / name)
+        tiny_tokenizer().save_pretrained(folder / name)
     transformers.CTRLLMHeadModel(CTRL).save_pretrained(folder / "ctrl")
     tiny_tokenizer().save_pretrained(folder / "ctrl")
     model.save_pretrained(folder / "strict")
@@ -186,16 +196,73 @@ def test_prompts_from_stdin_files_and_messages(run, folder, tmp_path, monkeypatc
     messages = [{"role": "user", "content": "hello"}]
     again = [*TALKS[0]["messages"], {"role": "user", "content": "and then?"}]
     (tmp_path / "again.jsonl").write_text(json.dumps({"messages": again}))
+    (tmp_path / "dev.json").write_text("\n" + json.dumps(ROWS[0]))
+    (tmp_path / "prompts.JSONL").write_text(json.dumps({"prompt": "four\n"}))
+    (tmp_path / "lines.txt").write_bytes("a\u2028b\r\nc\x0cd\re".encode())
     monkeypatch.setattr("sys.stdin", io.StringIO("a\nb\n"))
     for arguments in (
         (), ("--file", tmp_path / "prompts.txt"), ("--messages", json.dumps(messages)), ("--file", "talks.jsonl"),
         ("--file", "e2e.jsonl"), ("--prompt", "p", "--prompt", "q"), ("--file", tmp_path / "prompts.txt.gz"),
-        ("--file", tmp_path / "again.jsonl"),
+        ("--file", tmp_path / "again.jsonl"), ("--file", tmp_path / "dev.json"), ("--file", tmp_path / "prompts.JSONL"),
+        ("--file", tmp_path / "lines.txt"),
     ):  # fmt: skip
         assert run("generate", "--model", "model", *arguments)[0] == 0
     asked = [row["messages"][:-1] for row in TALKS]
     tables = ["name : Aromi | Type : pub\n", "name : Cotto | food : Thai\n"]
-    assert seen == [["a", "b"], ["one", "two"], [messages], asked, tables, ["p", "q"], ["three"], [again]]
+    assert seen == [
+        ["a", "b"], ["one", "two"], [messages], asked, tables, ["p", "q"], ["three"], [again], [ROWS[0]["prompt"]], ["four\n"],
+        ["a\u2028b", "c\x0cd", "e"],
+    ]  # fmt: skip
+    monkeypatch.setattr("sys.stdin", io.StringIO(json.dumps(ROWS[0])))
+    assert run("generate", "--model", "model")[0] == 0 and seen[-1] == [ROWS[0]["prompt"]]
+
+
+def test_texts_go_to_a_file(run, folder, tmp_path):
+    """With what was asked, and the prefix where lines choose one."""
+    lines = [{"prompt": "name : Aromi", "prefix": "a"}, {"prompt": "name : Cotto", "prefix": None}, TALKS[0] | {"prefix": "a"}]
+    (tmp_path / "chosen.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    common = ("generate", "--model", "model", "--max-new-tokens", 3)
+    file = tmp_path / "new" / "texts.jsonl"
+    for options in (("--file", tmp_path / "chosen.jsonl", "--prefix", "a=prefix"), ("--file", "rows.jsonl")):
+        texts = run(*common, *options)[1]
+        status, out, err = run(*common, *options, "--output", file)
+        assert status == 0 and out == f"written: {file}\n", err
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        assert "".join(row["text"] + "\n" for row in rows) == texts
+        asked = [{name: value for name, value in row.items() if name != "text"} for row in rows]
+        if "a=prefix" in options:
+            assert asked == [*lines[:2], {"messages": TALKS[0]["messages"][:1], "prefix": "a"}]
+        else:
+            assert asked == [{"prompt": row["prompt"]} for row in ROWS]
+    assert [path.name for path in file.parent.iterdir()] == ["texts.jsonl"]
+
+
+def test_a_prefix_of_another_model_is_told(run, folder, tmp_path):
+    common = ("generate", "--model", "model", "--prompt", "p", "--max-new-tokens", 1, "--prefix")
+    for name, warning in (("some/model", ""), ("some/other-model", "made for the model some/other-model, used with model\n")):
+        prefix = Prefix.load(folder / "prefix")
+        prefix.base_model = name
+        prefix.save(tmp_path / "prefix")
+        status, _, err = run(*common, tmp_path / "prefix")
+        assert status == 0 and err == (warning and f"warning: --prefix {tmp_path / 'prefix'}: {warning}")
+
+
+def test_rows_that_were_cut_in_training_are_scored(run, folder, tmp_path):
+    """And a model whose positions end does not run out of them."""
+    model = tiny_model("gpt2")
+    model.save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    random_prefix(model, 3).save(tmp_path / "prefix")
+    rows = [ROWS[0], {"prompt": "word " * model.config.n_positions, "completion": "b"}]
+    (tmp_path / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    common = ("--model", tmp_path / "model", "--file", tmp_path / "long.jsonl")
+    for prefix in ((), ("--prefix", tmp_path / "prefix")):
+        status, out, err = run("evaluate", *common, *prefix, "--max-new-tokens", 3)
+        assert status == 0 and "loss" in out, err
+        status, out, err = run("generate", *common, *prefix, "--max-new-tokens", 3)
+        left = model.config.n_positions - 3 * bool(prefix)
+        assert status == 2 and err.count("\n") == 1 and f"max_new_tokens 3 are more than the model's {left} positions" in err
+        assert "error: prompts[1]: its " in err and "lower max_new_tokens" in err
 
 
 def test_options_arrive(run, monkeypatch, tmp_path):
@@ -304,8 +371,39 @@ def test_resuming_a_finished_run_and_starting_over_it(run, tmp_path):
     status, out, err = train(run, tmp_path, "--steps", 3, "--save-steps", 2, "--resume")
     assert status == 0 and re.search(r"^steps +3$", out, re.MULTILINE), err
     status, out, err = train(run, tmp_path, "--steps", 3, "--save-steps", 2)
-    assert status == 2 and err.count("\n") == 1 and "holds the checkpoints of an earlier run" in err
+    assert status == 2 and err.count("\n") == 1 and "holds the checkpoints and the prefix of an earlier run" in err
     assert (tmp_path / "prefix" / "prefix.safetensors").read_bytes() == before
+    status, out, err = train(run, tmp_path, "--steps", 2, "--save-steps", 2, "--overwrite")
+    assert status == 0 and sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-2"], err
+    assert (tmp_path / "prefix" / "prefix.safetensors").read_bytes() != before
+
+
+def test_a_prefix_is_not_written_over_by_mistake(run, tmp_path):
+    assert train(run, tmp_path, "--steps", 1)[0] == 0
+    status, out, err = train(run, tmp_path, "--steps", 1)
+    assert status == 2 and err.startswith(f"prefix-tuning train: error: output: {tmp_path} holds the prefix of an earlier run;")
+    assert train(run, tmp_path, "--steps", 1, "--overwrite")[0] == 0
+
+
+def test_a_checkpoint_that_is_cut_short_is_named(run, tmp_path):
+    assert train(run, tmp_path, "--steps", 4, "--save-steps", 2)[0] == 0
+    file = tmp_path / "checkpoint-4" / "optimizer.pt"
+    file.write_bytes(file.read_bytes()[:100])
+    status, out, err = train(run, tmp_path, "--steps", 6, "--save-steps", 2, "--resume")
+    assert status == 2 and err.count("\n") == 1 and f"resume: {file} is cut short or damaged; remove {file.parent}" in err
+
+
+def test_rows_without_an_attention_mask_call_for_no_advice(run, tmp_path):
+    """Whose masks are left out because they hide nothing; transformers warns once in a process."""
+    records, handler = [], logging.Handler()
+    handler.emit = records.append
+    logging.Logger.warning_once.cache_clear()
+    logging.getLogger("transformers").addHandler(handler)
+    try:
+        assert train(run, tmp_path, "--steps", 1, "--no-padding-free", "--model", "gpt2")[0] == 0
+    finally:
+        logging.getLogger("transformers").removeHandler(handler)
+    assert not [record for record in records if "attention_mask" in record.getMessage()]
 
 
 def test_evaluation_loss_and_patience(run, tmp_path):
@@ -376,7 +474,7 @@ ERRORS = {
         ("generate", "--prefix", "prefix", "--prefix", "short", "--file", "rows.jsonl"),
         "--prefix: two have no name: prefix and short",
     ),
-    "names beside a prompt": (("generate", "--prefix", "a=prefix", "--prompt", "p"), 'a .jsonl file, which a prompt has not'),
+    "names beside a prompt": (("generate", "--prefix", "a=prefix", "--prompt", "p"), 'JSON lines, which a prompt has not'),
     "names beside tables": (("generate", "--prefix", "a=prefix", "--file", "e2e.jsonl"), "which e2e.jsonl has not"),
     "unknown prefix": (
         ("generate", "--prefix", "b=prefix", "--prefix", "c=short", "--file", "chooses.jsonl"),
@@ -436,6 +534,18 @@ ERRORS = {
     "bytes": (("generate", "--file", "bytes.txt"), "bytes.txt: not a UTF-8 text file"),
     "no prompts": (("generate", "--file", "blank.txt"), "blank.txt: holds no prompts"),
     "empty prompt": (("generate", "--prompt", ""), r"prompts\[0\]"),
+    "training file": (("train", "--train-file", "none.jsonl", "--output", "x"), "--train-file: none.jsonl: No such file"),
+    "evaluation file": ((*TRAIN, "--eval-file", "none.jsonl"), "--eval-file: none.jsonl: No such file or directory"),
+    "prompts file": (("generate", "--file", "none.txt"), "--file: none.txt: No such file or directory"),
+    "output of training": ((*TRAIN[:-1], "rows.jsonl/x"), "--output: rows.jsonl/x: Not a directory"),
+    "output of generation": (("generate", "--prompt", "p", "--output", "rows.jsonl/x"), "--output: rows.jsonl: File exists"),
+    "folder for texts": (("generate", "--prompt", "p", "--output", "model"), "--output: expected .* got the folder model"),
+    "run for a prefix": (("generate", "--prefix", "run", "--prompt", "p"), "--prefix: run/.*; did you mean run/prefix"),
+    "no folder": (("generate", "--model", "/no/such/folder", "--prompt", "p"), "--model /no/such/folder: no such folder"),
+    "encoder": (("generate", "--model", "bert", "--prompt", "p"), "--model bert: bert is an encoder, expected a model that"),
+    "encoder to train": ((*TRAIN, "--model", "bert"), "--model bert: bert is an encoder, expected a model that writes text"),
+    "no answer at the end": (("evaluate", "--file", "asks.jsonl"), "asks.jsonl, line 1: messages: expected an assistant turn"),
+    "too long": (("generate", "--model", "gpt2", "--prompt", "p", "--max-new-tokens", "999"), r"prompts\[0\]: its 1 tokens"),
     "beams": (("generate", "--prompt", "p", "--num-beams", "0"), "num_beams: expected at least 1"),
 }  # fmt: skip
 
@@ -450,6 +560,7 @@ def test_errors_are_one_line_and_status_2(run, folder, name):
     (folder / "lists.jsonl").write_text('{"prompt": "p", "prefix": ["b"]}\n')
     (folder / "answers.jsonl").write_text('{"completion": "p"}\n')
     (folder / "no_turn.jsonl").write_text('{"messages": []}\n')
+    (folder / "asks.jsonl").write_text(json.dumps({"messages": [*TALKS[0]["messages"], {"role": "user", "content": "?"}]}))
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     (command, *arguments), message = ERRORS[name]
     if name == "no GPU" and torch.cuda.is_available():
@@ -464,7 +575,7 @@ def test_errors_are_one_line_and_status_2(run, folder, name):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((), "train | distill | evaluate"),
+        ((), "COMMAND"),
         (("fly",), "fly"),
         (("train", "--train-file", "rows.jsonl"), "--output"),
         (("train", "--train-file", "r", "--output", "x", "--steps", "1", "--epochs", "1"), "not allowed with"),
@@ -498,6 +609,32 @@ def test_an_interrupt_leaves_whole_files(run, tmp_path, monkeypatch):
     Prefix.load(tmp_path / "checkpoint-2")
     status, out, _ = train(run, tmp_path, "--steps", 9, "--save-steps", 2, "--resume")
     assert status == 0 and (tmp_path / "prefix").is_dir()
+
+
+def test_an_interrupt_without_checkpoints_says_that_nothing_is_left(run, tmp_path, monkeypatch):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(prefix_tuning.recipe._StepClock, "on_step_begin", interrupted)
+    status, out, err = train(run, tmp_path, "--steps", 9, "--quiet")
+    message = "prefix-tuning train: interrupted; nothing was saved, --save-steps N keeps checkpoints"
+    assert status == 130 and err.endswith(f"\n{message}\n")
+
+
+def test_a_reader_that_has_enough_is_no_error(folder):
+    """As head, which closes the pipe."""
+    command = ("-m", "prefix_tuning.cli", "generate", "--model", "model", "--prompt", "p", "--max-new-tokens", "1")
+    found = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    running = subprocess.Popen([sys.executable, *command], cwd=folder, env=found, **pipes)
+    running.stdout.close()
+    with running.stderr:
+        assert running.stderr.read() == b"" and running.wait(timeout=60) == 141
+
+
+def test_version(run):
+    status, out, _ = run("--version")
+    assert status == 0 and out == f"prefix-tuning {importlib.metadata.version('prefix-kernels')}\n"
 
 
 def test_doctor_names_the_model_that_it_cannot_read(run):

@@ -100,7 +100,9 @@ LATIN = '{"prompt": "Café", "completion": "b"}'.encode("latin-1")
     (
         ("a.jsonl", "", "{file}: holds no rows"),
         ("a.jsonl", "\n \n", "{file}: holds no rows"),
-        ("a.jsonl", f"{json.dumps(ROW)}\n\nno json\n", "{file}, line 3: Expecting value"),
+        ("a.jsonl", f"{json.dumps(ROW)}\n\nno json\n", "{file}, line 3: not JSON: Expecting value, at character 1;"),
+        ("a.jsonl", json.dumps(ROW)[:-1], r"{file}, line 1: not JSON: .*, at character 61"),
+        ("a.json", json.dumps([ROW], indent=1), "{file}, line 1: not JSON: .*; expected one object a line"),
         ("a.jsonl", "[" * 100_000, "{file}, line 1: maximum recursion depth"),
         ("a.jsonl", f"{json.dumps(ROW)}\n[1, 2]\n", "{file}, line 2: expected an object with .*; got list"),
         ("a.jsonl", '\n{"prompt": "a"}', "{file}, line 2: expected an object with .*; got .'prompt'."),
@@ -110,7 +112,7 @@ LATIN = '{"prompt": "Café", "completion": "b"}'.encode("latin-1")
         ("a.jsonl", f"{json.dumps(ROW)}\n".encode() * 9999 + LATIN, "{file}: not a UTF-8 text file: "),
         ("a.csv", E2E_CSV.replace("Aromi is", "Café is").encode("latin-1"), "{file}: not a UTF-8 text file: "),
         ("a.csv", E2E_CSV + '"' + "x" * 200_000, "{file}, line 4: not CSV: field larger than"),
-        ("a.csv", "a,b\n1,2\n", "{file}, line 1: expected the columns mr and ref"),
+        ("a.csv", "a,b\n1,2\n", "{file}, line 1: a .csv is read as E2E data, with the columns mr and ref; got a, b;"),
         ("a.csv", E2E_CSV + '"name[A], size[big]",b\n', "{file}, line 4: text: unknown slot 'size'"),
         ("a.jsonl", E2E_JSON + json.dumps(ROW), '{file}, line 2: expected an object with "mr"'),
     ),
@@ -151,6 +153,8 @@ def test_missing_files_and_folders_raise_what_the_system_says(tmp_path):
         ({"messages": ["hi"]}, "messages: expected a list of objects"),
         ({"messages": []}, "messages: expected at least one assistant turn"),
         ({"messages": [{"role": "user", "content": "hi"}]}, "messages: expected at least one assistant turn"),
+        ({"messages": [{"role": "asistant", "content": "hi"}]}, "assistant turn to learn from, got 'asistant'"),
+        ({"messages": [{"role": "assistant", "content": None}]}, "content of 'assistant': expected a string, got None"),
     ),
     ids=str,
 )

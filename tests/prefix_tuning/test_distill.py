@@ -216,7 +216,7 @@ def test_prompts_of_the_users_own(tmp_path):
     assert rows[0]["messages"][-1]["role"] == "assistant" and "completion" in rows[2]
     assert rows[1]["messages"] == CHAT[1]["messages"]  # answered already
     with pytest.raises(ValueError, match=f"chunk_tokens: prompts are about the whole text, which has {ALL[1]} tokens, got 60"):
-        distill.distill(model, tokenizer, TEXT, tmp_path, SMALL, prompts=asked, progress=False)
+        distill.distill(model, tokenizer, TEXT, tmp_path / "new", SMALL, prompts=asked, progress=False)
 
 
 def test_a_run_over_checkpoints_leaves_the_conversations(tmp_path):
@@ -224,13 +224,15 @@ def test_a_run_over_checkpoints_leaves_the_conversations(tmp_path):
     settings = dataclasses.replace(SMALL, save_steps=2, steps=2)
     distill.distill(model, tokenizer, TEXT, tmp_path, settings, progress=False)
     before = (tmp_path / "conversations.jsonl").read_text()
-    with pytest.raises(ValueError, match="holds the checkpoints of an earlier run"):
+    with pytest.raises(ValueError, match="holds the checkpoints and the prefix of an earlier run"):
         distill.distill(model, tokenizer, TEXT, tmp_path, dataclasses.replace(settings, seed=5), progress=False)
     with pytest.raises(ValueError, match=r"resume: rows\[0\] of .* is not of a run with this text"):
         distill.distill(model, tokenizer, TEXT + " More.", tmp_path, settings, resume=True, progress=False)
     assert (tmp_path / "conversations.jsonl").read_text() == before
     rows = [json.loads(line) for line in before.splitlines()]
     assert sum(row["held_out"] for row in rows) == round(0.2 * len(rows))  # and not drawn anew with another seed
+    distill.distill(model, tokenizer, TEXT + " More.", tmp_path, settings, overwrite=True, progress=False)
+    assert (tmp_path / "conversations.jsonl").read_text() != before
 
 
 def test_equal_conversations_are_one(tmp_path):

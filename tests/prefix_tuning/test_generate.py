@@ -1,5 +1,7 @@
 """Texts in batches are the texts that the model writes for each prompt alone."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
@@ -205,6 +207,33 @@ def test_conversations_go_through_the_template():
 def test_wrong_calls_raise(prompts, options, match):
     with pytest.raises(ValueError, match=match):
         generate_texts(tiny_model("llama"), tiny_tokenizer(), prompts, **options)
+
+
+@pytest.mark.parametrize("attached", (None, "prefix", "bank"))
+def test_a_table_of_positions_has_room_for_the_prompt_and_the_new_tokens(attached):
+    """To the last: the token behind which nothing is written needs no position."""
+    model, tokenizer = tiny_model("gpt2"), tiny_tokenizer()
+    prefix, options = random_prefix(model, 3), {"max_new_tokens": 5}
+    left = model.config.n_positions - 3 * (attached is not None)
+    if attached == "bank":
+        options["prefix_ids"] = [None, "a"]
+    prompts = ["Z" * 9, "Z" * (left - 4)]
+    with attach_prefix(model, prefix if attached == "prefix" else PrefixBank({"a": prefix})) if attached else nullcontext():
+        texts = generate_texts(model, tokenizer, prompts, **options)
+        longer = [prompts[0], "x" + prompts[1]]
+        message = rf"prompts\[1\]: its {left - 3} tokens and max_new_tokens 5 are more than the model's {left} positions"
+        with pytest.raises(ValueError, match=message + " behind the prefix;" * (attached is not None)):
+            generate_texts(model, tokenizer, longer, **options)
+        assert generate_texts(model, tokenizer, longer, cut_prompts=True, **options) == texts
+        with pytest.raises(ValueError, match="lower max_new_tokens"):
+            generate_texts(model, tokenizer, prompts, cut_prompts=True, **options | {"max_new_tokens": left + 1})
+
+
+def test_positions_that_are_computed_do_not_end():
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+    prompt = "Z" * (model.config.max_position_embeddings + 1)
+    texts = generate_texts(model, tokenizer, [prompt], max_new_tokens=2)
+    assert generate_texts(model, tokenizer, [prompt], max_new_tokens=2, cut_prompts=True) == texts
 
 
 def test_a_text_is_no_list_of_prompts():

@@ -27,7 +27,7 @@ KEYS = {
 
 def run(output, model=None, rows=ROWS, **changes):
     """train_prefix with small settings; (prefix, metrics). Options of its own among `changes` go to it."""
-    options = {name: changes.pop(name) for name in ("eval_rows", "resume", "progress") if name in changes}
+    options = {name: changes.pop(name) for name in ("eval_rows", "resume", "overwrite", "progress") if name in changes}
     defaults = {"prefix_len": 5, "hidden_size": 8, "steps": 4, "batch_size": 4}
     model = tiny_model("llama") if model is None else model
     return train_prefix(model, tiny_tokenizer(), rows, output, TrainSettings(**defaults | changes), **options)
@@ -198,13 +198,28 @@ def test_resuming(tmp_path, monkeypatch):
             assert torch.equal(tensor, expected)
 
 
+def test_a_prefix_that_diverged_is_not_written(tmp_path):
+    run(tmp_path)
+    before = (tmp_path / "prefix" / "prefix.safetensors").read_bytes()
+    model, options = tiny_model("llama"), {"learning_rate": 3e38, "max_grad_norm": 0.0, "reparametrization": "none"}
+    with pytest.raises(ValueError, match=r"learning_rate: with 3e\+38 the run diverged by step [1-4]; its prefix is"):
+        run(tmp_path, model, overwrite=True, **options)
+    assert (tmp_path / "prefix" / "prefix.safetensors").read_bytes() == before
+    assert not hasattr(model.model.layers[0].self_attn, "layer_prefix")
+
+
+def test_resuming_and_overwriting_at_once(tmp_path):
+    with pytest.raises(ValueError, match="resume: expected resume or overwrite, got both"):
+        run(tmp_path, resume=True, overwrite=True)
+
+
 def test_checkpoints_missing_or_in_the_way(tmp_path):
     with pytest.raises(ValueError, match="resume: .*new holds no checkpoint to go on from"):
         run(tmp_path / "new", resume=True)
     assert not (tmp_path / "new").exists()
     run(tmp_path, save_steps=2)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
-    with pytest.raises(ValueError, match="holds the checkpoints of an earlier run; resume that, or take another folder"):
+    with pytest.raises(ValueError, match="holds the checkpoints and the prefix of an earlier run; resume that, overwrite it"):
         run(tmp_path, save_steps=2)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
