@@ -1,4 +1,4 @@
-"""Where the packages and the command of the one distribution lie, and the build of csrc/; the rest is in pyproject.toml.
+"""Where the two import packages of the one distribution lie, and the build of csrc/; everything else is in pyproject.toml.
 
 PREFIX_KERNELS_BUILD says what is compiled, with CMake and ninja, into prefix_kernels/:
   auto  (default) _C.so, and _C_cuda.so where nvcc is found and torch has CUDA; what fails is left out with a warning
@@ -184,7 +184,6 @@ class BdistWheel(bdist_wheel):
 setup(
     package_dir={"prefix_kernels": "prefix_kernels", "prefix_tuning": "python/prefix_tuning"},
     packages=find_packages(include=["prefix_kernels", "prefix_kernels.*"]) + find_packages("python"),
-    py_modules=["prefix_tuning_command"],
     package_data={"": ["*.json"]},
     cmdclass={"build": Build, "build_ext": BuildExt, "bdist_wheel": BdistWheel},
 )

@@ -45,21 +45,13 @@ def test_installed_version_is_the_declared_one():
 
 def test_console_script_runs():
     (entry,) = importlib.metadata.entry_points(group="console_scripts", name="prefix-tuning")
-    assert entry.value == "prefix_tuning_command:main"
+    assert entry.value == "prefix_tuning.cli:main"
     script = shutil.which("prefix-tuning", path=Path(sys.executable).parent)
     assert script, f"no prefix-tuning beside {sys.executable}"
     shown = subprocess.run([script, "--help"], capture_output=True, text=True, timeout=120)
     assert shown.returncode == 0, shown.stderr
     for command in ("train", "evaluate", "generate", "doctor"):
         assert command in shown.stdout
-
-
-def test_an_interrupt_before_the_command_is_imported_is_one_line(tmp_path):
-    (tmp_path / "prefix_tuning").mkdir()
-    (tmp_path / "prefix_tuning" / "__init__.py").write_text("raise KeyboardInterrupt")
-    code = "import sys; from prefix_tuning_command import main; sys.exit(main())"
-    shown = run(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=f"{tmp_path}:{ROOT}")
-    assert (shown.returncode, shown.stdout) == (130, "\nprefix-tuning: interrupted\n")
 
 
 def fake_python(folder: Path, body: str) -> Path:

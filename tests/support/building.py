@@ -11,10 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("csrc", "prefix_kernels", "python", "tools")
-FILES = (
-    "setup.py", "pyproject.toml", "CMakeLists.txt", "MANIFEST.in", "README.md", "LICENSE", "CHANGELOG.md",
-    "prefix_tuning_command.py",
-)  # fmt: skip
+FILES = ("setup.py", "pyproject.toml", "CMakeLists.txt", "MANIFEST.in", "README.md", "LICENSE", "CHANGELOG.md")
 SET_BY_TESTS = ("PREFIX_KERNELS_BUILD", "PREFIX_KERNELS_BACKEND", "CMAKE_ARGS", "PYTHONPATH")
 NO_COMPILER = {"CXX": "/nonexistent/c++", "CUDACXX": "/nonexistent/nvcc"}
 
