@@ -33,7 +33,7 @@ from prefix_tuning.prefix import Prefix
 from prefix_tuning.recipe import TrainSettings, check_run, start_prefix, train_prefix
 from prefix_tuning.self_study import SourceText, answered, behind, common_prefix, questions, with_text
 from prefix_tuning.shapes import check_int
-from prefix_tuning.stacks import tokens_left
+from prefix_tuning.stacks import row_limit, tokens_left
 from prefix_tuning.task import Task, task_of
 from prefix_tuning.text_cache import evaluating
 
@@ -126,7 +126,7 @@ def distill(
         write_json_lines(file, rows)
     examples = teacher_examples(
         model, tokenizer, rows, source, top_k=settings.top_k, batch_size=settings.batch_size,
-        max_length=_longest_row(model, settings), progress=shown and "reading",
+        max_length=row_limit(model, settings.prefix_len, settings.max_length), progress=shown and "reading",
     )  # fmt: skip
     trained, measured = (
         [example for row, example in zip(rows, examples, strict=True) if row["held_out"] is out] for out in (False, True)
@@ -263,12 +263,6 @@ def _check_top_k(model: nn.Module, top_k: int) -> None:
     vocabulary = model.get_output_embeddings().weight.shape[0]
     if not 1 <= top_k < vocabulary:
         raise ValueError(f"top_k: expected 1 … {vocabulary - 1}, got {top_k}")
-
-
-def _longest_row(model: nn.Module, settings: DistillSettings) -> int | None:
-    """Tokens of a row behind the prefix: max_length, and at most what the model has positions for."""
-    limits = [limit for limit in (settings.max_length, tokens_left(model, settings.prefix_len)) if limit is not None]
-    return min(limits, default=None)
 
 
 def _probabilities(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:

@@ -9,16 +9,15 @@ from torch import nn
 from prefix_tuning.bank import PrefixBank
 from prefix_tuning.families import FAMILIES
 from prefix_tuning.multimodal_families import text_part
-from prefix_tuning.stacks import tokens_left
+from prefix_tuning.stacks import row_limit, tokens_left
 
 
 def longest_row(model: nn.Module, max_length: int | None) -> int | None:
     """max_length, or what there are positions for where that is less, as in training; None for any number."""
     try:
-        left = tokens_left(model, _offsets(model, None, 1)[0])
+        return row_limit(model, _offsets(model, None, 1)[0], max_length)
     except NotImplementedError:  # a plain model of a family that is not served
         return max_length
-    return min((limit for limit in (max_length, left) if limit is not None), default=None)
 
 
 def fitting(

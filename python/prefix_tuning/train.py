@@ -39,7 +39,7 @@ from prefix_tuning.packs import NEEDS_PADDING, Pack, current_pack, packed
 from prefix_tuning.padding_free import PaddingFreeCollator, allowed_by, asked_for, padding_free_collator, why_padded
 from prefix_tuning.prefix import Prefix
 from prefix_tuning.shapes import check_int, check_model
-from prefix_tuning.stacks import tokens_left
+from prefix_tuning.stacks import row_limit, tokens_left
 from prefix_tuning.task import Task, task_of
 
 logger = logging.getLogger(__name__)
@@ -461,9 +461,7 @@ def _max_length(model: PreTrainedModel, prefix: Prefix, max_length: int | None) 
     if max_length is not None:
         check_int("max_length", max_length, at_least=1)
     left = tokens_left(model, prefix.position_offset)
-    if left is None:
-        return max_length
-    if left < 1:
+    if left is not None and left < 1:
         most = text_part(model.config).max_position_embeddings
         raise ValueError(f"prefix: it takes {prefix.position_offset} of the model's {most} positions, which leaves none")
-    return left if max_length is None else min(max_length, left)
+    return row_limit(model, prefix.position_offset, max_length)

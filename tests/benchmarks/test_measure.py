@@ -20,6 +20,14 @@ def test_an_untimed_call_comes_first(monkeypatch):
     assert seen == [3, "clock", 0, "clock", 0, "clock", 1, "clock"]
 
 
+def test_each_way_is_warmed_up_on_every_set_that_often():
+    """A training step is recorded when its shape comes for the second time."""
+    for often, expected in ((0, []), (1, [0, 1, 0]), (2, [0, 1, 0, 1, 0])):
+        seen = []
+        measure.Comparison({"way": seen.append}, sets=2, warm_up=often, settles=False)
+        assert seen == expected
+
+
 def test_ways_are_timed_in_turn_over_all_input_sets():
     seen = []
     ways = {name: (lambda index, name=name: seen.append((name, index))) for name in ("rival", "ours")}

@@ -1,12 +1,13 @@
-"""CUDA graphs counted: recorded on a GPU, or emulated on the CPU."""
+"""CUDA graphs counted: recorded on a GPU, or emulated on the CPU. The command prefix-tuning in a folder."""
 
 import warnings
 
 import pytest
 from transformers import DynamicCache, GenerationMixin
 
-from prefix_tuning import cuda_graphs, graphed_decoding
+from prefix_tuning import cli, cuda_graphs, graphed_decoding
 from prefix_tuning.graphed_training import GraphedSteps
+from support import command
 from support.emulated_graphs import EmulatedGraph
 from support.generation import CACHE
 
@@ -57,3 +58,26 @@ def counted(monkeypatch):
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*cannot be recorded")
         yield count
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """With models, their tokenizers, prefixes, and one data file of each form."""
+    folder = tmp_path_factory.mktemp("cli")
+    command.fill(folder)
+    return folder
+
+
+@pytest.fixture
+def run(folder, capsys, monkeypatch):
+    """Runs the command in that folder; (status, stdout, stderr)."""
+    monkeypatch.chdir(folder)
+
+    def run(*arguments):
+        try:
+            status = cli.main([str(argument) for argument in arguments])
+        except SystemExit as end:
+            status = end.code
+        return status, *capsys.readouterr()
+
+    return run
