@@ -74,11 +74,11 @@ class Attachment:
         self._layers = {
             part: [
                 LayerPrefix(
-                    prefix, backend, slides, warned, execution_device(module), stack.query_scale,
+                    prefix, backend, slides, warned, stack.query_scale,
                     relative=stack.positions == "relative" and part == stack.self_attention,
                     first_position=stack.first_position,
                 )  # fmt: skip
-                for module in modules
+                for _ in modules
             ]
             for stack in self.stacks
             for part, modules in stack.attention.items()
@@ -214,16 +214,16 @@ class Attachment:
 
     def _hold(self, part: str, pairs: Layers) -> None:
         for layer, (key, value) in zip(self._layers[part], pairs, strict=True):
-            layer.key, layer.value = key.to(layer.device), value.to(layer.device)
+            layer.key, layer.value = key, value
 
     def _empty_the_rest(self) -> None:
         """Attention modules beside a prefix's, without a part of their own, get no columns: they run as they did."""
-        shapes = part_shapes(self.model.config)
+        shapes, held = part_shapes(self.model.config), self._layers[self._parts[0]][0].key
         for part in self._layers.keys() - set(self._parts):
             shape, dtype = shapes[part], self.model.dtype
             for layer in self._layers[part]:
                 layer.key, layer.value = (
-                    _no_columns(shape.kv_heads, dim, dtype, layer.device) for dim in (shape.head_dim, shape.value_dim)
+                    _no_columns(shape.kv_heads, dim, dtype, held.device) for dim in (shape.head_dim, shape.value_dim)
                 )
 
     def _rounds(self) -> bool:
@@ -237,7 +237,8 @@ class Attachment:
         if self._rounds():
             dtype = self.model.dtype
             for part in parts:
-                if part not in self._rounded or self._rounded[part][0][0].dtype != dtype:
+                rounded, exact = self._rounded.get(part, ([], []))
+                if not rounded or (rounded[0].dtype, rounded[0].device) != (dtype, exact[0].device):
                     exact = [tensor for pair in self.prefix.layers(part) for tensor in pair]
                     with torch.inference_mode(False):  # else they could not be written again outside of that mode
                         rounded = [torch.empty_like(tensor, dtype=dtype) for tensor in exact]

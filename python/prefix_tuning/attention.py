@@ -26,14 +26,13 @@ class LayerPrefix:
     """
 
     def __init__(
-        self, prefix: Any, backend: str | None, slides: bool, warned: set[str], device: torch.device,
-        query_scale: Callable | None = None, relative: bool = False, first_position: int = 0,
+        self, prefix: Any, backend: str | None, slides: bool, warned: set[str], query_scale: Callable | None = None,
+        relative: bool = False, first_position: int = 0,
     ):  # fmt: skip
         self.prefix = prefix  # whose keys and values these are
         self.backend = backend
         self.slides = slides
         self.warned = warned  # of what, one set for all layers of a model
-        self.device = device  # where the layer computes
         self.query_scale = query_scale  # of the family
         self.relative = relative  # positions are a bias by distance, which has columns for the prefix too
         self.first_position = first_position  # of a sequence without a prefix
@@ -96,6 +95,8 @@ def prefix_attention_forward(
         factor = layer.query_scale(module, indices, layer.offset(prefix_ids))
         query = query if factor is None else (query * factor[:, None, :, None]).to(query.dtype)
     prefix_key, prefix_value, dtype = layer.key, layer.value, query.dtype
+    if prefix_key.device != query.device:  # of one MLP for layers in several places, or of no columns, which nobody moves
+        prefix_key, prefix_value = prefix_key.to(query.device), prefix_value.to(query.device)
     if prefix_key.dtype is not dtype and (prefix_key.dtype is not torch.float32 or dtype is torch.float64):
         prefix_key, prefix_value = prefix_key.to(dtype), prefix_value.to(dtype)
     if layer.relative:

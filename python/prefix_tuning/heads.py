@@ -17,8 +17,8 @@ Heads = dict[str, dict[str, Tensor]]  # path of a module in the model -> name of
 HEAD_NAMES = ("classifier", "score", "qa_outputs", "classification_head")
 
 
-def head_parameters(model: nn.Module, modules_to_save: Sequence[str] | None) -> Heads:
-    """Copies of the parameters of the modules that are to be trained with a prefix.
+def head_parameters(model: nn.Module, modules_to_save: Sequence[str] | None, dtype: torch.dtype) -> Heads:
+    """Copies, in `dtype`, of the parameters of the modules that are to be trained with a prefix.
 
     modules_to_save: names or paths of modules; None: the model's own children with a name that ends in one of HEAD_NAMES.
 
@@ -40,7 +40,11 @@ def head_parameters(model: nn.Module, modules_to_save: Sequence[str] | None) -> 
     shared = next((names[key] for key in own if len(names[key]) > 1), None)
     if shared is not None:
         raise NotImplementedError(f"modules_to_save: {' and '.join(shared)} are one tensor and cannot be trained apart")
-    return {path: {name: value.detach().clone() for name, value in found.items()} for path, found in heads.items() if found}
+    return {
+        path: {name: value.detach().to(dtype, copy=True) for name, value in found.items()}
+        for path, found in heads.items()
+        if found
+    }
 
 
 def check_heads_fit(model: nn.Module, heads: Mapping[str, Mapping[str, Tensor]]) -> None:
@@ -61,13 +65,15 @@ class AttachedHeads:
     def __init__(self, model: nn.Module, heads: Mapping[str, Mapping[str, nn.Parameter]]):
         self._model, self._heads = model, heads
         self._replaced: list[tuple[nn.Module, str, nn.Parameter]] = []
+        self._places: dict[nn.Module, torch.device] = {}  # of each head's parameters when they were inserted
         self._hooks: list[RemovableHandle] = []
         self.insert()
 
     def insert(self) -> None:
+        self._dtype = self._model.dtype
         for path, parameters in self._heads.items():
             head = self._model.get_submodule(path)
-            device = execution_device(head)
+            device = self._places[head] = execution_device(head)
             for name, parameter in parameters.items():
                 *inner, leaf = name.split(".")
                 module = head.get_submodule(".".join(inner))
@@ -78,11 +84,18 @@ class AttachedHeads:
             self._hooks.append(head.register_forward_pre_hook(partial(_cast_inputs, first), with_kwargs=True))
 
     def remove(self) -> None:
+        """The model's own again: where the model is by now and in its dtype, if it was moved or converted meanwhile."""
         for hook in self._hooks:
             hook.remove()
+        places, dtype = {head: next(head.parameters()).device for head in self._places}, self._model.dtype
         for module, leaf, parameter in self._replaced:
             module._parameters[leaf] = parameter
-        self._hooks, self._replaced = [], []
+        for head, device in places.items():
+            if device != self._places[head]:
+                head.to(device)
+            if dtype != self._dtype:
+                head.to(dtype)
+        self._hooks, self._replaced, self._places = [], [], {}
 
 
 def _paths(model: nn.Module, name: str) -> Iterable[str]:

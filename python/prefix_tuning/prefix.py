@@ -172,7 +172,8 @@ class Prefix(nn.Module):
                     mlp.fit(source[part])
             source = mlps
         offset = 0 if "cross" in part_shapes(model.config) else prefix_len
-        heads = head_parameters(model, modules_to_save)
+        of_text = init == "text" and reparametrization is None
+        heads = head_parameters(model, modules_to_save, model.dtype if of_text else torch.float32)
         return cls(source, heads=heads, position_offset=offset, base_model=_name_of(model)).to(device, dtype)
 
     @classmethod

@@ -163,6 +163,14 @@ def test_a_causal_models_score_is_a_head(tmp_path):
     assert not Prefix.for_model(language_model, PREFIX_LEN).heads
 
 
+@pytest.mark.parametrize("options", ({}, {"reparametrization": "mlp"}, {"init": "text", "text": "pub"}), ids=str)
+def test_a_prefix_made_for_a_model_of_16_bit_has_a_head_of_its_own_dtype(options):
+    model = tiny_encoder("bert").bfloat16()
+    prefix = Prefix.for_model(model, PREFIX_LEN, tokenizer=tiny_tokenizer(), seed=0, **options)
+    assert prefix.heads and {parameter.dtype for parameter in prefix.parameters()} == {torch.float32}
+    assert torch.equal(prefix.heads["classifier"]["weight"], model.classifier.weight.float())
+
+
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
 def test_float32_heads_behind_models_of_16_bit(dtype):
     for family in ("bert", "roberta", "modernbert"):

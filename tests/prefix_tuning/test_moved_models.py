@@ -1,0 +1,90 @@
+"""A model that is moved or converted while a prefix is attached, as Trainer moves one; "meta" stands for a GPU."""
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+
+from prefix_tuning import Prefix, PrefixedModel, accelerate_peft, attach_prefix
+from prefix_tuning.attach import Attachment
+from support.encoder_decoders import tiny_encoder_decoder
+from support.encoders import inputs_of, logits_of, tiny_encoder
+from support.models import random_prefix, tiny_model
+from support.peft_models import peft_model
+
+PREFIX_LEN = 5
+
+
+@pytest.fixture(autouse=True)
+def no_autocast(monkeypatch):
+    monkeypatch.setattr(torch, "autocast", lambda *args, **options: nullcontext())  # torch has none for "meta"
+
+
+@pytest.fixture
+def parameters_stay_the_same():
+    """As they do on the way to a GPU; otherwise torch makes new ones for "meta"."""
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    yield
+    torch.__future__.set_swap_module_params_on_conversion(False)
+
+
+def tokens():
+    return torch.ones(2, 4, dtype=torch.long, device="meta")
+
+
+def moved(model, prefix):
+    attachment = attach_prefix(model, prefix)
+    PrefixedModel(model, prefix).to("meta")
+    return attachment
+
+
+@pytest.mark.parametrize("reparametrization", (None, "mlp"))
+def test_the_prefix_is_where_the_model_is(reparametrization):
+    model = tiny_model("llama")
+    prefix = Prefix.for_model(model, PREFIX_LEN, reparametrization=reparametrization, seed=0)
+    with moved(model, prefix):
+        assert model(input_ids=tokens()).logits.is_meta
+
+
+def test_attention_beside_a_prefix_is_where_the_model_is():
+    model = tiny_encoder_decoder("bart")
+    with moved(model, random_prefix(model, PREFIX_LEN, parts=("decoder",))):
+        assert model(input_ids=tokens(), decoder_input_ids=tokens()).logits.is_meta
+
+
+def test_a_rounded_prefix_is_where_the_model_is(monkeypatch, parameters_stay_the_same):
+    monkeypatch.setattr(Attachment, "_rounds", lambda self: not torch.is_grad_enabled())
+    model = tiny_model("llama").bfloat16()
+    prefix = random_prefix(tiny_model("llama"), PREFIX_LEN)
+    attachment = attach_prefix(model, prefix)
+    with attachment, torch.no_grad():
+        model(input_ids=torch.ones(2, 4, dtype=torch.long))
+        PrefixedModel(model, prefix).to("meta")
+        assert model(input_ids=tokens()).logits.is_meta
+        held = attachment._layers["decoder"][0].key
+        assert held.is_meta and held.dtype == torch.bfloat16
+
+
+def test_a_peft_model_that_is_moved():
+    pytest.importorskip("peft")
+    model = accelerate_peft(peft_model(tiny_model("llama"), PREFIX_LEN)).to("meta")
+    assert model(input_ids=tokens(), attention_mask=tokens()).logits.is_meta
+
+
+def test_the_models_own_head_comes_along():
+    model = tiny_encoder("bert")
+    moved(model, Prefix.for_model(model, PREFIX_LEN)).detach()
+    assert all(parameter.is_meta for parameter in model.parameters())
+
+
+def test_the_models_own_head_has_the_models_dtype():
+    """Not the dtype of the head in its place, which is float32 beside 16 bit."""
+    model = tiny_encoder("bert").bfloat16()
+    inputs, prefix = inputs_of(model), Prefix.for_model(model, PREFIX_LEN)
+    with attach_prefix(model, prefix):
+        assert {parameter.dtype for parameter in model.classifier.parameters()} == {torch.float32}
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    with attach_prefix(model, prefix):
+        model.float()
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert logits_of(model(**inputs)).isfinite().all()
