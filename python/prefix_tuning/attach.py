@@ -30,7 +30,7 @@ from prefix_tuning.heads import AttachedHeads
 from prefix_tuning.multimodal_families import text_part
 from prefix_tuning.own_cache import OwnCache
 from prefix_tuning.patched_attention import replacement
-from prefix_tuning.positions import check_learned_positions, new_tokens, sequence_positions, shift_embeddings
+from prefix_tuning.positions import cache_of, check_learned_positions, new_tokens, sequence_positions, shift_embeddings
 from prefix_tuning.prefix import Prefix
 from prefix_tuning.prefix_ids import BANK_DEFAULT, PrefixIdsArgument, row_ids
 from prefix_tuning.relative_bias import prefix_bias
@@ -255,7 +255,7 @@ class Attachment:
         if self._hidden:
             return None
         kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
-        mask, cache = kwargs.get("attention_mask"), kwargs.get("cache", kwargs.get("past_key_values"))
+        mask, cache = kwargs.get("attention_mask"), cache_of(kwargs)
         # Without its argument for the mask PEFT's prefix makes attention causal, and so does ours in its place.
         asked_for = stack.mask_argument if isinstance(self.prefix, (Prefix, PrefixBank)) else None
         begins = (cache is None or not cache.is_initialized) and new_tokens(kwargs).shape[1] > 1

@@ -17,6 +17,7 @@ from transformers.models.falcon.modeling_falcon import apply_rotary_pos_emb
 
 from prefix_tuning.attention import prefix_attention_forward
 from prefix_tuning.masks import MaskStructure, dense_structure
+from prefix_tuning.positions import cache_of
 
 
 def bloom_forward(module, hidden_states, residual, alibi, attention_mask, layer_past=None, **kwargs):
@@ -51,7 +52,7 @@ def falcon_forward(
 
 
 def mpt_forward(module, hidden_states, position_bias, attention_mask=None, **kwargs):
-    cache = kwargs.get("cache", kwargs.get("past_key_values"))  # renamed in transformers 5.24
+    cache = cache_of(kwargs)
     qkv = module.Wqkv(hidden_states)
     if module.clip_qkv:
         qkv = qkv.clamp(min=-module.clip_qkv, max=module.clip_qkv)

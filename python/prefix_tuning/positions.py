@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,19 +22,27 @@ def new_tokens(arguments: dict) -> Tensor:
     return tokens
 
 
+def cache_of(arguments: dict) -> Any:
+    """The cache of a call, None for none."""
+    return arguments.get("cache", arguments.get("past_key_values"))  # renamed in transformers 5.24
+
+
 def sequence_positions(arguments: dict) -> Tensor:
     """Positions of the new tokens in their sequence, without the prefix: [batch or 1, q_len].
 
-    With a 2-D attention mask, padding takes no position: cumsum(mask) − 1 over cache and input, not below 0. Without one,
-    counting starts at the cache's length.
+    With a 2-D attention mask, padding takes no position: cumsum(mask) − 1 over cache and input, not below 0. Such a mask may
+    be as long as a static cache, with columns for tokens to come. Without one, counting starts at the cache's length.
     """
-    tokens = new_tokens(arguments)
+    tokens, cache = new_tokens(arguments), cache_of(arguments)
     q_len, mask = tokens.shape[1], arguments.get("attention_mask")
-    if isinstance(mask, Tensor) and mask.dim() == 2:
-        return (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -q_len:].to(tokens.device)
-    cache = arguments.get("cache", arguments.get("past_key_values"))
-    seen = 0 if cache is None else cache.get_seq_length()
-    return (torch.arange(q_len, device=tokens.device) + seen)[None]
+    seen = 0 if cache is None else cache.get_seq_length()  # a static one's is a tensor
+    if not (isinstance(mask, Tensor) and mask.dim() == 2):
+        return (torch.arange(q_len, device=tokens.device) + seen)[None]
+    positions, last = (mask.long().cumsum(-1) - 1).clamp(min=0).to(tokens.device), mask.shape[1] - q_len
+    if isinstance(seen, Tensor):
+        return positions[:, torch.arange(q_len, device=tokens.device) + seen.clamp(max=last)]
+    begin = max(0, min(seen, last))
+    return positions[:, begin : begin + q_len]
 
 
 def check_learned_positions(positions: Tensor, table: int) -> None:

@@ -7,7 +7,7 @@ import warnings
 import torch
 from torch import Tensor, nn
 
-from prefix_tuning.positions import new_tokens
+from prefix_tuning.positions import cache_of, new_tokens
 
 
 def prefix_bias(attention: nn.Module, arguments: dict, prefix_len: int) -> Tensor:
@@ -22,7 +22,7 @@ def prefix_bias(attention: nn.Module, arguments: dict, prefix_len: int) -> Tenso
     table = attention.relative_attention_bias
     if table.weight.requires_grad and torch.is_grad_enabled():
         _warn_no_gradient()
-    cache = arguments.get("cache", arguments.get("past_key_values"))
+    cache = cache_of(arguments)
     seen = 0 if cache is None else cache.get_seq_length()
     columns = torch.arange(-prefix_len, 0, device=table.weight.device)
     queries = (torch.arange(new_tokens(arguments).shape[1], device=table.weight.device) + seen)[None]

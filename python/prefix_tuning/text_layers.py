@@ -12,7 +12,7 @@ from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
 from prefix_tuning.shapes import Layers
 from prefix_tuning.stacks import stacks
-from prefix_tuning.text_cache import checked_ids
+from prefix_tuning.text_cache import checked_ids, evaluating
 
 RECORDING = "prefix_tuning_recording"
 
@@ -30,20 +30,17 @@ def computed_layers(model: nn.Module, input_ids: Sequence[int]) -> dict[str, Lay
     arguments = {"input_ids": ids} if len(every) == 1 else {"input_ids": ids, "decoder_input_ids": ids, "use_cache": False}
     configs = {id(m.config): m.config for m in model.modules() if isinstance(getattr(m, "config", None), PreTrainedConfig)}
     before = {config_id: config._attn_implementation for config_id, config in configs.items()}
-    modes = {module: module.training for module in model.modules()}
     modules = {part: found for stack in every for part, found in stack.attention.items()}
-    model.eval()
     try:
         for config in configs.values():
             config._attn_implementation = RECORDING
-        with torch.no_grad():
+        with torch.no_grad(), evaluating(model):
             model.base_model(**arguments, return_dict=True)
         return {part: [module.recorded for module in found] for part, found in modules.items()}
     finally:
         for config_id, config in configs.items():
             config._attn_implementation = before[config_id]
-        for module, mode in modes.items():
-            module.training = mode
+        for module in model.modules():
             vars(module).pop("recorded", None)
 
 

@@ -8,6 +8,7 @@ from transformers import CompileConfig, DynamicCache, LlamaForCausalLM, StaticCa
 
 from prefix_tuning import PrefixBank, attach_prefix
 from prefix_tuning.masks import mask_structure
+from support.image_text import tiny_wrapper
 from support.models import random_prefix, tiny_model
 
 PREFIX_LEN = 5
@@ -107,6 +108,29 @@ def test_a_turn_of_new_tokens_alone(model, kind, static):
         new = whole[:, cache.get_seq_length() :]
         got = model.generate(input_ids=new, attention_mask=mask, **{CACHE: cache}, **options)
     assert new.shape[1] == 4 and torch.equal(got[:, 4:], expected[:, whole.shape[1] :])
+
+
+@pytest.mark.parametrize("kind", WITH_BANK)
+@pytest.mark.parametrize("cache", (DynamicCache, StaticCache))
+@pytest.mark.parametrize("name", ("gpt2", "llama", "mistral", "gemma3", "gemma3 with a tower", "llava with a tower"))
+def test_a_mask_with_columns_for_tokens_to_come(name, cache, kind):
+    """As long as a static cache from the start, so that nothing changes its shape: what is to come takes no position."""
+    family, tower = name.split()[0], name.endswith("tower")
+    model = tiny_wrapper(family) if tower else tiny_model(family)
+    input_ids, mask, logits = ids(), torch.ones(2, 16, dtype=torch.long), {}
+    mask[0, :3] = 0
+    attachment, given = attach(model, kind)
+    with attachment, torch.no_grad():
+        for longest in (False, True):
+            made = cache(config=model.config) if cache is DynamicCache else cache(config=model.config, max_cache_len=16)
+            pieces, end = [], 0
+            for piece in input_ids.split((4, 1, 2), 1):
+                end += piece.shape[1]
+                seen = mask if longest else mask[:, :end]
+                pieces.append(model(input_ids=piece, attention_mask=seen, **{CACHE: made}, **given(2)).logits)
+            logits[longest] = torch.cat(pieces, 1)
+    real = mask[:, :7].bool()
+    torch.testing.assert_close(logits[True][real], logits[False][real], atol=2e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("kind", WITH_BANK)
