@@ -7,9 +7,8 @@ with a static cache on a GPU replays its steps.
 
 from __future__ import annotations
 
-import copy
 import inspect
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from types import TracebackType
@@ -18,16 +17,15 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers import PreTrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from prefix_tuning.attached_configs import AttachedConfigs
 from prefix_tuning.attention import ATTENTION_NAME, LayerPrefix
 from prefix_tuning.bank import PrefixBank
 from prefix_tuning.devices import execution_device
 from prefix_tuning.families import family_of
 from prefix_tuning.graphed_decoding import GraphedDecoding
 from prefix_tuning.heads import AttachedHeads
-from prefix_tuning.multimodal_families import text_part
 from prefix_tuning.own_cache import OwnCache
 from prefix_tuning.patched_attention import replacement
 from prefix_tuning.positions import cache_of, check_learned_positions, new_tokens, sequence_positions, shift_embeddings
@@ -85,8 +83,23 @@ class Attachment:
         }
         replaced = {m: replacement(m) for stack in self.stacks for modules in stack.attention.values() for m in modules}
         self._hidden: list[tuple[LayerPrefix, tuple]] = []  # what each layer holds again when the prefix is switched on
-        self._configs = _replace_configs(model, self.stacks, [stack for stack in every if stack not in self.stacks])
+        self._configs = AttachedConfigs(model, self.stacks, [stack for stack in every if stack not in self.stacks])
+        self._heads = AttachedHeads(model, prefix.heads) if isinstance(prefix, Prefix) else None
         self._changed: list[tuple[nn.Module, str, dict[str, Any]]] = []
+        self._hooks: list[RemovableHandle] = []
+        # By part what the layers hold, where that is rounded to the model's dtype, and what it is rounded from.
+        self._rounded: dict[str, tuple[list[Tensor], list[Tensor]]] = {}
+        self._generation = None  # of the bank's tensors that the layers hold
+        self._argument: PrefixIdsArgument | None = None
+        self._decoding = GraphedDecoding(model, slides, self._recorded_state) if hasattr(model, "generate") else None
+        try:
+            self._attach(replaced)
+        except BaseException:
+            self._undo()
+            raise
+
+    def _attach(self, replaced: Mapping[nn.Module, Mapping[str, Any]]) -> None:
+        self._configs.insert()
         for stack in self.stacks:
             for part, modules in stack.attention.items():
                 for module, layer in zip(modules, self._layers[part], strict=True):
@@ -94,31 +107,29 @@ class Attachment:
             for module, source in stack.shared.items():
                 self._change(module, layer_prefix=source.layer_prefix)
             self._change(stack.module, **stack.while_attached)
-        self._decoding = GraphedDecoding(model, slides, self._recorded_state) if hasattr(model, "generate") else None
         if self._decoding is not None:
-            self._change(model, get_compiled_call=self._decoding, _prepare_cache_for_generation=OwnCache(model))
-        self._hooks = [hook for stack in self.stacks for hook in self._hooks_of(stack)]
-        self._hooks += [
-            shift_embeddings(stack.module.embed_positions, self._offset)
-            for stack in self.stacks
-            if stack.positions == "embeddings" and stack.self_attention in self._parts
-        ]
-        # By part what the layers hold, where that is rounded to the model's dtype, and what it is rounded from.
-        self._rounded: dict[str, tuple[list[Tensor], list[Tensor]]] = {}
-        self._generation = None  # of the bank's tensors that the layers hold
-        self._argument = None if self._bank is None else PrefixIdsArgument(model, self.stacks[0].module, self._bank)
+            self._change(self.model, get_compiled_call=self._decoding, _prepare_cache_for_generation=OwnCache(self.model))
+        for stack in self.stacks:
+            self._hooks += self._hooks_of(stack)
+            if stack.positions == "embeddings" and stack.self_attention in self._parts:
+                self._hooks.append(shift_embeddings(stack.module.embed_positions, self._offset))
         if self._bank is None:
             self._refresh(self._parts)
             self._empty_the_rest()
-        self._heads = AttachedHeads(model, prefix.heads) if isinstance(prefix, Prefix) else None
+        else:
+            self._argument = PrefixIdsArgument(self.model, self.stacks[0].module, self._bank)
+        if self._heads is not None:
+            self._heads.insert()
 
     def detach(self) -> None:
         """Put the model back as it was. Calling it again does nothing.
 
         Under gradient checkpointing call backward() before: it recomputes the layers as they then are.
         """
-        if not self._hooks:
-            return
+        if self._hooks:
+            self._undo()
+
+    def _undo(self) -> None:
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
@@ -129,8 +140,7 @@ class Attachment:
         for module, name, before in reversed(self._changed):
             delattr(module, name)
             vars(module).update(before)
-        for module, config in self._configs:
-            module.config = config
+        self._configs.remove()
 
     @property
     def switched_off(self) -> bool:
@@ -274,7 +284,8 @@ class Attachment:
     ) -> tuple[tuple, dict]:
         """Shift the positions behind the prefix; evaluate a reparametrisation, once."""
         kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
-        if kwargs.get("output_attentions") or module.config.output_attentions:
+        asked = kwargs.get("output_attentions")
+        if module.config.output_attentions if asked is None else asked:
             raise NotImplementedError("output_attentions: attention weights are never built; detach the prefix to see them")
         _check_checkpointing(first_layer)
         if module.config._attn_implementation != ATTENTION_NAME:
@@ -346,30 +357,6 @@ def _check_checkpointing(layer: nn.Module) -> None:
 
 def _argument_names(module: nn.Module) -> list[str]:
     return list(inspect.signature(type(module).forward).parameters)[1:]
-
-
-def _replace_configs(
-    model: nn.Module, attached: Sequence[Stack], untouched: Sequence[Stack]
-) -> list[tuple[nn.Module, PreTrainedConfig]]:
-    """Give the modules in attached stacks and around them copies of their configs that name our attention.
-
-    Another model may share the old ones. What stays as it is keeps its own: other stacks, towers for images. The model's own
-    config stands for its decoder or its text model. Returns each module with its old config.
-    """
-    changed = {module for stack in attached for module in stack.module.modules()}
-    if not any("decoder" in stack.attention for stack in untouched):
-        changed |= {module for module in model.modules() if not changed.isdisjoint(module.modules())}
-    before = [
-        (module, module.config)
-        for module in model.modules()
-        if module in changed and isinstance(getattr(module, "config", None), PreTrainedConfig)
-    ]
-    copies: dict[int, Any] = {}
-    for module, config in before:
-        module.config = copy.deepcopy(config, copies)
-        within = {} if text_part(config) is config else {"": ATTENTION_NAME, "text_config": ATTENTION_NAME}
-        module.config._attn_implementation = within or ATTENTION_NAME
-    return before
 
 
 def attach_prefix(

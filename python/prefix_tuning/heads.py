@@ -60,14 +60,13 @@ def check_heads_fit(model: nn.Module, heads: Mapping[str, Mapping[str, Tensor]])
 
 
 class AttachedHeads:
-    """The heads' parameters in place of the model's own, until remove(). What enters a head takes on the head's dtype."""
+    """The heads' parameters in place of the model's own, from insert() to remove(). What enters a head takes on its dtype."""
 
     def __init__(self, model: nn.Module, heads: Mapping[str, Mapping[str, nn.Parameter]]):
         self._model, self._heads = model, heads
         self._replaced: list[tuple[nn.Module, str, nn.Parameter]] = []
         self._places: dict[nn.Module, torch.device] = {}  # of each head's parameters when they were inserted
         self._hooks: list[RemovableHandle] = []
-        self.insert()
 
     def insert(self) -> None:
         self._dtype = self._model.dtype

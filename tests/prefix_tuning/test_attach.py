@@ -7,11 +7,13 @@ import pytest
 import torch
 from transformers import StaticCache
 
-from prefix_tuning import Prefix, attach_prefix
+from prefix_tuning import Prefix, PrefixBank, attach_prefix
 from prefix_tuning.attach import Attachment
 from support.capabilities import ids
 from support.checkpointing import enable_checkpointing
+from support.encoder_decoders import tiny_encoder_decoder
 from support.generation import attach
+from support.image_text import tiny_wrapper
 from support.models import FAMILIES, random_prefix, tiny_model
 from support.reference import PastKeyValues
 
@@ -168,6 +170,59 @@ def test_a_second_model_on_the_same_config_is_untouched():
         assert list(model.state_dict()) == state
         assert other.config._attn_implementation == "sdpa"
         assert torch.equal(other(input_ids=ids()).logits, before)
+
+
+@pytest.mark.parametrize("name", ("llama", "gemma3 with a tower", "t5gemma"))
+def test_changes_of_the_config_outlast_the_prefix(name):
+    """Save for our attention's name."""
+    family, wrapped = name.split()[0], name.endswith("tower")
+    make = tiny_wrapper if wrapped else tiny_encoder_decoder if family == "t5gemma" else tiny_model
+    model = make(family)
+    before, inner = copy.deepcopy(model.config), model.config.get_text_config(decoder=True)
+    with attach_prefix(model, random_prefix(model, PREFIX_LEN)):
+        model.config.get_text_config(decoder=True).vocab_size = 131
+        model.config.extra = "new"
+    assert model.config.get_text_config(decoder=True) is inner and inner.vocab_size == 131
+    inner.vocab_size = before.get_text_config(decoder=True).vocab_size
+    assert vars(model.config).pop("extra") == "new" and model.config.to_dict() == before.to_dict()
+    assert model.config._attn_implementation == before._attn_implementation
+
+
+def test_embeddings_that_are_resized_meanwhile():
+    model = tiny_model("llama")
+    with attach_prefix(model, random_prefix(model, PREFIX_LEN)):
+        model.resize_token_embeddings(140)
+    assert model.config.vocab_size == model.lm_head.out_features == 140
+
+
+@pytest.mark.parametrize("failing", ("PrefixIdsArgument", "shift_embeddings", "Attachment._refresh", "AttachedHeads.insert"))
+def test_where_attaching_fails_the_model_is_as_it_was(failing, monkeypatch):
+    model = tiny_encoder_decoder("bart") if failing == "shift_embeddings" else tiny_model("gpt2")
+    prefix = random_prefix(model, PREFIX_LEN, modules_to_save=["ln_f"] if failing == "AttachedHeads.insert" else None)
+    prefix = PrefixBank({"a": prefix}) if failing == "PrefixIdsArgument" else prefix
+    own = [(module, dict(vars(module)), set(module._forward_pre_hooks)) for module in model.modules()]
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(f"prefix_tuning.attach.{failing}", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            attach_prefix(model, prefix)
+    for module, attributes, hooks in own:
+        assert vars(module).keys() == attributes.keys() and set(module._forward_pre_hooks) == hooks
+        assert all(vars(module)[name] is value for name, value in attributes.items())
+    attach_prefix(model, prefix).detach()
+
+
+def test_attention_weights_are_refused_where_they_are_asked_for():
+    model = tiny_model("llama")
+    model.config._attn_implementation = "eager"
+    model.config.output_attentions = True
+    with attach_prefix(model, random_prefix(model, PREFIX_LEN)):
+        with pytest.raises(NotImplementedError, match="output_attentions"):
+            model(input_ids=ids())
+        assert model(input_ids=ids(), output_attentions=False).attentions is None
 
 
 def test_dropout_is_not_applied_and_said_so():
