@@ -31,9 +31,9 @@ from prefix_tuning.files import check_writable, write_json_lines
 from prefix_tuning.loss import distillation_loss, logits_at, targets_of
 from prefix_tuning.prefix import Prefix
 from prefix_tuning.recipe import TrainSettings, check_run, start_prefix, train_prefix
+from prefix_tuning.row_limits import row_limit, tokens_left
 from prefix_tuning.self_study import SourceText, answered, behind, common_prefix, questions, with_text
 from prefix_tuning.shapes import check_int
-from prefix_tuning.stacks import row_limit, tokens_left
 from prefix_tuning.task import Task, task_of
 from prefix_tuning.text_cache import evaluating
 

@@ -20,7 +20,7 @@ from prefix_tuning.e2e import (
 )
 from prefix_tuning.generate import Prompt, first_line, generate_texts
 from prefix_tuning.loss import encoder_decoder_loss, target_loss
-from prefix_tuning.room import longest_row
+from prefix_tuning.row_limits import longest_row
 from prefix_tuning.shapes import check_int
 from prefix_tuning.task import Task, task_of
 

@@ -16,7 +16,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase, StaticCache
 from prefix_tuning.graphed_decoding import GraphedDecoding, graphed
 from prefix_tuning.own_cache import CACHE, LEAST_REPLAYED
 from prefix_tuning.prompts import encode_prompt
-from prefix_tuning.room import fitting
+from prefix_tuning.row_limits import fitting, pair_limits
 from prefix_tuning.task import Task, task_of
 
 Prompt = str | Sequence[Mapping[str, Any]]
@@ -41,16 +41,20 @@ def generate_texts(
         prompts: texts, or conversations up to the answer (through the tokenizer's chat template), which encoder-decoders
             do not take.
         special_tokens: whether texts get the tokenizer's beginning of a text; not where a prefix made of a text has it.
-        cut_prompts: whether prompts of causal models lose their beginning where they would not fit, as in training.
+        cut_prompts: whether prompts that would not fit are cut, as in training: a causal model's at their beginning, an
+            encoder's where the tokenizer truncates.
         generation: as for `generate_ids`.
 
     Raises TypeError for a text in place of a list of prompts, ValueError for a prompt without tokens, numbers out of range and
-    a prompt that does not fit: a table of positions must have room for prefix, prompt and max_new_tokens.
+    a prompt that does not fit: a table of positions must have room for prefix, prompt and max_new_tokens, in an
+    encoder-decoder the encoder's for the prompt and the decoder's for max_new_tokens.
     """
     if isinstance(prompts, str):
         raise TypeError(f"prompts: expected a list of texts or conversations, got the text {prompts!r}")
     if task_of(model) is Task.ENCODER_DECODER:
-        encoded = [list(tokenizer(_text(prompt), add_special_tokens=special_tokens)["input_ids"]) for prompt in prompts]
+        limit = pair_limits(model)[0] if cut_prompts else None
+        cut = {"truncation": True, "max_length": limit} if limit is not None and limit > 0 else {}
+        encoded = [list(tokenizer(_text(prompt), add_special_tokens=special_tokens, **cut)["input_ids"]) for prompt in prompts]
     else:
         encoded = [encode_prompt(prompt, tokenizer, special_tokens=special_tokens) for prompt in prompts]
     empty = next((i for i, ids in enumerate(encoded) if not ids), None)
@@ -90,8 +94,8 @@ def generate_ids(
         batch_size: prompts of similar length are run together.
         num_beams: above 1, beam search.
         sample, temperature, top_p: draw tokens instead of taking the likeliest. Nothing else bends the distribution: of the
-            model's generation config only the end-of-text tokens, those that open an encoder-decoder's text and the kind of
-            cache count.
+            model's generation config only the end-of-text tokens, those that open an encoder-decoder's text or must not be in
+            it (Marian's padding, say) and the kind of cache count.
         seed: of the drawing; None draws from torch's generator.
         progress: title of a progress bar on stderr, or a bar to move; None for no bar.
 
@@ -103,11 +107,12 @@ def generate_ids(
     pairs = task_of(model) is Task.ENCODER_DECODER
     stop_ids, pad_id = _stop_ids(model, tokenizer), _pad_id(tokenizer)
     own = model.generation_config
-    start = {name: getattr(own, name) for name in ("decoder_start_token_id", "forced_bos_token_id")} if pairs else {}
+    names = ("decoder_start_token_id", "forced_bos_token_id", "bad_words_ids")
+    kept = {name: getattr(own, name) for name in names} if pairs else {}
     drawing = {"top_k": 0, "temperature": temperature, "top_p": top_p} if sample else {}
     config = GenerationConfig(
         max_new_tokens=max_new_tokens, num_beams=num_beams, do_sample=sample, eos_token_id=stop_ids or None,
-        pad_token_id=pad_id, cache_implementation=own.cache_implementation, **start, **drawing,
+        pad_token_id=pad_id, cache_implementation=own.cache_implementation, **kept, **drawing,
     )  # fmt: skip
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
     batches = [order[begin : begin + batch_size] for begin in range(0, len(order), batch_size)]

@@ -20,8 +20,9 @@ from torch import nn
 from prefix_tuning.attach import Attachment
 from prefix_tuning.graphed_outputs import GraphedOutputs
 from prefix_tuning.peft_adapters import adapter_layout, prompt_embeddings
+from prefix_tuning.row_limits import tokens_left
 from prefix_tuning.shapes import Layers, ModelShape
-from prefix_tuning.stacks import part_shapes, text_config, tokens_left
+from prefix_tuning.stacks import part_shapes, text_config
 
 STATE = "_prefix_tuning"  # where an accelerated PeftModel keeps its Acceleration
 PATCHED = ("forward", "generate", "disable_adapter", "prepare_inputs_for_generation")

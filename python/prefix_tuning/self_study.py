@@ -22,7 +22,7 @@ from prefix_tuning.data import check_row
 from prefix_tuning.generate import first_line, generate_ids, progress_bar
 from prefix_tuning.prefix import Prefix
 from prefix_tuning.prompts import encode_prompt
-from prefix_tuning.stacks import tokens_left
+from prefix_tuning.row_limits import tokens_left
 from prefix_tuning.text_cache import evaluating
 
 # What the model is asked to write, in turn. A model without a chat template goes on after "Question:" instead.

@@ -133,18 +133,6 @@ def stacks(model: nn.Module) -> list[Stack]:
     ]  # fmt: skip
 
 
-def tokens_left(model: nn.Module, position_offset: int) -> int | None:
-    """How many tokens of a row a model has positions for behind a prefix; None for any number."""
-    positions = getattr(text_part(model.config), "max_position_embeddings", None)
-    return None if positions is None else positions - position_offset - stacks(model)[0].first_position
-
-
-def row_limit(model: nn.Module, position_offset: int, max_length: int | None) -> int | None:
-    """How many tokens a row may have behind a prefix: max_length, or tokens_left where that is less; None for any number."""
-    limits = (max_length, tokens_left(model, position_offset))
-    return min((limit for limit in limits if limit is not None), default=None)
-
-
 def _models_around(model: nn.Module, inside: nn.Module) -> list[nn.Module]:
     """The transformers models that hold a module, the outermost first: whoever calls that module calls the last one's forward
     pass."""

@@ -38,8 +38,8 @@ from prefix_tuning.multimodal_families import text_part
 from prefix_tuning.packs import NEEDS_PADDING, Pack, current_pack, packed
 from prefix_tuning.padding_free import PaddingFreeCollator, allowed_by, asked_for, padding_free_collator, why_padded
 from prefix_tuning.prefix import Prefix
+from prefix_tuning.row_limits import row_limit, tokens_left
 from prefix_tuning.shapes import check_int, check_model
-from prefix_tuning.stacks import row_limit, tokens_left
 from prefix_tuning.task import Task, task_of
 
 logger = logging.getLogger(__name__)

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from prefix_tuning import Prefix, PrefixBank, attach_prefix
-from prefix_tuning.generate import first_line, generate_texts
+from prefix_tuning.generate import first_line, generate_ids, generate_texts
+from support.encoder_decoders import tiny_encoder_decoder
 from support.models import FAMILIES, random_prefix, tiny_model
 from support.tokenizer import CHAT_TEMPLATE, tiny_tokenizer
 
@@ -227,6 +228,46 @@ def test_a_table_of_positions_has_room_for_the_prompt_and_the_new_tokens(attache
         assert generate_texts(model, tokenizer, longer, cut_prompts=True, **options) == texts
         with pytest.raises(ValueError, match="lower max_new_tokens"):
             generate_texts(model, tokenizer, prompts, cut_prompts=True, **options | {"max_new_tokens": left + 1})
+
+
+@pytest.mark.parametrize("parts", (("encoder", "decoder", "cross"), ("cross",)), ids=str)
+@pytest.mark.parametrize("family", ("bart", "marian", "mbart", "pegasus"))
+def test_the_tables_of_an_encoder_decoder_have_room_for_the_prompt_and_for_the_new_tokens(family, parts):
+    """Each to the last; only what a part of the prefix stands before is moved behind it, as an adapter of PEFT has it."""
+    model, tokenizer = tiny_encoder_decoder(family, vocab_size=128, decoder_vocab_size=128), tiny_tokenizer(adds_eos=True)
+    prefix = random_prefix(model, 3, parts=parts)
+    prefix.position_offset = 3
+    left = 64 - 3 * ("encoder" in parts)
+    prompts, options = ["Z" * 9, "Z" * (left - 1)], {"max_new_tokens": left}
+    with attach_prefix(model, prefix):
+        texts = generate_texts(model, tokenizer, prompts, **options)
+        longer = [prompts[0], prompts[1] + "x"]
+        message = rf"prompts\[1\]: its {left + 1} tokens are more than the {left} that the model's encoder has positions for"
+        with pytest.raises(ValueError, match=message):
+            generate_texts(model, tokenizer, longer, **options)
+        assert generate_texts(model, tokenizer, longer, cut_prompts=True, **options) == texts
+        with pytest.raises(ValueError, match=f"max_new_tokens: expected at most the {left} that .*, got {left + 1}"):
+            generate_texts(model, tokenizer, prompts, max_new_tokens=left + 1)
+
+
+@pytest.mark.parametrize("family", ("m2m_100", "t5", "t5gemma"))
+def test_an_encoder_decoder_without_such_tables(family):
+    model, tokenizer = tiny_encoder_decoder(family), tiny_tokenizer(adds_eos=True)
+    prompt = "a" * 90
+    with attach_prefix(model, random_prefix(model, 3)):
+        texts = generate_texts(model, tokenizer, [prompt], max_new_tokens=70)
+        assert generate_texts(model, tokenizer, [prompt], max_new_tokens=70, cut_prompts=True) == texts
+
+
+def test_an_encoder_decoder_does_not_write_what_must_not_be_in_its_texts():
+    """Marian's padding has a logit of 0, more than most tokens; its generation config forbids it."""
+    model, tokenizer = tiny_encoder_decoder("marian", vocab_size=128, decoder_vocab_size=128), tiny_tokenizer()
+    encoded = [tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
+    with attach_prefix(model, random_prefix(model, 3)):
+        model.final_logits_bias[0, 0] = 100.0
+        assert generate_ids(model, tokenizer, encoded, max_new_tokens=STEPS) == [[0] * STEPS] * len(PROMPTS)
+        model.generation_config.bad_words_ids = [[0]]
+        assert all(0 not in ids for ids in generate_ids(model, tokenizer, encoded, max_new_tokens=STEPS))
 
 
 def test_positions_that_are_computed_do_not_end():
