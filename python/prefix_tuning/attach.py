@@ -23,7 +23,7 @@ from prefix_tuning.attached_configs import AttachedConfigs
 from prefix_tuning.attention import ATTENTION_NAME, LayerPrefix
 from prefix_tuning.bank import PrefixBank
 from prefix_tuning.devices import execution_device
-from prefix_tuning.families import family_of
+from prefix_tuning.families import FAMILIES, family_of
 from prefix_tuning.graphed_decoding import GraphedDecoding
 from prefix_tuning.heads import AttachedHeads
 from prefix_tuning.own_cache import OwnCache
@@ -32,6 +32,7 @@ from prefix_tuning.positions import cache_of, check_learned_positions, new_token
 from prefix_tuning.prefix import Prefix
 from prefix_tuning.prefix_ids import BANK_DEFAULT, PrefixIdsArgument, row_ids
 from prefix_tuning.relative_bias import prefix_bias
+from prefix_tuning.rotary_switch import dropping_cache
 from prefix_tuning.shapes import Layers, ModelShape, check_model
 from prefix_tuning.stacks import Stack, part_shapes, stacks
 
@@ -109,6 +110,7 @@ class Attachment:
             self._change(stack.module, **stack.while_attached)
         if self._decoding is not None:
             self._change(self.model, get_compiled_call=self._decoding, _prepare_cache_for_generation=OwnCache(self.model))
+            self._drop_cache_at_switch()
         for stack in self.stacks:
             self._hooks += self._hooks_of(stack)
             if stack.positions == "embeddings" and stack.self_attention in self._parts:
@@ -197,6 +199,13 @@ class Attachment:
             self._changed.append((module, name, {name: vars(module)[name]} if name in vars(module) else {}))
             setattr(module, name, value)
 
+    def _drop_cache_at_switch(self) -> None:
+        config, family = self.model.config, FAMILIES.get(self.model.config.model_type)
+        switches = family is not None and family.rotary_switch and config.rope_parameters["rope_type"] == "longrope"
+        if switches and isinstance(self.prefix, (Prefix, PrefixBank)):
+            prepare, switch = self.model.prepare_inputs_for_generation, config.original_max_position_embeddings
+            self._change(self.model, prepare_inputs_for_generation=dropping_cache(prepare, switch, self._offset_of))
+
     def _recorded_state(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """What decides, beside its arguments, which kernels a forward pass runs; and which tensors these read."""
         if not isinstance(self.prefix, Prefix):
@@ -217,6 +226,12 @@ class Attachment:
 
     def _offset(self) -> int:
         return 0 if self._hidden else self.prefix.position_offset
+
+    def _offset_of(self, input_ids: Tensor, kwargs: Mapping[str, Any]) -> int | Tensor:
+        if self._bank is None:
+            return self._offset()
+        ids = row_ids(self._bank, kwargs.get("prefix_ids", BANK_DEFAULT), len(input_ids), input_ids.device)
+        return self._bank.position_offsets(ids).flatten()
 
     def _refresh(self, parts: Iterable[str]) -> None:
         for part in parts:

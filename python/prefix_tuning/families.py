@@ -34,6 +34,8 @@ class Family:
     alibi: positions are a bias that falls with distance (Falcon: where its config says so).
     query_scale: (module, indices of the queries, position_offset) → a factor of the queries that the model lacks, or None.
     while_attached: attributes of the module with the layers that are set meanwhile.
+    rotary_switch: its tokens have other rotary factors from position original_max_position_embeddings on, where they are
+        longrope's, and generate then drops its cache.
     hands_on: further arguments of a call arrive at its attention modules, as a bank's prefix_ids must.
     """
 
@@ -43,6 +45,7 @@ class Family:
     alibi: bool = False
     query_scale: Callable[..., Tensor | None] | None = None
     while_attached: Mapping[str, Any] = field(default_factory=dict)
+    rotary_switch: bool = False
     hands_on: bool = True
 
 
@@ -126,8 +129,8 @@ FAMILIES = {
     "opt": Family("OPTAttention", learned_positions=True),
     "persimmon": Family("PersimmonAttention"),
     "phi": Family("PhiAttention"),
-    "phi3": Family("Phi3Attention"),
-    "phimoe": Family("PhimoeAttention"),
+    "phi3": Family("Phi3Attention", rotary_switch=True),
+    "phimoe": Family("PhimoeAttention", rotary_switch=True),
     "qwen2": Family("Qwen2Attention"),
     "qwen2_5_vl_text": Family("Qwen2_5_VLAttention"),
     "qwen2_moe": Family("Qwen2MoeAttention"),

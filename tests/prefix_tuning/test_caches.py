@@ -277,6 +277,27 @@ def test_sliding_window_caches(family, window, length):
         assert torch.equal(model.generate(**call, cache_implementation="static"), expected)
 
 
+@pytest.mark.parametrize("kind", WITH_BANK)
+@pytest.mark.parametrize("padded", (False, True), ids=("full", "padded"))
+@pytest.mark.parametrize("family", ("phi3", "phimoe"))
+def test_where_rotary_factors_change_the_cache_is_dropped(family, padded, kind):
+    """From a position on, and the prefix takes some: keys of one kind never meet queries of the other."""
+    short, long = [1.0 + 0.5 * i for i in range(8)], [3.0 + 2 * i for i in range(8)]
+    factors = {"short_factor": short, "long_factor": long, "short_mscale": 1.0, "long_mscale": 1.2, "rope_theta": 1e4}
+    rope = {"rope_type": "longrope", "original_max_position_embeddings": 20} | factors
+    model = tiny_model(family, original_max_position_embeddings=20, rope_parameters=rope, sliding_window=None)
+    input_ids = ids()
+    mask = left_padded(input_ids) if padded else torch.ones_like(input_ids)
+    call = {"input_ids": input_ids, "attention_mask": mask, "max_new_tokens": 20} | OPTIONS
+    own = model.prepare_inputs_for_generation
+    attachment, given = attach(model, kind)
+    with attachment:
+        for beams in (1, 2):
+            options = call | given(2) | {"num_beams": beams}
+            assert torch.equal(model.generate(**options), model.generate(**options, use_cache=False))
+    assert model.prepare_inputs_for_generation == own
+
+
 def test_the_fill_of_a_static_cache_is_made_where_the_model_is():
     """Also without a mask, as the decoder of T5 has none: transformers says where."""
     fill = mask_structure(2, 3, 8, device=torch.device("meta")).key_lens
