@@ -27,7 +27,7 @@ from transformers import (
 
 from prefix_tuning.e2e import load_e2e, to_examples
 from prefix_tuning.files import open_text
-from prefix_tuning.prompts import chat_template, encode_conversation, encode_prompt, render
+from prefix_tuning.prompts import chat_template, encode_conversation, encode_prompt, padding_id, render
 from prefix_tuning.task import Task
 
 IGNORED = -100  # the label of a token without loss
@@ -252,7 +252,7 @@ class PromptCompletionCollator:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, pad_to_multiple_of: int = 8):
         if pad_to_multiple_of < 1:
             raise ValueError(f"pad_to_multiple_of: expected at least 1, got {pad_to_multiple_of}")
-        self.pad_id = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+        self.pad_id = padding_id(tokenizer)
         self.multiple = pad_to_multiple_of
 
     def __call__(self, examples: Sequence[Mapping[str, Sequence[int]]]) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase, StaticCache
 
 from prefix_tuning.graphed_decoding import GraphedDecoding, graphed
 from prefix_tuning.own_cache import CACHE, LEAST_REPLAYED
-from prefix_tuning.prompts import encode_prompt
+from prefix_tuning.prompts import encode_prompt, padding_id
 from prefix_tuning.room import fitting
 from prefix_tuning.task import Task, task_of
 
@@ -101,7 +101,7 @@ def generate_ids(
     if prefix_ids is not None and len(prefix_ids) != len(encoded):
         raise ValueError(f"prefix_ids: expected one for each of {len(encoded)} prompts, got {len(prefix_ids)}")
     pairs = task_of(model) is Task.ENCODER_DECODER
-    stop_ids, pad_id = _stop_ids(model, tokenizer), _pad_id(tokenizer)
+    stop_ids, pad_id = _stop_ids(model, tokenizer), padding_id(tokenizer)
     own = model.generation_config
     start = {name: getattr(own, name) for name in ("decoder_start_token_id", "forced_bos_token_id")} if pairs else {}
     drawing = {"top_k": 0, "temperature": temperature, "top_p": top_p} if sample else {}
@@ -198,10 +198,6 @@ def _stop_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]
     known = model.generation_config.eos_token_id
     known = known if isinstance(known, list) else [known]
     return sorted({i for i in (*known, tokenizer.eos_token_id) if i is not None})
-
-
-def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
 
 
 def _check(max_new_tokens: int, batch_size: int, num_beams: int, temperature: float, top_p: float) -> None:

@@ -18,7 +18,7 @@ from torch.utils.data import IterableDataset
 from transformers import Trainer
 
 from prefix_tuning.data import IGNORED, teacher_targets, tokens_and_labels
-from prefix_tuning.doctor import explain_training
+from prefix_tuning.explain import explain_training
 from prefix_tuning.multimodal_families import text_part
 from prefix_tuning.stacks import attention_kinds, stacks
 from prefix_tuning.task import Task, task_of

@@ -43,3 +43,8 @@ def chat_template(tokenizer) -> str:
     if not tokenizer.chat_template:
         raise ValueError("messages: the tokenizer has no chat template; give rows with prompt and completion instead")
     return tokenizer.get_chat_template()
+
+
+def padding_id(tokenizer) -> int:
+    """What fills up rows: the tokenizer's token for that, else the one that ends texts, else 0."""
+    return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
