@@ -76,9 +76,9 @@ class Attachment:
                 LayerPrefix(
                     prefix, backend, slides, warned, execution_device(module), stack.query_scale,
                     relative=stack.positions == "relative" and part == stack.self_attention,
-                    first_position=stack.first_position,
+                    first_position=stack.first_position, bank_layer=None if self._bank is None else i,
                 )  # fmt: skip
-                for module in modules
+                for i, module in enumerate(modules)
             ]
             for stack in self.stacks
             for part, modules in stack.attention.items()
@@ -105,7 +105,6 @@ class Attachment:
         ]
         # By part what the layers hold, where that is rounded to the model's dtype, and what it is rounded from.
         self._rounded: dict[str, tuple[list[Tensor], list[Tensor]]] = {}
-        self._generation = None  # of the bank's tensors that the layers hold
         self._argument = None if self._bank is None else PrefixIdsArgument(model, self.stacks[0].module, self._bank)
         if self._bank is None:
             self._refresh(self._parts)
@@ -189,6 +188,9 @@ class Attachment:
 
     def _recorded_state(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """What decides, beside its arguments, which kernels a forward pass runs; and which tensors these read."""
+        if self._bank is not None:  # a storage that is held is no other's memory, were a replay to come after it was replaced
+            storage = self._bank.storage
+            return (storage.keys[0].shape, storage.keys[0].dtype), (storage,)
         if not isinstance(self.prefix, Prefix):
             return (bool(self._hidden), self.prefix.generation), ()
         held = [layer for layers in self._layers.values() for layer in layers] if self.prefix.reparametrization is None else []
@@ -320,11 +322,6 @@ class Attachment:
                 "bank after moving the model, and to models on one device alone"
             )
         kwargs["prefix_ids"] = row_ids(self._bank, kwargs.get("prefix_ids", BANK_DEFAULT), len(tokens), tokens.device)
-        if self._generation != self._bank.generation:
-            self._generation = self._bank.generation
-            for layer, (key, value) in zip(self._layers[stack.self_attention], self._bank.layers(), strict=True):
-                layer.key, layer.value, layer.lens = key, value, self._bank.prefix_lens
-                layer.position_offsets = self._bank.position_offsets
         return self._bank.position_offsets(kwargs["prefix_ids"])
 
 
