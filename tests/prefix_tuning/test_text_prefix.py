@@ -1,5 +1,6 @@
 """A real text as a prefix gives what the text in front of every row gives, whatever the tokenizer adds to texts."""
 
+import warnings
 from functools import partial
 
 import pytest
@@ -9,6 +10,7 @@ from prefix_tuning import Prefix, PrefixBank, attach_prefix, offline_model, text
 from prefix_tuning.offline_model import load_model_and_tokenizer
 from support.allocations import allocations
 from support.models import MODELS, WITH_STATE, tiny_model
+from support.prefixes import assert_layers, cached
 from support.tokenizer import CHAT_TEMPLATE, tiny_tokenizer
 
 FAMILIES = ("gpt2", "llama", "mistral")
@@ -112,6 +114,31 @@ def test_chunks_change_nothing(family, chunk, monkeypatch):
     got = Prefix.from_text(model, None, input_ids=ids).layers()
     assert max(lengths) == chunk and sum(lengths) == len(ids)
     torch.testing.assert_close(got, expected, atol=2e-5, rtol=1e-4)
+
+
+def test_longrope_rotates_a_whole_text_alike(monkeypatch):
+    """Its chunks would be rotated by two sets of factors: the first ends before the model's original length."""
+    factors = {"short_factor": [1.0] * 8, "long_factor": [4.0 + i for i in range(8)], "partial_rotary_factor": 1.0}
+    rope = factors | {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 16}
+    model = tiny_model("phi3", max_position_embeddings=64, original_max_position_embeddings=16, rope_parameters=rope)
+    text, row = torch.arange(5, 30)[None], torch.arange(40, 48)[None]
+    expected = model(input_ids=torch.cat([text, row], 1)).logits[:, 25:]
+    monkeypatch.setattr(text_cache, "CHUNK", 8)
+    with attach_prefix(model, Prefix.from_text(model, None, input_ids=text)):
+        torch.testing.assert_close(model(input_ids=row).logits, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_beside_lora_no_logits_are_computed():
+    peft = pytest.importorskip("peft")
+    model, ids = tiny_model("llama"), list(range(5, 20))
+    config = peft.LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False, target_modules=["q_proj", "k_proj"])
+    lora, logits = peft.get_peft_model(model, config), []
+    lora.get_output_embeddings().register_forward_hook(lambda *call: logits.append(call))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        prefix = Prefix.from_text(lora, None, input_ids=ids)
+    assert not logits
+    assert_layers(prefix.layers(), cached(model, ids), atol=2e-5, rtol=1e-4)
 
 
 def test_memory_grows_with_the_tokens_and_not_with_their_square(monkeypatch):
