@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM, StaticCache
+from transformers import GenerationConfig, LlamaForCausalLM, StaticCache
 
 from prefix_kernels import prefix_attention
 from prefix_tuning import Prefix, PrefixBank, attach_prefix
@@ -427,8 +427,15 @@ def test_wrong_calls_raise():
             for wrong in ("x", ["short"], 0):
                 with pytest.raises(ValueError, match="prefix_ids: no prefix is named .* here, only 'short'"):
                     call(input_ids=ids, prefix_ids=[wrong, None, None])
+        guiding, plain = GenerationConfig(guidance_scale=1.5), GenerationConfig(max_new_tokens=2)
+        for args, options in (([], {"guidance_scale": 1.5}), ([guiding], {}), ([], {"generation_config": guiding})):
+            with pytest.raises(NotImplementedError, match="guidance_scale"):
+                model.generate(ids, *args, **options)
+        model.generation_config.guidance_scale = 1.5
         with pytest.raises(NotImplementedError, match="guidance_scale"):
-            model.generate(input_ids=ids, guidance_scale=1.5, **OPTIONS)
+            model.generate(ids, plain)  # which is filled from the model's own
+        model.generate(ids, plain, guidance_scale=1)
+        model.generation_config.guidance_scale = None
     with attach_prefix(model, prefixes["short"]), pytest.raises(ValueError, match="prefix_ids: .*attach a PrefixBank"):
         model(input_ids=ids, prefix_ids=NAMES)
 
