@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from prefix_tuning.heads import check_heads_fit, head_parameters
 from prefix_tuning.peft_adapters import SEQ_2_SEQ, read_adapter, write_adapter
 from prefix_tuning.prefix_files import read_prefix, write_prefix
-from prefix_tuning.prompts import encode_conversation, encode_prompt
+from prefix_tuning.prompts import encode_beginning, encode_prompt
 from prefix_tuning.reparametrization import MLPReparametrization
 from prefix_tuning.shapes import PARTS, Layers, ModelShape, check_dtype, check_int, check_layers, check_model
 from prefix_tuning.stacks import check_served, part_shapes, text_config
@@ -195,7 +195,8 @@ class Prefix(nn.Module):
         text       tokenised with the tokenizer's special tokens, but for one that closes it. Where that adds a
                    beginning-of-text token it is the prefix's first, so tokenise the rows with add_special_tokens=False
         messages   a conversation, through the tokenizer's chat template, without a generation prompt. Of the whole
-                   conversation through the template, a row is what follows the first prefix_len tokens
+                   conversation through the template, a row is what follows the first prefix_len tokens. Turns that the
+                   template shows otherwise once another follows, as some do with the last answer, are refused
         input_ids  int [tokens] or [1, tokens], taken as they are; `tokenizer` may then be None
 
         Text and rows are tokenised apart and their ids joined, as prompts and completions are: no token spans the boundary. Let
@@ -217,7 +218,7 @@ class Prefix(nn.Module):
             if not input_ids:
                 raise ValueError(f"text: {text!r} has no tokens, expected one or more")
         elif messages is not None:
-            input_ids = encode_conversation(messages, tokenizer)
+            input_ids = encode_beginning(messages, tokenizer)
         layers = cached_layers(model, input_ids)
         return cls({"decoder": layers}, base_model=_name_of(model)).requires_grad_(False)
 

@@ -80,6 +80,32 @@ def test_a_conversation_in_front_of_every_row(family):
         assert torch.equal(continued(model, [ids[prefix.prefix_len :] for ids in together]), expected)
 
 
+LAST_ANSWER = CHAT_TEMPLATE.replace(
+    "message['content']", "('think ' if loop.last and message['role'] == 'assistant' else '') + message['content']"
+)
+NO_ANSWERS = CHAT_TEMPLATE.replace(
+    "{% for message in messages %}",
+    "{% for message in messages %}{% if message['role'] == 'assistant' %}{{ raise_exception('no answers') }}{% endif %}",
+)
+
+
+def test_turns_that_the_template_changes_once_another_follows_are_refused():
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer(chat_template=LAST_ANSWER)
+    before = [{"role": "system", "content": "be kind"}, {"role": "user", "content": "hi"}]
+    turns = [*before, {"role": "assistant", "content": "yes"}]
+    assert "think yes" in tokenizer.apply_chat_template(turns, tokenize=False)
+    with pytest.raises(ValueError, match="messages: the chat template shows these turns otherwise once another follows"):
+        Prefix.from_text(model, tokenizer, messages=turns)
+    whole = tokenizer.apply_chat_template(turns)["input_ids"]
+    for shared in (before[:1], before):
+        prefix = Prefix.from_text(model, tokenizer, messages=shared)
+        assert whole[: prefix.prefix_len] == tokenizer.apply_chat_template(shared)["input_ids"]
+    taken = Prefix.from_text(model, tiny_tokenizer(chat_template=NO_ANSWERS), messages=before)
+    assert taken.prefix_len == prefix.prefix_len
+    with pytest.raises(ValueError, match="messages: got none, expected at least one turn"):
+        Prefix.from_text(model, tokenizer, messages=[])
+
+
 def test_ids_are_joined_where_a_token_would_span_the_boundary():
     model, tokenizer = tiny_model("llama"), tiny_tokenizer()
     text, row = "what", "he said"  # "th" is one token of the joined text
