@@ -146,7 +146,7 @@ class Attachment:
             raise NotImplementedError("enable: with a bank attached, rows run without a prefix where prefix_ids has None")
         if enabled:
             for layer, held in self._hidden:
-                layer.key, layer.value = held
+                (layer.key, layer.value), layer.switched_off = held, False
             if self._hidden and self._heads is not None:
                 self._heads.insert()
             self._hidden = []
@@ -156,6 +156,7 @@ class Attachment:
             self._hidden = [(layer, (layer.key, layer.value)) for layers in self._layers.values() for layer in layers]
             for layer, held in self._hidden:
                 layer.key, layer.value = (_no_columns(len(t), t.shape[2], t.dtype, t.device) for t in held)
+                layer.switched_off = True
 
     @contextmanager
     def keep_graphs(self) -> Iterator[None]:

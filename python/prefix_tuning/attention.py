@@ -39,6 +39,7 @@ class LayerPrefix:
         self.relative = relative  # positions are a bias by distance, which has columns for the prefix too
         self.first_position = first_position  # of a sequence without a prefix
         self.position_offset = 0
+        self.switched_off = False
         self.key: Tensor | None = None  # [kv_heads, prefix_len, head_dim]
         self.value: Tensor | None = None
 

@@ -49,7 +49,8 @@ def fitting(
 
 def _offsets(model: nn.Module, prefix_ids: Sequence[str | None] | None, rows: int) -> list[int]:
     """Where the positions of each row start."""
-    attached = next((module.layer_prefix.prefix for module in model.modules() if hasattr(module, "layer_prefix")), None)
+    layer = next((module.layer_prefix for module in model.modules() if hasattr(module, "layer_prefix")), None)
+    attached = None if layer is None or layer.switched_off else layer.prefix
     if isinstance(attached, PrefixBank):
         names = [attached.default] * rows if prefix_ids is None else prefix_ids
         return attached.position_offsets(attached.ids(names)).flatten().tolist()

@@ -236,20 +236,23 @@ def test_wrong_calls_raise(prompts, options, match):
         generate_texts(tiny_model("llama"), tiny_tokenizer(), prompts, **options)
 
 
-@pytest.mark.parametrize("attached", (None, "prefix", "bank"))
+@pytest.mark.parametrize("attached", (None, "switched off", "prefix", "bank"))
 def test_a_table_of_positions_has_room_for_the_prompt_and_the_new_tokens(attached):
     """To the last: the token behind which nothing is written needs no position."""
     model, tokenizer = tiny_model("gpt2"), tiny_tokenizer()
-    prefix, options = random_prefix(model, 3), {"max_new_tokens": 5}
-    left = model.config.n_positions - 3 * (attached is not None)
+    prefix, options, behind = random_prefix(model, 3), {"max_new_tokens": 5}, attached in ("prefix", "bank")
+    left = model.config.n_positions - 3 * behind
     if attached == "bank":
         options["prefix_ids"] = [None, "a"]
     prompts = ["Z" * 9, "Z" * (left - 4)]
-    with attach_prefix(model, prefix if attached == "prefix" else PrefixBank({"a": prefix})) if attached else nullcontext():
+    given = PrefixBank({"a": prefix}) if attached == "bank" else prefix
+    with attach_prefix(model, given) if attached else nullcontext() as attachment:
+        if attached == "switched off":
+            attachment.enable(False)
         texts = generate_texts(model, tokenizer, prompts, **options)
         longer = [prompts[0], "x" + prompts[1]]
         message = rf"prompts\[1\]: its {left - 3} tokens and max_new_tokens 5 are more than the model's {left} positions"
-        with pytest.raises(ValueError, match=message + " behind the prefix;" * (attached is not None)):
+        with pytest.raises(ValueError, match=message + " behind the prefix;" * behind):
             generate_texts(model, tokenizer, longer, **options)
         assert generate_texts(model, tokenizer, longer, cut_prompts=True, **options) == texts
         with pytest.raises(ValueError, match="lower max_new_tokens"):
