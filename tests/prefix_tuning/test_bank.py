@@ -1,6 +1,7 @@
 """Rows with different prefixes, or none, in one batch equal each row alone with its own prefix."""
 
 import inspect
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -66,6 +67,8 @@ def test_logits_equal_each_row_alone_or_the_family_is_refused(family):
     if family in WITHOUT_BANK or (family in ("codegen", "gptj") and hasattr(model.transformer.h[0].attn, "_attn")):  # till 5.23
         with pytest.raises(NotImplementedError, match="model: a bank is not served, as .* hands no further arguments"):
             attach_prefix(model, bank)
+        listed = (Path(__file__).parents[2] / "docs" / "serving.md").read_text(encoding="utf-8").lower().replace("-", "")
+        assert type(model).__name__.lower().removesuffix("forcausallm").removesuffix("lmheadmodel") in listed
         return
     model.set_attn_implementation("eager")  # in transformers 5.17 the other leaves out Gemma2's softcap
     ids, mask = inputs_of(length=11)
