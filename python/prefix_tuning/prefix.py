@@ -264,11 +264,13 @@ class Prefix(nn.Module):
         cls,
         directory_or_hub_id: str | os.PathLike,
         *,
+        revision: str | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> Prefix:
         """The prefix that `save` wrote to a folder, or that `push_to_hub` uploaded; trainable, with its MLP where one was kept.
 
+        revision       branch, tag or commit of a hub repository; None: its main branch
         device, dtype  where it goes and what it is converted to; None: the CPU, and as stored
 
         A missing file is a FileNotFoundError, a damaged or foreign one, or one that contradicts the json, a ValueError:
@@ -276,7 +278,7 @@ class Prefix(nn.Module):
         """
         if dtype is not None:
             check_dtype(dtype)
-        parts, heads, description = read_prefix(directory_or_hub_id)
+        parts, heads, description = read_prefix(directory_or_hub_id, revision)
         offset, base_model = description["position_offset"], description["base_model"]
         prefix = cls(parts, heads=heads, position_offset=offset, base_model=base_model)
         return prefix.to(device=device, dtype=dtype)
