@@ -6,7 +6,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from prefix_tuning import Prefix, PrefixBank, attach_prefix
+from prefix_tuning import Prefix, PrefixBank, accelerate_peft, attach_prefix
 from prefix_tuning.generate import first_line, generate_texts
 from support.models import FAMILIES, random_prefix, tiny_model
 from support.tokenizer import CHAT_TEMPLATE, tiny_tokenizer
@@ -209,6 +209,14 @@ def test_the_model_under_an_adapter_keeps_its_generation_config():
     lora = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))
     assert generate_texts(lora, tokenizer, PROMPTS, max_new_tokens=STEPS) == expected
     assert model.generation_config is own
+
+
+def test_a_prefix_of_peft_writes_by_the_same_settings():
+    peft = pytest.importorskip("peft")
+    config = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5)
+    model, tokenizer = accelerate_peft(peft.get_peft_model(tiny_model("llama"), config)).eval(), tiny_tokenizer()
+    expected = [decoded(tokenizer, continued(model, tokenizer, prompt)) for prompt in PROMPTS]
+    assert generate_texts(model, tokenizer, PROMPTS, max_new_tokens=STEPS, batch_size=2) == expected
 
 
 def test_conversations_go_through_the_template():
