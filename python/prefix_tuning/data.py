@@ -327,16 +327,22 @@ def default_collator(model: nn.Module, task: Task, tokenizer: PreTrainedTokenize
 
 
 def without_idle_mask(batch: dict[str, Tensor], wait: bool = False) -> dict[str, Tensor]:
-    """A batch for a causal model, without its attention mask if that hides nothing but padding on the right.
+    """A batch for a causal model, without its attention mask if that hides nothing but padding on the right without labels.
 
-    Causal attention keeps such padding from every token by itself, no label stands there, and without a mask every layer can
-    run its fastest kernel. A batch on a device stays as it is unless the host may wait: looking into its mask stops it.
+    Causal attention keeps such padding from every token by itself, and without a mask every layer can run its fastest kernel.
+    A label on padding is predicted from padding, at positions that the mask decides. A batch on a device stays as it is unless
+    the host may wait, which it does once, for what the mask and the labels say together.
     """
     mask = batch.get("attention_mask")
     if "position_ids" in batch or not isinstance(mask, Tensor) or mask.dim() != 2 or not (wait or mask.device.type == "cpu"):
         return batch
-    real = mask.bool()
-    if not bool(real[:, 0].all()) or bool((real[:, 1:] & ~real[:, :-1]).any()):
+    labels, padded = batch.get("labels"), ~mask.bool()
+    heeded = padded[:, 0].any() | (padded[:, :-1] & ~padded[:, 1:]).any()
+    if labels is not None:
+        if not isinstance(labels, Tensor) or labels.shape != mask.shape:
+            return batch
+        heeded |= (padded & (labels.to(mask.device) != IGNORED)).any()
+    if bool(heeded):
         return batch
     return {name: value for name, value in batch.items() if name != "attention_mask"}
 
