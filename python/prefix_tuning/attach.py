@@ -97,6 +97,7 @@ class Attachment:
         self._decoding = GraphedDecoding(model, slides, self._recorded_state) if hasattr(model, "generate") else None
         if self._decoding is not None:
             self._change(model, get_compiled_call=self._decoding, _prepare_cache_for_generation=OwnCache(model))
+        self._detached = False  # which torch.compile can read, as it cannot the handles of hooks
         self._hooks = [hook for stack in self.stacks for hook in self._hooks_of(stack)]
         self._hooks += [
             shift_embeddings(stack.module.embed_positions, self._offset)
@@ -116,11 +117,11 @@ class Attachment:
 
         Under gradient checkpointing call backward() before: it recomputes the layers as they then are.
         """
-        if not self._hooks:
+        if self._detached:
             return
+        self._detached = True
         for hook in self._hooks:
             hook.remove()
-        self._hooks = []
         if self._argument is not None:
             self._argument.remove()
         if self._heads is not None:
@@ -178,7 +179,7 @@ class Attachment:
         self.detach()
 
     def _check_attached(self) -> None:
-        if not self._hooks:
+        if self._detached:
             raise ValueError("attachment: it is detached, and the model runs without the prefix; call attach_prefix again")
 
     def _change(self, module: nn.Module, **attributes: Any) -> None:
