@@ -6,10 +6,12 @@ import warnings
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import LogitsProcessor
 
 from prefix_tuning import accelerate_peft, restore_peft
 from support.checkpointing import counted_attention, train_with_checkpointing
 from support.encoder_decoders import labels, source, tiny_encoder_decoder
+from support.encoders import tiny_encoder
 from support.models import FAMILIES, tiny_model
 from support.peft_models import (
     KINDS,
@@ -173,6 +175,26 @@ def test_several_turns(pair):
 def test_ways_to_generate_that_peft_does_not_know(pair, options):
     rival, model = pair
     assert torch.equal(generated(model, **options), generated(rival))
+
+
+class Contrast(LogitsProcessor):
+    """Away from what the model says without its adapter."""
+
+    def __init__(self, model):
+        self.model = model
+
+    def __call__(self, input_ids, scores):
+        with self.model.disable_adapter():
+            return 2 * scores - self.model(input_ids=input_ids).logits[:, -1]
+
+
+@pytest.mark.parametrize("options", ({}, {"num_beams": 3}, {"cache_implementation": "static"}), ids=str)
+def test_the_adapter_is_disabled_within_generate(pair, options):
+    rival, model = pair
+    got = generated(model, logits_processor=[Contrast(model)], **options)
+    served = {name: value for name, value in options.items() if name != "cache_implementation"}  # by PEFT
+    assert torch.equal(got, generated(rival, logits_processor=[Contrast(rival)], **served))
+    assert torch.equal(generated(model, **options), generated(rival, **served)) and not torch.equal(got, generated(model))
 
 
 # What it costs
@@ -359,3 +381,23 @@ def test_token_types_are_ignored_as_peft_does():
             side.logits = side(**given).logits
     torch.testing.assert_close(model.logits, rival.logits, **TOLERANCE)
     assert torch.equal(generated(model, token_type_ids=ids(seed=9)), generated(rival, token_type_ids=ids(seed=9)))
+
+
+@pytest.mark.parametrize("ignored", ("token_type_ids", "position_ids"))
+def test_what_peft_ignores_where_questions_are_answered(ignored):
+    rival, model = twins(tiny_encoder("bert", "QuestionAnswering"), PREFIX_LEN, task_type="QUESTION_ANS")
+    accelerate_peft(model)
+    given = {"input_ids": ids(), ignored: ids() % 2}
+    with pytest.warns(UserWarning, match=f"{ignored} are ignored, as PEFT does"):
+        got = model(**given)
+    torch.testing.assert_close(got.start_logits, rival(**given).start_logits, **TOLERANCE)
+    heeded, without = (model.base_model(**arguments).start_logits for arguments in (given, {"input_ids": ids()}))
+    assert (heeded - without).abs().max() > 1e-2
+
+
+def test_task_ids_are_no_matter():
+    rival, model = twins(tiny_model("llama"), PREFIX_LEN)
+    accelerate_peft(model)
+    tasks = torch.zeros(2, dtype=torch.long)
+    torch.testing.assert_close(model(ids(), task_ids=tasks).logits, rival(ids(), task_ids=tasks).logits, **TOLERANCE)
+    assert torch.equal(generated(model, task_ids=tasks), generated(rival, task_ids=tasks))

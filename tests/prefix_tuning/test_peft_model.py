@@ -133,6 +133,15 @@ def test_a_copy_is_accelerated_by_itself(pair):
     assert (model(input_ids=ids()).logits - expected.logits).abs().max() > 1e-2
 
 
+def test_a_model_that_is_saved_whole(family, tmp_path):
+    model = accelerate_peft(peft.get_peft_model(tiny_model(family), peft.PrefixTuningConfig("CAUSAL_LM", num_virtual_tokens=3)))
+    torch.save(model, tmp_path / "model.pt")
+    loaded = torch.load(tmp_path / "model.pt", weights_only=False)
+    assert torch.equal(loaded(input_ids=ids()).logits, model(input_ids=ids()).logits)
+    assert torch.equal(generated(loaded), generated(model))
+    assert restore_peft(loaded) is loaded
+
+
 def test_mixed_precision_of_trainer_and_back(tmp_path):
     import transformers
 
