@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from prefix_tuning.heads import check_heads_fit, head_parameters
-from prefix_tuning.peft_adapters import SEQ_2_SEQ, read_adapter, write_adapter
+from prefix_tuning.peft_adapters import SEQ_2_SEQ, TASK_TYPES, read_adapter, write_adapter
 from prefix_tuning.prefix_files import read_prefix, write_prefix
 from prefix_tuning.prompts import encode_beginning, encode_prompt
 from prefix_tuning.reparametrization import MLPReparametrization
@@ -315,16 +315,16 @@ class Prefix(nn.Module):
         layers, heads, base_model = read_adapter(source)
         return cls({part: layers}, heads=heads, base_model=base_model).to(device=device, dtype=dtype)
 
-    def to_peft(self, directory: str | os.PathLike, *, task_type: str = "CAUSAL_LM") -> None:
+    def to_peft(self, directory: str | os.PathLike, *, task_type: str) -> None:
         """Writes the prefix as an adapter, in float32, that peft's PeftModel.from_pretrained(model, directory) loads.
 
         task_type: PEFT's name for what the model does: CAUSAL_LM, SEQ_2_SEQ_LM, SEQ_CLS, …; it decides how PEFT applies the
-            prefix. A head goes with it.
+            prefix, which does not know its model. A head goes with it.
 
-        Raises ValueError for an unknown task_type, and NotImplementedError, before anything is written, for what PEFT cannot
-        express: more than the self-attention of a decoder, or of an encoder that stands alone; positions that do not start
-        at prefix_len; value_dim other than head_dim; layers that differ in shape; and, for SEQ_2_SEQ_LM with an even number
-        of layers, layers that differ where PEFT reads one stored layer for two.
+        Raises ValueError for an unknown task_type and for CAUSAL_LM with an encoder's prefix, and NotImplementedError, before
+        anything is written, for what PEFT cannot express: more than the self-attention of a decoder, or of an encoder that
+        stands alone; positions that do not start at prefix_len; value_dim other than head_dim; layers that differ in shape;
+        and, for SEQ_2_SEQ_LM with an even number of layers, layers that differ where PEFT reads one stored layer for two.
         """
         part, *others = self.parts
         if others or part == "cross" or (part == "encoder" and task_type == SEQ_2_SEQ):
@@ -332,6 +332,9 @@ class Prefix(nn.Module):
                 "prefix: PEFT has prefixes of one self-attention, in an encoder-decoder of the decoder's, got "
                 f"{', '.join(self.parts)} for task_type {task_type}"
             )
+        if part == "encoder" and task_type == "CAUSAL_LM":
+            expected = ", ".join(sorted(set(TASK_TYPES) - {"CAUSAL_LM", SEQ_2_SEQ}))
+            raise ValueError(f"task_type: got CAUSAL_LM for an encoder's prefix, expected one of {expected}")
         if self.position_offset != self.prefix_len:
             raise NotImplementedError(
                 f"prefix: PEFT's positions start at prefix_len, {self.prefix_len}, got position_offset {self.position_offset}"
