@@ -248,6 +248,18 @@ def test_other_adapters_are_refused(tmp_path):
         Prefix.from_peft("/nowhere/adapter")
 
 
+def test_adapters_in_folders_below_are_named(tmp_path):
+    model = peft_model(tiny_model("llama"), PREFIX_LEN)
+    for name in ("one", "two"):
+        model.add_adapter(name, peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    model.save_pretrained(tmp_path, selected_adapters=["one", "two"])
+    (tmp_path / "other").mkdir()
+    message = f"adapter_config.json: no such file, .* PEFT saves; there is one in {tmp_path / 'one'}, {tmp_path / 'two'}$"
+    with pytest.raises(FileNotFoundError, match=message):
+        Prefix.from_peft(tmp_path)
+    assert Prefix.from_peft(tmp_path / "two").prefix_len == 3
+
+
 def change(folder, **values):
     file = folder / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | values))
