@@ -207,9 +207,7 @@ def convert(args: argparse.Namespace) -> None:
     if getattr(args, unheeded) is not None:
         raise ValueError(f"--{unheeded.replace('_', '-')}: --to {args.to} does not ask for it")
     if args.to == "peft":
-        if args.task_type is None:
-            raise ValueError(f"--task-type: --to peft needs it, one of {', '.join(TASK_TYPES)}")
-        Prefix.load(args.source).to_peft(args.target, task_type=args.task_type)
+        Prefix.load(args.source).to_peft(args.target, task_type=args.task_type or "CAUSAL_LM")
     else:
         Prefix.from_peft(args.source, part=args.part).save(args.target)
     print(f"written: {args.target}")
@@ -463,7 +461,7 @@ def _convert_options(parser: argparse.ArgumentParser) -> None:
     add("source", metavar="SOURCE", help="folder or hub id of the adapter, or of the prefix")
     add("target", metavar="FOLDER", help="where the other is written")
     add("--to", choices=("prefix", "peft"), required=True, help="what is written")
-    add("--task-type", choices=TASK_TYPES, help="for --to peft, which needs it: what the model does, in PEFT's words")
+    add("--task-type", choices=TASK_TYPES, help="for --to peft: what the model does, in PEFT's words; CAUSAL_LM if not given")
     add("--part", choices=("decoder", "encoder"), help="for --to prefix: encoder for BERT and its like; decoder if not given")
 
 

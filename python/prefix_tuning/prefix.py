@@ -315,7 +315,7 @@ class Prefix(nn.Module):
         layers, heads, base_model = read_adapter(source)
         return cls({part: layers}, heads=heads, base_model=base_model).to(device=device, dtype=dtype)
 
-    def to_peft(self, directory: str | os.PathLike, *, task_type: str) -> None:
+    def to_peft(self, directory: str | os.PathLike, *, task_type: str = "CAUSAL_LM") -> None:
         """Writes the prefix as an adapter, in float32, that peft's PeftModel.from_pretrained(model, directory) loads.
 
         task_type: PEFT's name for what the model does: CAUSAL_LM, SEQ_2_SEQ_LM, SEQ_CLS, …; it decides how PEFT applies the

@@ -61,7 +61,7 @@ def test_exported_adapters_give_the_same_outputs_in_peft(family, reparametrizati
     prefix = random_prefix(model, PREFIX_LEN)
     if reparametrization:
         prefix = Prefix.for_model(model, PREFIX_LEN, reparametrization="mlp", hidden_size=16, seed=0)
-    prefix.to_peft(tmp_path, task_type="CAUSAL_LM")
+    prefix.to_peft(tmp_path)
     rival = peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path)
     name_the_cache(rival)
     assert_same_outputs(model, prefix, rival)
@@ -72,7 +72,7 @@ def test_a_round_trip_keeps_every_number(kind, tmp_path):
     rival = peft_model(tiny_model("llama"), PREFIX_LEN, **KINDS[kind])
     rival.save_pretrained(tmp_path / "peft")
     prefix = Prefix.from_peft(tmp_path / "peft")
-    prefix.to_peft(tmp_path / "back", task_type="CAUSAL_LM")
+    prefix.to_peft(tmp_path / "back")
     first, second = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("peft", "back"))
     assert list(first) == list(second) == ["prompt_embeddings"]
     assert torch.equal(first["prompt_embeddings"], second["prompt_embeddings"])
@@ -106,7 +106,7 @@ def test_older_adapters_are_pickled(tmp_path):
     assert not list(tmp_path.glob("*.safetensors"))
     prefix = Prefix.from_peft(tmp_path, dtype=torch.float64, device="meta")
     assert {(p.dtype, p.device.type) for p in prefix.parameters()} == {(torch.float64, "meta")}
-    Prefix.from_peft(tmp_path).to_peft(tmp_path, task_type="CAUSAL_LM")
+    Prefix.from_peft(tmp_path).to_peft(tmp_path)
     assert not list(tmp_path.glob("*.bin"))  # which PEFT would never read beside the new file
 
 
@@ -230,7 +230,7 @@ def test_exports_that_peft_cannot_express(tmp_path):
         (Prefix({"decoder": narrow}), "got 3 layers, 2 kv_heads, head_dim 4, value_dim 3"),
     ):
         with pytest.raises(NotImplementedError, match=message):
-            prefix.to_peft(tmp_path / "adapter", task_type="CAUSAL_LM")
+            prefix.to_peft(tmp_path / "adapter")
     with pytest.raises(ValueError, match="task_type: got 'chat', expected one of CAUSAL_LM"):
         Prefix({"decoder": layers}).to_peft(tmp_path / "adapter", task_type="chat")
     assert not (tmp_path / "adapter").exists()
@@ -266,7 +266,7 @@ def change(folder, **values):
 
 
 def test_damaged_adapters_name_the_file(tmp_path):
-    random_prefix(tiny_model("llama")).to_peft(tmp_path, task_type="CAUSAL_LM")
+    random_prefix(tiny_model("llama")).to_peft(tmp_path)
     tensors = tmp_path / "adapter_model.safetensors"
     change(tmp_path, num_layers=4)
     with pytest.raises(ValueError, match=r"safetensors: prompt_embeddings is .*\[5, 192\].* expected floats \[5, 256\]"):
@@ -311,7 +311,7 @@ def test_damaged_adapters_name_the_file(tmp_path):
 
 
 def test_what_is_neither_prefix_nor_head_is_refused(tmp_path):
-    random_prefix(tiny_model("llama")).to_peft(tmp_path, task_type="CAUSAL_LM")
+    random_prefix(tiny_model("llama")).to_peft(tmp_path)
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     save_file(tensors | {"base_model.score.weight": torch.zeros(2, 64)}, tmp_path / "adapter_model.safetensors")
     with pytest.raises(NotImplementedError, match="the modules_to_save .*, got base_model.score.weight"):
@@ -320,7 +320,7 @@ def test_what_is_neither_prefix_nor_head_is_refused(tmp_path):
 
 def test_files_are_written_whole(tmp_path, monkeypatch):
     prefix = random_prefix(tiny_model("llama"))
-    prefix.to_peft(tmp_path, task_type="CAUSAL_LM")
+    prefix.to_peft(tmp_path)
     before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
     assert set(before) == {"adapter_config.json", "adapter_model.safetensors"}
     modes = {stat.S_IMODE(file.stat().st_mode) for file in tmp_path.iterdir()}
@@ -333,5 +333,5 @@ def test_files_are_written_whole(tmp_path, monkeypatch):
     with torch.no_grad():
         next(prefix.parameters()).zero_()
     with pytest.raises(OSError, match="disk full"):
-        prefix.to_peft(tmp_path, task_type="CAUSAL_LM")
+        prefix.to_peft(tmp_path)
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before

@@ -4,7 +4,6 @@ import json
 import os
 import pickle
 import stat
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -138,8 +137,7 @@ def test_a_full_disk_is_an_error_of_the_system(tmp_path, monkeypatch):
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
     monkeypatch.setattr(prefix_files, "save_file", failing)
-    prefix = random_prefix(tiny_model("llama"))
-    for save in (prefix.save, partial(prefix.to_peft, task_type="CAUSAL_LM")):
+    for save in (random_prefix(tiny_model("llama")).save, random_prefix(tiny_model("llama")).to_peft):
         with pytest.raises(OSError, match="safetensors: .*No space left on device"):
             save(tmp_path)
     assert not list(tmp_path.iterdir())

@@ -219,7 +219,7 @@ def test_to_the_hub_and_back_by_id(hub, monkeypatch, tmp_path):
     assert {file.name for file in (hub / "someone" / "prefix").iterdir()} == {"prefix.safetensors", "prefix_config.json"}
     loaded = Prefix.load("someone/prefix")
     assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), prefix.parameters(), strict=True))
-    prefix.to_peft(hub / "someone" / "adapter", task_type="CAUSAL_LM")
+    prefix.to_peft(hub / "someone" / "adapter")
     loaded = Prefix.from_peft("someone/adapter")
     assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), prefix.parameters(), strict=True))
 
