@@ -184,6 +184,6 @@ class BdistWheel(bdist_wheel):
 setup(
     package_dir={"prefix_kernels": "prefix_kernels", "prefix_tuning": "python/prefix_tuning"},
     packages=find_packages(include=["prefix_kernels", "prefix_kernels.*"]) + find_packages("python"),
-    package_data={"": ["*.json"]},
+    package_data={"": ["py.typed"]},
     cmdclass={"build": Build, "build_ext": BuildExt, "bdist_wheel": BdistWheel},
 )

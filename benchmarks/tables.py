@@ -313,17 +313,17 @@ def readme_gpu(operator: dict[str, Any], decode: dict[str, Any] | None, whole: d
 
 
 def _whole_by_prefix(whole: dict[str, Any]) -> str:
-    """A line for each way of ours through each model at one size of a batch, a column for each prefix length."""
+    """A line for each way of ours through each model at a size of a batch, a column for each prefix length."""
     shown = {
         "selected": "", "padding free": ", `padding_free=True`", "accelerated": ", `accelerate_peft`",
         "kept graphs": ", `keep_graphs`",
     }  # fmt: skip
-    batches = {"train": 8, "generate": 64}
+    batches = {"train": (8, 64), "generate": (64,)}
     lines: dict[str, dict[int, str]] = {}
     for row in whole["rows"]:
         run = row.get("run")
         for way, addition in shown.items():
-            if run and run["batch"] == batches[run["what"]] and (ratio := over(row, "peft", way)) is not None:
+            if run and run["batch"] in batches[run["what"]] and (ratio := over(row, "peft", way)) is not None:
                 does = "a training step" if run["what"] == "train" else f"{run['new_tokens']} new tokens"
                 name = f"{does}, {run['model']['name']}, {run['batch']} rows{addition}"
                 text = f"{median(row, way) * 1e3:.{0 if run['what'] == 'generate' else 1}f} ms, {ratio:.1f}x"

@@ -14,7 +14,7 @@
 #include <vector>
 
 #include "cpu/kernels.h"
-#include "plan.h"
+#include "cpu/plan.h"
 #include "tensors.h"
 
 namespace prefix_kernels {

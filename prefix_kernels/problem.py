@@ -101,8 +101,8 @@ class AttentionInputs(_Arguments):
             head_dim=head_dim, value_dim=value_dim, prefixes=self.prefix_k.shape[0], prefix_len=self.prefix_k.shape[2],
             causal=self.causal, window=self.window, softcap=self.softcap, first_key_position=self.first_key_position,
             has_key_mask=self.key_mask is not None, has_key_lens=self.key_lens is not None, has_bias=self.bias is not None,
-            has_prefix_ids=self.prefix_ids is not None, has_prefix_lens=self.prefix_lens is not None,
-            varlen=self.varlen, has_parent=self.parent is not None, gradients=gradients,
+            has_prefix_ids=self.prefix_ids is not None, varlen=self.varlen, has_parent=self.parent is not None,
+            gradients=gradients,
         )  # fmt: skip
 
 
@@ -131,7 +131,6 @@ class AttentionProblem(NamedTuple):
     has_key_lens: bool
     has_bias: bool
     has_prefix_ids: bool
-    has_prefix_lens: bool
     varlen: bool
     has_parent: bool
     gradients: bool  # whether any may be asked for
@@ -149,7 +148,6 @@ class AttentionProblem(NamedTuple):
         """Least memory traffic of the forward pass in bytes: q, k, v and out once, every prefix once, lse in float32."""
         tokens = (self.query_values() + self.key_values()) * self.dtype.itemsize
         return tokens + 4 * self.q_tokens * self.heads + self.prefix_values() * self.prefix_dtype.itemsize
-
 
     def query_values(self) -> int:
         """Elements of q and out together."""

@@ -131,5 +131,5 @@ def _small_problem(device: str, dtype: torch.dtype) -> AttentionProblem:
         device=device, dtype=dtype, prefix_dtype=dtype, batch=1, heads=1, kv_heads=1, q_len=1, kv_len=1,
         q_tokens=1, k_tokens=1, head_dim=64, value_dim=64, prefixes=1, prefix_len=1, causal=True, window=None, softcap=None,
         first_key_position=None, has_key_mask=False, has_key_lens=False, has_bias=False, has_prefix_ids=False,
-        has_prefix_lens=False, varlen=False, has_parent=False, gradients=False,
+        varlen=False, has_parent=False, gradients=False,
     )  # fmt: skip

@@ -26,7 +26,7 @@ ALLOWED = {
     "prefix_kernels.problem": {"torch"},
     "prefix_kernels.select": {"torch", "prefix_kernels.problem", "prefix_kernels.backends"},
     "prefix_kernels.ops": {"torch", "prefix_kernels.problem", "prefix_kernels.select"},
-    "prefix_kernels.validate": {"torch", "prefix_kernels.problem"},
+    "prefix_kernels.validate": {"torch"},
     "prefix_kernels.repeated": {"torch", "prefix_kernels.problem", "prefix_kernels.select", "prefix_kernels.ops"},
     "prefix_kernels.api": {"torch", "prefix_kernels.problem", "prefix_kernels.select", "prefix_kernels.ops",
                            "prefix_kernels.repeated", "prefix_kernels.validate"},

@@ -109,7 +109,7 @@ def test_pure_wheel_says_so(tmp_path):
 @pytest.fixture
 def broken_tree(tmp_path):
     tree = copy_tree(tmp_path / "tree")
-    with (tree / "csrc" / "problem.h").open("a") as source:
+    with (tree / "csrc" / "cpu" / "problem.h").open("a") as source:
         source.write("#error this line\n")
     return tree
 

@@ -28,6 +28,7 @@ SHARED = {"80": 163, "90a": 227, "100": 227}  # KiB that a thread block may have
 DESKTOP_SHARED = 99  # KiB, of sm_86, sm_89 and sm_120
 ON_MULTIPROCESSOR = {"80": 164, "90a": 228, "100": 228}  # KiB for all thread blocks
 SYSTEM_SHARED, REGISTERS = 1024, 65536  # bytes that each thread block takes besides; of a multiprocessor
+THREADS = 128  # of a thread block
 
 PRINT_SIZES = """
 #include <cstdio>
@@ -109,8 +110,8 @@ def table() -> dict[str, dict[str, int]]:
     return kernels
 
 
-def resident(architecture: str, kernel: dict[str, int], threads: int = 128) -> int:
-    by_registers = REGISTERS // (-(-kernel["registers"] // 8) * 8 * threads)
+def resident(architecture: str, kernel: dict[str, int]) -> int:
+    by_registers = REGISTERS // (-(-kernel["registers"] // 8) * 8 * THREADS)
     return min(by_registers, ON_MULTIPROCESSOR[architecture] * 1024 // (kernel["shared bytes"] + SYSTEM_SHARED))
 
 

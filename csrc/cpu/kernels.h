@@ -2,7 +2,7 @@
 // independent, and each result is written by exactly one task, in a fixed order.
 #pragma once
 
-#include "../problem.h"
+#include "problem.h"
 
 namespace prefix_kernels {
 

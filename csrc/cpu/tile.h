@@ -7,7 +7,7 @@
 
 #include <algorithm>
 
-#include "../problem.h"
+#include "problem.h"
 #include "product.h"
 
 namespace prefix_kernels::ISA {

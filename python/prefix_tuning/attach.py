@@ -75,9 +75,9 @@ class Attachment:
                 LayerPrefix(
                     prefix, backend, slides, warned, stack.query_scale,
                     relative=stack.positions == "relative" and part == stack.self_attention,
-                    first_position=stack.first_position,
+                    first_position=stack.first_position, bank_layer=None if self._bank is None else i,
                 )  # fmt: skip
-                for _ in modules
+                for i in range(len(modules))
             ]
             for stack in self.stacks
             for part, modules in stack.attention.items()
@@ -87,10 +87,10 @@ class Attachment:
         self._configs = AttachedConfigs(model, self.stacks, [stack for stack in every if stack not in self.stacks])
         self._heads = AttachedHeads(model, prefix.heads) if isinstance(prefix, Prefix) else None
         self._changed: list[tuple[nn.Module, str, dict[str, Any]]] = []
+        self._detached = False  # which torch.compile can read, as it cannot the handles of hooks
         self._hooks: list[RemovableHandle] = []
         # By part what the layers hold, where that is rounded to the model's dtype, and what it is rounded from.
         self._rounded: dict[str, tuple[list[Tensor], list[Tensor]]] = {}
-        self._generation = None  # of the bank's tensors that the layers hold
         self._argument: PrefixIdsArgument | None = None
         self._decoding = GraphedDecoding(model, slides, self._recorded_state) if hasattr(model, "generate") else None
         try:
@@ -128,13 +128,13 @@ class Attachment:
 
         Under gradient checkpointing call backward() before: it recomputes the layers as they then are.
         """
-        if self._hooks:
+        if not self._detached:
             self._undo()
 
     def _undo(self) -> None:
+        self._detached = True
         for hook in self._hooks:
             hook.remove()
-        self._hooks = []
         if self._argument is not None:
             self._argument.remove()
         if self._heads is not None:
@@ -159,7 +159,7 @@ class Attachment:
             raise NotImplementedError("enable: with a bank attached, rows run without a prefix where prefix_ids has None")
         if enabled:
             for layer, held in self._hidden:
-                layer.key, layer.value = held
+                (layer.key, layer.value), layer.switched_off = held, False
             if self._hidden and self._heads is not None:
                 self._heads.insert()
             self._hidden = []
@@ -169,6 +169,7 @@ class Attachment:
             self._hidden = [(layer, (layer.key, layer.value)) for layers in self._layers.values() for layer in layers]
             for layer, held in self._hidden:
                 layer.key, layer.value = (_no_columns(len(t), t.shape[2], t.dtype, t.device) for t in held)
+                layer.switched_off = True
 
     @contextmanager
     def keep_graphs(self) -> Iterator[None]:
@@ -190,7 +191,7 @@ class Attachment:
         self.detach()
 
     def _check_attached(self) -> None:
-        if not self._hooks:
+        if self._detached:
             raise ValueError("attachment: it is detached, and the model runs without the prefix; call attach_prefix again")
 
     def _change(self, module: nn.Module, **attributes: Any) -> None:
@@ -208,6 +209,9 @@ class Attachment:
 
     def _recorded_state(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """What decides, beside its arguments, which kernels a forward pass runs; and which tensors these read."""
+        if self._bank is not None:  # a storage that is held is no other's memory, were a replay to come after it was replaced
+            storage = self._bank.storage
+            return (storage.keys[0].shape, storage.keys[0].dtype), (storage,)
         if not isinstance(self.prefix, Prefix):
             return (bool(self._hidden), self.prefix.generation), ()
         held = [layer for layers in self._layers.values() for layer in layers] if self.prefix.reparametrization is None else []
@@ -347,11 +351,6 @@ class Attachment:
                 "bank after moving the model, and to models on one device alone"
             )
         kwargs["prefix_ids"] = row_ids(self._bank, kwargs.get("prefix_ids", BANK_DEFAULT), len(tokens), tokens.device)
-        if self._generation != self._bank.generation:
-            self._generation = self._bank.generation
-            for layer, (key, value) in zip(self._layers[stack.self_attention], self._bank.layers(), strict=True):
-                layer.key, layer.value, layer.lens = key, value, self._bank.prefix_lens
-                layer.position_offsets = self._bank.position_offsets
         return self._bank.position_offsets(kwargs["prefix_ids"])
 
 

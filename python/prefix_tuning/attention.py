@@ -27,9 +27,10 @@ class LayerPrefix:
 
     def __init__(
         self, prefix: Any, backend: str | None, slides: bool, warned: set[str], query_scale: Callable | None = None,
-        relative: bool = False, first_position: int = 0,
+        relative: bool = False, first_position: int = 0, bank_layer: int | None = None,
     ):  # fmt: skip
         self.prefix = prefix  # whose keys and values these are
+        self.bank_layer = bank_layer  # which layer of a bank, whose tensors a call takes itself; None: not a bank
         self.backend = backend
         self.slides = slides
         self.warned = warned  # of what, one set for all layers of a model
@@ -37,15 +38,24 @@ class LayerPrefix:
         self.relative = relative  # positions are a bias by distance, which has columns for the prefix too
         self.first_position = first_position  # of a sequence without a prefix
         self.position_offset = 0
-        self.key: Tensor | None = None  # [kv_heads, prefix_len, head_dim], of a bank [prefixes, …]
+        self.switched_off = False
+        self.key: Tensor | None = None  # [kv_heads, prefix_len, head_dim]
         self.value: Tensor | None = None
-        self.lens: Tensor | None = None  # of a bank: int32 [prefixes]
-        self.position_offsets: Callable[[Tensor], Tensor] | None = None  # of a bank: those of its prefixes
 
     def offset(self, prefix_ids: Tensor | None) -> int | Tensor:
         """Where the positions of the sequence start, with a bank those of each row [batch, 1]."""
-        offset = self.position_offset if self.position_offsets is None else self.position_offsets(prefix_ids)
+        offset = self.position_offset if self.bank_layer is None else self.prefix.position_offsets(prefix_ids)
         return offset + self.first_position
+
+    def taken(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Key, value, and of a bank, whose tensors have an axis [prefixes, …] more, the lengths int32 [prefixes].
+
+        They are a bank's as it is now, and fit each other: a prefix that another thread adds may have it take others.
+        """
+        if self.bank_layer is None:
+            return self.key, self.value, None
+        storage = self.prefix.storage
+        return storage.keys[self.bank_layer], storage.values[self.bank_layer], storage.prefix_lens
 
     def __deepcopy__(self, memo: dict) -> LayerPrefix:
         """A copy of the model has its own; what was produced for a forward pass is not a part of that pass any more."""
@@ -94,7 +104,7 @@ def prefix_attention_forward(
         indices = torch.arange(-query.shape[2], 0, device=query.device)[None] + last + mask.key_offset
         factor = layer.query_scale(module, indices, layer.offset(prefix_ids))
         query = query if factor is None else (query * factor[:, None, :, None]).to(query.dtype)
-    prefix_key, prefix_value, dtype = layer.key, layer.value, query.dtype
+    (prefix_key, prefix_value, prefix_lens), dtype = layer.taken(), query.dtype
     if prefix_key.device != query.device:  # of one MLP for layers in several places, or of no columns, which nobody moves
         prefix_key, prefix_value = prefix_key.to(query.device), prefix_value.to(query.device)
     if prefix_key.dtype is not dtype and (prefix_key.dtype is not torch.float32 or dtype is torch.float64):
@@ -103,12 +113,14 @@ def prefix_attention_forward(
         bias = torch.cat([prefix_bias, position_bias.detach().expand(len(prefix_bias), -1, -1, -1)], dim=-1)
     if mask.pack is not None:
         if bias is None and not (layer.slides and mask.window):
-            prefix = prefix_key, prefix_value
+            prefix = prefix_key, prefix_value, prefix_lens
             return _attend_in_packs(layer, query, key, value, *prefix, mask, scaling, softcap, s_aux, prefix_ids), None
         mask = mask.unpacked()
     if layer.slides:
         prefix_len = prefix_key.shape[-2]
-        own_len = prefix_len if layer.lens is None else (layer.lens[prefix_ids.clamp(min=0)] * (prefix_ids >= 0))[:, None]
+        own_len = prefix_len
+        if prefix_lens is not None:
+            own_len = (prefix_lens[prefix_ids.clamp(min=0)] * (prefix_ids >= 0))[:, None]
         positions = kwargs.get("position_ids")
         positions = None if positions is None else positions - layer.offset(prefix_ids)
         first_key_position, mask_bias = mask.sliding(
@@ -121,7 +133,7 @@ def prefix_attention_forward(
     out = prefix_attention(
         query, key, value, prefix_key, prefix_value, causal=mask.causal, scale=scaling, key_mask=mask.key_mask,
         key_lens=mask.key_lens, window=mask.window, softcap=softcap, bias=bias,
-        prefix_ids=prefix_ids, prefix_lens=layer.lens, first_key_position=first_key_position,
+        prefix_ids=prefix_ids, prefix_lens=prefix_lens, first_key_position=first_key_position,
         backend=layer.backend, return_lse=s_aux is not None,
     )  # fmt: skip
     if s_aux is None:
@@ -132,7 +144,8 @@ def prefix_attention_forward(
 
 def _attend_in_packs(
     layer: LayerPrefix, query: Tensor, key: Tensor, value: Tensor, prefix_key: Tensor, prefix_value: Tensor,
-    mask: MaskStructure, scaling: float | None, softcap: float | None, s_aux: Tensor | None, prefix_ids: Tensor | None,
+    prefix_lens: Tensor | None, mask: MaskStructure, scaling: float | None, softcap: float | None, s_aux: Tensor | None,
+    prefix_ids: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """prefix_attention_forward where rows hold several sequences: each attends to the prefix and to itself."""
     pack = mask.pack
@@ -140,7 +153,7 @@ def _attend_in_packs(
     out = prefix_attention_varlen(
         q, k, v, prefix_key, prefix_value, cu_seqlens_q=pack.cu_seqlens, cu_seqlens_k=pack.cu_seqlens,
         max_seqlen_q=pack.max_seqlen, max_seqlen_k=pack.max_seqlen, parent=pack.parent, scale=scaling, window=mask.window,
-        softcap=softcap, prefix_ids=None if prefix_ids is None else prefix_ids[pack.rows()], prefix_lens=layer.lens,
+        softcap=softcap, prefix_ids=None if prefix_ids is None else prefix_ids[pack.rows()], prefix_lens=prefix_lens,
         backend=layer.backend, return_lse=s_aux is not None,
     )  # fmt: skip
     if s_aux is not None:

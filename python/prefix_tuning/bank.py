@@ -3,16 +3,34 @@
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from prefix_tuning.families import model_shape
 from prefix_tuning.prefix import Prefix
-from prefix_tuning.shapes import Layers, check_int
+from prefix_tuning.shapes import check_int
 
 NO_PREFIX = -1
+
+
+@dataclass(eq=False)
+class BankStorage:
+    """The tensors of a bank. Prefixes are written into them; where they are to be others, so is the whole storage.
+
+    keys, values: of each layer [capacity, kv_heads, max_prefix_len, dim].
+    prefix_lens: int32 [capacity].
+    position_offsets: int64 [capacity + 1], of each prefix; the last is that of no prefix.
+    """
+
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+    prefix_lens: Tensor
+    position_offsets: Tensor
 
 
 class PrefixBank:
@@ -30,7 +48,10 @@ class PrefixBank:
     Of each layer there is one tensor of keys and one of values, [capacity, kv_heads, max_prefix_len, dim]. add() and
     remove() write in place while a prefix fits: captured graphs and compiled code stay valid, and see the change. A
     prefix too many doubles the capacity and a longer one raises max_prefix_len, by new tensors: ids stay what they are,
-    compiled code is compiled anew, and graphs captured by hand must be captured anew.
+    compiled code is compiled anew, and graphs captured by hand must be captured anew. Several threads may do so at once, and
+    while others call a model that the bank is attached to.
+
+    storage: those tensors, a BankStorage.
 
     Raises ValueError or TypeError naming the argument, NotImplementedError for prefixes with other parts or with heads.
     """
@@ -52,14 +73,17 @@ class PrefixBank:
             _check_prefix(name, prefix)
         first = next(iter(prefixes.values()))
         self.shape = first.parts["decoder"]
-        self.generation = 0  # counts reallocations: whoever holds the tensors below takes them again when it changes
-        self.keys, self.values = (  # of each layer [capacity, kv_heads, max_prefix_len, dim]
-            [torch.empty(0, tensor.shape[0], 0, tensor.shape[2]) for tensor in tensors]
-            for tensors in zip(*first.layers(), strict=True)
+        self.storage = BankStorage(
+            *(
+                tuple(torch.empty(0, tensor.shape[0], 0, tensor.shape[2]) for tensor in tensors)
+                for tensors in zip(*first.layers(), strict=True)
+            ),
+            prefix_lens=torch.empty(0, dtype=torch.int32),
+            position_offsets=torch.zeros(1, dtype=torch.int64),
         )
-        self.prefix_lens = torch.empty(0, dtype=torch.int32)  # [capacity]
-        self._offsets = torch.zeros(1, dtype=torch.int64)  # [capacity + 1]; the last is that of no prefix
+        self._lock = threading.Lock()  # of what changes it; whoever reads takes storage, or _slots, once
         self._slots: dict[str, int] = {}
+        self._default: str | None = None
         longest = max(prefix.prefix_len for prefix in prefixes.values())
         stored = [next(prefix.parameters()) for prefix in prefixes.values()]
         dtype = functools.reduce(torch.promote_types, (parameter.dtype for parameter in stored))
@@ -80,53 +104,57 @@ class PrefixBank:
 
     @default.setter
     def default(self, name: str | None) -> None:
-        if name is not None:
-            self._check_known("default", name)
-        self._default = name
+        with self._lock:
+            if name is not None:
+                _check_known("default", name, self._slots)
+            self._default = name
 
     @property
     def capacity(self) -> int:
         """How many prefixes there is room for."""
-        return self.keys[0].shape[0]
+        return self.storage.keys[0].shape[0]
 
     @property
     def max_prefix_len(self) -> int:
         """How many positions each prefix may have."""
-        return self.keys[0].shape[2]
+        return self.storage.keys[0].shape[2]
 
     @property
     def device(self) -> torch.device:
         """Where its tensors are."""
-        return self.keys[0].device
+        return self.storage.keys[0].device
 
     def add(self, name: str, prefix: Prefix) -> None:
         """Takes a copy of `prefix` as `name`; nothing changes for the other names. ValueError for a name that is taken."""
         _check_prefix(name, prefix)
-        if name in self._slots:
-            raise ValueError(f"name: {name!r} is in the bank already; remove it first")
         if prefix.parts["decoder"] != self.shape:
             raise ValueError(f"prefix: {name!r} has {prefix.parts['decoder']}, expected {self.shape} as the others")
-        if len(self._slots) == self.capacity or prefix.prefix_len > self.max_prefix_len:
-            capacity = 2 * self.capacity if len(self._slots) == self.capacity else self.capacity
-            length = max(self.max_prefix_len, prefix.prefix_len)
-            self._allocate(capacity, length, self.device, self.keys[0].dtype)
-        slot = next(slot for slot in range(self.capacity) if slot not in self._slots.values())
-        with torch.no_grad():
-            for layer, (key, value) in enumerate(prefix.layers()):
-                self.keys[layer][slot, :, : prefix.prefix_len].copy_(key)
-                self.values[layer][slot, :, : prefix.prefix_len].copy_(value)
-        self.prefix_lens[slot] = prefix.prefix_len
-        self._offsets[slot] = prefix.position_offset
-        self._slots[name] = slot
+        with self._lock:
+            if name in self._slots:
+                raise ValueError(f"name: {name!r} is in the bank already; remove it first")
+            if len(self._slots) == self.capacity or prefix.prefix_len > self.max_prefix_len:
+                capacity = 2 * self.capacity if len(self._slots) == self.capacity else self.capacity
+                length = max(self.max_prefix_len, prefix.prefix_len)
+                self._allocate(capacity, length, self.device, self.storage.keys[0].dtype)
+            slot = next(slot for slot in range(self.capacity) if slot not in self._slots.values())
+            with torch.no_grad():
+                for layer, (key, value) in enumerate(prefix.layers()):
+                    self.storage.keys[layer][slot, :, : prefix.prefix_len].copy_(key)
+                    self.storage.values[layer][slot, :, : prefix.prefix_len].copy_(value)
+            self.storage.prefix_lens[slot] = prefix.prefix_len
+            self.storage.position_offsets[slot] = prefix.position_offset
+            self._slots = self._slots | {name: slot}
 
     def remove(self, name: str) -> None:
         """Forgets `name`; its id may be given to the next that is added. ValueError for one unknown or the default."""
-        self._check_known("name", name)
-        if name == self.default:
-            raise ValueError(f"name: {name!r} is the default; set default to another name or None first")
-        slot = self._slots.pop(name)
-        self.prefix_lens[slot] = 0
-        self._offsets[slot] = 0
+        with self._lock:
+            _check_known("name", name, self._slots)
+            if name == self.default:
+                raise ValueError(f"name: {name!r} is the default; set default to another name or None first")
+            slot = self._slots[name]
+            self._slots = {other: slot for other, slot in self._slots.items() if other != name}
+            self.storage.prefix_lens[slot] = 0
+            self.storage.position_offsets[slot] = 0
 
     def ids(self, names: Sequence[str | None], device: torch.device | str | None = None) -> Tensor:
         """The id of each name, −1 for None (no prefix): int32 [len(names)], on the bank's device if none is given.
@@ -135,11 +163,12 @@ class PrefixBank:
         """
         if isinstance(names, str) or not isinstance(names, Sequence):
             raise TypeError(f"prefix_ids: expected a list with a name or None for each row, or an int tensor, got {names!r}")
+        slots = self._slots
         for name in names:
             if name is not None:
-                self._check_known("prefix_ids", name)
-        slots = [NO_PREFIX if name is None else self._slots[name] for name in names]
-        return torch.tensor(slots, dtype=torch.int32, device=self.device if device is None else device)
+                _check_known("prefix_ids", name, slots)
+        ids = [NO_PREFIX if name is None else slots[name] for name in names]
+        return torch.tensor(ids, dtype=torch.int32, device=self.device if device is None else device)
 
     def names_of(self, ids: Tensor) -> list[str | None]:
         """The names that the ids stand for; None where it is none's."""
@@ -150,13 +179,9 @@ class PrefixBank:
         """Those that are neither a name's nor −1."""
         return sorted(set(ids.tolist()) - {NO_PREFIX, *self._slots.values()})
 
-    def layers(self) -> Layers:
-        """Of each layer (keys, values) of all prefixes, [capacity, kv_heads, max_prefix_len, dim]."""
-        return list(zip(self.keys, self.values, strict=True))
-
     def position_offsets(self, ids: Tensor) -> Tensor:
         """Where the positions of each row start, int64 [rows, 1]: its prefix's position_offset, 0 without a prefix."""
-        return self._offsets[ids][:, None]
+        return self.storage.position_offsets[ids][:, None]
 
     def check_fits(self, model: nn.Module) -> None:
         """ValueError where the prefixes were made for another shape than the model's."""
@@ -166,11 +191,18 @@ class PrefixBank:
 
     def to(self, device: torch.device, dtype: torch.dtype) -> None:
         """Brings the storage there, by new tensors where it is elsewhere."""
-        if (self.device, self.keys[0].dtype) != (device, dtype):
-            self._allocate(self.capacity, self.max_prefix_len, device, dtype)
+        with self._lock:
+            if (self.device, self.storage.keys[0].dtype) != (device, dtype):
+                self._allocate(self.capacity, self.max_prefix_len, device, dtype)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _lock=threading.Lock())
 
     def _allocate(self, capacity: int, length: int, device: torch.device, dtype: torch.dtype) -> None:
-        """New storage with what the old one holds, layer after layer."""
+        """New storage with what the old one holds; that stays as it is where there is no memory for another."""
 
         def moved(old: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
             new = torch.zeros(shape, device=device, dtype=dtype)
@@ -178,18 +210,21 @@ class PrefixBank:
             torch._dynamo.mark_static_address(new)  # else torch.compile's CUDA graphs would copy the bank for every call
             return new
 
+        old = self.storage
         with torch.inference_mode(False), torch.no_grad():  # tensors of inference mode could not be written outside of it
-            for tensors in (self.keys, self.values):
-                for layer, old in enumerate(tensors):
-                    tensors[layer] = moved(old, (capacity, old.shape[1], length, old.shape[3]), dtype)
-            self.prefix_lens = moved(self.prefix_lens, (capacity,), torch.int32)
-            self._offsets = moved(self._offsets, (capacity + 1,), torch.int64)
-        self.generation += 1
+            keys, values = (
+                tuple(moved(tensor, (capacity, tensor.shape[1], length, tensor.shape[3]), dtype) for tensor in tensors)
+                for tensors in (old.keys, old.values)
+            )
+            prefix_lens = moved(old.prefix_lens, (capacity,), torch.int32)
+            position_offsets = moved(old.position_offsets, (capacity + 1,), torch.int64)
+        self.storage = BankStorage(keys, values, prefix_lens, position_offsets)
 
-    def _check_known(self, argument: str, name: str) -> None:
-        if not isinstance(name, str) or name not in self._slots:
-            known = ", ".join(map(repr, self._slots)) or "none"
-            raise ValueError(f"{argument}: no prefix is named {name!r} here, only {known}")
+
+def _check_known(argument: str, name: str, known: Mapping[str, int]) -> None:
+    if not isinstance(name, str) or name not in known:
+        names = ", ".join(map(repr, known)) or "none"
+        raise ValueError(f"{argument}: no prefix is named {name!r} here, only {names}")
 
 
 def _check_prefix(name: str, prefix: Prefix) -> None:

@@ -43,7 +43,7 @@ from prefix_tuning.prefix_files import library_version
 from prefix_tuning.recipe import TrainSettings, train_prefix, write_metrics
 from prefix_tuning.requests import (
     DEFAULT_PREFIX,
-    answered,
+    answer_rows,
     check_unnamed,
     parse_conversation,
     prefix_folders,
@@ -195,7 +195,7 @@ def generate(args: argparse.Namespace) -> None:
             progress=None if args.quiet or len(prompts) <= args.batch_size else "generating",
         )  # fmt: skip
     if args.output:
-        write_json_lines(args.output, answered(prompts, chosen, texts))
+        write_json_lines(args.output, answer_rows(prompts, chosen, texts))
         print(f"written: {args.output}")
     else:
         for text in texts:

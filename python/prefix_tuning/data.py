@@ -27,7 +27,7 @@ from transformers import (
 
 from prefix_tuning.e2e import load_e2e, to_examples
 from prefix_tuning.files import open_text
-from prefix_tuning.prompts import chat_template, encode_conversation, encode_prompt, render
+from prefix_tuning.prompts import chat_template, encode_conversation, encode_prompt, padding_id, render
 from prefix_tuning.task import Task
 
 IGNORED = -100  # the label of a token without loss
@@ -252,7 +252,7 @@ class PromptCompletionCollator:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, pad_to_multiple_of: int = 8):
         if pad_to_multiple_of < 1:
             raise ValueError(f"pad_to_multiple_of: expected at least 1, got {pad_to_multiple_of}")
-        self.pad_id = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+        self.pad_id = padding_id(tokenizer)
         self.multiple = pad_to_multiple_of
 
     def __call__(self, examples: Sequence[Mapping[str, Sequence[int]]]) -> dict[str, Tensor]:
@@ -327,16 +327,22 @@ def default_collator(model: nn.Module, task: Task, tokenizer: PreTrainedTokenize
 
 
 def without_idle_mask(batch: dict[str, Tensor], wait: bool = False) -> dict[str, Tensor]:
-    """A batch for a causal model, without its attention mask if that hides nothing but padding on the right.
+    """A batch for a causal model, without its attention mask if that hides nothing but padding on the right without labels.
 
-    Causal attention keeps such padding from every token by itself, no label stands there, and without a mask every layer can
-    run its fastest kernel. A batch on a device stays as it is unless the host may wait: looking into its mask stops it.
+    Causal attention keeps such padding from every token by itself, and without a mask every layer can run its fastest kernel.
+    A label on padding is predicted from padding, at positions that the mask decides. A batch on a device stays as it is unless
+    the host may wait, which it does once, for what the mask and the labels say together.
     """
     mask = batch.get("attention_mask")
     if "position_ids" in batch or not isinstance(mask, Tensor) or mask.dim() != 2 or not (wait or mask.device.type == "cpu"):
         return batch
-    real = mask.bool()
-    if not bool(real[:, 0].all()) or bool((real[:, 1:] & ~real[:, :-1]).any()):
+    labels, padded = batch.get("labels"), ~mask.bool()
+    heeded = padded[:, 0].any() | (padded[:, :-1] & ~padded[:, 1:]).any()
+    if labels is not None:
+        if not isinstance(labels, Tensor) or labels.shape != mask.shape:
+            return batch
+        heeded |= (padded & (labels.to(mask.device) != IGNORED)).any()
+    if bool(heeded):
         return batch
     return {name: value for name, value in batch.items() if name != "attention_mask"}
 

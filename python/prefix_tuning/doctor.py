@@ -9,13 +9,13 @@ import platform
 from pathlib import Path
 
 import torch
-from torch import nn
 from transformers import AutoConfig
 
-from prefix_kernels import available_backends, explain_backends
+from prefix_kernels import available_backends
+from prefix_tuning.explain import explain_attention, heads_of
 from prefix_tuning.offline_model import INSTALL_COMMAND, OFFLINE_MODEL, cache_folder, shipped_gguf
 from prefix_tuning.shapes import ModelShape
-from prefix_tuning.stacks import attention_kinds, part_shapes, text_config
+from prefix_tuning.stacks import attention_kinds, part_shapes
 
 PACKAGES = ("prefix-kernels", "torch", "transformers", "accelerate", "triton", "sacrebleu", "matplotlib", "gguf")
 
@@ -47,42 +47,13 @@ def model_report(name: str) -> str:
     config = AutoConfig.from_pretrained(name)
     kinds, shapes = attention_kinds(config), part_shapes(config)
     sections = {f"{name}, {config.model_type}": [f"{part}: {shape}" for part, shape in shapes.items()]}
-    heads, shape = _heads(config), list(shapes.values())[-1]
+    heads, shape = heads_of(config), list(shapes.values())[-1]
     for (device, dtype, kind), (title, options) in itertools.product(_devices_and_dtypes(), kinds.items()):
         for use, sizes in {"training": {"q_len": 256, "kv_len": 256}, "decoding": {"q_len": 1, "kv_len": 512}}.items():
-            reasons = _explain(device, dtype, torch.float32, shape, heads=heads, batch=8, prefix_len=128, **sizes, **options)
+            options_and_sizes = {"heads": heads, "batch": 8, "prefix_len": 128, **sizes, **options}
+            reasons = explain_attention(device, dtype, torch.float32, shape, **options_and_sizes)
             sections[f"{title}, {use}, {kind}"] = _lines(reasons)
     return _text(sections)
-
-
-def explain_training(
-    model: nn.Module, prefix_dtype: torch.dtype, *, batch: int, length: int, prefix_len: int, backend: str | None = None
-) -> dict[str, str]:
-    """`explain_backends` for a training step of this model: a padded batch of `length` tokens behind a prefix; of an
-    encoder-decoder, the decoder's self-attention; where layers are of several kinds, that of the first."""
-    parameter, shapes = next(model.parameters()), part_shapes(model.config)
-    shape, options = shapes["decoder" if "decoder" in shapes else "encoder"], next(iter(attention_kinds(model.config).values()))
-    return _explain(
-        parameter.device, parameter.dtype, prefix_dtype, shape, heads=_heads(model.config), batch=batch, q_len=length,
-        kv_len=length, prefix_len=prefix_len, backend=backend, **options,
-    )  # fmt: skip
-
-
-def _heads(config) -> int:
-    config = text_config(config)
-    return getattr(config, "decoder_attention_heads", None) or config.num_attention_heads
-
-
-def _explain(
-    device, dtype, prefix_dtype, shape: ModelShape, *, heads, batch, q_len, kv_len, prefix_len, layer=0, bias=False, **options
-) -> dict[str, str]:
-    kv_heads, head_dim, value_dim = shape.of(layer)
-    q = torch.empty(batch, heads, q_len, head_dim, device=device, dtype=dtype)
-    k, v = (torch.empty(batch, kv_heads, kv_len, dim, device=device, dtype=dtype) for dim in (head_dim, value_dim))
-    prefix = [torch.empty(kv_heads, prefix_len, dim, device=device, dtype=prefix_dtype) for dim in (head_dim, value_dim)]
-    key_mask = torch.ones(batch, kv_len, device=device, dtype=torch.bool)
-    columns = torch.empty(1, heads, q_len, prefix_len + kv_len, device=device, dtype=dtype) if bias else None
-    return explain_backends(q, k, v, *prefix, key_mask=key_mask, bias=columns, **options)
 
 
 def _devices_and_dtypes() -> list[tuple[str, torch.dtype, str]]:
@@ -101,7 +72,7 @@ def _lines(reasons: dict[str, str]) -> list[str]:
 
 def _reasons(device: str, dtype: torch.dtype, **sizes: int) -> list[str]:
     shape = ModelShape(layers=1, kv_heads=4, head_dim=64, value_dim=64)
-    return _lines(_explain(device, dtype, torch.float32, shape, heads=12, prefix_len=128, **sizes))
+    return _lines(explain_attention(device, dtype, torch.float32, shape, heads=12, prefix_len=128, **sizes))
 
 
 def _versions() -> list[str]:

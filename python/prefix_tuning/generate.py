@@ -15,7 +15,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase, StaticCache
 
 from prefix_tuning.graphed_decoding import GraphedDecoding, graphed
 from prefix_tuning.own_cache import CACHE, LEAST_REPLAYED
-from prefix_tuning.prompts import encode_prompt
+from prefix_tuning.prompts import encode_prompt, padding_id
 from prefix_tuning.row_limits import fitting, pair_limits
 from prefix_tuning.task import Task, task_of
 
@@ -105,7 +105,7 @@ def generate_ids(
     if prefix_ids is not None and len(prefix_ids) != len(encoded):
         raise ValueError(f"prefix_ids: expected one for each of {len(encoded)} prompts, got {len(prefix_ids)}")
     pairs = task_of(model) is Task.ENCODER_DECODER
-    stop_ids, pad_id = _stop_ids(model, tokenizer), _pad_id(tokenizer)
+    stop_ids, pad_id = _stop_ids(model, tokenizer), padding_id(tokenizer)
     own = model.generation_config
     names = ("decoder_start_token_id", "forced_bos_token_id", "bad_words_ids")
     kept = {name: getattr(own, name) for name in names} if pairs else {}
@@ -124,11 +124,8 @@ def generate_ids(
 
     answers: list[list[int]] = [[] for _ in encoded]
     device = next(model.parameters()).device
-    with (
-        progress_bar(progress, len(encoded)) as bar,
-        torch.random.fork_rng() if seed is not None else nullcontext(),
-        _configured(model, config),
-    ):
+    settings = _every_setting(config, own)
+    with progress_bar(progress, len(encoded)) as bar, torch.random.fork_rng() if seed is not None else nullcontext():
         if seed is not None:
             torch.manual_seed(seed)
         for (_, length), alike in groupby(batches, size):
@@ -137,7 +134,7 @@ def generate_ids(
                     input_ids, mask = _padded([encoded[i] for i in rows], pad_id, left=not pairs)
                     chosen = {} if prefix_ids is None else {"prefix_ids": [prefix_ids[i] for i in rows]}
                     inputs = {"input_ids": input_ids.to(device), "attention_mask": mask.to(device)}
-                    generated = model.generate(**inputs, **chosen, **cache)
+                    generated = model.generate(**inputs, **chosen, **cache, **settings)
                     first = 1 if pairs else input_ids.shape[1]
                     for i, ids in zip(rows, generated[:, first:].tolist(), strict=True):
                         end = next((at for at, token in enumerate(ids) if token in stop_ids), None)
@@ -176,14 +173,15 @@ def first_line(text: str) -> str:
     return text.strip().partition("\n")[0].strip()
 
 
-@contextmanager
-def _configured(model: nn.Module, config: GenerationConfig) -> Iterator[None]:
-    """`config` in place of the model's own, from which `generate` would take whatever an argument leaves open."""
-    own, model.generation_config = model.generation_config, config
-    try:
-        yield
-    finally:
-        model.generation_config = own
+def _every_setting(config: GenerationConfig, own: GenerationConfig) -> dict[str, Any]:
+    """`config` as arguments of `generate`, which would take whatever they leave open from the model's own.
+
+    A GenerationConfig in their place would be filled from the model's, wherever it has None.
+    """
+    config.update(**GenerationConfig._get_default_generation_params(), defaults_only=True)
+    names = vars(config).keys() | vars(own).keys()
+    settings = {name: getattr(config, name, None) for name in names if not name.startswith("_")}
+    return settings | {"max_length": None}  # beside max_new_tokens it would be one length too many
 
 
 def _padded(encoded: Sequence[Sequence[int]], pad_id: int, left: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -203,10 +201,6 @@ def _stop_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]
     known = model.generation_config.eos_token_id
     known = known if isinstance(known, list) else [known]
     return sorted({i for i in (*known, tokenizer.eos_token_id) if i is not None})
-
-
-def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
 
 
 def _check(max_new_tokens: int, batch_size: int, num_beams: int, temperature: float, top_p: float) -> None:

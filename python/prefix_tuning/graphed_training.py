@@ -159,13 +159,13 @@ class Rows:
             yield {"input_ids": self.input_ids, "attention_mask": mask}
 
     def load(self, input_ids: Tensor) -> None:
-        """What is left of longer rows before it is seen by no target."""
+        """What an earlier, longer batch left stays on the right, where no target attends to it."""
         self.input_ids[:, : input_ids.shape[1]] = input_ids
 
 
 class _PackedRow(Rows):
-    """The tokens of one row of at most that many sequences, each of at most `longest` tokens. What is left of a longer row
-    before it is cut to that length: as one sequence its attention would take as long as that of all others."""
+    """The tokens of one row of at most that many sequences, each of at most `longest` tokens. The unused rest of the row is cut
+    into sequences of that length: as one sequence its attention would take as long as that of all others."""
 
     def __init__(self, length: int, sequences: int, longest: int, shared: bool, device: torch.device):
         super().__init__((1, length), device)

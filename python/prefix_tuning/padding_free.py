@@ -18,7 +18,7 @@ from torch.utils.data import IterableDataset
 from transformers import Trainer
 
 from prefix_tuning.data import IGNORED, teacher_targets, tokens_and_labels
-from prefix_tuning.doctor import explain_training
+from prefix_tuning.explain import explain_training
 from prefix_tuning.multimodal_families import text_part
 from prefix_tuning.stacks import attention_kinds, stacks
 from prefix_tuning.task import Task, task_of
@@ -96,7 +96,7 @@ def shared_beginnings(rows: Sequence[tuple[list[int], list[int]]]) -> list[tuple
 
 
 def asked_for(wanted: bool | None, data_collator: Any) -> bool | None:
-    """A trainer's argument padding_free: in place of None False beside a data_collator of the user's own."""
+    """A trainer's argument padding_free as given, but False instead of None where the user passed a data_collator."""
     if wanted is not None and not isinstance(wanted, bool):
         raise TypeError(f"padding_free: expected True, False or None, got {wanted!r}")
     if wanted and data_collator is not None:
@@ -105,8 +105,8 @@ def asked_for(wanted: bool | None, data_collator: Any) -> bool | None:
 
 
 def allowed_by(trainer: Trainer, wanted: bool | None) -> bool | None:
-    """What the argument comes to beside the trainer's data, arguments and methods: in place of None False where rows are
-    streamed, one process makes the batches of all, or code of the user's own reads them.
+    """The argument as given, but False instead of None where rows are streamed, where one process makes the batches of all, or
+    where code of the user's own reads them.
 
     NotImplementedError where several processes cannot share the batches that are wanted.
     """

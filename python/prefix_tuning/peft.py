@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import MethodType
 from typing import Any
 
 import torch
@@ -26,6 +25,8 @@ from prefix_tuning.stacks import part_shapes, text_config
 
 STATE = "_prefix_tuning"  # where an accelerated PeftModel keeps its Acceleration
 PATCHED = ("forward", "generate", "disable_adapter", "prepare_inputs_for_generation")
+# Arguments that PEFT keeps from the model underneath, for these task types; for others token_type_ids.
+NOT_HANDED_ON = {"SEQ_CLS": (), "TOKEN_CLS": (), "QUESTION_ANS": ("token_type_ids", "position_ids")}
 
 
 class ActiveAdapter:
@@ -75,6 +76,16 @@ class ActiveAdapter:
             self._held = None
 
 
+class Bound:
+    """A function as a method of an object, pickled as what it is: a MethodType is by its name, which finds the class's own."""
+
+    def __init__(self, function: Callable, owner: Any):
+        self.__func__, self.__self__ = function, owner  # where accelerate looks for them
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.__func__(self.__self__, *args, **kwargs)
+
+
 class Acceleration:
     """What accelerate_peft changed on a PeftModel: forward, generate, and the model underneath."""
 
@@ -95,7 +106,7 @@ class Acceleration:
         if hasattr(model, "base_model_prepare_inputs_for_generation"):
             self._patches["prepare_inputs_for_generation"] = _prepare_inputs_for_generation
         for name, function in self._patches.items():
-            setattr(model, name, MethodType(function, model))
+            setattr(model, name, Bound(function, model))
         setattr(model, STATE, self)
 
     @contextmanager
@@ -107,6 +118,11 @@ class Acceleration:
             yield
         finally:
             self._running.pop()
+
+    @property
+    def _served(self) -> bool:
+        """Whether the model underneath has the prefix now. disable_adapter may stand within a call, as in a LogitsProcessor."""
+        return bool(self._running) and not self._model._adapters_disabled
 
     def replayed(self, arguments: dict[str, Any]) -> Any:
         """What a training step gives as the replay of a CUDA graph; None where it has to run as it is."""
@@ -135,7 +151,7 @@ class Acceleration:
         vars(self._model).update(self._before)
 
     def _before_stack(self, module: nn.Module, args: tuple) -> None:
-        if self._running:
+        if self._served:
             return
         recomputes = any(getattr(part, "gradient_checkpointing", False) for part in module.modules())
         if recomputes and module.training and torch.is_grad_enabled():
@@ -146,7 +162,7 @@ class Acceleration:
         self._attachment.enable(False)
 
     def _after_stack(self, module: nn.Module, args: tuple, output: Any) -> None:
-        if not self._running:  # layers that are recomputed in a later backward pass saw the prefix
+        if not self._served:  # layers that are recomputed in a later backward pass saw the prefix
             self._attachment.enable(True)
 
 
@@ -225,9 +241,9 @@ def _forward(self, *args: Any, **kwargs: Any) -> Any:
     arguments = acceleration.signature.bind(self, *args, **kwargs).arguments
     arguments.update(arguments.pop("kwargs", {}))
     del arguments["self"]
+    arguments = _as_peft_hands_on(self, arguments)
     if _may_be_packed(arguments, self.training):
         arguments["use_cache"] = False  # transformers tells packed rows apart only where there is no cache
-    arguments = _as_peft_hands_on(self, arguments)
     with acceleration.running():
         replayed = acceleration.replayed(arguments)
         return self.base_model(**arguments) if replayed is None else replayed
@@ -246,6 +262,7 @@ def _generate(self, *args: Any, **kwargs: Any) -> Any:
     if self._adapters_disabled:
         return type(self).generate(self, *args, **kwargs)
     acceleration = getattr(self, STATE)
+    kwargs.pop("task_ids", None)  # which PEFT takes and no prefix uses
     with acceleration.running(), acceleration.adapter.held():
         return type(self).generate(self, *args, **kwargs)
 
@@ -262,10 +279,9 @@ def _prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str,
 
 
 def _as_peft_hands_on(model: nn.Module, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Without what PEFT takes for itself: task_ids, which no prefix uses, and token types where there is no classifier."""
+    """Without what PEFT takes for itself: task_ids, which no prefix uses, and what NOT_HANDED_ON names."""
     arguments.pop("task_ids", None)
-    classifies = model.active_peft_config.task_type in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
-    if not classifies and arguments.get("token_type_ids") is not None:
-        warnings.warn("token_type_ids are ignored, as PEFT does", UserWarning, stacklevel=3)
-        del arguments["token_type_ids"]
+    for name in NOT_HANDED_ON.get(model.active_peft_config.task_type, ("token_type_ids",)):
+        if arguments.pop(name, None) is not None:
+            warnings.warn(f"{name} are ignored, as PEFT does", UserWarning, stacklevel=3)
     return arguments

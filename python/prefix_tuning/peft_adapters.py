@@ -108,7 +108,9 @@ def read_adapter(source: str | os.PathLike | nn.Module) -> tuple[Layers, Heads, 
         directory = download(str(source), [CONFIG_FILE, TENSORS_FILE, PICKLED_FILE])
     file = directory / CONFIG_FILE
     if not file.is_file():
-        raise FileNotFoundError(f"{file}: no such file, expected the description of an adapter that PEFT saves")
+        below = sorted(str(found.parent) for found in directory.glob(f"*/{CONFIG_FILE}"))
+        hint = f"; there is one in {', '.join(below)}" if below else ""  # where PEFT saves adapters of other names than default
+        raise FileNotFoundError(f"{file}: no such file, expected the description of an adapter that PEFT saves{hint}")
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
         layout = adapter_layout(config)

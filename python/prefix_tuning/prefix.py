@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from prefix_tuning.heads import check_heads_fit, head_parameters
-from prefix_tuning.peft_adapters import SEQ_2_SEQ, read_adapter, write_adapter
+from prefix_tuning.peft_adapters import SEQ_2_SEQ, TASK_TYPES, read_adapter, write_adapter
 from prefix_tuning.prefix_files import read_prefix, write_prefix
-from prefix_tuning.prompts import encode_conversation, encode_prompt
+from prefix_tuning.prompts import encode_beginning, encode_prompt
 from prefix_tuning.reparametrization import MLPReparametrization
 from prefix_tuning.shapes import PARTS, Layers, ModelShape, check_dtype, check_int, check_layers, check_model
 from prefix_tuning.stacks import check_served, part_shapes, text_config
@@ -196,7 +196,8 @@ class Prefix(nn.Module):
         text       tokenised with the tokenizer's special tokens, but for one that closes it. Where that adds a
                    beginning-of-text token it is the prefix's first, so tokenise the rows with add_special_tokens=False
         messages   a conversation, through the tokenizer's chat template, without a generation prompt. Of the whole
-                   conversation through the template, a row is what follows the first prefix_len tokens
+                   conversation through the template, a row is what follows the first prefix_len tokens. Turns that the
+                   template shows otherwise once another follows, as some do with the last answer, are refused
         input_ids  int [tokens] or [1, tokens], taken as they are; `tokenizer` may then be None
 
         Text and rows are tokenised apart and their ids joined, as prompts and completions are: no token spans the boundary. Let
@@ -218,7 +219,7 @@ class Prefix(nn.Module):
             if not input_ids:
                 raise ValueError(f"text: {text!r} has no tokens, expected one or more")
         elif messages is not None:
-            input_ids = encode_conversation(messages, tokenizer)
+            input_ids = encode_beginning(messages, tokenizer)
         layers = cached_layers(model, input_ids)
         return cls({"decoder": layers}, base_model=_name_of(model)).requires_grad_(False)
 
@@ -264,11 +265,13 @@ class Prefix(nn.Module):
         cls,
         directory_or_hub_id: str | os.PathLike,
         *,
+        revision: str | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> Prefix:
         """The prefix that `save` wrote to a folder, or that `push_to_hub` uploaded; trainable, with its MLP where one was kept.
 
+        revision       branch, tag or commit of a hub repository; None: its main branch
         device, dtype  where it goes and what it is converted to; None: the CPU, and as stored
 
         A missing file is a FileNotFoundError, a damaged or foreign one, or one that contradicts the json, a ValueError:
@@ -276,7 +279,7 @@ class Prefix(nn.Module):
         """
         if dtype is not None:
             check_dtype(dtype)
-        parts, heads, description = read_prefix(directory_or_hub_id)
+        parts, heads, description = read_prefix(directory_or_hub_id, revision)
         offset, base_model = description["position_offset"], description["base_model"]
         prefix = cls(parts, heads=heads, position_offset=offset, base_model=base_model)
         return prefix.to(device=device, dtype=dtype)
@@ -317,12 +320,12 @@ class Prefix(nn.Module):
         """Writes the prefix as an adapter, in float32, that peft's PeftModel.from_pretrained(model, directory) loads.
 
         task_type: PEFT's name for what the model does: CAUSAL_LM, SEQ_2_SEQ_LM, SEQ_CLS, …; it decides how PEFT applies the
-            prefix. A head goes with it.
+            prefix, which does not know its model. A head goes with it.
 
-        Raises ValueError for an unknown task_type, and NotImplementedError, before anything is written, for what PEFT cannot
-        express: more than the self-attention of a decoder, or of an encoder that stands alone; positions that do not start
-        at prefix_len; value_dim other than head_dim; layers that differ in shape; and, for SEQ_2_SEQ_LM with an even number
-        of layers, layers that differ where PEFT reads one stored layer for two.
+        Raises ValueError for an unknown task_type and for CAUSAL_LM with an encoder's prefix, and NotImplementedError, before
+        anything is written, for what PEFT cannot express: more than the self-attention of a decoder, or of an encoder that
+        stands alone; positions that do not start at prefix_len; value_dim other than head_dim; layers that differ in shape;
+        and, for SEQ_2_SEQ_LM with an even number of layers, layers that differ where PEFT reads one stored layer for two.
         """
         part, *others = self.parts
         if others or part == "cross" or (part == "encoder" and task_type == SEQ_2_SEQ):
@@ -330,6 +333,9 @@ class Prefix(nn.Module):
                 "prefix: PEFT has prefixes of one self-attention, in an encoder-decoder of the decoder's, got "
                 f"{', '.join(self.parts)} for task_type {task_type}"
             )
+        if part == "encoder" and task_type == "CAUSAL_LM":
+            expected = ", ".join(sorted(set(TASK_TYPES) - {"CAUSAL_LM", SEQ_2_SEQ}))
+            raise ValueError(f"task_type: got CAUSAL_LM for an encoder's prefix, expected one of {expected}")
         if self.position_offset != self.prefix_len:
             raise NotImplementedError(
                 f"prefix: PEFT's positions start at prefix_len, {self.prefix_len}, got position_offset {self.position_offset}"

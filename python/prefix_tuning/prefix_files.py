@@ -62,7 +62,7 @@ def write_prefix(
 
 
 def read_prefix(
-    directory_or_hub_id: str | os.PathLike,
+    directory_or_hub_id: str | os.PathLike, revision: str | None = None
 ) -> tuple[dict[str, Layers | MLPReparametrization], dict[str, dict[str, Tensor]], dict[str, Any]]:
     """What `write_prefix` wrote to a folder, or what of it is in a hub repository: (each part's pairs or MLP, each trained
     module's parameters, description).
@@ -72,7 +72,7 @@ def read_prefix(
     """
     directory = Path(directory_or_hub_id)
     if not directory.is_dir():
-        directory = download(str(directory_or_hub_id), [CONFIG_FILE, TENSORS_FILE, MLP_FILE])
+        directory = download(str(directory_or_hub_id), [CONFIG_FILE, TENSORS_FILE, MLP_FILE], revision)
     config = _read_config(directory / CONFIG_FILE)
     prefix_len = config["prefix_len"]
     shapes = {name: ModelShape(**shape) for name, shape in config["parts"].items()}
@@ -113,13 +113,13 @@ def library_version() -> str:
         return "unknown"
 
 
-def download(repo_id: str, names: list[str]) -> Path:
+def download(repo_id: str, names: list[str], revision: str | None = None) -> Path:
     """The folder where a hub repository's files of these names are, downloaded or from the cache."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
     try:
-        return Path(snapshot_download(repo_id, allow_patterns=names))
+        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=names))
     except (HFValidationError, OSError) as error:
         raise FileNotFoundError(f"{repo_id}: neither a folder nor a hub repository in reach ({error})") from error
 

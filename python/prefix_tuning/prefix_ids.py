@@ -43,7 +43,7 @@ class PrefixIdsArgument:
 
     generate refuses an argument that forward's signature does not show, and repeats only tensors for beams: the signature
     gets it, and names become ids before generate starts. An assistant model is given the ids of its own bank, if it has
-    one: of the same names, else of its default.
+    one: of the same names, else of its default, else none.
     """
 
     def __init__(self, model: nn.Module, layers: nn.Module, bank: PrefixBank):
@@ -113,8 +113,10 @@ def _forward(forward: Callable, hands_on: bool, *args, **kwargs):
 
 def _generate(model: nn.Module, generate: Callable, bank: PrefixBank, *args, **kwargs):
     given = kwargs.get("prefix_ids")
-    config = kwargs.get("generation_config") or model.generation_config
-    if kwargs.get("guidance_scale", config.guidance_scale) not in (None, 1):
+    config = inspect.signature(generate).bind_partial(*args, **kwargs).arguments.get("generation_config")
+    scales = [config.guidance_scale for config in (config, model.generation_config) if config is not None]
+    scale = next((scale for scale in scales if scale is not None), None)  # the model's own, where the call's leaves it open
+    if kwargs.get("guidance_scale", scale) not in (None, 1):
         raise NotImplementedError("guidance_scale: its unconditional rows have no prefix_ids; attach a Prefix instead")
     if given is not None and not isinstance(given, Tensor):
         kwargs["prefix_ids"] = bank.ids(given)
@@ -126,10 +128,10 @@ def _candidate_generator(
     **options,
 ):  # fmt: skip
     """The assistant of assisted decoding gets its own ids: those in model_kwargs are this model's."""
-    if assistant_model is not None and "prefix_ids" in model_kwargs:
+    if assistant_model is not None:
         model_kwargs = dict(model_kwargs)
-        given, other = model_kwargs.pop("prefix_ids"), getattr(assistant_model, "prefix_bank", None)
-        if other is not None and given is not None:
-            names = [name if name in other.names else other.default for name in bank.names_of(given)]
-            model_kwargs["prefix_ids"] = other.ids(names)
+        given, other = model_kwargs.pop("prefix_ids", BANK_DEFAULT), getattr(assistant_model, "prefix_bank", None)
+        if other is not None:
+            names = bank.names_of(row_ids(bank, given, 1, bank.device))  # assisted decoding is of one row
+            model_kwargs["prefix_ids"] = other.ids([name if name in other.names else other.default for name in names])
     return candidates(*args, model_kwargs=model_kwargs, assistant_model=assistant_model, **options)

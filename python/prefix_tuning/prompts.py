@@ -29,6 +29,24 @@ def encode_conversation(messages: Sequence[Mapping[str, Any]], tokenizer, **opti
     return list(render(messages, tokenizer, **options)["input_ids"])
 
 
+def encode_beginning(messages: Sequence[Mapping[str, Any]], tokenizer) -> list[int]:
+    """The ids of turns that longer conversations begin with; ValueError where the template changes them once a turn follows."""
+    if not messages:
+        raise ValueError("messages: got none, expected at least one turn")
+    ids = encode_conversation(messages, tokenizer)
+    further = {"role": "assistant" if messages[-1].get("role") in ("user", "tool") else "user", "content": "Yes."}
+    try:
+        longer = encode_conversation([*messages, further], tokenizer)
+    except ValueError:  # a template that takes no such turn
+        return ids
+    if longer[: len(ids)] != ids:
+        raise ValueError(
+            "messages: the chat template shows these turns otherwise once another follows, so that no conversation begins with "
+            "their ids; expected turns that stay as they are, such as the system message alone"
+        )
+    return ids
+
+
 def render(messages: Sequence[Mapping[str, Any]], tokenizer, **options: Any) -> Mapping[str, list[int]]:
     """What the tokenizer's chat template gives for a conversation; ValueError where it has none or does not take this one."""
     chat_template(tokenizer)
@@ -43,3 +61,8 @@ def chat_template(tokenizer) -> str:
     if not tokenizer.chat_template:
         raise ValueError("messages: the tokenizer has no chat template; give rows with prompt and completion instead")
     return tokenizer.get_chat_template()
+
+
+def padding_id(tokenizer) -> int:
+    """What fills up rows: the tokenizer's token for that, else the one that ends texts, else 0."""
+    return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)

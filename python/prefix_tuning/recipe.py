@@ -28,7 +28,7 @@ from transformers.integrations import get_available_reporting_integrations
 from prefix_kernels import available_backends
 from prefix_tuning.checkpoints import checkpoints, last_checkpoint
 from prefix_tuning.data import each
-from prefix_tuning.doctor import explain_training
+from prefix_tuning.explain import explain_training
 from prefix_tuning.files import check_writable, write_json
 from prefix_tuning.prefix import Prefix
 from prefix_tuning.train import PrefixTrainer

@@ -62,7 +62,7 @@ def read_requests(path: str | None, prefixes: Collection[str]) -> tuple[list[Pro
     return prompts, [default] * len(prompts)
 
 
-def answered(prompts: Sequence[Prompt], names: Sequence[str | None] | None, texts: Sequence[str]) -> list[dict[str, Any]]:
+def answer_rows(prompts: Sequence[Prompt], names: Sequence[str | None] | None, texts: Sequence[str]) -> list[dict[str, Any]]:
     """What was asked and what was written, a row each, with the name of its prefix (null for none) where lines choose one."""
     rows: list[dict[str, Any]] = [{"prompt" if isinstance(prompt, str) else "messages": prompt} for prompt in prompts]
     for row, name, text in zip(rows, names or [DEFAULT_PREFIX] * len(rows), texts, strict=True):

@@ -100,8 +100,9 @@ def _check_pairs(
 
 
 def _attached(model: nn.Module) -> Any:
-    """The prefix or bank that is attached to the model, None for none."""
-    return next((module.layer_prefix.prefix for module in model.modules() if hasattr(module, "layer_prefix")), None)
+    """The prefix or bank that is attached to the model, None for none and where it is switched off."""
+    layer = next((module.layer_prefix for module in model.modules() if hasattr(module, "layer_prefix")), None)
+    return None if layer is None or layer.switched_off else layer.prefix
 
 
 def _offsets(model: nn.Module, prefix_ids: Sequence[str | None] | None, rows: int) -> list[int]:

@@ -8,6 +8,7 @@ also hashes the salt with the tokens of a block, so that requests of one prefix 
 from __future__ import annotations
 
 import json
+import operator
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -60,8 +61,8 @@ class ServedPrefixes:
         NotImplementedError for what vLLM has no place for; errors of files as Prefix.load does.
         """
         check_int("placeholder_id", placeholder_id, at_least=0)
-        if not folders:
-            raise ValueError("folders: got none, expected the folder of at least one prefix by name")
+        if not isinstance(folders, Mapping) or not folders:
+            raise ValueError(f"folders: got {folders or 'none'}, expected the folder of at least one prefix by name")
         shapes, lengths = {}, {}
         for name, folder in folders.items():
             _check_name(name)
@@ -103,13 +104,17 @@ class ServedPrefixes:
         token_ids   int [tokens], at least one, with the special tokens that the model wants
         cache_salt  requests share cached blocks with those of the same prefix and salt alone, as in vLLM
 
-        ValueError for a name that is not served and for no tokens.
+        ValueError for a name that is not served, for no tokens and for what is no row of ints.
         """
         self._check_served(name)
-        if not len(token_ids):
+        try:
+            ids = list(map(operator.index, token_ids.tolist() if hasattr(token_ids, "tolist") else token_ids))
+        except TypeError:
+            raise ValueError(f"token_ids: got {token_ids!r:.99}, expected ints [tokens]") from None
+        if not ids:
             raise ValueError("token_ids: got none, expected at least one token behind the prefix")
         placeholders = [self.placeholder_id] * self.lengths[name]
-        return {"prompt_token_ids": [*placeholders, *token_ids], "cache_salt": MARK + json.dumps([name, cache_salt])}
+        return {"prompt_token_ids": placeholders + ids, "cache_salt": MARK + json.dumps([name, cache_salt])}
 
     def chosen(self, token_ids: Sequence[int] | None, cache_salt: str | None) -> str | None:
         """The name of the prefix that a request's salt asks for, or None; ValueError where the request is not what `prompt`
@@ -118,8 +123,8 @@ class ServedPrefixes:
             return None
         try:
             name, _ = json.loads(cache_salt.removeprefix(MARK))
-        except (ValueError, TypeError):
-            raise ValueError(f"cache_salt: got {cache_salt!r}, expected what ServedPrefixes.prompt makes") from None
+        except (ValueError, TypeError, RecursionError):
+            raise ValueError(f"cache_salt: got {cache_salt!r:.99}, expected what ServedPrefixes.prompt makes") from None
         self._check_served(name)
         length = self.lengths[name]
         if token_ids is None or list(token_ids[:length]) != [self.placeholder_id] * length:
@@ -169,7 +174,9 @@ def without_placeholders(output: Any, prefix_len: int) -> Any:
     return output
 
 
-def _check_name(name: str) -> None:
+def _check_name(name: Any) -> None:
+    if not isinstance(name, str):
+        raise ValueError(f"prefix: got the name {name!r}, expected a string")
     if not name or name in PART_NAMES:
         raise ValueError(
             f"prefix: got the name {name!r}, expected another: prefixes are chosen as models, and "

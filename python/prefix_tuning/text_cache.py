@@ -23,8 +23,10 @@ def cached_layers(model: nn.Module, input_ids: Tensor | Sequence[int]) -> Layers
     """The keys and values that the model caches for the tokens, in eval mode; its modules' modes are put back.
 
     The tokens run in chunks over the model's own cache and no logits are computed, so that a text of 65536 tokens takes
-    little more than its cache.
+    little more than its cache. Under LongRoPE it is one chunk: what positions are rotated by is decided for each call.
     """
+    if hasattr(model, "get_base_model"):  # a PeftModel, whose layers have its adapters
+        model = model.get_base_model()
     ids = checked_ids(model, input_ids)
     if list(part_shapes(model.config)) != ["decoder"]:
         raise NotImplementedError(f"model: the keys and values of a text are a causal model's, got {type(model).__name__}")
@@ -88,7 +90,14 @@ def _cache_of(model: nn.Module, ids: Tensor) -> DynamicCache:
     arguments = inspect.signature(backbone.forward).parameters
     name = "cache" if "cache" in arguments else "past_key_values"  # renamed in transformers 5.24
     masks = getattr(MULTIMODAL.get(model.config.model_type), "mask_argument", None)
-    for chunk in ids.split(CHUNK, dim=1):
+    for chunk in ids.split(ids.shape[1] if "longrope" in _rope_types(model.config) else CHUNK, dim=1):
         causal = {} if masks is None else {masks: torch.ones_like(chunk)}
         backbone(input_ids=chunk, use_cache=True, return_dict=True, **{name: cache}, **causal)
     return cache
+
+
+def _rope_types(config) -> set[str]:
+    """How positions are rotated in the model's layers."""
+    rope = getattr(text_config(config), "rope_parameters", None) or {}
+    kinds = [rope, *rope.values()]  # one, or one for each kind of layer
+    return {kind["rope_type"] for kind in kinds if isinstance(kind, dict) and "rope_type" in kind}

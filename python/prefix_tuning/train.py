@@ -172,8 +172,8 @@ class PrefixedModel(nn.Module):
         replayed = None
         pack, unmasked = current_pack(), {name: value for name, value in inputs.items() if name != "attention_mask"}
         if self.graphs is not None and self.checkpointing is None and self.graphs.serves(unmasked, pack):
-            if pack is None:
-                inputs = without_idle_mask(inputs, wait=True)  # the labels are waited for as well
+            if pack is None and "attention_mask" not in without_idle_mask({**inputs, "labels": labels}, wait=True):
+                inputs = unmasked  # the labels are waited for as well
             if pack is not None or "attention_mask" not in inputs:
                 replayed = self.graphs.loss(labels, *teacher, pack=pack, **unmasked)
         if replayed is not None:

@@ -19,7 +19,7 @@ from support.emulated_cuda import EmulatedCuda
 from support.inputs import make_inputs
 
 FLASH, FLASH_BACKWARD = "_scaled_dot_product_flash_attention", "_scaled_dot_product_flash_attention_backward"
-CUDNN, CUDNN_BACKWARD = "_scaled_dot_product_cudnn_attention", "_scaled_dot_product_cudnn_attention_backward"
+CUDNN = "_scaled_dot_product_cudnn_attention"
 EFFICIENT, EFFICIENT_BACKWARD = "_efficient_attention_forward", "_efficient_attention_backward"
 CUDA_DTYPES = [name for name in DTYPES if name != "float64"]
 
@@ -48,15 +48,13 @@ def calls(monkeypatch):
     return mode.calls
 
 
-ENGINES = [("flash", "flash"), ("cudnn", "flash"), ("flash", "cudnn"), ("cudnn", "cudnn")]
+FORWARD_ENGINES = {"flash": 2**31, "cudnn": 1}  # the fewest queries that go to cuDNN
 FOLDS = {"batch": {"EXPAND_BELOW": 0}, "expanded": {"EXPAND_UP_TO": 10**6}, "group": {"GROUP_UP_TO": 10**6}}
 
 
-def choose(monkeypatch, forward, backward, fold="batch"):
-    """Engines for as few queries as the cases have; how the queries of a pass over the prefix are folded."""
-    monkeypatch.setattr(stock, "FORWARD_ENGINE", forward)
-    monkeypatch.setattr(stock, "BACKWARD_ENGINE", backward)
-    monkeypatch.setattr(stock, "CUDNN_FEWEST_QUERIES", 1)
+def choose(monkeypatch, engine, fold="batch"):
+    """The engine of the forward pass; how the queries of a pass over the prefix are folded."""
+    monkeypatch.setattr(stock, "CUDNN_FEWEST_QUERIES", FORWARD_ENGINES[engine])
     for name, value in FOLDS[fold].items():
         monkeypatch.setattr(passes, name, value)
 
@@ -83,26 +81,22 @@ WITHOUT_MASK = [
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("fold", FOLDS)
-@pytest.mark.parametrize("engines", ENGINES, ids="-".join)
+@pytest.mark.parametrize("engine", FORWARD_ENGINES)
 @pytest.mark.parametrize("case", WITHOUT_MASK, ids=str)
-def test_engines(monkeypatch, calls, case, engines, fold, dtype):
-    """Every combination of engines and of foldings gives every result."""
-    choose(monkeypatch, *engines, fold)
+def test_engines(monkeypatch, calls, case, engine, fold, dtype):
+    """Every combination of an engine and a folding gives every result."""
+    choose(monkeypatch, engine, fold)
     compare(case, *DTYPES[dtype], "sdpa")
-    backward = ["backward" in call.operator for call in calls]
-    for engine, which in zip(engines, (False, True), strict=True):
-        used = {call.operator for call, is_backward in zip(calls, backward, strict=True) if is_backward == which}
-        allowed = {FLASH_BACKWARD if which else FLASH}
-        if engine == "cudnn" and case.head_dim <= 128:
-            allowed.add(CUDNN_BACKWARD if which else CUDNN)
-        if case.head_dim == 256 and which:
-            allowed = {EFFICIENT_BACKWARD}  # one more channel, for the gradient of lse
-        assert used and used <= allowed
+    used = {call.operator for call in calls}
+    assert used & {FLASH, CUDNN} and used <= {
+        FLASH, FLASH_BACKWARD if case.head_dim < 256 else EFFICIENT_BACKWARD,  # one more channel, for the gradient of lse
+        CUDNN if engine == "cudnn" and case.head_dim <= 128 else FLASH,
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("case", [case for case in SERVED if case not in WITHOUT_MASK], ids=str)
 def test_engines_beside_masks(monkeypatch, calls, case):
-    choose(monkeypatch, "cudnn", "cudnn", "expanded")
+    choose(monkeypatch, "cudnn", "expanded")
     compare(case, *DTYPES["bfloat16"], "sdpa")
     assert any(call.operator == EFFICIENT for call in calls) or case.name == "window wider than the keys"
 
@@ -128,9 +122,9 @@ def test_more_rows_than_one_block(calls, change, dtype):
     ids=str,
 )  # fmt: skip
 @pytest.mark.parametrize("fold", FOLDS)
-@pytest.mark.parametrize("engines", ENGINES, ids="-".join)
-def test_engines_over_more_rows_than_one_block(monkeypatch, calls, engines, fold, change):
-    choose(monkeypatch, *engines, fold)
+@pytest.mark.parametrize("engine", FORWARD_ENGINES)
+def test_engines_over_more_rows_than_one_block(monkeypatch, calls, engine, fold, change):
+    choose(monkeypatch, engine, fold)
     compare(replace(LONG, **change), *DTYPES["bfloat16"], "sdpa")
     assert calls
 
@@ -164,9 +158,9 @@ def compare_without_lse(case, device):
 
 
 @pytest.mark.parametrize("fold", FOLDS)
-@pytest.mark.parametrize("engines", ENGINES, ids="-".join)
-def test_engines_without_a_gradient_of_lse(monkeypatch, calls, engines, fold):
-    choose(monkeypatch, *engines, fold)
+@pytest.mark.parametrize("engine", FORWARD_ENGINES)
+def test_engines_without_a_gradient_of_lse(monkeypatch, calls, engine, fold):
+    choose(monkeypatch, engine, fold)
     compare_without_lse(LONG, "cpu")
     assert {call.query.shape[-1] for call in calls} == {LONG.head_dim}
 
@@ -190,16 +184,16 @@ PREFIX_PASS = {
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32 prefix"])
 @pytest.mark.parametrize("fold", FOLDS)
-@pytest.mark.parametrize("engines", ENGINES, ids="-".join)
-def test_passes_in_16_bit(monkeypatch, calls, engines, fold, dtype):
+@pytest.mark.parametrize("engine", FORWARD_ENGINES)
+def test_passes_in_16_bit(monkeypatch, calls, engine, fold, dtype):
     """One pass over the keys all queries see, one causal and square, one over the prefix: expanded backward alone."""
-    choose(monkeypatch, *engines, fold)
+    choose(monkeypatch, engine, fold)
     run(CHUNK, dtype)
     own = [((2, 4, 12, 32), (2, 2, 8, 32), False), ((2, 4, 12, 32), (2, 2, 12, 32), True)]
-    forward, backward = ({"cudnn": CUDNN, "flash": FLASH}[name] for name in engines)
+    forward, prefix_forward = {"cudnn": CUDNN, "flash": FLASH}[engine], PREFIX_PASS["batch" if fold == "expanded" else fold]
     assert [summary(call) for call in calls] == [
-        *((forward, *one) for one in [*own, PREFIX_PASS["batch" if fold == "expanded" else fold]]),
-        *((backward + "_backward", *one) for one in [*own, PREFIX_PASS[fold]]),
+        *((forward, *one) for one in [*own, prefix_forward]),
+        *((FLASH_BACKWARD, *one) for one in [*own, PREFIX_PASS[fold]]),
     ]
     assert all(call.scale == 32**-0.5 for call in calls)
 
@@ -213,37 +207,21 @@ def test_decoding_folds_the_group(calls):
 
 def test_choice_of_engine(monkeypatch, calls):
     """What cuDNN does not take, or not in one order, goes to flash attention."""
-    expected = {
-        (): (CUDNN, CUDNN_BACKWARD), (("q_len", 63),): (FLASH, FLASH_BACKWARD),
-        (("head_dim", 136),): (FLASH, FLASH_BACKWARD),
-    }  # fmt: skip
-    monkeypatch.setattr(stock, "BACKWARD_ENGINE", "cudnn")
-    for change, operators in expected.items():
+    for change, forward in (({}, CUDNN), ({"q_len": 63}, FLASH), ({"head_dim": 136}, FLASH)):
         calls.clear()
-        run(Case("engine", **{"q_len": 64, "kv_len": 80, "prefix_len": 20} | dict(change)), "bfloat16")
-        assert calls[0].operator == operators[0] and calls[-3].operator == operators[1]
+        run(Case("engine", **{"q_len": 64, "kv_len": 80, "prefix_len": 20} | change), "bfloat16")
+        assert calls[0].operator == forward and calls[-3].operator == FLASH_BACKWARD
     on(monkeypatch, (8, 9))
     calls.clear()
     run(Case("engine", q_len=64, kv_len=64), "bfloat16")
     assert {call.operator for call in calls} == {FLASH, FLASH_BACKWARD}
 
 
-@pytest.mark.parametrize("warn_only", [False, True])
-def test_deterministic_algorithms_exclude_cudnn_backward(monkeypatch, calls, warn_only):
-    choose(monkeypatch, "cudnn", "cudnn")
-    torch.use_deterministic_algorithms(True, warn_only=warn_only)
-    try:
-        run(CHUNK, "bfloat16")
-    finally:
-        torch.use_deterministic_algorithms(False)
-    assert {call.operator for call in calls} == {CUDNN, FLASH_BACKWARD}
-
-
-@pytest.mark.parametrize("engines", ENGINES, ids="-".join)
+@pytest.mark.parametrize("engine", FORWARD_ENGINES)
 @pytest.mark.parametrize("fold", ["batch", "expanded"])
-def test_token_major_queries_are_not_copied(monkeypatch, calls, engines, fold):
+def test_token_major_queries_are_not_copied(monkeypatch, calls, engine, fold):
     """The passes over prefix and sequence read the same q, and out and its gradient, where they lie."""
-    choose(monkeypatch, *engines, fold)
+    choose(monkeypatch, engine, fold)
     inputs = make_inputs(Case("aligned", q_len=16, kv_len=16), *DTYPES["bfloat16"])
     q, k, v = (tensor.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for tensor in inputs.tensors[:3])
     inputs.tensors = (q, k, v, *(tensor.detach().contiguous().requires_grad_() for tensor in inputs.tensors[3:]))
@@ -296,13 +274,11 @@ def test_flash_attention_needs_compute_capability_8(monkeypatch, calls, capabili
     assert {call.operator for call in calls} == expected
 
 
-@pytest.mark.parametrize("chosen", [False, True])
-def test_flash_backward_adds_up_in_one_order_unless_told_otherwise(monkeypatch, calls, chosen):
+def test_flash_backward_adds_up_in_one_order(calls):
     """The switch for it fills no memory: nobody asked for that."""
-    monkeypatch.setattr(stock, "FLASH_DETERMINISTIC", chosen)
     run(Case("plain"), "bfloat16")
     backward = [call for call in calls if call.operator == FLASH_BACKWARD]
-    assert [(call.deterministic, call.fills) for call in backward] == [(chosen, False)] * 2
+    assert [(call.deterministic, call.fills) for call in backward] == [(True, False)] * 2
 
 
 def test_deterministic_switch_is_put_back(calls):
@@ -376,8 +352,8 @@ def test_refusals(calls):
 @pytest.mark.parametrize("options", [{}, {"padding": "left"}, {"q_len": 1, "kv_len": 20}], ids=str)
 def test_torch_accepts_the_calls(monkeypatch, calls, options, with_lse, dtype):
     """Every recorded call goes through the real operator's schema and shape function, and gives what the emulation gave."""
-    for engine in ("flash", "cudnn"):
-        choose(monkeypatch, engine, engine)
+    for engine in FORWARD_ENGINES:
+        choose(monkeypatch, engine)
         run(Case("fake", **options), dtype, with_lse)
     assert len(calls) == 8
     for call in calls:
@@ -387,8 +363,6 @@ def test_torch_accepts_the_calls(monkeypatch, calls, options, with_lse, dtype):
         if call.operator == EFFICIENT_BACKWARD:
             continue  # torch's own shape function lacks the argument `out` (2.13)
         args = [value.to("meta") if isinstance(value, torch.Tensor) else value for value in call.args]
-        if call.operator == CUDNN_BACKWARD:
-            args[6:8] = args[8:10] = args[:2]  # torch's own shape function wants tensors for what may be absent (2.13)
         results = operator(*args, **call.kwargs)
         count = 3 if call.operator.endswith("backward") else 2
         for got, expected in zip(results[:count], call.result[:count], strict=True):
@@ -436,30 +410,29 @@ GPU_SHAPES = (
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", [case for case in (*WITHOUT_MASK, LONG) if case.name in GPU_SAMPLE or case is LONG], ids=str)
 @pytest.mark.parametrize("fold", ["batch", "expanded"])
-@pytest.mark.parametrize("engines", ENGINES, ids="-".join)
-def test_engines_on_the_gpu(monkeypatch, engines, fold, case):
-    choose(monkeypatch, *engines, fold)
+@pytest.mark.parametrize("engine", FORWARD_ENGINES)
+def test_engines_on_the_gpu(monkeypatch, engine, fold, case):
+    choose(monkeypatch, engine, fold)
     compare(case, *DTYPES["bfloat16"], "sdpa", device="cuda", slack=STOCK_SLACK)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", GPU_SHAPES, ids=str)
 @pytest.mark.parametrize("fold", FOLDS)
-@pytest.mark.parametrize("engines", ENGINES, ids="-".join)
-def test_engines_without_a_gradient_of_lse_on_the_gpu(monkeypatch, engines, fold, case):
-    """Twice: cuDNN finds its plans by shapes and strides, so the second call meets the first one's. Flash: the same bits."""
-    choose(monkeypatch, *engines, fold)
+@pytest.mark.parametrize("engine", FORWARD_ENGINES)
+def test_engines_without_a_gradient_of_lse_on_the_gpu(monkeypatch, engine, fold, case):
+    """Twice, the same bits: cuDNN finds its plans by shapes and strides, so the second call meets the first one's."""
+    choose(monkeypatch, engine, fold)
     first, second = compare_without_lse(case, "cuda"), compare_without_lse(case, "cuda")
-    if engines[1] == "flash":
-        for value, other in zip(first, second, strict=True):
-            assert torch.equal(value, other)
+    for value, other in zip(first, second, strict=True):
+        assert torch.equal(value, other)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", GPU_SHAPES, ids=str)
-@pytest.mark.parametrize("engines", ENGINES, ids="-".join)
-def test_a_graph_captures_forward_and_backward_on_the_gpu(monkeypatch, engines, case):
-    choose(monkeypatch, *engines, "expanded")
+@pytest.mark.parametrize("engine", FORWARD_ENGINES)
+def test_a_graph_captures_forward_and_backward_on_the_gpu(monkeypatch, engine, case):
+    choose(monkeypatch, engine, "expanded")
     inputs = make_inputs(case, torch.bfloat16, device="cuda")
 
     def step():

@@ -1,15 +1,17 @@
-"""CUDA graphs counted: recorded on a GPU, or emulated on the CPU. The command prefix-tuning in a folder."""
+"""CUDA graphs counted: recorded on a GPU, or emulated on the CPU. Models under PEFT. The command prefix-tuning in a folder."""
 
 import warnings
 
 import pytest
 from transformers import DynamicCache, GenerationMixin
 
-from prefix_tuning import cli, cuda_graphs, graphed_decoding
+from prefix_tuning import accelerate_peft, cli, cuda_graphs, graphed_decoding
 from prefix_tuning.graphed_training import GraphedSteps
 from support import command
 from support.emulated_graphs import EmulatedGraph
 from support.generation import CACHE
+from support.models import FAMILIES, tiny_model
+from support.peft_models import PREFIX_LEN, twins
 
 
 @pytest.fixture
@@ -58,6 +60,18 @@ def counted(monkeypatch):
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*cannot be recorded")
         yield count
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request):
+    return request.param
+
+
+@pytest.fixture
+def pair(family):
+    """(PEFT's own model, the accelerated one with the same parameters)."""
+    rival, model = twins(tiny_model(family), PREFIX_LEN)
+    return rival, accelerate_peft(model)
 
 
 @pytest.fixture(scope="module")

@@ -1,11 +1,12 @@
 """Rows with different prefixes, or none, in one batch equal each row alone with its own prefix."""
 
 import inspect
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM, StaticCache
+from transformers import GenerationConfig, LlamaForCausalLM, StaticCache
 
 from prefix_kernels import prefix_attention
 from prefix_tuning import Prefix, PrefixBank, attach_prefix
@@ -66,6 +67,8 @@ def test_logits_equal_each_row_alone_or_the_family_is_refused(family):
     if family in WITHOUT_BANK or (family in ("codegen", "gptj") and hasattr(model.transformer.h[0].attn, "_attn")):  # till 5.23
         with pytest.raises(NotImplementedError, match="model: a bank is not served, as .* hands no further arguments"):
             attach_prefix(model, bank)
+        listed = (Path(__file__).parents[2] / "docs" / "serving.md").read_text(encoding="utf-8").lower().replace("-", "")
+        assert type(model).__name__.lower().removesuffix("forcausallm").removesuffix("lmheadmodel") in listed
         return
     model.set_attn_implementation("eager")  # in transformers 5.17 the other leaves out Gemma2's softcap
     ids, mask = inputs_of(length=11)
@@ -177,7 +180,8 @@ def test_loss_and_gradients_of_the_model_reach_through_a_bank():
     with attach_prefix(model, PrefixBank(prefixes)) as attachment:
         loss = loss_of(slice(None), prefix_ids=NAMES)
         (grad,) = torch.autograd.grad(loss, weight)
-        assert not any(tensor.requires_grad for pair in attachment.prefix.layers() for tensor in pair)
+        storage = attachment.prefix.storage
+        assert not any(tensor.requires_grad for tensor in storage.keys + storage.values)
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(grad, expected_grad, atol=1e-4, rtol=1e-4)
 
@@ -285,7 +289,8 @@ def test_add_and_remove_touch_no_other_name():
         def logits(name):
             return model(input_ids=ids, prefix_ids=[name]).logits
 
-        held = [*bank.keys, *bank.values, bank.prefix_lens]
+        storage = bank.storage
+        held = [*storage.keys, *storage.values, storage.prefix_lens]
         assert all(hasattr(tensor, "_dynamo_static_input_type") for tensor in held), "CUDA graphs would copy them"
         first = logits("a")
         bank.add("b", prefixes["long"])
@@ -293,7 +298,7 @@ def test_add_and_remove_touch_no_other_name():
         assert torch.equal(logits("a"), first) and not torch.allclose(second, first, atol=1e-2)
         bank.remove("a")
         gone = torch.tensor([0])  # on a GPU, where ids are not read, a removed one is none
-        assert bank.prefix_lens[gone] == 0 == bank.position_offsets(gone)
+        assert storage.prefix_lens[gone] == 0 == bank.position_offsets(gone)
         assert bank.names == ("b",) and torch.equal(bank.ids(["b"]), b) and torch.equal(logits("b"), second)
         with pytest.raises(ValueError, match="no prefix is named 'a' here, only 'b'"):
             logits("a")
@@ -301,7 +306,8 @@ def test_add_and_remove_touch_no_other_name():
             model(input_ids=ids.expand(3, -1), prefix_ids=torch.tensor([0, 7, -1]))
         bank.add("c", prefixes["unshifted"])
         bank.add("d", prefixes["short"])
-        now = [*bank.keys, *bank.values, bank.prefix_lens]
+        assert bank.storage is storage
+        now = [*storage.keys, *storage.values, storage.prefix_lens]
         assert all(tensor is before for tensor, before in zip(now, held, strict=True))
         assert torch.equal(logits("b"), second) and torch.equal(logits("d"), first)
         assert bank.names_of(torch.tensor([-1, *bank.ids(["c", "d"]).tolist()])) == [None, "c", "d"]
@@ -315,6 +321,32 @@ def test_add_and_remove_touch_no_other_name():
         expected = logits("e")
     with attach_prefix(model, prefix_of(model, 11, 5)):
         torch.testing.assert_close(model(input_ids=ids).logits, expected, **TOLERANCE)
+
+
+@pytest.mark.parametrize("tensor", range(8))  # keys and values of 3 layers, lengths, offsets
+def test_a_bank_that_could_not_grow_is_as_it_was(tensor, monkeypatch):
+    model = tiny_model("llama", num_hidden_layers=3)
+    prefixes, ids = prefixes_of(model), inputs_of()[0]
+    bank = PrefixBank({name: prefixes[name] for name in ("short", "long")})
+    left, zeros = [tensor], torch.zeros
+
+    def scarce(*args, **kwargs):
+        if not left[0]:
+            raise torch.OutOfMemoryError("no memory")
+        left[0] -= 1
+        return zeros(*args, **kwargs)
+
+    names = ["short", None, "long"]
+    with attach_prefix(model, bank), torch.no_grad():
+        expected = model(input_ids=ids, prefix_ids=names).logits
+        with monkeypatch.context() as patched, pytest.raises(torch.OutOfMemoryError):
+            patched.setattr(torch, "zeros", scarce)
+            bank.add("unshifted", prefixes["unshifted"])
+        assert bank.names == ("short", "long") and bank.capacity == 2
+        assert torch.equal(model(input_ids=ids, prefix_ids=names).logits, expected)
+        bank.remove("short")
+        bank.add("again", prefixes["short"])
+        assert torch.equal(model(input_ids=ids, prefix_ids=["again", None, "long"]).logits, expected)
 
 
 def test_two_models_share_a_bank():
@@ -337,7 +369,7 @@ def test_a_bank_holds_copies_in_the_models_dtype():
     trained = Prefix.for_model(model, 4, reparametrization="mlp", hidden_size=16, seed=0)
     bank = PrefixBank(prefixes | {"mlp": trained}, default="mlp")
     with attach_prefix(model, bank), torch.no_grad():
-        assert {tensor.dtype for pair in bank.layers() for tensor in pair} == {torch.bfloat16}
+        assert {tensor.dtype for tensor in bank.storage.keys + bank.storage.values} == {torch.bfloat16}
         got = model(input_ids=inputs_of()[0]).logits
         for parameter in trained.parameters():
             parameter.zero_()
@@ -398,8 +430,15 @@ def test_wrong_calls_raise():
             for wrong in ("x", ["short"], 0):
                 with pytest.raises(ValueError, match="prefix_ids: no prefix is named .* here, only 'short'"):
                     call(input_ids=ids, prefix_ids=[wrong, None, None])
+        guiding, plain = GenerationConfig(guidance_scale=1.5), GenerationConfig(max_new_tokens=2)
+        for args, options in (([], {"guidance_scale": 1.5}), ([guiding], {}), ([], {"generation_config": guiding})):
+            with pytest.raises(NotImplementedError, match="guidance_scale"):
+                model.generate(ids, *args, **options)
+        model.generation_config.guidance_scale = 1.5
         with pytest.raises(NotImplementedError, match="guidance_scale"):
-            model.generate(input_ids=ids, guidance_scale=1.5, **OPTIONS)
+            model.generate(ids, plain)  # which is filled from the model's own
+        model.generate(ids, plain, guidance_scale=1)
+        model.generation_config.guidance_scale = None
     with attach_prefix(model, prefixes["short"]), pytest.raises(ValueError, match="prefix_ids: .*attach a PrefixBank"):
         model(input_ids=ids, prefix_ids=NAMES)
 
@@ -495,7 +534,8 @@ def test_on_a_gpu_a_captured_graph_sees_a_prefix_that_is_added():
     chosen = bank.ids(NAMES)
 
     def attend():
-        return prefix_attention(q, k, v, bank.keys[0], bank.values[0], prefix_ids=chosen, prefix_lens=bank.prefix_lens)
+        layer = bank.storage.keys[0], bank.storage.values[0]
+        return prefix_attention(q, k, v, *layer, prefix_ids=chosen, prefix_lens=bank.storage.prefix_lens)
 
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())

@@ -188,6 +188,24 @@ def test_assisted_decoding_equals_greedy(kind, assistant):
         assert {tuple(each.tolist()) for each in seen} == {tuple(bank.ids(["mine" if known else "default"]).tolist())}
 
 
+@pytest.mark.parametrize("default", (None, "other"))
+@pytest.mark.parametrize("given, chosen", (({}, "mine"), (None, None), (["mine"], "mine"), (["b"], None)), ids=str)
+def test_an_assistants_bank_gives_the_same_name_else_its_default_else_none(given, chosen, default):
+    model, helper = tiny_model("llama"), tiny_model("llama", num_hidden_layers=2)
+    bank = PrefixBank({"mine": random_prefix(model, 3), "b": random_prefix(model, 4)}, "mine")
+    given = given if given == {} else {"prefix_ids": given}
+    helpers = PrefixBank({"other": random_prefix(helper, 2), "mine": random_prefix(helper, 4)}, default)
+    seen = []
+    with attach_prefix(model, bank), attach_prefix(helper, helpers):
+        expected = model.generate(input_ids=ids(1), max_new_tokens=6, **given, **OPTIONS)
+        helper.base_model.register_forward_pre_hook(
+            lambda module, args, kwargs: seen.append(kwargs["prefix_ids"]), with_kwargs=True
+        )
+        got = model.generate(input_ids=ids(1), max_new_tokens=6, assistant_model=helper, **given, **OPTIONS)
+    assert torch.equal(got, expected)
+    assert {tuple(each.tolist()) for each in seen} == {tuple(helpers.ids([chosen or default]).tolist())}
+
+
 @pytest.mark.parametrize("kind", WITH_BANK)
 def test_the_model_helps_itself_with_its_first_layers(kind):
     model = tiny_model("llama")

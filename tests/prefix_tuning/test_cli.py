@@ -380,6 +380,8 @@ def test_convert_there_and_back(run, folder, tmp_path):
     assert all(torch.equal(one, other) for one, other in pairs)
     assert run("convert", adapter, encoder, "--to", "prefix", "--part", "encoder")[0] == 0
     assert list(Prefix.load(encoder).parts) == ["encoder"]
+    status, _, err = run("convert", encoder, adapter, "--to", "peft")
+    assert status == 2 and "task_type: got CAUSAL_LM for an encoder's prefix, expected one of FEATURE_EXTRACTION, " in err
     status, _, err = run("convert", "prefix", adapter, "--to", "peft", "--part", "encoder")
     assert status == 2 and err == "prefix-tuning convert: error: --part: --to peft does not ask for it\n"
     status, _, err = run("convert", adapter, back, "--to", "prefix", "--task-type", "SEQ_CLS")

@@ -1,5 +1,6 @@
 """Calls that overlap give what each gives alone: in threads, and where a backward pass recomputes what was computed earlier."""
 
+import sys
 import threading
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from transformers import StoppingCriteria
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from prefix_tuning import accelerate_peft, attach_prefix
+from prefix_tuning import Prefix, PrefixBank, accelerate_peft, attach_prefix
 from support.checkpointing import train_with_checkpointing
 from support.encoder_decoders import PARTS, labels, source, tiny_encoder_decoder
 from support.generation import OPTIONS, attach, ids
@@ -96,6 +97,62 @@ def test_a_prefix_of_peft():
     assert torch.equal(got, expected)
     plain = model.base_model.generate(input_ids=ids(), max_new_tokens=8, **OPTIONS)
     assert not torch.equal(plain, expected), "the model underneath has the prefix after both calls"
+
+
+def test_prefixes_added_at_once_have_a_place_each(monkeypatch):
+    """A thread adds one while another is in the middle of adding one."""
+    model = tiny_model("llama")
+    first, second = random_prefix(model, 3), random_prefix(model, 4)
+    bank = PrefixBank({"old": random_prefix(model, 3)}, capacity=4, max_prefix_len=4)
+    layers, threads = Prefix.layers, []
+
+    def slow(self):
+        if self is first:
+            threads.append(threading.Thread(target=bank.add, args=("second", second)))
+            threads[0].start()
+            threads[0].join(timeout=0.5)
+        return layers(self)
+
+    monkeypatch.setattr(Prefix, "layers", slow)
+    bank.add("first", first)
+    threads[0].join()
+    assert bank.ids(["old", "first", "second"]).tolist() == [0, 1, 2]
+    assert bank.storage.prefix_lens.tolist() == [3, 3, 4, 0]
+
+
+@pytest.mark.parametrize("window", ["pinned", "peft"])
+def test_a_bank_that_grows_while_calls_run(window):
+    model = tiny_model("mistral")
+    prefixes = {"short": random_prefix(model, 3), "long": random_prefix(model, 5)}
+    bank, wrong, ended = PrefixBank(prefixes), [], threading.Event()
+
+    @torch.no_grad()
+    def logits():
+        return model(ids(length=12), prefix_ids=["short", "long"]).logits
+
+    def call():
+        while not ended.is_set():
+            try:
+                torch.testing.assert_close(logits(), expected, **TOLERANCE)
+            except Exception as error:
+                wrong.append(error)
+
+    interval = sys.getswitchinterval()
+    with attach_prefix(model, bank, prefix_window=window):
+        expected = logits()
+        threads = [threading.Thread(target=call) for _ in range(2)]
+        sys.setswitchinterval(1e-5)
+        try:
+            for thread in threads:
+                thread.start()
+            for i in range(60):
+                bank.add(f"{i}", random_prefix(model, 6 + i))
+        finally:
+            ended.set()
+            sys.setswitchinterval(interval)
+        for thread in threads:
+            thread.join()
+    assert not wrong, wrong[0]
 
 
 @pytest.mark.parametrize("family", ["llama", "t5"])

@@ -347,3 +347,16 @@ def test_a_mask_that_hides_only_padding_on_the_right_is_left_out(mask, idle):
     assert seen.keys() == {"input_ids"} if idle else seen is batch
     with_positions = batch | {"position_ids": torch.zeros(2, 3)}
     assert without_idle_mask(with_positions) is with_positions and "attention_mask" in batch
+
+
+@pytest.mark.parametrize("labels, idle", [
+    ([[5, 6, 7], [5, 6, -100]], True), ([[-100] * 3] * 2, True), ([[5, 6, 7], [5, 6, 7]], False), ([[5, 6], [5, 6]], False),
+])  # fmt: skip
+def test_a_mask_with_a_label_on_what_it_hides_stays(labels, idle, monkeypatch):
+    """Of a batch on a device one value is read, which the host waits for."""
+    read, as_bool = [], torch.Tensor.__bool__
+    monkeypatch.setattr(torch.Tensor, "__bool__", lambda tensor: read.append(tensor) or as_bool(tensor))
+    batch = {"attention_mask": torch.tensor([[1, 1, 1], [1, 1, 0]]), "labels": torch.tensor(labels)}
+    seen = without_idle_mask(batch, wait=True)
+    assert seen.keys() == {"labels"} if idle else seen is batch
+    assert len(read) <= 1

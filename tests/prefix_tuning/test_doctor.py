@@ -12,7 +12,8 @@ import transformers
 
 import prefix_kernels
 from prefix_kernels import available_backends, explain_backends
-from prefix_tuning import attach_prefix, attention, doctor
+from prefix_tuning import attach_prefix, attention, doctor, explain
+from prefix_tuning.explain import explain_training
 from prefix_tuning.stacks import part_shapes
 from support.building import copy_tree, needs_compiler, run
 from support.encoder_decoders import tiny_encoder_decoder
@@ -103,16 +104,16 @@ def test_a_training_step_is_explained_in_the_models_own_shapes(family, heads, kv
         seen.update({name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()})
         return explain_backends(q, k, v, prefix_k, prefix_v, **options)
 
-    monkeypatch.setattr(doctor, "explain_backends", spy)
+    monkeypatch.setattr(explain, "explain_backends", spy)
     model = tiny_model(family).bfloat16()
-    reasons = doctor.explain_training(model, torch.float32, batch=3, length=7, prefix_len=5)
+    reasons = explain_training(model, torch.float32, batch=3, length=7, prefix_len=5)
     own, prefix = ((3, kv_heads, 7, 16), torch.bfloat16), ((kv_heads, 5, 16), torch.float32)
     assert seen == {
         "q": ((3, heads, 7, 16), torch.bfloat16), "k": own, "v": own, "prefix_k": prefix, "prefix_v": prefix,
         "key_mask": ((3, 7), torch.bool),
     }  # fmt: skip
     assert list(reasons.values()).count("chosen") == 1 and reasons["reference"] != "chosen"
-    chosen = doctor.explain_training(model, torch.float32, batch=3, length=7, prefix_len=5, backend="reference")
+    chosen = explain_training(model, torch.float32, batch=3, length=7, prefix_len=5, backend="reference")
     assert chosen["reference"] == "chosen" != chosen["sdpa"]
 
 
@@ -127,13 +128,13 @@ def test_a_model_s_own_calls_are_those_that_are_explained(family, monkeypatch, t
     monkeypatch.setattr(attention, "prefix_attention", spy)
     with attach_prefix(model, random_prefix(model)):
         model(input_ids=torch.randint(3, 100, (1, 12)))
-    explained, explain = set(), doctor.explain_backends
+    explained = set()
 
     def explain_spy(q, k, v, *prefix, window=None, softcap=None, bias=None, **options):
         explained.add((q.shape[1], k.shape[1], q.shape[-1], v.shape[-1], window, softcap, bias is not None))
-        return explain(q, k, v, *prefix, window=window, softcap=softcap, bias=bias, **options)
+        return explain_backends(q, k, v, *prefix, window=window, softcap=softcap, bias=bias, **options)
 
-    monkeypatch.setattr(doctor, "explain_backends", explain_spy)
+    monkeypatch.setattr(explain, "explain_backends", explain_spy)
     model.config.save_pretrained(tmp_path)
     lines = sections(doctor.model_report(str(tmp_path)))
     assert explained == calls

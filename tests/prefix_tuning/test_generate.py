@@ -1,11 +1,12 @@
 """Texts in batches are the texts that the model writes for each prompt alone."""
 
+import threading
 from contextlib import nullcontext
 
 import pytest
 import torch
 
-from prefix_tuning import Prefix, PrefixBank, attach_prefix
+from prefix_tuning import Prefix, PrefixBank, accelerate_peft, attach_prefix
 from prefix_tuning.generate import first_line, generate_ids, generate_texts
 from support.encoder_decoders import tiny_encoder_decoder
 from support.models import FAMILIES, random_prefix, tiny_model
@@ -68,9 +69,9 @@ def test_prompts_of_similar_length_share_a_batch_padded_on_the_left(monkeypatch)
     model, tokenizer, seen = tiny_model("llama"), tiny_tokenizer(), []
     original = model.generate
 
-    def generate(input_ids, attention_mask):
+    def generate(input_ids, attention_mask, **settings):
         seen.append((input_ids.tolist(), attention_mask.tolist()))
-        return original(input_ids=input_ids, attention_mask=attention_mask)
+        return original(input_ids=input_ids, attention_mask=attention_mask, **settings)
 
     monkeypatch.setattr(model, "generate", generate)
     generate_texts(model, tokenizer, PROMPTS, max_new_tokens=1, batch_size=2)
@@ -168,21 +169,55 @@ def test_the_models_own_generation_config_bends_nothing_and_is_kept(bending, sam
     assert capfd.readouterr() == ("", "")
 
 
-def test_the_kind_of_cache_is_the_models_and_an_error_leaves_its_config(monkeypatch):
+def test_the_kind_of_cache_is_the_models(monkeypatch):
     model, tokenizer, seen = tiny_model("llama"), tiny_tokenizer(), []
-    own = model.generation_config
-    own.cache_implementation = "static"
-
-    def fail(**_):
-        seen.append(model.generation_config.cache_implementation)
-        raise RuntimeError("no memory")
-
+    model.generation_config.cache_implementation = "static"
     expected = [decoded(tokenizer, continued(model, tokenizer, prompt)) for prompt in PROMPTS]
+    original = model.generate
+    monkeypatch.setattr(model, "generate", lambda **call: seen.append(call["cache_implementation"]) or original(**call))
     assert generate_texts(model, tokenizer, PROMPTS, max_new_tokens=STEPS) == expected
-    monkeypatch.setattr(model, "generate", fail)
-    with pytest.raises(RuntimeError, match="no memory"):
-        generate_texts(model, tokenizer, PROMPTS)
-    assert seen == ["static"] and model.generation_config is own
+    assert seen == ["static"]
+
+
+def test_calls_that_overlap_have_their_own_settings():
+    """One begins amid the first batch of another, and ends after it."""
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+    first, second = {"max_new_tokens": STEPS, "batch_size": 1}, {"max_new_tokens": 3, "num_beams": 2}
+    expected = [generate_texts(model, tokenizer, PROMPTS, **options) for options in (first, second)]
+    own, texts = model.generation_config, []
+    thread = threading.Thread(target=lambda: texts.append(generate_texts(model, tokenizer, PROMPTS, **second)))
+    begun, ended = threading.Event(), threading.Event()
+
+    def overlap(module, args):
+        if threading.current_thread() is thread:
+            begun.set()
+            ended.wait()
+        elif not begun.is_set():
+            thread.start()
+            begun.wait()
+
+    with model.get_input_embeddings().register_forward_pre_hook(overlap):
+        got = generate_texts(model, tokenizer, PROMPTS, **first)
+        ended.set()
+        thread.join()
+    assert [got, *texts] == expected and model.generation_config is own
+
+
+def test_the_model_under_an_adapter_keeps_its_generation_config():
+    peft = pytest.importorskip("peft")
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+    expected, own = generate_texts(model, tokenizer, PROMPTS, max_new_tokens=STEPS), model.generation_config
+    lora = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))
+    assert generate_texts(lora, tokenizer, PROMPTS, max_new_tokens=STEPS) == expected
+    assert model.generation_config is own
+
+
+def test_a_prefix_of_peft_writes_by_the_same_settings():
+    peft = pytest.importorskip("peft")
+    config = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5)
+    model, tokenizer = accelerate_peft(peft.get_peft_model(tiny_model("llama"), config)).eval(), tiny_tokenizer()
+    expected = [decoded(tokenizer, continued(model, tokenizer, prompt)) for prompt in PROMPTS]
+    assert generate_texts(model, tokenizer, PROMPTS, max_new_tokens=STEPS, batch_size=2) == expected
 
 
 def test_conversations_go_through_the_template():
@@ -210,20 +245,23 @@ def test_wrong_calls_raise(prompts, options, match):
         generate_texts(tiny_model("llama"), tiny_tokenizer(), prompts, **options)
 
 
-@pytest.mark.parametrize("attached", (None, "prefix", "bank"))
+@pytest.mark.parametrize("attached", (None, "switched off", "prefix", "bank"))
 def test_a_table_of_positions_has_room_for_the_prompt_and_the_new_tokens(attached):
     """To the last: the token behind which nothing is written needs no position."""
     model, tokenizer = tiny_model("gpt2"), tiny_tokenizer()
-    prefix, options = random_prefix(model, 3), {"max_new_tokens": 5}
-    left = model.config.n_positions - 3 * (attached is not None)
+    prefix, options, behind = random_prefix(model, 3), {"max_new_tokens": 5}, attached in ("prefix", "bank")
+    left = model.config.n_positions - 3 * behind
     if attached == "bank":
         options["prefix_ids"] = [None, "a"]
     prompts = ["Z" * 9, "Z" * (left - 4)]
-    with attach_prefix(model, prefix if attached == "prefix" else PrefixBank({"a": prefix})) if attached else nullcontext():
+    given = PrefixBank({"a": prefix}) if attached == "bank" else prefix
+    with attach_prefix(model, given) if attached else nullcontext() as attachment:
+        if attached == "switched off":
+            attachment.enable(False)
         texts = generate_texts(model, tokenizer, prompts, **options)
         longer = [prompts[0], "x" + prompts[1]]
         message = rf"prompts\[1\]: its {left - 3} tokens and max_new_tokens 5 are more than the model's {left} positions"
-        with pytest.raises(ValueError, match=message + " behind the prefix;" * (attached is not None)):
+        with pytest.raises(ValueError, match=message + " behind the prefix;" * behind):
             generate_texts(model, tokenizer, longer, **options)
         assert generate_texts(model, tokenizer, longer, cut_prompts=True, **options) == texts
         with pytest.raises(ValueError, match="lower max_new_tokens"):

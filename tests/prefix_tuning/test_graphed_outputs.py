@@ -69,6 +69,17 @@ def test_steps_equal(device, family, kind):
 
 
 @pytest.mark.parametrize("device", DEVICES, indirect=True)
+def test_labels_on_padding_are_learnt_from_padding(device):
+    """As where labels are input_ids: the mask and the positions of padding decide the loss, so no step is recorded."""
+    model, twin = accelerated("gpt2", device)
+    batch = right_padding(batch_of(4, 13, device=device))
+    for labels in (batch["labels"], batch["input_ids"]):
+        for _ in range(3):
+            assert_step(model, twin, batch | {"labels": labels})
+    assert len(model._prefix_tuning._graphs._steps) == 1
+
+
+@pytest.mark.parametrize("device", DEVICES, indirect=True)
 def test_dropout_is_drawn_anew_and_follows_the_modules_modes(device):
     model, _ = accelerated("gpt2", device)
     for module in model.modules():

@@ -165,6 +165,20 @@ def test_a_mask_that_hides_padding_on_the_right_alone_is_looked_at(device, padde
         assert len(trained.graphs._steps) == (padded == "right")
 
 
+def test_a_mask_with_labels_on_what_it_hides_is_heeded(graphs):
+    """The loss is that of the model's logits behind the mask, at every step."""
+    model = tiny_model("gpt2")
+    prefix = random_prefix(model)
+    batch = batch_of(2, 13) | {"attention_mask": torch.ones(2, 13, dtype=torch.long)}
+    batch["attention_mask"][1, 9:], batch["labels"] = 0, batch["input_ids"]
+    with attach_prefix(model, prefix):
+        expected = model(**batch).loss
+        trained = PrefixedModel(model, prefix)
+        for _ in range(3):
+            torch.testing.assert_close(step(trained, batch)[0], expected.detach(), **TOLERANCE)
+        assert not trained.graphs._steps
+
+
 def test_rows_longer_than_the_model_has_positions_for_keep_their_mask(graphs):
     """Padding takes no positions then."""
     model = tiny_model("gpt2")

@@ -116,7 +116,7 @@ def test_from_the_hub(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *args, **kwargs: asked.append((args, kwargs)) or tmp_path)
     assert Prefix.from_peft("someone/adapter").prefix_len == PREFIX_LEN
     names = ["adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"]
-    assert asked == [(("someone/adapter",), {"allow_patterns": names})]
+    assert asked == [(("someone/adapter",), {"revision": None, "allow_patterns": names})]
 
 
 # Sequence-to-sequence
@@ -194,6 +194,10 @@ def test_adapters_of_encoders_bring_their_heads(name, task, task_type, tmp_path)
     torch.testing.assert_close(logits_of(loaded(**inputs))[real], expected[real], **TOLERANCE)
     with pytest.raises(NotImplementedError, match="of the decoder's, got encoder for task_type SEQ_2_SEQ_LM"):
         prefix.to_peft(tmp_path / "wrong", task_type="SEQ_2_SEQ_LM")
+    types = "FEATURE_EXTRACTION, QUESTION_ANS, SEQ_CLS, TOKEN_CLS"
+    with pytest.raises(ValueError, match=f"task_type: got CAUSAL_LM for an encoder's prefix, expected one of {types}"):
+        prefix.to_peft(tmp_path / "wrong", task_type="CAUSAL_LM")
+    assert not (tmp_path / "wrong").exists()
 
 
 @pytest.mark.parametrize("layers", (3, 4))
@@ -242,6 +246,18 @@ def test_other_adapters_are_refused(tmp_path):
         Prefix.from_peft(tiny_model("llama"))
     with pytest.raises(FileNotFoundError, match="neither a folder nor a hub repository in reach"):
         Prefix.from_peft("/nowhere/adapter")
+
+
+def test_adapters_in_folders_below_are_named(tmp_path):
+    model = peft_model(tiny_model("llama"), PREFIX_LEN)
+    for name in ("one", "two"):
+        model.add_adapter(name, peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    model.save_pretrained(tmp_path, selected_adapters=["one", "two"])
+    (tmp_path / "other").mkdir()
+    message = f"adapter_config.json: no such file, .* PEFT saves; there is one in {tmp_path / 'one'}, {tmp_path / 'two'}$"
+    with pytest.raises(FileNotFoundError, match=message):
+        Prefix.from_peft(tmp_path)
+    assert Prefix.from_peft(tmp_path / "two").prefix_len == 3
 
 
 def change(folder, **values):

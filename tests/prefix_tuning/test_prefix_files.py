@@ -314,12 +314,13 @@ def test_load_from_the_hub_downloads_the_prefix_alone(tmp_path, monkeypatch):
     prefix, asked = mlp_prefix(), []
     prefix.save(tmp_path, keep_reparametrization=True)
 
-    def snapshot_download(repo_id, allow_patterns):
-        asked.append((repo_id, set(allow_patterns)))
+    def snapshot_download(repo_id, revision, allow_patterns):
+        asked.append((repo_id, revision, set(allow_patterns)))
         return str(tmp_path)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     loaded = Prefix.load("someone/prefix", dtype=torch.float64)
-    assert asked == [("someone/prefix", {CONFIG_FILE, TENSORS_FILE, MLP_FILE})]
+    Prefix.load("someone/prefix", revision="v2")
+    assert asked == [("someone/prefix", revision, {CONFIG_FILE, TENSORS_FILE, MLP_FILE}) for revision in (None, "v2")]
     assert loaded.reparametrization is not None
     assert_layers(loaded.layers(), [[t.double() for t in pair] for pair in prefix.layers()], atol=1e-6, rtol=1e-6)

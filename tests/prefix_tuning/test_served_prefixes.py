@@ -80,6 +80,10 @@ def test_names_that_would_be_chosen_by_something_else(name, folder):
 def test_bad_arguments(folder):
     with pytest.raises(ValueError, match="folders: got none"):
         ServedPrefixes.load({})
+    with pytest.raises(ValueError, match="folders: got \\['pubs'\\], expected the folder of at least one prefix by name"):
+        ServedPrefixes.load(["pubs"])
+    with pytest.raises(ValueError, match="prefix: got the name 5, expected a string"):
+        ServedPrefixes.load({5: folder / "pubs"})
     with pytest.raises(ValueError, match="placeholder_id: got -1"):
         ServedPrefixes.load({"pubs": folder / "pubs"}, placeholder_id=-1)
 
@@ -100,6 +104,12 @@ def test_prompts_are_recognised(name, salt, served):
     assert served.chosen(**{"token_ids": prompt["prompt_token_ids"], "cache_salt": prompt["cache_salt"]}) == name
 
 
+def test_token_ids_of_a_tensor_are_ints(served):
+    for ids in (torch.tensor([4, 5]), list(torch.tensor([4, 5])), (4, 5)):
+        given = served.prompt("pubs", ids)["prompt_token_ids"]
+        assert given == [7] * 5 + [4, 5] and set(map(type, given)) == {int}
+
+
 def test_salts_differ_by_prefix_and_tenant(served):
     salts = {served.prompt(name, [1], salt)["cache_salt"] for name in ("pubs", "food") for salt in (None, "", "a", "b")}
     assert len(salts) == 8 and all(map(asks_for_prefix, salts))
@@ -111,6 +121,9 @@ def test_prompts_that_cannot_be_made(served):
         served.prompt("wine", [1])
     with pytest.raises(ValueError, match="token_ids: got none"):
         served.prompt("pubs", [])
+    for wrong in ("hello", [[4, 5]], torch.tensor([[4, 5]]), [4.0], torch.tensor([4.0]), ["4"], 4, torch.tensor(4), None):
+        with pytest.raises(ValueError, match="token_ids: got .*, expected ints"):
+            served.prompt("pubs", wrong)
 
 
 @pytest.mark.parametrize(
@@ -119,6 +132,7 @@ def test_prompts_that_cannot_be_made(served):
         ([7] * 5 + [1], 'prefix-tuning:["wine", null]', "got 'wine', expected one of pubs, food"),
         ([7] * 5 + [1], 'prefix-tuning:[["pubs"], null]', "expected one of pubs, food"),
         ([7] * 5 + [1], "prefix-tuning:", "expected what ServedPrefixes.prompt makes"),
+        ([7] * 5 + [1], "prefix-tuning:" + 200_000 * "[", r"cache_salt: got 'prefix-tuning:\[{70,90}, expected"),
         ([7] * 5 + [1], "prefix-tuning:3", "expected what ServedPrefixes.prompt makes"),
         ([7] * 4 + [1, 2], 'prefix-tuning:["pubs", null]', "takes the place of 5 tokens 7"),
         ([7] * 3, 'prefix-tuning:["pubs", null]', "takes the place of 5 tokens 7"),

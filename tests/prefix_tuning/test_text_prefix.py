@@ -1,5 +1,6 @@
 """A real text as a prefix gives what the text in front of every row gives, whatever the tokenizer adds to texts."""
 
+import warnings
 from functools import partial
 
 import pytest
@@ -9,6 +10,7 @@ from prefix_tuning import Prefix, PrefixBank, attach_prefix, offline_model, text
 from prefix_tuning.offline_model import load_model_and_tokenizer
 from support.allocations import allocations
 from support.models import MODELS, WITH_STATE, tiny_model
+from support.prefixes import assert_layers, cached
 from support.tokenizer import CHAT_TEMPLATE, tiny_tokenizer
 
 FAMILIES = ("gpt2", "llama", "mistral")
@@ -78,6 +80,32 @@ def test_a_conversation_in_front_of_every_row(family):
         assert torch.equal(continued(model, [ids[prefix.prefix_len :] for ids in together]), expected)
 
 
+LAST_ANSWER = CHAT_TEMPLATE.replace(
+    "message['content']", "('think ' if loop.last and message['role'] == 'assistant' else '') + message['content']"
+)
+NO_ANSWERS = CHAT_TEMPLATE.replace(
+    "{% for message in messages %}",
+    "{% for message in messages %}{% if message['role'] == 'assistant' %}{{ raise_exception('no answers') }}{% endif %}",
+)
+
+
+def test_turns_that_the_template_changes_once_another_follows_are_refused():
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer(chat_template=LAST_ANSWER)
+    before = [{"role": "system", "content": "be kind"}, {"role": "user", "content": "hi"}]
+    turns = [*before, {"role": "assistant", "content": "yes"}]
+    assert "think yes" in tokenizer.apply_chat_template(turns, tokenize=False)
+    with pytest.raises(ValueError, match="messages: the chat template shows these turns otherwise once another follows"):
+        Prefix.from_text(model, tokenizer, messages=turns)
+    whole = tokenizer.apply_chat_template(turns)["input_ids"]
+    for shared in (before[:1], before):
+        prefix = Prefix.from_text(model, tokenizer, messages=shared)
+        assert whole[: prefix.prefix_len] == tokenizer.apply_chat_template(shared)["input_ids"]
+    taken = Prefix.from_text(model, tiny_tokenizer(chat_template=NO_ANSWERS), messages=before)
+    assert taken.prefix_len == prefix.prefix_len
+    with pytest.raises(ValueError, match="messages: got none, expected at least one turn"):
+        Prefix.from_text(model, tokenizer, messages=[])
+
+
 def test_ids_are_joined_where_a_token_would_span_the_boundary():
     model, tokenizer = tiny_model("llama"), tiny_tokenizer()
     text, row = "what", "he said"  # "th" is one token of the joined text
@@ -112,6 +140,31 @@ def test_chunks_change_nothing(family, chunk, monkeypatch):
     got = Prefix.from_text(model, None, input_ids=ids).layers()
     assert max(lengths) == chunk and sum(lengths) == len(ids)
     torch.testing.assert_close(got, expected, atol=2e-5, rtol=1e-4)
+
+
+def test_longrope_rotates_a_whole_text_alike(monkeypatch):
+    """Its chunks would be rotated by two sets of factors: the first ends before the model's original length."""
+    factors = {"short_factor": [1.0] * 8, "long_factor": [4.0 + i for i in range(8)], "partial_rotary_factor": 1.0}
+    rope = factors | {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 16}
+    model = tiny_model("phi3", max_position_embeddings=64, original_max_position_embeddings=16, rope_parameters=rope)
+    text, row = torch.arange(5, 30)[None], torch.arange(40, 48)[None]
+    expected = model(input_ids=torch.cat([text, row], 1)).logits[:, 25:]
+    monkeypatch.setattr(text_cache, "CHUNK", 8)
+    with attach_prefix(model, Prefix.from_text(model, None, input_ids=text)):
+        torch.testing.assert_close(model(input_ids=row).logits, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_beside_lora_no_logits_are_computed():
+    peft = pytest.importorskip("peft")
+    model, ids = tiny_model("llama"), list(range(5, 20))
+    config = peft.LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False, target_modules=["q_proj", "k_proj"])
+    lora, logits = peft.get_peft_model(model, config), []
+    lora.get_output_embeddings().register_forward_hook(lambda *call: logits.append(call))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        prefix = Prefix.from_text(lora, None, input_ids=ids)
+    assert not logits
+    assert_layers(prefix.layers(), cached(model, ids), atol=2e-5, rtol=1e-4)
 
 
 def test_memory_grows_with_the_tokens_and_not_with_their_square(monkeypatch):

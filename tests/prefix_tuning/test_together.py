@@ -206,7 +206,7 @@ def hub(tmp_path, monkeypatch):
         def upload_folder(self, repo_id, folder_path):
             shutil.copytree(folder_path, root / repo_id, dirs_exist_ok=True)
 
-    def snapshot_download(repo_id, allow_patterns):
+    def snapshot_download(repo_id, revision, allow_patterns):
         cached = tmp_path / "cache" / repo_id
         cached.mkdir(parents=True)
         for name in allow_patterns:

@@ -139,8 +139,8 @@ def flash_backward(call):
     return dq, *(grad.unflatten(1, groups).float().sum(2).to(grad.dtype) for grad in (dk, dv))
 
 
-def _check_cudnn(call):
-    """(q, k, v, shift), k and v with a head for each of q. cuDNN aligns its causal mask at the top left."""
+def cudnn(call):
+    """k and v get a head for each of q. cuDNN aligns its causal mask at the top left."""
     q, k, v = call.query, call.key, call.value
     _check_common(q, k, v, call.dropout_p)
     assert q.dtype in (torch.float16, torch.bfloat16), "cuDNN: 16 bit only"
@@ -148,31 +148,11 @@ def _check_cudnn(call):
     assert k.shape[:3] == v.shape[:3] and q.shape[1] % k.shape[1] == 0 and k.shape[2] > 1
     assert not call.is_causal or q.shape[2] == k.shape[2], "one alignment's causal mask is not the other's"
     assert call.attn_bias is None
-    return q, _grouped(q, k), _grouped(q, v), 0 if call.is_causal else None
-
-
-def cudnn(call):
-    q, k, v, shift = _check_cudnn(call)
+    k, v, shift = _grouped(q, k), _grouped(q, v), 0 if call.is_causal else None
     assert call.compute_log_sumexp and not call.return_debug_mask
     out, lse = _forward(q, k, v, None, shift, call.scale)
     out, seed = torch.empty_like(q).copy_(out), torch.empty((), dtype=torch.int64)
     return out, lse[..., None], None, None, q.shape[2], k.shape[2], seed, seed, None
-
-
-def cudnn_backward(call):
-    q, k, v, shift = _check_cudnn(call)
-    assert not torch.are_deterministic_algorithms_enabled(), "cuDNN adds up dq in any order"
-    assert call.cum_seq_q is None and call.cum_seq_k is None and (call.max_q, call.max_k) == (q.shape[2], k.shape[2])
-    assert isinstance(call.philox_seed, Tensor) and isinstance(call.philox_offset, Tensor)
-    lse, used = call.logsumexp, [axis for axis, size in enumerate(q.shape) if size > 1]
-    assert lse.shape == (*q.shape[:3], 1) and lse.dtype == torch.float32 and lse.is_contiguous()
-    layout = [torch.empty_like(q).stride(axis) for axis in used]  # of the plan, which is found by q, k and v alone
-    for tensor in (call.grad_out, call.out):
-        assert tensor.shape == q.shape and tensor.dtype == q.dtype and [tensor.stride(axis) for axis in used] == layout
-    assert call.key.stride(0) and call.value.stride(0), "no batch of one that is repeated"
-    dq, dk, dv = _backward(call.grad_out, q, k, v, call.out, lse[..., 0], None, shift, call.scale)
-    groups = (call.key.shape[1], -1)
-    return dq, *(grad.unflatten(1, groups).float().sum(2).to(grad.dtype) for grad in (dk, dv))
 
 
 def _check_efficient(call):
@@ -217,7 +197,6 @@ def efficient_backward(call):
 
 OPERATORS = {
     aten._scaled_dot_product_cudnn_attention: cudnn,
-    aten._scaled_dot_product_cudnn_attention_backward: cudnn_backward,
     aten._scaled_dot_product_flash_attention: flash,
     aten._scaled_dot_product_flash_attention_backward: flash_backward,
     aten._efficient_attention_forward: efficient,

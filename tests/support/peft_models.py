@@ -52,6 +52,21 @@ def twins(model: nn.Module, *args: Any, **options: Any):
     return peft_model(copy.deepcopy(model), *args, **options), peft_model(copy.deepcopy(model), *args, **options)
 
 
+def gradients(model: nn.Module, loss: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Of all that is trained, by name."""
+    loss.backward()
+    grads = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
+    model.zero_grad()
+    return grads
+
+
+def assert_same_gradients(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert list(got) == list(expected)
+    assert any(grad.abs().max() > 1e-4 for grad in expected.values())
+    for name, grad in got.items():
+        torch.testing.assert_close(grad, expected[name], **TOLERANCE, msg=lambda text, name=name: f"{name}: {text}")
+
+
 def name_the_cache(model) -> None:
     """peft 0.21 looks for the cache under its old name alone: with transformers 5.24 it generates without its prefix, and takes
     a classifier for one that knows no cache. This hands it the names it looks for."""

@@ -5,8 +5,10 @@ out and lse of a larger softmax: its weights exp(scores − lse) are then the gl
 up to the exact gradient of the whole.
 
 On CUDA a mask, float32 and heads above 256 go to the memory-efficient kernel, the rest to cuDNN's or to flash attention:
-engine_of says which. The CPU kernel, flash attention and cuDNN take fewer kv heads than heads as they are; the
-memory-efficient kernel needs them repeated.
+engine_of says which. Forward cuDNN's was measured 1.1 (head_dim 64) to 1.8 times as fast as torch's flash attention on an H200
+(benchmarks/results/nvidia-h200/engines.json). Backward it adds up dq in any order, so flash attention runs, told to add in one:
+at head_dim 128 cuDNN makes both passes 1.5 to 2.3 times as fast, any order saves flash attention up to 30 %. The CPU kernel,
+flash attention and cuDNN take fewer kv heads than heads as they are; the memory-efficient kernel needs them repeated.
 """
 
 from __future__ import annotations
@@ -22,10 +24,6 @@ from prefix_kernels.problem import empty_token_major
 
 aten = torch.ops.aten
 
-# What runs a pass that both take, "cudnn" or "flash"; measured in benchmarks/results/nvidia-h200/engines.json.
-FORWARD_ENGINE = "cudnn"  # measured on an H200: 1.1 (head_dim 64) to 1.8 times as fast as torch's flash attention
-BACKWARD_ENGINE = "flash"  # cuDNN adds up dq in any order; at head_dim 128 it makes both passes 1.5 to 2.3 times as fast
-FLASH_DETERMINISTIC = True  # flash attention's backward pass adds up dq in one order; measured, any order saves up to 30 %
 CUDNN_FEWEST_QUERIES = 64  # assumed: less is decoding, where cuDNN would plan anew for every length of the cache
 
 _CUDNN_LARGEST_DIM = 128
@@ -43,9 +41,7 @@ def engine_of(q: Tensor, k: Tensor, mask: Tensor | None, backward: bool) -> str:
         return "cpu"
     if mask is not None or not _takes_flash(q):
         return "efficient"
-    if (BACKWARD_ENGINE if backward else FORWARD_ENGINE) != "cudnn" or not _takes_cudnn(q, k):
-        return "flash"
-    return "flash" if backward and torch.are_deterministic_algorithms_enabled() else "cudnn"
+    return "flash" if backward or not _takes_cudnn(q, k) else "cudnn"
 
 
 def takes_fewer_kv_heads(q: Tensor, v: Tensor) -> bool:
@@ -108,14 +104,6 @@ def attend_backward(
         dq, dk, dv = aten._scaled_dot_product_flash_attention_for_cpu_backward(
             grad_out, q, k, v, out, lse.contiguous(), 0.0, causal, attn_mask=mask, scale=scale
         )
-    elif engine == "cudnn":
-        k, v = (tensor if tensor.stride(0) else tensor.contiguous() for tensor in (k, v))  # no prefix expanded over the batch
-        grad_out, out = (_laid_out_like(q, tensor) for tensor in (grad_out, out))
-        no_dropout_state = torch.empty((), dtype=torch.int64, device=q.device)
-        dq, dk, dv = aten._scaled_dot_product_cudnn_attention_backward(
-            grad_out, q, k, v, out, lse.contiguous()[..., None], no_dropout_state, no_dropout_state, None, None, None,
-            q.shape[2], k.shape[2], 0.0, causal, scale=scale,
-        )  # fmt: skip
     elif engine == "flash":
         no_dropout_state = torch.empty(2, dtype=torch.uint64, device=q.device)
         with _deterministic():
@@ -176,14 +164,6 @@ def _takes_cudnn(q: Tensor, k: Tensor) -> bool:
     return torch.cuda.get_device_capability(q.device) >= (9, 0)
 
 
-def _laid_out_like(q: Tensor, tensor: Tensor) -> Tensor:
-    """`tensor` in q's memory order: torch finds cuDNN's plans by the strides of q, k and v alone, made for an out like q."""
-    layout = torch.empty_like(q)
-    if all(a == b for a, b, size in zip(tensor.stride(), layout.stride(), q.shape, strict=True) if size > 1):
-        return tensor
-    return layout.copy_(tensor)
-
-
 def _same_dim(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The kernels want one head_dim for all three; on CUDA a multiple of 8. Zero columns change no score and no value."""
     dim = max(q.shape[-1], v.shape[-1])
@@ -233,9 +213,6 @@ def _deterministic():
     The switch also has all new memory filled; that is left out unless the caller has it so already. Each device has a thread
     for its backward passes: of two at a time the later one would put back what the earlier one had set.
     """
-    if not FLASH_DETERMINISTIC:
-        yield
-        return
     with _SWITCH:
         settings, before = torch.utils.deterministic, torch.are_deterministic_algorithms_enabled()
         warn_only, fill = torch.is_deterministic_algorithms_warn_only_enabled(), settings.fill_uninitialized_memory
