@@ -19,6 +19,7 @@ from torch import nn
 from prefix_tuning.attach import Attachment
 from prefix_tuning.graphed_outputs import GraphedOutputs
 from prefix_tuning.peft_adapters import adapter_layout, prompt_embeddings
+from prefix_tuning.positions import cache_of
 from prefix_tuning.row_limits import tokens_left
 from prefix_tuning.shapes import Layers, ModelShape
 from prefix_tuning.stacks import part_shapes, text_config
@@ -252,7 +253,7 @@ def _forward(self, *args: Any, **kwargs: Any) -> Any:
 def _may_be_packed(arguments: dict[str, Any], training: bool) -> bool:
     """Whether position_ids may start anew within a row. In training nobody asks for a cache, so the values need no reading."""
     positions = arguments.get("position_ids")
-    cache = arguments.get("cache", arguments.get("past_key_values"))
+    cache = cache_of(arguments)
     if positions is None or cache is not None or arguments.get("attention_mask") is not None:
         return False
     return training or (not torch.compiler.is_compiling() and bool((positions.diff(dim=-1) != 1).any()))

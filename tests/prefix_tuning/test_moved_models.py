@@ -11,6 +11,7 @@ from support.encoder_decoders import tiny_encoder_decoder
 from support.encoders import inputs_of, logits_of, tiny_encoder
 from support.models import random_prefix, tiny_model
 from support.peft_models import peft_model
+from support.training import DEVICES, losses, make_trainer
 
 PREFIX_LEN = 5
 
@@ -88,3 +89,19 @@ def test_the_models_own_head_has_the_models_dtype():
         model.float()
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     assert logits_of(model(**inputs)).isfinite().all()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name, parts", [("llama", None), ("bart", ("encoder", "cross"))])
+def test_a_trainer_takes_the_model_along(name, parts, device, tmp_path):
+    """From the CPU, where it was when the trainer was made; the MLP's keys and values and the parts left out come, too."""
+    runs = []
+    for on in ("cpu", device):
+        model = tiny_model(name) if parts is None else tiny_encoder_decoder(name, vocab_size=128)
+        prefix = Prefix.for_model(model, PREFIX_LEN, parts=parts, reparametrization="mlp", seed=0)
+        trainer = make_trainer(tmp_path / on, model, prefix, use_cpu=on == "cpu")
+        trainer.train()
+        trainer.detach()
+        assert {parameter.device.type for parameter in (*model.parameters(), *prefix.parameters())} == {on}
+        runs.append(losses(trainer))
+    torch.testing.assert_close(*map(torch.tensor, runs), atol=1e-3, rtol=1e-3)
