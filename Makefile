@@ -36,7 +36,7 @@ bench:
 
 quality:
 	@tools/setup_env.sh test
-	@"$(VENV)/bin/python" -m ruff check .
+	@"$(VENV)/bin/python" -m ruff check . && "$(VENV)/bin/python" -m ruff format --check .
 
 clean:
 	rm -rf build dist *.egg-info prefix_kernels/_C*.so .pytest_cache .ruff_cache .benchmarks

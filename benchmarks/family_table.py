@@ -60,7 +60,7 @@ ENCODER_DECODER_COLUMNS = {
     "static cache": ["static cache"],
     "`use_cache=False`": ["use_cache=False"],
     "gradient checkpointing": ["gradient checkpointing"],
-    "`init=\"text\"`": ["init='text'"],
+    '`init="text"`': ["init='text'"],
 }
 TASKS = ("SequenceClassification", "TokenClassification", "QuestionAnswering")
 ENCODER_COLUMNS = {

@@ -21,9 +21,9 @@ _kernels: dict[tuple, Kernel | None] = {}  # by kind of call; None where its bac
 
 
 def find(
-    q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, key_mask: Tensor | None,
-    bias: Tensor | None, *options: Any,
-) -> tuple[tuple | None, Kernel | None]:
+    q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, key_mask: Tensor | None, bias: Tensor | None,
+    *options: Any,
+) -> tuple[tuple | None, Kernel | None]:  # fmt: skip
     """A new kind of call, which is all that the checks and the choice of a backend look at, or what serves a known kind.
 
     The arguments are all there are. Returns (None, kernel) where that is known; (kind, None) where no such call was served yet;

@@ -138,7 +138,7 @@ def test_cuda_sources_are_compiled(tmp_path):
     tree = copy_tree(tmp_path / "tree")
     source = tree / "csrc" / "cuda" / "answer.cu"
     source.write_text(
-        '__global__ void fill(int* out) { *out = 42; }\n'
+        "__global__ void fill(int* out) { *out = 42; }\n"
         'extern "C" __attribute__((visibility("default"))) int answer() { return fill == nullptr ? 0 : 42; }\n'
     )
     arguments = f"{UNOPTIMIZED} -DPREFIX_KERNELS_CUDA_ARCHITECTURES=90a"

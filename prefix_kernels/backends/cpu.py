@@ -101,9 +101,7 @@ def backward(
     )  # fmt: skip
     dtypes = (inputs.q.dtype,) * 3 + (inputs.prefix_k.dtype,) * 2
     grads = (q, k, v, prefix_k, prefix_v)
-    return tuple(
-        grad.to(dtype) if needed else None for grad, dtype, needed in zip(grads, dtypes, wanted, strict=True)
-    )
+    return tuple(grad.to(dtype) if needed else None for grad, dtype, needed in zip(grads, dtypes, wanted, strict=True))
 
 
 def _index(tensor: Tensor | None) -> Tensor | None:

@@ -73,9 +73,14 @@ class Attachment:
         self._layers = {
             part: [
                 LayerPrefix(
-                    prefix, backend, slides, warned, stack.query_scale,
+                    prefix,
+                    backend,
+                    slides,
+                    warned,
+                    stack.query_scale,
                     relative=stack.positions == "relative" and part == stack.self_attention,
-                    first_position=stack.first_position, bank_layer=None if self._bank is None else i,
+                    first_position=stack.first_position,
+                    bank_layer=None if self._bank is None else i,
                 )  # fmt: skip
                 for i in range(len(modules))
             ]
@@ -185,9 +190,7 @@ class Attachment:
         self._check_attached()
         return self
 
-    def __exit__(
-        self, error: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, error: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None) -> None:
         self.detach()
 
     def _check_attached(self) -> None:

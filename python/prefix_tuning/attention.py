@@ -123,9 +123,7 @@ def prefix_attention_forward(
             own_len = (prefix_lens[prefix_ids.clamp(min=0)] * (prefix_ids >= 0))[:, None]
         positions = kwargs.get("position_ids")
         positions = None if positions is None else positions - layer.offset(prefix_ids)
-        first_key_position, mask_bias = mask.sliding(
-            prefix_len, own_len, positions, query.shape[2], key.shape[2], query.device
-        )
+        first_key_position, mask_bias = mask.sliding(prefix_len, own_len, positions, query.shape[2], key.shape[2], query.device)
     else:
         first_key_position, mask_bias = None, None if mask.bias is None else mask.bias_over(prefix_key.shape[-2])
     if mask_bias is not None:

@@ -88,9 +88,7 @@ _CHEAP = Phrasing(
         r"value for money",
         r"low(?:er)? (?:end|range)",
         _NOT_DEAR,
-        *_price(
-            r"(?:low(?:er|est|ly)?|good|great|best|competitive|attractive|accessible|reasonabl[ey]|well|fair(?:ly)?)"
-        ),
+        *_price(r"(?:low(?:er|est|ly)?|good|great|best|competitive|attractive|accessible|reasonabl[ey]|well|fair(?:ly)?)"),
         *_price(_BELOW_MEAN),
         rf"{_UP_TO} £?20",
         r"£?20 (?:and|or) (?:under|less|below|lower)",
@@ -152,9 +150,7 @@ _AVERAGE_RATED = Phrasing(
     says=(
         r"average(?:d|ly)?",
         r"(?:mediocre|decent|okay|ok|mixed|satisfactory)",
-        *_rating(
-            r"(?:moderate(?:ly)?|fair(?:ly)?|medium|mid|middle|mid ranged?|medium level|normal|reasonabl[ey]|good)"
-        ),
+        *_rating(r"(?:moderate(?:ly)?|fair(?:ly)?|medium|mid|middle|mid ranged?|medium level|normal|reasonabl[ey]|good)"),
         *_points(3),
     ),
     unless=(_ABOVE_MEAN, _BELOW_MEAN, *_ABOUT_PRICE),
@@ -203,17 +199,13 @@ PHRASINGS: dict[str, dict[str, Phrasing]] = {
         ),
     },
     "food": {
-        "English": Phrasing(
-            (r"english", r"england", r"british", r"fish (?:and|n|&) chips", r"breakfasts?", r"roasts?")
-        ),
+        "English": Phrasing((r"english", r"england", r"british", r"fish (?:and|n|&) chips", r"breakfasts?", r"roasts?")),
         "French": Phrasing((r"french", r"france", r"wines?", r"cheeses?", r"croissants?", r"crepes?", r"baguettes?")),
         "Italian": Phrasing((r"ital\w+", r"pastas?", r"pizzas?", r"spaghetti", r"lasagn[ae]", r"noodles?")),
         "Indian": Phrasing((r"indian?", r"curr(?:y|ies)", r"naan", r"tikka")),
         "Chinese": Phrasing((r"chinese?", r"chines", r"china", r"asian", r"oriental", r"dim sum", r"chow mein")),
         "Japanese": Phrasing((r"japan(?:ese)?", r"japenese", r"sushi", r"sashimi", r"ramen", r"asian", r"oriental")),
-        "Fast food": Phrasing(
-            (r"fast ?foods?", r"fast", r"quick", r"(?:ham)?burgers?", r"fries", r"chips", r"american")
-        ),
+        "Fast food": Phrasing((r"fast ?foods?", r"fast", r"quick", r"(?:ham)?burgers?", r"fries", r"chips", r"american")),
     },
     "area": {
         "riverside": Phrasing((r"rivers?(?: ?(?:sides?|banks?|fronts?))?", r"water ?(?:front|side)")),

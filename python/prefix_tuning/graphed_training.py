@@ -69,9 +69,7 @@ class GraphedSteps:
         # The gradients inside are not scaled, so those of float16 could vanish.
         return not is_spread(self._model) and torch.float16 not in (self._model.dtype, _autocast(ids.device)) and ids.dim() == 2
 
-    def loss(
-        self, labels: Tensor, *teacher: Tensor, pack: Pack | None = None, **inputs: Tensor
-    ) -> tuple[Tensor, int] | None:
+    def loss(self, labels: Tensor, *teacher: Tensor, pack: Pack | None = None, **inputs: Tensor) -> tuple[Tensor, int] | None:
         """As target_loss, or with a teacher's ids and probabilities as distillation_loss; None where it has to run as it is.
 
         pack, inputs: as serves() takes them.

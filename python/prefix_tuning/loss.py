@@ -11,9 +11,7 @@ from torch.nn import functional
 from prefix_tuning.data import IGNORED
 
 
-def target_loss(
-    model: nn.Module, labels: Tensor, attention_mask: Tensor | None = None, **inputs: Any
-) -> tuple[Tensor, int]:
+def target_loss(model: nn.Module, labels: Tensor, attention_mask: Tensor | None = None, **inputs: Any) -> tuple[Tensor, int]:
     """Cross-entropy of the labelled tokens of a causal language model, each predicted from the tokens before it.
 
     Args:

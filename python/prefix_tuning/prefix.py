@@ -61,9 +61,7 @@ class Prefix(nn.Module):
             else:
                 self.parts[name], length = check_layers(name, source)
                 lengths.add(length)
-                self.keys[name], self.values[name] = (
-                    nn.ParameterList(_parameter(pair[i]) for pair in source) for i in (0, 1)
-                )
+                self.keys[name], self.values[name] = (nn.ParameterList(_parameter(pair[i]) for pair in source) for i in (0, 1))
         self.reparametrization = mlps if mlps else None
         self._heads = nn.ParameterDict()  # its names may hold no dots
         for module, parameters in (heads or {}).items():

@@ -79,14 +79,16 @@ def read_prefix(
     heads = config.get("heads", {})
     tensors = _read_tensors(
         directory / TENSORS_FILE,
-        lambda found: {
-            f"{part}.{index}.{name}": [kv_heads, prefix_len, dim]
-            for part, shape in shapes.items()
-            for index in range(min(shape.layers, len(found)))  # a damaged json may speak of 10⁹; one too many says as much
-            for kv_heads, *dims in [shape.of(index)]
-            for name, dim in zip(("key", "value"), dims, strict=True)
-        }
-        | {f"head.{module}.{name}": shape for module, parameters in heads.items() for name, shape in parameters.items()},
+        lambda found: (
+            {
+                f"{part}.{index}.{name}": [kv_heads, prefix_len, dim]
+                for part, shape in shapes.items()
+                for index in range(min(shape.layers, len(found)))  # a damaged json may speak of 10⁹; one too many says as much
+                for kv_heads, *dims in [shape.of(index)]
+                for name, dim in zip(("key", "value"), dims, strict=True)
+            }
+            | {f"head.{module}.{name}": shape for module, parameters in heads.items() for name, shape in parameters.items()}
+        ),
     )
     parts = {
         part: [(tensors[f"{part}.{i}.key"], tensors[f"{part}.{i}.value"]) for i in range(shape.layers)]

@@ -284,7 +284,7 @@ def test_sanitizer_says_why_it_did_not_run(monkeypatch):
 @pytest.mark.parametrize("status, outcome", [(0, "passed"), (9, "failed")])
 def test_sanitizer(monkeypatch, tmp_path, status, outcome, tool):
     program = tmp_path / "compute-sanitizer"
-    program.write_text(f"#!/bin/sh\nprintf noise\necho \"========= $2: {status} errors\"\nexit {status}\n")
+    program.write_text(f'#!/bin/sh\nprintf noise\necho "========= $2: {status} errors"\nexit {status}\n')
     program.chmod(0o755)
     monkeypatch.setattr(gpu_tests.torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(gpu_tests.shutil, "which", lambda name: str(program))

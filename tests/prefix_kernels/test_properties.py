@@ -168,9 +168,7 @@ def test_packed_sequences_are_padded_rows(backend, case):
         bank = {} if case.prefixes is None else {
             "prefix_ids": inputs.options["prefix_ids"][row : row + 1], "prefix_lens": inputs.options["prefix_lens"]
         }  # fmt: skip
-        row_out, row_lse = prefix_kernels.prefix_attention(
-            *alone, *prefix, **options, **bank, backend=backend, return_lse=True
-        )
+        row_out, row_lse = prefix_kernels.prefix_attention(*alone, *prefix, **options, **bank, backend=backend, return_lse=True)
         close(out[own_q].transpose(0, 1), row_out[0])
         close(lse[:, own_q], row_lse[0])
         start_q, start_k = start_q + q_len, start_k + kv_len

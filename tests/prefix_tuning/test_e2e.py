@@ -84,9 +84,7 @@ def test_linearize():
     assert e2e.linearize("name[Aromi], near[Ranch]") == "name : Aromi | near : Ranch"
 
 
-@pytest.mark.parametrize(
-    ("split", "mrs", "references"), [("train", 4862, 42061), ("dev", 547, 4672), ("test", 630, 4693)]
-)
+@pytest.mark.parametrize(("split", "mrs", "references"), [("train", 4862, 42061), ("dev", 547, 4672), ("test", 630, 4693)])
 def test_shipped_data(split, mrs, references):
     rows = e2e.load_e2e(DATA / f"{split}.jsonl.gz")
     assert len(rows) == mrs

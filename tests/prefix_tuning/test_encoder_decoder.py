@@ -1,6 +1,5 @@
 """Encoder-decoders with prefixes of encoder, decoder and cross-attention equal their eager attention over expanded prefixes."""
 
-
 import copy
 import inspect
 

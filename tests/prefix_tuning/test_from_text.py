@@ -1,6 +1,5 @@
 """Prefix.from_text: the keys and values that the model caches for a text."""
 
-
 import pytest
 import torch
 

@@ -1,6 +1,5 @@
 """generate_texts replays its decoding steps: batches of similar length share a cache and its graphs."""
 
-
 import pytest
 
 from prefix_tuning import accelerate_peft, attach_prefix, graphed_decoding

@@ -1,6 +1,5 @@
 """What PrefixTrainer trains and evaluates on: rows of text, conversations, tokenised data sets, streams."""
 
-
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
