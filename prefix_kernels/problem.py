@@ -77,8 +77,12 @@ class AttentionInputs(_Arguments):
         return list(zip(queries, keys, [keys[parent] if parent >= 0 else None for parent in parents], strict=True))
 
     def problem(self, gradients: bool | None = None) -> AttentionProblem:
-        """The shape of this call, made once; reads no tensor values. gradients: None asks autograd the first time, which must
-        not be off for another reason than the caller's (inside an operator it is)."""
+        """The shape of this call, made once; reads no tensor values.
+
+        Args:
+            gradients: None asks autograd the first time, which must not be off for another reason than the caller's (inside an
+                operator it is).
+        """
         found = self.__dict__.get("_problem")
         if found is None or gradients not in (None, found.gradients):
             if gradients is None:

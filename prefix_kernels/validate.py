@@ -202,7 +202,11 @@ def check_prefix_index(prefix_k: Tensor, prefix_ids: Tensor | None, prefix_lens:
 
 
 def check_key_mask(key_mask: Tensor | None, batch: int, kv_len: int, device: torch.device) -> None:
-    """key_mask: bool [batch, kv_len]."""
+    """Checks which keys may be attended.
+
+    Args:
+        key_mask: bool [batch, kv_len].
+    """
     if key_mask is None:
         return
     if not isinstance(key_mask, Tensor):
@@ -217,7 +221,11 @@ def check_key_mask(key_mask: Tensor | None, batch: int, kv_len: int, device: tor
 
 
 def check_bias(bias: Tensor | None, q: Tensor, columns: int) -> None:
-    """bias: broadcastable to [batch, heads, q_len, prefix_len + kv_len], without gradient."""
+    """Checks what is added to the scores.
+
+    Args:
+        bias: broadcastable to [batch, heads, q_len, prefix_len + kv_len], without gradient.
+    """
     if bias is None:
         return
     if not isinstance(bias, Tensor):
@@ -241,7 +249,12 @@ def check_bias(bias: Tensor | None, q: Tensor, columns: int) -> None:
 
 
 def check_cu_seqlens(name: str, cu_seqlens: Tensor, tokens: int, max_name: str, max_seqlen: int, device) -> None:
-    """cu_seqlens: int [sequences + 1], from 0, never falling, ending at the token count; max_seqlen an upper bound."""
+    """Checks where packed sequences begin and end.
+
+    Args:
+        cu_seqlens: int [sequences + 1], from 0, never falling, ending at the token count.
+        max_seqlen: an upper bound.
+    """
     if not isinstance(cu_seqlens, Tensor):
         raise TypeError(f"{name}: expected an integer tensor, got {type(cu_seqlens).__name__}")
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
@@ -275,7 +288,11 @@ def check_causal_lengths(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> None:
 
 
 def check_parent(parent: Tensor | None, prefix_ids: Tensor | None, sequences: int, window, device) -> None:
-    """parent: −1 or an earlier sequence that has no parent itself and the same prefix; not together with a window."""
+    """Checks whose keys packed sequences see besides their own.
+
+    Args:
+        parent: −1 or an earlier sequence that has no parent itself and the same prefix; not together with a window.
+    """
     if parent is None:
         return
     check_index("parent", parent, sequences, "sequences", device)

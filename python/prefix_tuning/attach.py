@@ -42,12 +42,13 @@ PREFIX_WINDOWS = ("pinned", "peft")
 class PrefixSource(Protocol):
     """All that an Attachment asks of a prefix that is not a bank.
 
-    parts: the shape of each part it has.
-    position_offset: where the positions of the sequence start.
-    generation: how often layers() has begun to give other tensors; a Prefix is not asked for it.
-    reparametrization: what produces the keys and values; None where layers() gives the same tensors every time.
-    layers: of each layer the key [kv_heads, prefix_len, head_dim] and the value [kv_heads, prefix_len, value_dim]; called
-        once per forward pass where something produces them.
+    Attributes:
+        parts: the shape of each part it has.
+        position_offset: where the positions of the sequence start.
+        generation: how often layers() has begun to give other tensors; a Prefix is not asked for it.
+        reparametrization: what produces the keys and values; None where layers() gives the same tensors every time.
+        layers: of each layer the key [kv_heads, prefix_len, head_dim] and the value [kv_heads, prefix_len, value_dim]; called
+            once per forward pass where something produces them.
     """
 
     parts: Mapping[str, ModelShape]

@@ -22,9 +22,10 @@ NO_PREFIX = -1
 class BankStorage:
     """The tensors of a bank. Prefixes are written into them; where they are to be others, so is the whole storage.
 
-    keys, values: of each layer [capacity, kv_heads, max_prefix_len, dim].
-    prefix_lens: int32 [capacity].
-    position_offsets: int64 [capacity + 1], of each prefix; the last is that of no prefix.
+    Attributes:
+        keys, values: of each layer [capacity, kv_heads, max_prefix_len, dim].
+        prefix_lens: int32 [capacity].
+        position_offsets: int64 [capacity + 1], of each prefix; the last is that of no prefix.
     """
 
     keys: tuple[Tensor, ...]
@@ -36,11 +37,6 @@ class BankStorage:
 class PrefixBank:
     """Named prefixes of one shape, of any lengths, to serve with attach_prefix(model, bank).
 
-    prefixes        name -> Prefix, at least one; each with a decoder part alone
-    default         the name whose prefix the rows of a call without prefix_ids get; None: such a call is refused
-    capacity        how many prefixes there is room for; None: as many as are given
-    max_prefix_len  how many positions each may have; None: those of the longest that is given
-
     A bank serves and does not train: it holds copies, without gradients, of the keys and values that each prefix had when it
     was added, in the widest of their dtypes. attach_prefix brings them to the model's device and dtype, for good: what was
     rounded for one model stays rounded.
@@ -51,7 +47,14 @@ class PrefixBank:
     compiled code is compiled anew, and graphs captured by hand must be captured anew. Several threads may do so at once, and
     while others call a model that the bank is attached to.
 
-    storage: those tensors, a BankStorage.
+    Args:
+        prefixes: name -> Prefix, at least one; each with a decoder part alone.
+        default: the name whose prefix the rows of a call without prefix_ids get; None: such a call is refused.
+        capacity: how many prefixes there is room for; None: as many as are given.
+        max_prefix_len: how many positions each may have; None: those of the longest that is given.
+
+    Attributes:
+        storage: those tensors, a BankStorage.
 
     Raises ValueError or TypeError naming the argument, NotImplementedError for prefixes with other parts or with heads.
     """

@@ -19,8 +19,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 class LayerCheckpointing:
     """Recomputes every `every_n_layers`-th layer of `model` within `active()`; undo() leaves the model as it was.
 
-    options: of torch.utils.checkpoint.checkpoint. use_reentrant=True is refused: nothing that enters the first layer of a
-    frozen model requires a gradient, so the reentrant kind would give the prefix none.
+    Args:
+        options: of torch.utils.checkpoint.checkpoint. use_reentrant=True is refused: nothing that enters the first layer of a
+            frozen model requires a gradient, so the reentrant kind would give the prefix none.
 
     Raises ValueError for a model that checkpoints otherwise than by GradientCheckpointingLayer, and for wrong options.
     """

@@ -32,11 +32,12 @@ class CaptureError(RuntimeError):
 class Graph:
     """The recorded kernels of a function, on the current device.
 
-    function: called twice, first to load whatever it needs. At every replay its kernels read and write the same tensors;
-        it may not wait for the device.
-    pool: that of another graph, which is kept.
-    large: the memory of the first call is freed before the second one, which is recorded, gets its own.
-    loaded: a function like it has run on the device before, so that it is called once, to be recorded.
+    Args:
+        function: called twice, first to load whatever it needs. At every replay its kernels read and write the same tensors; it
+            may not wait for the device.
+        pool: that of another graph, which is kept.
+        large: the memory of the first call is freed before the second one, which is recorded, gets its own.
+        loaded: a function like it has run on the device before, so that it is called once, to be recorded.
 
     Raises CaptureError; the device is then as it was, but the pool cannot be used again.
     """

@@ -36,7 +36,8 @@ IGNORED = -100  # the label of a token without loss
 def read_rows(path: str | Path, check: Callable[[Any], None] | None = None) -> list[dict[str, Any]]:
     """The rows of a JSON lines file, or of an E2E file as prompts and completions; both may be gzipped (.gz).
 
-    check: raises ValueError for what is no row; check_row if not given.
+    Args:
+        check: raises ValueError for what is no row; check_row if not given.
 
     Raises ValueError naming file and line for a line that is no JSON object or no row, OSError for a file that can't be read.
     """
@@ -86,7 +87,8 @@ def first_object(lines: Iterable[str]) -> dict[str, Any]:
 def check_row(row: Any, answered: bool = True) -> None:
     """ValueError for what is neither {"prompt", "completion"} nor {"messages"} with an assistant's turn.
 
-    answered: False where completion and assistant's turn are not needed.
+    Args:
+        answered: False where completion and assistant's turn are not needed.
     """
     fields = ("prompt", "completion") if answered else ("prompt",)
     if not _is_text(row, fields):
@@ -208,8 +210,9 @@ def tokenized(
     """Rows of text as examples; what is tokenised already or no map-style data set goes on as it is. An eval_dataset may be
     several by name, or one of these names.
 
-    own_collator: a collator of the user's own makes the batches, so that rows that are not text go on as they are, and rows of
-        text too where it sees all columns.
+    Args:
+        own_collator: a collator of the user's own makes the batches, so that rows that are not text go on as they are, and rows
+            of text too where it sees all columns.
     """
     options = {"task": task, "max_length": max_length, "own_collator": own_collator, "all_columns": all_columns}
     if isinstance(dataset, Mapping) and name == "eval_dataset":

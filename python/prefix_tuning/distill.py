@@ -44,12 +44,13 @@ CONVERSATIONS_FILE = "conversations.jsonl"
 class DistillSettings(TrainSettings):
     """How a text is distilled; the rest is how the prefix is trained (TrainSettings, whose init is the text's own beginning).
 
-    conversations      how many the model has with itself about the text, unless prompts are given
-    chunk_tokens       tokens of the text that are read at a time; a longer text is read in chunks drawn at random
-    max_new_tokens     longest answer
-    top_k              probabilities of the teacher that are kept of each token; the rest of the vocabulary counts as one
-    held_out           share of the conversations that is not trained on, but measured; with save_steps they also choose the
-                       checkpoint that is kept
+    Attributes:
+        conversations: how many the model has with itself about the text, unless prompts are given.
+        chunk_tokens: tokens of the text that are read at a time; a longer text is read in chunks drawn at random.
+        max_new_tokens: longest answer.
+        top_k: probabilities of the teacher that are kept of each token; the rest of the vocabulary counts as one.
+        held_out: share of the conversations that is not trained on, but measured; with save_steps they also choose the
+            checkpoint that is kept.
     """
 
     prefix_len: int = 128

@@ -42,7 +42,10 @@ def report() -> str:
 def model_report(name: str) -> str:
     """What attach_prefix does with a model, from its config alone: the shape of a prefix, and which backends serve its calls.
 
-    name: hub id or folder. NotImplementedError for a family that is not served.
+    Args:
+        name: hub id or folder.
+
+    Raises NotImplementedError for a family that is not served.
     """
     config = AutoConfig.from_pretrained(name)
     kinds, shapes = attention_kinds(config), part_shapes(config)

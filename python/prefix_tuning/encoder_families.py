@@ -33,12 +33,14 @@ def _named_shape(config, side: str) -> ModelShape:
 class EncoderDecoderFamily:
     """One family of encoder-decoders: base_model.encoder and base_model.decoder, each with a list of layers.
 
-    cross_attention: path from a decoder layer to its attention over the encoder's states.
-    layers, self_attention: path from a stack to its layers, from a layer to its self-attention.
-    shapes: from its config each part's ModelShape.
-    positions: how a stack's tokens are told where they stand. "embeddings": a module embed_positions; "ids": the argument
-        position_ids; "relative": a bias by distance from the first layer's table (T5's), which has columns for the prefix too.
-    encoder_moves: whether the encoder's tokens can stand anywhere but at 0 (Whisper's cannot).
+    Attributes:
+        cross_attention: path from a decoder layer to its attention over the encoder's states.
+        layers, self_attention: path from a stack to its layers, from a layer to its self-attention.
+        shapes: from its config each part's ModelShape.
+        positions: how a stack's tokens are told where they stand. "embeddings": a module embed_positions; "ids": the argument
+            position_ids; "relative": a bias by distance from the first layer's table (T5's), which has columns for the prefix
+            too.
+        encoder_moves: whether the encoder's tokens can stand anywhere but at 0 (Whisper's cannot).
     """
 
     cross_attention: str = "encoder_attn"
@@ -53,9 +55,10 @@ class EncoderDecoderFamily:
 class EncoderFamily:
     """One family of encoders; their tokens are told where they stand by the argument position_ids.
 
-    layers, self_attention: path from the base model to its layers, from a layer to its self-attention.
-    learned_positions: position embeddings are a table of max_position_embeddings rows.
-    first_position_after_padding: positions count from pad_token_id + 1 (RoBERTa's).
+    Attributes:
+        layers, self_attention: path from the base model to its layers, from a layer to its self-attention.
+        learned_positions: position embeddings are a table of max_position_embeddings rows.
+        first_position_after_padding: positions count from pad_token_id + 1 (RoBERTa's).
     """
 
     layers: str = "encoder.layer"

@@ -20,8 +20,9 @@ def check_engine(vllm_config, kv_cache_config, shape: ModelShape) -> None:
     """Raises NotImplementedError or ValueError, naming what came and what was expected, for an engine that would not give what
     the model gives with a prefix attached.
 
-    vllm_config, kv_cache_config: vLLM's, as a connector is given them
-    shape: of the prefixes
+    Args:
+        vllm_config, kv_cache_config: vLLM's, as a connector is given them.
+        shape: of the prefixes.
     """
     parallel, model = vllm_config.parallel_config, vllm_config.model_config
     for name in ("pipeline_parallel_size", "decode_context_parallel_size", "prefill_context_parallel_size"):

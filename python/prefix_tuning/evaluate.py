@@ -31,7 +31,9 @@ def evaluate_e2e(
     """Scores on rows of `e2e.load_e2e`, and the texts they are of: the first line of what is generated for each MR.
 
     bleu is without regard to case, against all references; slot_error the share of slots that the texts leave out.
-    generation: as for `generate_texts`.
+
+    Args:
+        generation: as for `generate_texts`.
     """
     check_bleu()
     prompts = [to_examples([row])[0]["prompt"] for row in rows]
@@ -92,7 +94,8 @@ def mean_loss(
 ) -> tuple[float, int]:
     """Mean cross-entropy over all target tokens of the rows, and their number.
 
-    max_length: tokens of a row, at most as many as the model has positions for; a longer prompt loses its beginning.
+    Args:
+        max_length: tokens of a row, at most as many as the model has positions for; a longer prompt loses its beginning.
     """
     _check_some(rows)
     check_int("batch_size", batch_size, at_least=1)

@@ -32,7 +32,11 @@ def heads_of(config) -> int:
 def explain_attention(
     device, dtype, prefix_dtype, shape: ModelShape, *, heads, batch, q_len, kv_len, prefix_len, layer=0, bias=False, **options
 ) -> dict[str, str]:
-    """The same for one call with layer `layer`'s sizes; options: of the attention operation."""
+    """The same for one call with layer `layer`'s sizes.
+
+    Args:
+        options: of the attention operation.
+    """
     kv_heads, head_dim, value_dim = shape.of(layer)
     q = torch.empty(batch, heads, q_len, head_dim, device=device, dtype=dtype)
     k, v = (torch.empty(batch, kv_heads, kv_len, dim, device=device, dtype=dtype) for dim in (head_dim, value_dim))

@@ -27,16 +27,17 @@ from prefix_tuning.shapes import (
 class Family:
     """One model family.
 
-    attention: class name of its self-attention modules. They call transformers' attention interface, or patched_attention.py
-        says what replaces the method in which they do without.
-    shape: from its config the ModelShape of its prefix: what its attention modules' keys and values are.
-    learned_positions: position embeddings are a table of max_position_embeddings rows, so prefix and text must fit in it.
-    alibi: positions are a bias that falls with distance (Falcon: where its config says so).
-    query_scale: (module, indices of the queries, position_offset) → a factor of the queries that the model lacks, or None.
-    while_attached: attributes of the module with the layers that are set meanwhile.
-    rotary_switch: its tokens have other rotary factors from position original_max_position_embeddings on, where they are
-        longrope's, and generate then drops its cache.
-    hands_on: further arguments of a call arrive at its attention modules, as a bank's prefix_ids must.
+    Attributes:
+        attention: class name of its self-attention modules. They call transformers' attention interface, or
+            patched_attention.py says what replaces the method in which they do without.
+        shape: from its config the ModelShape of its prefix: what its attention modules' keys and values are.
+        learned_positions: position embeddings are a table of max_position_embeddings rows, so prefix and text must fit in it.
+        alibi: positions are a bias that falls with distance (Falcon: where its config says so).
+        query_scale: (module, indices of the queries, position_offset) → a factor of the queries that the model lacks, or None.
+        while_attached: attributes of the module with the layers that are set meanwhile.
+        rotary_switch: its tokens have other rotary factors from position original_max_position_embeddings on, where they are
+            longrope's, and generate then drops its cache.
+        hands_on: further arguments of a call arrive at its attention modules, as a bank's prefix_ids must.
     """
 
     attention: str

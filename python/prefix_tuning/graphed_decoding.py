@@ -38,12 +38,13 @@ class GraphedDecoding:
 
     A CompileConfig of the caller's own, and models that cannot be recorded, get what they get without a prefix. Steps of a
     model with hooks of the caller's own run as they are: a replay would pass the hooks by.
+
+    Args:
+        slides: whether the prefix slides out of windows.
+        state: what a step depends on beside its arguments: which kernels it runs, and which tensors these read.
     """
 
     def __init__(self, model: nn.Module, slides: bool, state: Callable[[], tuple[Hashable, Hashable]]):
-        """slides: whether the prefix slides out of windows.
-        state: what a step depends on beside its arguments: which kernels it runs, and which tensors these read.
-        """
         self.model, self.slides, self.state = model, slides, state
         self.failed = False
         self.loaded: set[Hashable] = set()  # the kinds of steps that have run
@@ -214,7 +215,11 @@ class _Recorded:
         _described(buffers, self._buffers)
 
     def replay(self, tensors: Sequence[Tensor] | None = None) -> Any:
-        """tensors: its arguments; None for those that it was recorded with."""
+        """What the step gives for these arguments.
+
+        Args:
+            tensors: its arguments; None for those that it was recorded with.
+        """
         with cuda_graphs.one_at_a_time:
             for buffer, tensor in zip(self._buffers, tensors or self._buffers, strict=True):
                 if buffer is not tensor:

@@ -72,7 +72,11 @@ class GraphedOutputs(GraphedSteps):
 
 
 class _LossAndLogits:
-    """What a model gives for labels. shape: (rows, length, whether the loss is divided by a number of items, …)."""
+    """What a model gives for labels.
+
+    Args:
+        shape: (rows, length, whether the loss is divided by a number of items, …).
+    """
 
     def __init__(self, shape: tuple, device: torch.device):
         rows, length, counts, *_ = shape

@@ -36,7 +36,8 @@ class GraphedSteps:
     A shape is recorded when it comes for the second time. Its lengths are rounded up, so that there are few: causal attention
     keeps padding on the right from every token, and no label stands there.
 
-    most_tokens: of a row, that the model has positions for; None for any number.
+    Args:
+        most_tokens: of a row, that the model has positions for; None for any number.
     """
 
     def __init__(self, model: nn.Module, prefix: nn.Module, most_tokens: int | None = None):
@@ -57,8 +58,11 @@ class GraphedSteps:
         self._seen.clear()
 
     def serves(self, inputs: Mapping[str, Any], pack: Pack | None = None) -> bool:
-        """Whether a step on these arguments of the model, beside labels, may be recorded. pack: of the sequences in a row,
-        whose positions are among the arguments."""
+        """Whether a step on these arguments of the model, beside labels, may be recorded.
+
+        Args:
+            pack: of the sequences in a row, whose positions are among the arguments.
+        """
         ids, wanted = inputs.get("input_ids"), {"input_ids"} if pack is None else {"input_ids", "position_ids"}
         if self._refused or inputs.keys() != wanted or not isinstance(ids, Tensor) or not self._on_device(ids):
             return False
@@ -72,7 +76,8 @@ class GraphedSteps:
     def loss(self, labels: Tensor, *teacher: Tensor, pack: Pack | None = None, **inputs: Tensor) -> tuple[Tensor, int] | None:
         """As target_loss, or with a teacher's ids and probabilities as distillation_loss; None where it has to run as it is.
 
-        pack, inputs: as serves() takes them.
+        Args:
+            pack, inputs: as serves() takes them.
         """
         device, (rows, length) = inputs["input_ids"].device, labels.shape
         length = self._padded(length) if pack is None else rounded(length)
@@ -105,8 +110,9 @@ class GraphedSteps:
     def _step(self, shape: tuple, make_rows: Callable[[], Rows], what: Callable[[], Any]) -> _Step | None:
         """The step of this shape, recorded if it is time; None where it has to run as it is.
 
-        make_rows: makes the tokens that it reads. what: makes what it computes: run(model, **inputs) gives the loss and what
-        comes with it, load() its further inputs.
+        Args:
+            make_rows: makes the tokens that it reads.
+            what: makes what it computes: run(model, **inputs) gives the loss and what comes with it, load() its further inputs.
         """
         trained = [parameter for parameter in self.prefix.parameters() if parameter.requires_grad]
         layers = self._layers()
@@ -200,7 +206,11 @@ class _TargetLoss:
         return (loss_at(model, self.index, self.targets, **inputs),)
 
     def load(self, index: Tensor, targets: Tensor) -> None:
-        """index: in padded rows."""
+        """The labelled tokens of the next replay.
+
+        Args:
+            index: in padded rows.
+        """
         self.index[: len(index)] = index
         self.targets[: len(targets)] = targets
         self.targets[len(targets) :] = IGNORED
@@ -220,14 +230,22 @@ class _Divergence:
         return ((divergences(logits, self.ids, self.probs) * self.counted).sum(),)  # a product of vectors would be autocast
 
     def load(self, index: Tensor, teacher_ids: Tensor, teacher_probs: Tensor) -> None:
-        """index: in padded rows."""
+        """The labelled tokens of the next replay.
+
+        Args:
+            index: in padded rows.
+        """
         self.index[: len(index)] = index
         self.ids[: len(index)], self.probs[: len(index)] = teacher_ids, teacher_probs
         self.counted[: len(index)], self.counted[len(index) :] = 1, 0
 
 
 class _Step:
-    """The recorded step on `rows`. autocast: the dtype of torch.autocast, where that is on."""
+    """The recorded step on `rows`.
+
+    Args:
+        autocast: the dtype of torch.autocast, where that is on.
+    """
 
     def __init__(
         self, model: nn.Module, prefix: nn.Module, trained: list[nn.Parameter], layers: list[LayerPrefix],

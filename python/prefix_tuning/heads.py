@@ -20,7 +20,8 @@ HEAD_NAMES = ("classifier", "score", "qa_outputs", "classification_head")
 def head_parameters(model: nn.Module, modules_to_save: Sequence[str] | None, dtype: torch.dtype) -> Heads:
     """Copies, in `dtype`, of the parameters of the modules that are to be trained with a prefix.
 
-    modules_to_save: names or paths of modules; None: the model's own children with a name that ends in one of HEAD_NAMES.
+    Args:
+        modules_to_save: names or paths of modules; None: the model's own children with a name that ends in one of HEAD_NAMES.
 
     Raises ValueError for a name without a module that has parameters, NotImplementedError for parameters that other modules
     of the model share.

@@ -77,7 +77,8 @@ class MaskStructure:
     def unchanging(self, slides: bool, device: torch.device) -> MaskStructure:
         """The same mask of tensors that keep their shapes from one step with a static cache to the next.
 
-        slides: whether sliding() is to be asked, which alone reads where keys and rows start.
+        Args:
+            slides: whether sliding() is to be asked, which alone reads where keys and rows start.
         """
         if not slides:
             return replace(self, key_offset=0, tokens=None)
@@ -97,8 +98,9 @@ class MaskStructure:
 
         The prefix stands right before each row's first real token: padding in front of that counts to no window or chunk.
 
-        own_len: how long each row's prefix is, [batch, 1], or all of them.
-        positions: of the queries in their sequences, [batch or 1, q_len], which packed rows need.
+        Args:
+            own_len: how long each row's prefix is, [batch, 1], or all of them.
+            positions: of the queries in their sequences, [batch or 1, q_len], which packed rows need.
         """
         if self.opaque and prefix_len:
             raise NotImplementedError("prefix_window: 'peft' is not served by torch.compile for masks that a model composes")

@@ -12,13 +12,14 @@ from dataclasses import dataclass
 class MultimodalFamily:
     """One kind of wrapper. It finds the text model's config in its own as text_config.
 
-    multimodal_positions: images take positions of their own (M-RoPE), which the wrapper derives from the attention mask too.
-        Other wrappers may call their text model with finished masks, or with positions that count padding.
-    first_position: what the first token's position_ids is where the caller gives none.
-    mask_argument: the argument that says which tokens of a prompt see later ones (0) and which do not (1). Without it that
-        would be up to the attention implementation, so it is asked for.
-    images_in_static_caches: whether prompts with images may go into a static cache that nobody asked for; Gemma 4 before
-        transformers 5.24 masks them otherwise there.
+    Attributes:
+        multimodal_positions: images take positions of their own (M-RoPE), which the wrapper derives from the attention mask
+            too. Other wrappers may call their text model with finished masks, or with positions that count padding.
+        first_position: what the first token's position_ids is where the caller gives none.
+        mask_argument: the argument that says which tokens of a prompt see later ones (0) and which do not (1). Without it that
+            would be up to the attention implementation, so it is asked for.
+        images_in_static_caches: whether prompts with images may go into a static cache that nobody asked for; Gemma 4 before
+            transformers 5.24 masks them otherwise there.
     """
 
     multimodal_positions: bool = False

@@ -68,12 +68,15 @@ def load_model_and_tokenizer(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal language model or an encoder-decoder in eval mode, and its tokenizer.
 
-    name_or_path  hub id or local folder; None or SmolLM2-135M-Instruct, which is no hub id: the offline default
-    dtype         of the loaded weights, a floating torch.dtype (else TypeError)
-    device        where the model goes; None: where `from_pretrained` leaves it
-
     A tokenizer without a padding token gets its end-of-text token as one, so that batches can be built. In SmolLM2 both
-    are the same token too: labels are therefore never to be masked by the padding id. ValueError for an encoder.
+    are the same token too: labels are therefore never to be masked by the padding id.
+
+    Args:
+        name_or_path: hub id or local folder; None or SmolLM2-135M-Instruct, which is no hub id: the offline default.
+        dtype: of the loaded weights, a floating torch.dtype (else TypeError).
+        device: where the model goes; None: where `from_pretrained` leaves it.
+
+    Raises ValueError for an encoder.
     """
     if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise TypeError(f"dtype: got {dtype!r}, expected a floating torch.dtype such as torch.float32")

@@ -19,7 +19,8 @@ NEEDS_PADDING = "needs padded rows (in PrefixTrainer padding_free=False)"
 class Pack:
     """The sequences of all batch · length tokens, in their order; what the tokens of padding are is a sequence too.
 
-    taken: whether a mask has been made of it.
+    Attributes:
+        taken: whether a mask has been made of it.
     """
 
     cu_seqlens: Tensor  # int32 [sequences + 1]: from 0, never falling, to batch · length
@@ -31,7 +32,11 @@ class Pack:
 
     @classmethod
     def of(cls, sequence: Tensor) -> Pack:
-        """sequence: int [batch, length], another number wherever another sequence begins. Waits for the device."""
+        """The sequences of rows that hold several. Waits for the device.
+
+        Args:
+            sequence: int [batch, length], another number wherever another sequence begins.
+        """
         begins = torch.ones_like(sequence, dtype=torch.bool)
         begins[:, 1:] = sequence.diff(dim=1) != 0
         starts = begins.flatten().nonzero()[:, 0]
@@ -43,7 +48,13 @@ class Pack:
     def of_batch(
         cls, cu_seqlens: Tensor | None, max_seqlen: int | None, parent: Tensor | None, inputs: Mapping[str, Any]
     ) -> Pack:
-        """Of a batch that PaddingFreeCollator has made; inputs: its other tensors. ValueError or TypeError for another."""
+        """Of a batch that PaddingFreeCollator has made.
+
+        Args:
+            inputs: its other tensors.
+
+        Raises ValueError or TypeError for another.
+        """
         if cu_seqlens is None or max_seqlen is None:
             raise ValueError("cu_seqlens, max_seqlen: expected both, as PaddingFreeCollator makes them, got one or a parent")
         for name, value in (("cu_seqlens", cu_seqlens), ("parent", parent)):

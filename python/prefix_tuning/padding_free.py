@@ -31,13 +31,17 @@ _COMPILED = "it is compiled, and traced code cannot ask where its rows begin"
 class PaddingFreeCollator:
     """Examples of `tokenize_example` -> a batch of one row without padding, for PrefixedModel.
 
+    Tokens whose attention_mask is 0 in an example are left out.
+
+    Args:
+        share: whether examples that begin alike share that.
+        first_position: what the position of a row's first token is.
+
     Returns input_ids, labels and position_ids, int64 [1, tokens], position_ids starting anew with each example; cu_seqlens,
     int32 [1, sequences + 1], where the sequences begin, and the end; max_seqlen, the length of the longest; and where examples
     share anything parent, int32 [1, sequences], the sequence that one goes on from, or −1; and `teacher_targets`.
 
-    share: whether examples that begin alike share that; first_position: what the position of a row's first token is.
-
-    Tokens whose attention_mask is 0 in an example are left out. ValueError as `tokens_and_labels`.
+    Raises ValueError as `tokens_and_labels`.
     """
 
     def __init__(self, share: bool = True, first_position: int = 0):
@@ -71,7 +75,10 @@ def shared_beginnings(rows: Sequence[tuple[list[int], list[int]]]) -> list[tuple
     """Rows in groups, and how many tokens the rows of each group begin with together and compute once: of all ways to do this
     with neighbours in the order of their tokens the one that computes the fewest.
 
-    rows: (input_ids, labels). What is shared ends before the token that predicts a row's first target.
+    What is shared ends before the token that predicts a row's first target.
+
+    Args:
+        rows: (input_ids, labels).
     """
     order = sorted(range(len(rows)), key=lambda index: rows[index][0])
     most = [next((i for i, label in enumerate(rows[index][1]) if label != IGNORED), len(rows[index][0])) - 1 for index in order]
@@ -127,11 +134,13 @@ def padding_free_collator(
 ) -> PaddingFreeCollator | None:
     """What makes the batches of a model's training, None for padded ones.
 
-    wanted: None is wherever it can be and was measured to be faster: on a CPU, by the backend "cpu". compiled: the model will
-        be. slides: the prefix slides out of windows, which in such rows takes a mask over all pairs of tokens. backend: as for
-        attach_prefix.
+    Args:
+        wanted: None is wherever it can be and was measured to be faster: on a CPU, by the backend "cpu".
+        compiled: the model will be.
+        slides: the prefix slides out of windows, which in such rows takes a mask over all pairs of tokens.
+        backend: as for attach_prefix.
 
-    NotImplementedError for a model that needs padded rows, where others are wanted.
+    Raises NotImplementedError for a model that needs padded rows, where others are wanted.
     """
     reason = _COMPILED if compiled else why_padded(model)
     if wanted and reason is not None:

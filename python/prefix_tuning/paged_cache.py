@@ -25,7 +25,10 @@ def heads_of(tensor: Tensor, rank: int, ranks: int) -> Tensor:
 def slots(block_ids: Sequence[int], block_size: int, start: int, stop: int) -> Tensor:
     """Where the positions start … stop − 1 of a request stand in the cache, int64 [stop − start].
 
-    block_ids: the request's blocks from position 0 on; ValueError where they do not reach `stop`.
+    Args:
+        block_ids: the request's blocks from position 0 on.
+
+    Raises ValueError where the blocks do not reach `stop`.
     """
     if stop > len(block_ids) * block_size:
         raise ValueError(f"stop: got {stop}, expected at most {len(block_ids)} blocks of {block_size}")

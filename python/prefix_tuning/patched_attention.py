@@ -127,7 +127,8 @@ def alibi_slopes(heads: int, device: torch.device) -> Tensor:
 def alibi_bias(slopes: Tensor, mask: MaskStructure, key: Tensor, prefix_key: Tensor, dtype: torch.dtype) -> Tensor:
     """ALiBi's bias with the prefix right in front of each row's first real token, float32 [batch or 1, heads, 1, P + kv_len].
 
-    dtype: the one to which the family rounds it.
+    Args:
+        dtype: the one to which the family rounds it.
     """
     if isinstance(mask, Tensor) or mask.bias is not None or mask.pack is not None:
         raise NotImplementedError("attention_mask: dense masks and packed rows are not served with ALiBi")

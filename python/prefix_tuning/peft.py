@@ -175,9 +175,10 @@ def accelerate_peft(peft_model: nn.Module, *, cuda_graphs: bool = True) -> nn.Mo
     cache holds sequence tokens only, nothing is copied for the rows of a batch, and a projection is evaluated once per forward
     pass. Under a sliding window the prefix slides out of sight as with PEFT. docs/peft.md lists what differs from PEFT.
 
-    cuda_graphs: on a GPU training steps of a causal model, which are calls with labels, are replayed as CUDA graphs where they
-    can be. They give loss and logits, of which the loss alone has a gradient, and the model's own code runs for new shapes of
-    batches alone.
+    Args:
+        cuda_graphs: on a GPU training steps of a causal model, which are calls with labels, are replayed as CUDA graphs where
+            they can be. They give loss and logits, of which the loss alone has a gradient, and the model's own code runs for
+            new shapes of batches alone.
 
     Raises:
         TypeError: it is no PeftModel.

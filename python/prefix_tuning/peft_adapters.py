@@ -85,8 +85,10 @@ def adapter_layout(config: Mapping[str, Any]) -> AdapterLayout:
 def prompt_embeddings(encoder: nn.Module, config) -> Tensor:
     """The flat tensor of one adapter of a PeftModel, [prefix_len, layers · 2 · kv_heads · head_dim], evaluated once.
 
-    encoder, config: its entries of the model's prompt_encoder and peft_config. PEFT keeps the projection's result, not the
-    projection, in an adapter that is for inference.
+    PEFT keeps the projection's result, not the projection, in an adapter that is for inference.
+
+    Args:
+        encoder, config: its entries of the model's prompt_encoder and peft_config.
     """
     if getattr(config, "prefix_projection", False) and not config.inference_mode:
         return encoder.transform(encoder.embedding.weight)
@@ -97,7 +99,9 @@ def read_adapter(source: str | os.PathLike | nn.Module) -> tuple[Layers, Heads, 
     """The layers of an adapter, (key, value) [kv_heads, prefix_len, head_dim] each, the modules that were trained with it
     (its modules_to_save) and the name of its base model.
 
-    source: a folder or hub repository that PEFT's save_pretrained wrote, or a PeftModel, of which the active adapter is read.
+    Args:
+        source: a folder or hub repository that PEFT's save_pretrained wrote, or a PeftModel, of which the active adapter is
+            read.
 
     Raises FileNotFoundError, ValueError naming the file, NotImplementedError for an adapter of another kind.
     """
@@ -132,8 +136,11 @@ def write_adapter(
 ) -> None:
     """Writes adapter_model.safetensors (float32) and adapter_config.json, as PEFT's save_pretrained names and fills them.
 
-    layers: (key, value) [kv_heads, prefix_len, head_dim] of each. heads: of each trained module its parameters.
     Both files are written before either takes its place.
+
+    Args:
+        layers: (key, value) [kv_heads, prefix_len, head_dim] of each.
+        heads: of each trained module its parameters.
 
     Raises ValueError for an unknown task_type, NotImplementedError for keys and values that PEFT has no way to read.
     """

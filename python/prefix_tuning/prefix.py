@@ -27,16 +27,23 @@ RANDOM_STD = 0.02
 class Prefix(nn.Module):
     """Keys and values in front of a sequence, one copy for the whole batch.
 
-    parts            what the prefix consists of: "decoder", "encoder" or "cross" (attention), each either its layers' pairs
-                     (key [kv_heads, prefix_len, head_dim], value [kv_heads, prefix_len, value_dim]), which become
-                     parameters without a copy, or a MLPReparametrization that produces them
-    heads            modules of the model that are trained and saved with the prefix: path in the model -> name of each of the
-                     module's parameters -> its value, which becomes a parameter without a copy
-    position_offset  where the positions of the sequence start; None: prefix_len
-    base_model       name of the model it was made for, for information
+    Args:
+        parts: what the prefix consists of: "decoder", "encoder" or "cross" (attention), each either its layers' pairs (key
+            [kv_heads, prefix_len, head_dim], value [kv_heads, prefix_len, value_dim]), which become parameters without a copy,
+            or a MLPReparametrization that produces them.
+        heads: modules of the model that are trained and saved with the prefix: path in the model -> name of each of the
+            module's parameters -> its value, which becomes a parameter without a copy.
+        position_offset: where the positions of the sequence start; None: prefix_len.
+        base_model: name of the model it was made for, for information.
 
-    Attributes: prefix_len, position_offset, base_model, parts (each part's ModelShape), reparametrization (the MLP of each
-    part; None without any) and heads (as above; empty without any). Bad shapes, dtypes and part names raise ValueError.
+    Attributes:
+        prefix_len: how many positions it has.
+        position_offset, base_model: as above.
+        parts: each part's ModelShape.
+        reparametrization: the MLP of each part; None without any.
+        heads: as above; empty without any.
+
+    Raises ValueError for bad shapes, dtypes and part names.
     """
 
     def __init__(
@@ -107,25 +114,25 @@ class Prefix(nn.Module):
     ) -> Prefix:
         """A new, trainable prefix for a transformers model, on the model's device.
 
-        init               "text": the keys and values which the model gives to the tokens of `text` at the positions 0 …
-                           prefix_len − 1, tokenised without special tokens, repeated where too short and cut where too
-                           long (the paper's section 7.4; any words do, those of the task do best). "random": normal with
-                           standard deviation 0.02. Training that directly is unstable, as the paper says of its own
-                           random start: take a text, or the MLP. An encoder-decoder reads the text with its encoder and
-                           again with its decoder
-        reparametrization  "mlp": the parameters are those of an MLP that produces the keys and values (section 4.3). With
-                           init="text" it is first fitted to the text's; with "random" its own random start is the prefix's
-        hidden_size        of the MLP; each part has its own
-        parts              of an encoder-decoder one or more of "encoder" (its self-attention), "decoder" (its self-attention)
-                           and "cross" (the decoder's attention over the encoder's states); None: all three, as in the paper
-                           (section 4.2). An encoder has "encoder" and a causal model "decoder" alone
-        modules_to_save    names of modules that are trained, saved and loaded with the prefix: while it is attached the model
-                           runs with the prefix's copies of their parameters. None: the model's head for classification or
-                           question answering (classifier, score, qa_outputs, classification_head) where it has one
-        dtype              of the parameters, float32 by default: gradients then never pass through 16 bit
-        seed               of everything random; None draws from torch's CPU generator
-
         position_offset is prefix_len, for an encoder-decoder 0: its tokens stand where they stand without a prefix.
+
+        Args:
+            init: "text": the keys and values which the model gives to the tokens of `text` at the positions 0 … prefix_len − 1,
+                tokenised without special tokens, repeated where too short and cut where too long (the paper's section 7.4; any
+                words do, those of the task do best). "random": normal with standard deviation 0.02. Training that directly is
+                unstable, as the paper says of its own random start: take a text, or the MLP. An encoder-decoder reads the text
+                with its encoder and again with its decoder.
+            reparametrization: "mlp": the parameters are those of an MLP that produces the keys and values (section 4.3). With
+                init="text" it is first fitted to the text's; with "random" its own random start is the prefix's.
+            hidden_size: of the MLP; each part has its own.
+            parts: of an encoder-decoder one or more of "encoder" (its self-attention), "decoder" (its self-attention) and
+                "cross" (the decoder's attention over the encoder's states); None: all three, as in the paper (section 4.2). An
+                encoder has "encoder" and a causal model "decoder" alone.
+            modules_to_save: names of modules that are trained, saved and loaded with the prefix: while it is attached the model
+                runs with the prefix's copies of their parameters. None: the model's head for classification or question
+                answering (classifier, score, qa_outputs, classification_head) where it has one.
+            dtype: of the parameters, float32 by default: gradients then never pass through 16 bit.
+            seed: of everything random; None draws from torch's CPU generator.
 
         Raises ValueError (TypeError for a wrong type) naming the argument; NotImplementedError for a family that is not served.
         """
@@ -190,21 +197,25 @@ class Prefix(nn.Module):
         attention has a sliding window or chunks attach it with prefix_window="peft": a text slides out of the window, a
         pinned prefix does not.
 
-        Exactly one of these gives the text; prefix_len is its number of tokens:
-        text       tokenised with the tokenizer's special tokens, but for one that closes it. Where that adds a
-                   beginning-of-text token it is the prefix's first, so tokenise the rows with add_special_tokens=False
-        messages   a conversation, through the tokenizer's chat template, without a generation prompt. Of the whole
-                   conversation through the template, a row is what follows the first prefix_len tokens. Turns that the
-                   template shows otherwise once another follows, as some do with the last answer, are refused
-        input_ids  int [tokens] or [1, tokens], taken as they are; `tokenizer` may then be None
-
         Text and rows are tokenised apart and their ids joined, as prompts and completions are: no token spans the boundary. Let
         the text end where a token ends, say with a line break, and the ids are those of the joined text.
 
         The model sees no other text, with dropout off, in chunks over its own cache, so that beside the prefix memory grows
-        with prefix_len and not its square. Raises ValueError naming the argument, also for more tokens than the model has
-        positions and for a model with a prefix attached, which its keys and values would depend on; NotImplementedError for
-        one that is no causal model or caches more than keys and values.
+        with prefix_len and not its square.
+
+        Exactly one of text, messages and input_ids gives the text; prefix_len is its number of tokens.
+
+        Args:
+            text: tokenised with the tokenizer's special tokens, but for one that closes it. Where that adds a beginning-of-text
+                token it is the prefix's first, so tokenise the rows with add_special_tokens=False.
+            messages: a conversation, through the tokenizer's chat template, without a generation prompt. Of the whole
+                conversation through the template, a row is what follows the first prefix_len tokens. Turns that the template
+                shows otherwise once another follows, as some do with the last answer, are refused.
+            input_ids: int [tokens] or [1, tokens], taken as they are; `tokenizer` may then be None.
+
+        Raises ValueError naming the argument, also for more tokens than the model has positions and for a model with a prefix
+        attached, which its keys and values would depend on; NotImplementedError for one that is no causal model or caches more
+        than keys and values.
         """
         given = {"text": text, "messages": messages, "input_ids": input_ids}
         names = [name for name, value in given.items() if value is not None]
@@ -269,8 +280,9 @@ class Prefix(nn.Module):
     ) -> Prefix:
         """The prefix that `save` wrote to a folder, or that `push_to_hub` uploaded; trainable, with its MLP where one was kept.
 
-        revision       branch, tag or commit of a hub repository; None: its main branch
-        device, dtype  where it goes and what it is converted to; None: the CPU, and as stored
+        Args:
+            revision: branch, tag or commit of a hub repository; None: its main branch.
+            device, dtype: where it goes and what it is converted to; None: the CPU, and as stored.
 
         A missing file is a FileNotFoundError, a damaged or foreign one, or one that contradicts the json, a ValueError:
         each names the file and what was expected in it.
@@ -294,13 +306,14 @@ class Prefix(nn.Module):
         """A prefix that was trained by the package peft, as prefix tuning or as a cartridge; trainable, frozen tokens included,
         with the head that was trained with it (its modules_to_save).
 
-        source         a folder or hub repository that PEFT wrote, or a PeftModel, whose active adapter is copied
-        part           "decoder" or "encoder", whose self-attention it is for. None: that of the PeftModel's model; from files,
-                       which do not tell an encoder such as BERT from a causal model, "decoder"
-        device, dtype  where it goes and what it is converted to; None: as it is, from files on the CPU
-
         With attach_prefix(model, prefix, prefix_window="peft") a model then computes what it computes under PEFT. For a
         sequence-to-sequence adapter decoder layer i gets the stored layer that PEFT gives it, 2i modulo the layers.
+
+        Args:
+            source: a folder or hub repository that PEFT wrote, or a PeftModel, whose active adapter is copied.
+            part: "decoder" or "encoder", whose self-attention it is for. None: that of the PeftModel's model; from files, which
+                do not tell an encoder such as BERT from a causal model, "decoder".
+            device, dtype: where it goes and what it is converted to; None: as it is, from files on the CPU.
 
         Raises FileNotFoundError or ValueError naming the file or the argument, NotImplementedError for other kinds of adapters.
         """
@@ -317,8 +330,9 @@ class Prefix(nn.Module):
     def to_peft(self, directory: str | os.PathLike, *, task_type: str = "CAUSAL_LM") -> None:
         """Writes the prefix as an adapter, in float32, that peft's PeftModel.from_pretrained(model, directory) loads.
 
-        task_type: PEFT's name for what the model does: CAUSAL_LM, SEQ_2_SEQ_LM, SEQ_CLS, …; it decides how PEFT applies the
-            prefix, which does not know its model. A head goes with it.
+        Args:
+            task_type: PEFT's name for what the model does: CAUSAL_LM, SEQ_2_SEQ_LM, SEQ_CLS, …; it decides how PEFT applies the
+                prefix, which does not know its model. A head goes with it.
 
         Raises ValueError for an unknown task_type and for CAUSAL_LM with an encoder's prefix, and NotImplementedError, before
         anything is written, for what PEFT cannot express: more than the self-attention of a decoder, or of an encoder that

@@ -33,12 +33,15 @@ def write_prefix(
     """Writes prefix.safetensors, prefix_config.json and, with `mlps`, reparametrization.safetensors to a folder, which is
     created where it is missing.
 
-    layers       each part's (key, value) pairs
-    heads        of each trained module its parameters
-    description  base_model, prefix_len, position_offset and parts (each part's ModelShape as a dict)
-    mlps         each part's MLPReparametrization; None removes such a file of an earlier save
+    Each file is replaced whole, the json last, and none before all are written.
 
-    Each file is replaced whole, the json last, and none before all are written. OSError where the system cannot write.
+    Args:
+        layers: each part's (key, value) pairs.
+        heads: of each trained module its parameters.
+        description: base_model, prefix_len, position_offset and parts (each part's ModelShape as a dict).
+        mlps: each part's MLPReparametrization; None removes such a file of an earlier save.
+
+    Raises OSError where the system cannot write.
     """
     tensors = {
         f"{part}.{index}.{name}": tensor.detach().cpu().clone(memory_format=torch.contiguous_format)

@@ -44,10 +44,12 @@ class PrefixIdsArgument:
     generate refuses an argument that forward's signature does not show, and repeats only tensors for beams: the signature
     gets it, and names become ids before generate starts. An assistant model is given the ids of its own bank, if it has
     one: of the same names, else of its default, else none.
+
+    Args:
+        layers: the module of `model`, or itself, that takes the ids.
     """
 
     def __init__(self, model: nn.Module, layers: nn.Module, bank: PrefixBank):
-        """layers: the module of `model`, or itself, that takes the ids."""
         self._model = model
         self._own = {name: value for name, value in vars(model).items() if name in ("forward", "generate")}
         model.forward = _in_place_of(model.forward, partial(_forward, model.forward, layers is not model))

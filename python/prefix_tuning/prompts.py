@@ -9,8 +9,9 @@ from typing import Any
 def encode_prompt(prompt: str | Sequence[Mapping[str, Any]], tokenizer, *, special_tokens: bool = True) -> list[int]:
     """The ids a model is given before it answers: of a text, or of the messages of a conversation up to the answer.
 
-    special_tokens  whether a text gets those that the tokenizer opens texts with; one that would close it is left out. A
-                    conversation has those of its template
+    Args:
+        special_tokens: whether a text gets those that the tokenizer opens texts with; one that would close it is left out. A
+            conversation has those of its template.
 
     Raises ValueError for messages where the tokenizer has no chat template.
     """
@@ -25,7 +26,11 @@ def encode_prompt(prompt: str | Sequence[Mapping[str, Any]], tokenizer, *, speci
 
 
 def encode_conversation(messages: Sequence[Mapping[str, Any]], tokenizer, **options: Any) -> list[int]:
-    """The ids of a conversation; options: as for the tokenizer's apply_chat_template."""
+    """The ids of a conversation.
+
+    Args:
+        options: as for the tokenizer's apply_chat_template.
+    """
     return list(render(messages, tokenizer, **options)["input_ids"])
 
 

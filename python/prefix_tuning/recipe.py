@@ -40,15 +40,16 @@ METRICS_FILE = "metrics.json"
 class TrainSettings:
     """How a prefix is made and trained. None: the value that the line says.
 
-    init                  "text" (the keys and values of init_text) or "random"; None: "text" where init_text is given
-    reparametrization     "mlp" or "none"; None: "mlp" for a random prefix, "none" for a text's
-    learning_rate         None: 1e-3 with an MLP, 3e-2 for keys and values that start from a text, 1e-3 from random
-    steps, epochs         optimiser steps, or passes over the rows; at most one of them, None for both: 3 passes
-    warmup                steps (1 or more) or their share (below 1) in which the learning rate rises; then it falls linearly
-    padding_free          as for PrefixTrainer
-    save_steps            a checkpoint, and an evaluation where there are rows for it, every so many steps; 0: none
-    patience              stop after so many evaluations without a better loss; 0: never
-    report_to             a logger that transformers knows and that is installed, "all" of those or "none"
+    Attributes:
+        init: "text" (the keys and values of init_text) or "random"; None: "text" where init_text is given.
+        reparametrization: "mlp" or "none"; None: "mlp" for a random prefix, "none" for a text's.
+        learning_rate: None is 1e-3 with an MLP, 3e-2 for keys and values that start from a text, 1e-3 from random.
+        steps, epochs: optimiser steps, or passes over the rows; at most one of them, None for both: 3 passes.
+        warmup: steps (1 or more) or their share (below 1) in which the learning rate rises; then it falls linearly.
+        padding_free: as for PrefixTrainer.
+        save_steps: a checkpoint, and an evaluation where there are rows for it, every so many steps; 0: none.
+        patience: stop after so many evaluations without a better loss; 0: never.
+        report_to: a logger that transformers knows and that is installed, "all" of those or "none".
     """
 
     prefix_len: int = 16
@@ -126,9 +127,12 @@ def train_prefix(
 ) -> tuple[Prefix, dict[str, Any]]:
     """Trains a prefix on rows of text (as in data.py) and writes it to `output`/prefix; checkpoints go to `output`.
 
-    With eval_rows and save_steps, the prefix with the lowest evaluation loss is the one that is kept. prefix: what start_prefix
-    has made for these settings, where somebody needs it before. resume: go on from the last checkpoint in `output`; where that
-    is the end of the run, nothing is trained. overwrite: remove an earlier run's checkpoints, replace its prefix at the end.
+    With eval_rows and save_steps, the prefix with the lowest evaluation loss is the one that is kept.
+
+    Args:
+        prefix: what start_prefix has made for these settings, where somebody needs it before.
+        resume: go on from the last checkpoint in `output`; where that is the end of the run, nothing is trained.
+        overwrite: remove an earlier run's checkpoints, replace its prefix at the end.
 
     Returns the prefix and its numbers: losses (one a step), eval_losses [[step, loss], …], seconds_per_step (of this call's
     steps; NaN without any), trainable_parameters, trainable_share (of model and prefix), prefix_parameters, backend, steps,

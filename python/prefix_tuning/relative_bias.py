@@ -16,8 +16,9 @@ def prefix_bias(attention: nn.Module, arguments: dict, prefix_len: int) -> Tenso
     The columns stand right before each row's first real token. The bias depends on distances alone, so it is the same for
     columns at −prefix_len … −1 and at 0 … prefix_len − 1 with the sequence behind them.
 
-    attention: the self-attention of the first layer, whose table all layers share.
-    arguments: of the stack's forward pass, by name.
+    Args:
+        attention: the self-attention of the first layer, whose table all layers share.
+        arguments: of the stack's forward pass, by name.
     """
     table = attention.relative_attention_bias
     if table.weight.requires_grad and torch.is_grad_enabled():

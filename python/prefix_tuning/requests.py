@@ -39,8 +39,9 @@ def read_requests(path: str | None, prefixes: Collection[str]) -> tuple[list[Pro
     JSON lines are told by their first, which is an object, or by the file's name; E2E files as by read_rows. Of anything else
     each line is a prompt, without its line end.
 
-    prefixes: the names there are. A line of JSON chooses one by its field "prefix", null for none; what has no such field
-    gets DEFAULT_PREFIX if it is among them, else none.
+    Args:
+        prefixes: the names there are. A line of JSON chooses one by its field "prefix", null for none; what has no such field
+            gets DEFAULT_PREFIX if it is among them, else none.
 
     Raises ValueError naming file and line.
     """

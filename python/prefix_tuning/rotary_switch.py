@@ -18,7 +18,8 @@ def dropping_cache(prepare: Callable, switch: int, offset_of: OffsetOf) -> Calla
 
     The model's own, `prepare`, counts tokens: it knows of no prefix.
 
-    offset_of: how many positions stand before each row, an int or int [rows], from input_ids and the other arguments.
+    Args:
+        offset_of: how many positions stand before each row, an int or int [rows], from input_ids and the other arguments.
     """
     prepared = partial(_prepared, prepare, switch, offset_of)
     return update_wrapper(prepared, prepare, assigned=("__module__", "__name__", "__qualname__", "__doc__"), updated=())

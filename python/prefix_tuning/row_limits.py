@@ -63,8 +63,11 @@ def fitting(
     """The prompts, which leave max_new_tokens positions each where a model's positions are a table that ends. In an
     encoder-decoder both have a table of their own.
 
-    cut: whether a causal model's longer prompt loses its beginning. ValueError naming it otherwise, and where there is no room
-    for a prompt or, in a decoder's table, for the new tokens.
+    Args:
+        cut: whether a causal model's longer prompt loses its beginning.
+
+    Raises ValueError naming a longer prompt otherwise, and where there is no room for a prompt or, in a decoder's table, for
+    the new tokens.
     """
     if task_of(model) is Task.ENCODER_DECODER:
         _check_pairs(encoded, max_new_tokens, *pair_limits(model))

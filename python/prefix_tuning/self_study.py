@@ -93,7 +93,8 @@ def questions(
 ) -> list[dict[str, Any]]:
     """A question about each chunk as a row without an answer; those are left out for which the model wrote nothing.
 
-    generation: batch_size, seed and progress, as for `generate_ids`.
+    Args:
+        generation: batch_size, seed and progress, as for `generate_ids`.
     """
     chat = bool(tokenizer.chat_template)
     asked = [{"messages": [{"role": "user", "content": KINDS[i % len(KINDS)]}]} if chat else {"prompt": QUESTION}
@@ -118,7 +119,8 @@ def answered(
 ) -> list[dict[str, Any]]:
     """The rows with an answer, which the model gives with the row's chunk of the text in front; what has one stays as it is.
 
-    generation: max_new_tokens, batch_size and progress, as for `generate_ids`.
+    Args:
+        generation: max_new_tokens, batch_size and progress, as for `generate_ids`.
     """
     open_rows = [row for row in rows if not _is_answered(row)]
     answers = iter(_written(model, tokenizer, text, open_rows, **generation))

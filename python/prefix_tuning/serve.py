@@ -26,11 +26,12 @@ def serve(
 ) -> None:
     """Serves a model and its prefixes over HTTP, as vLLM does, until it is interrupted.
 
-    model            hub id or folder; None or SmolLM2-135M-Instruct: the offline default
-    folders          name → folder or hub id of a prefix; clients choose one by the field "model"
-    host, port       where; None: vLLM's defaults, all interfaces and 8000
-    prompt_logprobs  as in ServedPrefixes
-    arguments        further ones of `vllm serve`
+    Args:
+        model: hub id or folder; None or SmolLM2-135M-Instruct: the offline default.
+        folders: name → folder or hub id of a prefix; clients choose one by the field "model".
+        host, port: where; None: vLLM's defaults, all interfaces and 8000.
+        prompt_logprobs: as in ServedPrefixes.
+        arguments: further ones of `vllm serve`.
 
     Raises ImportError where vLLM is missing, NotImplementedError and ValueError for what it cannot serve.
     """

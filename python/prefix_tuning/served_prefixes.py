@@ -29,13 +29,14 @@ PART_NAMES = {"audio", "file", "image", "input", "output", "prompt", "refusal", 
 class ServedPrefixes:
     """The prefixes of one engine.
 
-    folders          name → folder or hub id of a saved prefix
-    lengths          name → prefix_len
-    shape            what all of them share with the model: layers, kv_heads, head_dim
-    placeholder_id   the token that stands where a prefix goes. It is never computed, but a repetition penalty counts it: take
-                     one that is not generated, such as padding
-    prompt_logprobs  whether requests with a prefix may ask for log-probabilities of their prompt. vLLM then does without CUDA
-                     graphs of whole decoding steps, so such requests are refused unless it is wanted
+    Attributes:
+        folders: name → folder or hub id of a saved prefix.
+        lengths: name → prefix_len.
+        shape: what all of them share with the model: layers, kv_heads, head_dim.
+        placeholder_id: the token that stands where a prefix goes. It is never computed, but a repetition penalty counts it:
+            take one that is not generated, such as padding.
+        prompt_logprobs: whether requests with a prefix may ask for log-probabilities of their prompt. vLLM then does without
+            CUDA graphs of whole decoding steps, so such requests are refused unless it is wanted.
     """
 
     folders: Mapping[str, str]
@@ -55,7 +56,8 @@ class ServedPrefixes:
     ) -> ServedPrefixes:
         """Reads and checks the prefixes; the engine reads them again when it starts.
 
-        model: hub id or folder of the model, to be told here that prefixes do not fit and not by a starting engine.
+        Args:
+            model: hub id or folder of the model, to be told here that prefixes do not fit and not by a starting engine.
 
         Raises ValueError for a name that cannot be chosen and for prefixes of other shapes than the model's, or each other's;
         NotImplementedError for what vLLM has no place for; errors of files as Prefix.load does.
@@ -101,10 +103,11 @@ class ServedPrefixes:
     def prompt(self, name: str, token_ids: Sequence[int], cache_salt: str | None = None) -> dict[str, Any]:
         """The prompt that vLLM is to be given for tokens behind the prefix `name`.
 
-        token_ids   int [tokens], at least one, with the special tokens that the model wants
-        cache_salt  requests share cached blocks with those of the same prefix and salt alone, as in vLLM
+        Args:
+            token_ids: int [tokens], at least one, with the special tokens that the model wants.
+            cache_salt: requests share cached blocks with those of the same prefix and salt alone, as in vLLM.
 
-        ValueError for a name that is not served, for no tokens and for what is no row of ints.
+        Raises ValueError for a name that is not served, for no tokens and for what is no row of ints.
         """
         self._check_served(name)
         try:

@@ -20,16 +20,17 @@ SELF_ATTENTION = ("decoder", "encoder")
 class Stack:
     """A run of layers with a forward pass of its own.
 
-    module: the module whose forward pass it is.
-    attention: of each part that can be attached, its attention modules, one a layer.
-    positions: "ids": by the argument position_ids, where its forward has one; "embeddings": by its module embed_positions;
-        "relative": by a bias that its first layer's self-attention computes; "fixed": always from 0.
-    learned_positions: position embeddings are a table of max_position_embeddings rows.
-    first_position: what the first token's position_ids is where the caller gives none.
-    query_scale, while_attached: as in Family.
-    shared: attention modules beside them that use the keys and values of one of them, and which one.
-    wrapper: the model around the module that calls it with positions or masks of its own making; mask_argument: of that call,
-        as in MultimodalFamily.
+    Attributes:
+        module: the module whose forward pass it is.
+        attention: of each part that can be attached, its attention modules, one a layer.
+        positions: "ids": by the argument position_ids, where its forward has one; "embeddings": by its module embed_positions;
+            "relative": by a bias that its first layer's self-attention computes; "fixed": always from 0.
+        learned_positions: position embeddings are a table of max_position_embeddings rows.
+        first_position: what the first token's position_ids is where the caller gives none.
+        query_scale, while_attached: as in Family.
+        shared: attention modules beside them that use the keys and values of one of them, and which one.
+        wrapper: the model around the module that calls it with positions or masks of its own making.
+        mask_argument: of that call, as in MultimodalFamily.
     """
 
     module: nn.Module

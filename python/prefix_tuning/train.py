@@ -66,8 +66,9 @@ class PrefixedModel(nn.Module):
     with return_logits there are also "logits" [batch, length, vocabulary]. Any other model has its own loss, and its logits
     come with it: "logits", or "start_logits" and "end_logits".
 
-    cuda_graphs: on a GPU a training step of a causal model is replayed as a CUDA graph where it can be (GraphedSteps). The
-    model's own code then runs for new shapes of batches alone; with forward hooks of others it always does.
+    Args:
+        cuda_graphs: on a GPU a training step of a causal model is replayed as a CUDA graph where it can be (GraphedSteps). The
+            model's own code then runs for new shapes of batches alone; with forward hooks of others it always does.
 
     Raises ValueError for a model that has not this prefix attached, when it is made and when it is called.
     """
@@ -117,11 +118,15 @@ class PrefixedModel(nn.Module):
         parent: Tensor | None = None,
         **inputs: Any,
     ) -> dict[str, Tensor]:
-        """labels: int [batch, length], or what the model takes; further arguments, input_ids among them, go to the model.
+        """The loss of a batch, and its logits where the class says so.
 
         With teacher_ids and teacher_probs the loss of a causal model is the mean divergence from the teacher that has these
-        probabilities (`distillation_loss`). cu_seqlens, max_seqlen, parent: of a batch that is one row of several sequences,
-        as PaddingFreeCollator makes it.
+        probabilities (`distillation_loss`).
+
+        Args:
+            labels: int [batch, length], or what the model takes.
+            cu_seqlens, max_seqlen, parent: of a batch that is one row of several sequences, as PaddingFreeCollator makes it.
+            inputs: further arguments, input_ids among them, which go to the model.
         """
         self._check_attached(self.prefix)
         outputs = partial(self._outputs, labels, num_items_in_batch, return_logits, teacher_ids, teacher_probs)
@@ -435,7 +440,11 @@ class PrefixTrainer(Trainer):
 
 
 def _collate(data_collator: DataCollator, positions: int | None, examples: list) -> dict[str, Any]:
-    """positions: that the model has, None for any number; without a mask padding takes some too."""
+    """A batch, without an attention mask that hides nothing where the model has positions for padding too.
+
+    Args:
+        positions: that the model has, None for any number; without a mask padding takes some too.
+    """
     batch = data_collator(examples)
     fits = "input_ids" in batch and (positions is None or batch["input_ids"].shape[1] <= positions)
     return without_idle_mask(batch) if fits else batch

@@ -42,9 +42,10 @@ class Load:
 class Step(KVConnectorMetadata):
     """What the workers do in one step.
 
-    loads       written before the forward pass
-    overwrites  written in each layer over what that pass has just computed for the placeholders
-    refused     ids of requests to end with an error
+    Attributes:
+        loads: written before the forward pass.
+        overwrites: written in each layer over what that pass has just computed for the placeholders.
+        refused: ids of requests to end with an error.
     """
 
     loads: list[Load] = field(default_factory=list)

@@ -90,9 +90,13 @@ class PrefixedEngine(AsyncLLM):
 
 
 def run(prefixes: ServedPrefixes, arguments: Sequence[str]) -> None:
-    """Serves until it is interrupted. arguments: those of `vllm serve`.
+    """Serves until it is interrupted.
 
-    ValueError for arguments that would pass the prefixes by; vLLM's parser itself ends the process for others it does not know.
+    Args:
+        arguments: those of `vllm serve`.
+
+    Raises ValueError for arguments that would pass the prefixes by; vLLM's parser itself ends the process for others it does
+    not know.
     """
     cli_env_setup()
     args = make_arg_parser(FlexibleArgumentParser(prog="prefix-tuning serve … --")).parse_args(list(arguments))
