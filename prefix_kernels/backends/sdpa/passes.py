@@ -105,7 +105,8 @@ def _row_groups(ids: Tensor | None, inputs: AttentionInputs) -> Iterator[tuple[i
 def expands_prefix(heads: int, q_len: int, prefix_len: int, splits_keys: bool = True) -> bool:
     """Whether the backward pass over a prefix without a mask expands it over the batch, on CUDA.
 
-    splits_keys: blocks of a head's keys have programs of their own, as in all kernels but the memory-efficient one.
+    Args:
+        splits_keys: blocks of a head's keys have programs of their own, as in all kernels but the memory-efficient one.
     """
     programs = heads * (-(-prefix_len // EXPAND_KEYS) if splits_keys else 1)
     return programs < EXPAND_BELOW and prefix_len <= EXPAND_UP_TO * q_len
@@ -221,7 +222,11 @@ def _packed_prefix_passes(inputs: AttentionInputs) -> Iterator[Pass]:
 
 
 def _packed_passes(inputs: AttentionInputs) -> Iterator[Pass]:
-    """One pass a sequence over its own keys, and one over its parent's. inputs: tokens as one batch row."""
+    """One pass a sequence over its own keys, and one over its parent's.
+
+    Args:
+        inputs: tokens as one batch row.
+    """
     by_token = inputs._replace(q=inputs.q[0].transpose(0, 1), k=inputs.k[0].transpose(0, 1))
     for queries, keys, parent_keys in by_token.sequences():
         start, stop = keys.start, keys.stop

@@ -198,7 +198,11 @@ def _repeat_heads(heads: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _efficient_bias(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor | None:
-    """The mask as the memory-efficient kernel wants it: q's dtype, all axes expanded, aligned rows. q, k: [batch, len, …]."""
+    """The mask as the memory-efficient kernel wants it: q's dtype, all axes expanded, aligned rows.
+
+    Args:
+        q, k: [batch, len, …].
+    """
     if mask is None:
         return None
     columns = k.shape[1]
