@@ -336,9 +336,9 @@ def prepare_flashinfer(case: Case, device: str) -> Attend:
 
 
 def prepare_hopper(case: Case, device: str) -> Attend:
-    from prefix_kernels.backends.triton import hopper
+    from prefix_kernels.backends.triton import hopper_forward
 
-    return lambda inputs: hopper.forward(attention_inputs(inputs))[0]
+    return lambda inputs: hopper_forward.forward(attention_inputs(inputs))[0]
 
 
 def _hopper_refuses(inputs: InputSet) -> str | None:

@@ -23,7 +23,7 @@ import torch
 
 import measure
 from cases import Case, gpu_op_cases
-from prefix_kernels.backends.triton import backward_kernels, forward_kernel, hopper, tile_sizes
+from prefix_kernels.backends.triton import backward_kernels, forward_kernel, hopper, hopper_forward, tile_sizes
 from prefix_kernels.problem import AttentionInputs
 from rivals import attention_inputs, make_inputs
 
@@ -88,13 +88,13 @@ def use(candidate: Candidate) -> None:
 
 def run(kernel: str, inputs: AttentionInputs, saved: tuple | None) -> tuple:
     if kernel == "hopper":
-        return hopper.forward(inputs)
+        return hopper_forward.forward(inputs)
     if kernel == "forward":
         return forward_kernel.forward(inputs)
     out, lse, grad_out = saved
     regimes, name = dict.fromkeys(WANTED, ()), kernel.removeprefix("hopper_")
     if name != kernel:
-        regimes[name] = (tile_sizes.Regime(inputs.q.shape[-1], 1, 1, ""),)
+        regimes[name] = (tile_sizes.Regime(inputs.q.shape[-1], 1, 1),)
     with mock.patch.object(tile_sizes, "HOPPER_BACKWARD_REGIMES", regimes):
         grads = backward_kernels.backward(inputs, out, lse, grad_out, None, WANTED[name])
     return tuple(grad for grad in grads if grad is not None)
@@ -153,8 +153,10 @@ def main(argv: list[str] | None = None) -> int:
     )]  # fmt: skip
     with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
         said = dict(zip(wanted, pool.map(compile_one, wanted), strict=True))
-    print(f"compiled {len(wanted)} candidates, {sum(v is not None for v in said.values())} failed: "
-          f"{time.monotonic() - begin:.0f} s")
+    print(
+        f"compiled {len(wanted)} candidates, {sum(v is not None for v in said.values())} failed: "
+        f"{time.monotonic() - begin:.0f} s"
+    )
     results = measure.Results(args.results / "tiles.json", measure.environment("cuda"))
     measure.GPU_SECONDS = 0.01
     for name, shape, kernel in rows:

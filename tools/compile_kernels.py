@@ -51,18 +51,26 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from prefix_kernels import api
-from prefix_kernels.backends.triton import backward_kernels, decode_kernel, forward_kernel, hopper, tile_sizes
+from prefix_kernels.backends.triton import (
+    backward_kernels,
+    decode_kernel,
+    forward_kernel,
+    hopper,
+    hopper_forward,
+    tile_sizes,
+)  # fmt: skip
 from prefix_kernels.problem import AttentionInputs
 
 SOURCES = Path(tile_sizes.__file__).parent
 SHARED = ("rows.py", "online_softmax.py", "launch.py")  # what every kernel is made of
 FILES = {
     "forward": ("forward_kernel.py",), "dq": ("dq_kernel.py",), "dkeys": ("dkeys_kernels.py",),
-    "dprefix": ("dkeys_kernels.py",), "delta": ("dq_kernel.py", "backward_kernels.py"), "hopper": ("hopper.py",),
-    "decode": ("forward_kernel.py", "decode_kernel.py"), "hopper_dq": ("hopper.py", "hopper_dkeys.py", "hopper_dq.py"),
-    "hopper_dkeys": ("hopper.py", "hopper_dkeys.py"), "hopper_dprefix": ("hopper.py", "hopper_dkeys.py"),
+    "dprefix": ("dkeys_kernels.py",), "delta": ("dq_kernel.py", "backward_kernels.py"),
+    "decode": ("forward_kernel.py", "decode_kernel.py"), "hopper": ("hopper.py", "hopper_forward.py"),
+    "hopper_dq": ("hopper.py", "hopper_dq.py"), "hopper_dkeys": ("hopper.py", "hopper_dkeys.py"),
+    "hopper_dprefix": ("hopper.py", "hopper_dkeys.py"),
 }  # fmt: skip
-FORWARD = {"forward": forward_kernel, "hopper": hopper, "decode": decode_kernel}
+FORWARD = {"forward": forward_kernel, "hopper": hopper_forward, "decode": decode_kernel}
 WANTED = {
     "dq": (True, False, False, False, False), "dkeys": (False, True, True, False, False),
     "dprefix": (False, True, True, True, True), "delta": (False,) * 5,
@@ -179,7 +187,7 @@ def compile_kernel(kernel: str, architecture: int, inputs: AttentionInputs) -> l
     driver.set_active(NoDevice(architecture))
     of_device, tile_sizes.architecture_of = tile_sizes.architecture_of, lambda device: architecture
     regimes, why_not = tile_sizes.HOPPER_BACKWARD_REGIMES, hopper.why_not
-    chosen = (tile_sizes.Regime(inputs.q.shape[-1], 1, 1, ""),) if kernel in hopper_code.BACKWARD else ()
+    chosen = (tile_sizes.Regime(inputs.q.shape[-1], 1, 1),) if kernel in hopper_code.BACKWARD else ()
     tile_sizes.HOPPER_BACKWARD_REGIMES, hopper.why_not = {kernel.removeprefix("hopper_"): chosen}, hopper.why_not_on_hopper
     JITFunction.run = compile_instead
     try:

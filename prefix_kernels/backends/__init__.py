@@ -1,1 +1,1 @@
-"""One module a backend, each with why_not(problem), forward(inputs) and backward(inputs, out, lse, grad_out, …)."""
+"""One module a backend, each with the functions that docs/architecture.md lists under "The contract of a backend"."""

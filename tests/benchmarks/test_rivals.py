@@ -173,10 +173,10 @@ def test_flash_attention_3(case, monkeypatch):
 @pytest.mark.parametrize("seqlens", [None, (20, 3, 130)])
 def test_hopper_kernel(monkeypatch, seqlens):
     pytest.importorskip("triton")
-    from prefix_kernels.backends.triton import hopper, tile_sizes
+    from prefix_kernels.backends.triton import hopper_forward, tile_sizes
     from support.gluon_emulator import EmulatedKernel
 
-    monkeypatch.setattr(hopper, "hopper_kernel", EmulatedKernel(hopper, "hopper_kernel"))
+    monkeypatch.setattr(hopper_forward, "hopper_kernel", EmulatedKernel(hopper_forward, "hopper_kernel"))
     monkeypatch.setattr(tile_sizes, "find", lambda *key: tile_sizes.TABLE["hopper", 90, 16, 64])
     longest = max(seqlens or (20,))
     case = Case("", 3, 4, 2, 64, longest, longest, 5, seqlens=seqlens)

@@ -27,7 +27,7 @@ def test_candidates_hold_the_table_and_use_what_wgmma_takes(monkeypatch):
     assert used != table and (used.BLOCK_M, used.BLOCK_N, used.num_warps, used.num_stages) == (16, 32, 2, 1)
 
 
-@pytest.mark.parametrize("regimes", [(), (tile_sizes.Regime(64, 1, 1, ""),)])
+@pytest.mark.parametrize("regimes", [(), (tile_sizes.Regime(64, 1, 1),)])
 def test_which_kernels_are_timed(monkeypatch, regimes):
     """The plain one and the one for Hopper by their names, whatever the regimes choose."""
     names = ("dq", "dkeys", "dprefix")

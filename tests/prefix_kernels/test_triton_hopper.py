@@ -17,7 +17,7 @@ from support.trial import shared_folder, trial_of
 if importlib.util.find_spec("triton") is None:
     pytest.skip("needs Triton, which is not installed", allow_module_level=True)
 
-from prefix_kernels.backends.triton import forward_kernel, hopper, tile_sizes
+from prefix_kernels.backends.triton import forward_kernel, hopper, hopper_forward, tile_sizes
 from prefix_kernels.backends.triton.tile_sizes import Regime
 from support.gluon_emulator import EmulatedKernel
 
@@ -31,7 +31,7 @@ def check(case, dtype, device="cpu"):
     """out and lse are as good as eager attention's."""
     inputs = call_of(make_inputs(case, *DTYPES[dtype], device=device))
     assert hopper.why_not_on_hopper(inputs) is None
-    out, lse = hopper.forward(inputs)
+    out, lse = hopper_forward.forward(inputs)
     _, _, wide, eager = expectation(case, *DTYPES[dtype])
     assert out.dtype == inputs.q.dtype and lse.dtype == torch.float32
     assert_close(out, wide[0], eager[0], "out")
@@ -39,8 +39,8 @@ def check(case, dtype, device="cpu"):
 
 
 def emulate(monkeypatch, **options):
-    kernel = EmulatedKernel(hopper, "hopper_kernel", **options)
-    monkeypatch.setattr(hopper, "hopper_kernel", kernel)
+    kernel = EmulatedKernel(hopper_forward, "hopper_kernel", **options)
+    monkeypatch.setattr(hopper_forward, "hopper_kernel", kernel)
     monkeypatch.setattr(tile_sizes, "find", lambda *key: tile_sizes.TABLE["hopper", 90, 16, key[3]])
     return kernel
 
@@ -61,7 +61,7 @@ def test_other_orders_of_events(monkeypatch, seed):
 def test_sections_of_heads(monkeypatch):
     """Programs in an order by sections of two heads, the last of one."""
     emulate(monkeypatch)
-    monkeypatch.setattr(hopper, "section_of", lambda *_: 2)
+    monkeypatch.setattr(hopper_forward, "section_of", lambda *_: 2)
     check(Case("", **ROWS | {"heads": 5, "kv_heads": 5}, q_len=300, kv_len=300, prefix_len=20), "bfloat16")
 
 
@@ -87,7 +87,7 @@ def test_index_values_out_of_range(monkeypatch, case, outside, inside):
     inputs, outcomes = make_inputs(CASES_BY_NAME[case], torch.bfloat16), []
     for values in (outside, inside):
         inputs.options |= {name: torch.tensor(value, dtype=torch.int64) for name, value in values.items()}
-        outcomes.append(hopper.forward(call_of(inputs)))
+        outcomes.append(hopper_forward.forward(call_of(inputs)))
     for value, other in zip(*outcomes, strict=True):
         assert value.isfinite().sum() > 0
         assert torch.equal(value, other)
@@ -188,13 +188,13 @@ def test_it_serves_no_cpu():
 def test_only_a_measured_regime_chooses_it(monkeypatch):
     inputs, served = inputs_of(q_len=9, kv_len=9), []
     monkeypatch.setattr(forward_kernel, "forward", lambda inputs: "portable")
-    monkeypatch.setattr(hopper, "forward", lambda inputs: "hopper")
+    monkeypatch.setattr(hopper_forward, "forward", lambda inputs: "hopper")
     monkeypatch.setattr(hopper, "why_not", lambda inputs: served.append(inputs) or (None if len(served) == 1 else "no"))
     monkeypatch.setattr(tile_sizes, "HOPPER_REGIMES", ())
     assert triton_backend._forward(inputs) == "portable" and not served
     for regime, kernel in (
-        (Regime(128, 1, 1, ""), "portable"), (Regime(64, 10, 1, ""), "portable"), (Regime(64, 1, 3, ""), "portable"),
-        (Regime(64, 9, 2, ""), "hopper"), (Regime(64, 9, 2, ""), "portable"),
+        (Regime(128, 1, 1), "portable"), (Regime(64, 10, 1), "portable"), (Regime(64, 1, 3), "portable"),
+        (Regime(64, 9, 2), "hopper"), (Regime(64, 9, 2), "portable"),
     ):  # fmt: skip
         monkeypatch.setattr(tile_sizes, "HOPPER_REGIMES", (regime,))
         assert triton_backend._forward(inputs) == kernel
@@ -204,7 +204,7 @@ def test_only_a_measured_regime_chooses_it(monkeypatch):
 TRIAL = """
 import torch
 from prefix_kernels import api
-from prefix_kernels.backends.triton import hopper
+from prefix_kernels.backends.triton import hopper_forward
 
 for dim, q_len, kv_len, prefix_len, causal in (
     (64, 300, 300, 200, True), (64, 1, 1, 0, True), (64, 70, 90, 900, True), (64, 200, 0, 0, False), (64, 130, 260, 1, False),
@@ -215,7 +215,7 @@ for dim, q_len, kv_len, prefix_len, causal in (
         for heads, length in ((4, q_len), (2, kv_len), (2, kv_len))
     )
     prefix = torch.randn(2, prefix_len, dim, device="cuda", dtype=torch.bfloat16)
-    hopper.forward(api._dense_inputs(q, k, v, prefix, prefix, causal=causal))[0].cpu()
+    hopper_forward.forward(api._dense_inputs(q, k, v, prefix, prefix, causal=causal))[0].cpu()
 """
 
 
@@ -240,7 +240,7 @@ def test_the_same_bits_on_the_gpu(survived):
     assert survived.returncode == 0, survived.stderr
     case = Case("many rows", batch=8, heads=8, q_len=512, kv_len=512, prefix_len=256, head_dim=64)
     inputs = call_of(make_inputs(case, *DTYPES["bfloat16"], device="cuda"))
-    for value, other in zip(hopper.forward(inputs), hopper.forward(inputs), strict=True):
+    for value, other in zip(hopper_forward.forward(inputs), hopper_forward.forward(inputs), strict=True):
         assert torch.equal(value, other)
 
 
@@ -251,6 +251,6 @@ def test_another_length_compiles_nothing_again(survived):
     for length, prefix_len in ((48, 32), (33, 7), (1, 1), (1024, 100), (128, 0)):
         q, k, v = (torch.randn(2, heads, length, 64, device="cuda", dtype=torch.bfloat16) for heads in (4, 2, 2))
         prefix = torch.randn(2, prefix_len, 64, device="cuda", dtype=torch.bfloat16)
-        hopper.forward(api._dense_inputs(q, k, v, prefix, prefix))
-        counts.append(sum(len(cache[0]) for cache in hopper.hopper_kernel.device_caches.values()))
+        hopper_forward.forward(api._dense_inputs(q, k, v, prefix, prefix))
+        counts.append(sum(len(cache[0]) for cache in hopper_forward.hopper_kernel.device_caches.values()))
     assert len(set(counts)) == 1

@@ -23,7 +23,7 @@ from support.gluon_emulator import EmulatedKernel
 SIXTEEN_BIT = ("bfloat16", "float16", "float32 prefix")
 KERNELS = {"dq": (hopper_dq, "hopper_dq_kernel"), "dkeys": (hopper_dkeys, "hopper_dkeys_kernel")}
 EVERYTHING = {
-    name: tuple(Regime(dim, 1, 1, "") for dim in hopper.HEAD_DIMS if (f"hopper_{name}", 90, 16, dim) in tile_sizes.TABLE)
+    name: tuple(Regime(dim, 1, 1) for dim in hopper.HEAD_DIMS if (f"hopper_{name}", 90, 16, dim) in tile_sizes.TABLE)
     for name in ("dq", "dkeys", "dprefix")
 }  # fmt: skip
 
@@ -46,6 +46,8 @@ def delta_of(call, **operands):
 
 class SumSplits:
     """sum_splits_kernel."""
+
+    arg_names = backward_kernels.sum_splits_kernel.arg_names
 
     def __getitem__(self, grid):
         return self.run
@@ -107,14 +109,14 @@ def test_each_can_be_chosen_by_itself(monkeypatch, one):
     emulate(monkeypatch)
     monkeypatch.setattr(tile_sizes, "HOPPER_BACKWARD_REGIMES", dict.fromkeys(EVERYTHING, ()) | {one: EVERYTHING[one]})
     inputs = call_of(make_inputs(CASES_BY_NAME["short"], torch.bfloat16))
-    assert list(backward_kernels.hopper_kernels(inputs)) == [one]
-    assert backward_kernels.hopper_kernels(inputs._replace(softcap=1.0)) == {}
+    assert list(backward_kernels.hopper_launches(inputs)) == [one]
+    assert backward_kernels.hopper_launches(inputs._replace(softcap=1.0)) == {}
 
 
 def test_only_a_measured_regime_chooses_it():
     inputs = call_of(make_inputs(CASES_BY_NAME["whole blocks"], torch.bfloat16))
     assert not any(regime.covers(inputs.problem()) for found in tile_sizes.HOPPER_BACKWARD_REGIMES.values() for regime in found)
-    assert backward_kernels.hopper_kernels(inputs) == {}
+    assert backward_kernels.hopper_launches(inputs) == {}
 
 
 def test_a_gradient_that_tma_cannot_read(monkeypatch):
@@ -212,7 +214,7 @@ import prefix_kernels
 from prefix_kernels.backends.triton import tile_sizes
 from prefix_kernels.backends.triton.tile_sizes import Regime
 
-regimes = [Regime(dim, 1, 1, "") for dim in (64, 128, 256)]
+regimes = [Regime(dim, 1, 1) for dim in (64, 128, 256)]
 tile_sizes.HOPPER_BACKWARD_REGIMES = {{name: regimes if name in {served} else () for name in ("dq", "dkeys", "dprefix")}}
 for dim, q_len, kv_len, prefix_len, causal in {shapes}:
     q, k, v = (
@@ -251,7 +253,7 @@ def forced(survived, monkeypatch):
 
 def leaves(case, dtype):
     inputs = make_inputs(case, *DTYPES[dtype], device="cuda")
-    assert list(backward_kernels.hopper_kernels(call_of(inputs))) == served(case.head_dim)
+    assert list(backward_kernels.hopper_launches(call_of(inputs))) == served(case.head_dim)
     return Inputs(tuple(aligned(tensor).requires_grad_() for tensor in inputs.tensors), inputs.options)
 
 

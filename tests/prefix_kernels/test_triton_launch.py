@@ -38,7 +38,7 @@ class Kernel:
 
 def test_a_known_key_launches_what_was_compiled_with_arguments_in_order():
     kernel, other = Kernel(), Kernel()
-    launch.run(kernel, 3, CPU, "key", {"length": 5, "x": "a", "BLOCK": 16}, num_warps=4)
+    launch.run(kernel, 3, CPU, "key", {"length": 5, "x": "a", "BLOCK": 16, "another kernel's": 1}, num_warps=4)
     assert kernel.calls == [((3,), {"length": 5, "x": "a", "BLOCK": 16, "num_warps": 4, "enable_fp_fusion": True})]
     launch.run(kernel, 7, CPU, "key", {"BLOCK": 16, "length": 6, "x": "b"}, num_warps=4)
     assert len(kernel.calls) == 1 and kernel.compiled[0].launches == [((7, 1, 1), ("b", 6, 16))]
@@ -51,15 +51,18 @@ def test_a_known_key_launches_what_was_compiled_with_arguments_in_order():
 def test_dependent_launches(monkeypatch):
     """Only where a kernel asks for one, the architecture knows it, and it is not switched off; each is compiled by itself."""
     kernel, values, meta = Kernel(), {"x": 1, "length": 2, "BLOCK": 16}, torch.device("meta")
+    kernel.arg_names = (*Kernel.arg_names, "DEPENDENT")
     for architecture in (80, 90, 90):
         monkeypatch.setattr(launch.tile_sizes, "architecture_of", lambda device, architecture=architecture: architecture)
         launch.run(kernel, 1, meta, "key", values, dependent=True)
     monkeypatch.setattr(launch, "DEPENDENT_LAUNCHES", False)
     launch.run(kernel, 1, meta, "another key", values, dependent=True)
-    launch.run(kernel, 1, meta, "key", values)
     launch.run(kernel, 1, CPU, "key", values, dependent=True)
-    given = [(values.get("DEPENDENT"), values.get("launch_pdl")) for _, values in kernel.calls]
-    assert given == [(False, None), (True, True), (False, None), (None, None), (False, None)]
+    given = [(values["DEPENDENT"], values.get("launch_pdl")) for _, values in kernel.calls]
+    assert given == [(False, None), (True, True), (False, None), (False, None)]
+    other = Kernel()
+    launch.run(other, 1, meta, "key", values)
+    assert other.calls == [((1,), {**values, "enable_fp_fusion": True})]
 
 
 def test_what_is_compiled_gets_tensors_and_what_is_launched_again_gets_addresses():
@@ -87,7 +90,7 @@ def test_a_kernel_without_result_is_asked_again():
     kernel = Kernel()
     kernel.__class__ = type("Interpreted", (Kernel,), {"__getitem__": lambda self, grid: lambda **v: self.calls.append(v)})
     for _ in range(2):
-        launch.run(kernel, 1, CPU, "key", {"x": 1})
+        launch.run(kernel, 1, CPU, "key", {"x": 1, "length": 2, "BLOCK": 16})
     assert len(kernel.calls) == 2
 
 
@@ -96,7 +99,7 @@ def test_the_number_of_keys_is_bounded(monkeypatch):
     monkeypatch.setattr(launch, "MOST_COMPILED", 5)
     kernel = Kernel()
     for key in range(20):
-        launch.run(kernel, 1, CPU, key, {"x": 1})
+        launch.run(kernel, 1, CPU, key, {"x": 1, "length": 2, "BLOCK": 16})
         assert len(launch._compiled) <= 5
 
 

@@ -12,13 +12,15 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from prefix_kernels.backends.triton import backward_kernels, decode_kernel, forward_kernel, launch
+from prefix_kernels.backends.triton import backward_kernels, decode_kernel, dkeys_kernels, dq_kernel, forward_kernel, launch
 from prefix_kernels.backends.triton.rows import Rows, Tokens
 
 KERNELS = {
     forward_kernel: ("forward_kernel",),
     decode_kernel: ("decode_kernel", "merge_kernel"),
-    backward_kernels: ("delta_kernel", "dq_kernel", "dkeys_kernel", "dprefix_kernel", "sum_splits_kernel"),
+    backward_kernels: ("delta_kernel", "sum_splits_kernel"),
+    dq_kernel: ("dq_kernel",),
+    dkeys_kernels: ("dkeys_kernel", "dprefix_kernel"),
 }
 
 

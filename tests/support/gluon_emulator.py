@@ -351,6 +351,7 @@ class EmulatedKernel:
             source = source[source.index("def ") :]
             exec(source.replace(*change) if change else source, self.namespace)
         self.kernel = self.namespace[name]
+        self.arg_names = tuple(inspect.signature(self.kernel).parameters)
 
     def __getitem__(self, grid):
         return functools.partial(self.run, grid)

@@ -3,10 +3,13 @@
 Unpatched, `tl.dot` of bfloat16 multiplies those integers, and a cast from float32 cuts bits off instead of rounding. What else
 the kernels do with bfloat16 (load, store, transpose, cast to float32) only moves bits. Products of float32 come from a BLAS
 that adds up in another order for every shape: on tiny shapes that alone exceeds the tolerance now and then. Triton 3.6 makes
-loop bounds of arrays with one element, which numpy refuses from 2.4 on.
+loop bounds of arrays with one element, which numpy refuses from 2.4 on. And two fifths of its time go into patching `tl`
+anew at every call of a function, and into tables of dtypes made anew: here once for the process.
 """
 
 from __future__ import annotations
+
+import types
 
 import numpy as np
 import triton.language as tl
@@ -15,8 +18,9 @@ from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 
 def trust_interpreter() -> None:
-    """Patches the interpreter of this process: products in float64, casts to bfloat16 to the nearest even, loop bounds."""
+    """Patches the interpreter of this process: products in float64, casts to bfloat16 to the nearest even, bounds, time."""
     cast, convert = InterpreterBuilder.cast_impl, InterpreterBuilder.create_fp_to_fp
+    np_dtypes, make_np_dtype = {}, interpreter._get_np_dtype
 
     def create_dot(self, a, b, accumulator, *precision):
         a, b = (cast(self, x, tl.float32).data if x.dtype.scalar == tl.bfloat16 else x.data for x in (a, b))
@@ -33,13 +37,16 @@ def trust_interpreter() -> None:
             return cast_impl(self, src, dst_type)
         return convert(self, src, dst_type, rounding_mode)
 
-    patch_tensor = interpreter._patch_lang_tensor
+    def np_dtype(dtype):
+        name = dtype.scalar.name
+        if name not in np_dtypes:
+            np_dtypes[name] = make_np_dtype(dtype)
+        return np_dtypes[name]
 
-    def patch_tensor_and_index(tensor, scope):
-        patch_tensor(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
-
-    interpreter._patch_lang_tensor = patch_tensor_and_index
+    interpreter._patch_lang(types.SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
+    tl.tensor.__index__ = lambda self: int(self.handle.data.squeeze())
+    interpreter._patch_lang = lambda function: interpreter._LangPatchScope()
+    interpreter._get_np_dtype = np_dtype
     InterpreterBuilder.create_dot = create_dot
     InterpreterBuilder.cast_impl = cast_impl
     InterpreterBuilder.create_fp_to_fp = create_fp_to_fp

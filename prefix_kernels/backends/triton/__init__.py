@@ -69,10 +69,10 @@ def _forward(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
     from prefix_kernels.backends.triton import forward_kernel, tile_sizes
 
     if any(regime.covers(inputs.problem()) for regime in tile_sizes.HOPPER_REGIMES):
-        from prefix_kernels.backends.triton import hopper
+        from prefix_kernels.backends.triton import hopper, hopper_forward
 
         if hopper.why_not(inputs) is None:
-            return hopper.forward(inputs)
+            return hopper_forward.forward(inputs)
     if _decodes(inputs.varlen, inputs.q.shape[-2]):
         from prefix_kernels.backends.triton import decode_kernel
 

@@ -17,13 +17,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from prefix_kernels.backends.triton import tile_sizes
-from prefix_kernels.backends.triton.dkeys_kernels import dkeys_kernel, dprefix_kernel
-from prefix_kernels.backends.triton.dq_kernel import delta_of_block, dq_kernel
+from prefix_kernels.backends.triton import dkeys_kernels, dq_kernel, tile_sizes
+from prefix_kernels.backends.triton.dq_kernel import delta_of_block
 from prefix_kernels.backends.triton.launch import LENGTHS, Call, cdiv, key_of, run, wait_for_launch_before
 from prefix_kernels.backends.triton.online_softmax import load_tile, start_of
 from prefix_kernels.backends.triton.rows import Operand, block_of, queries_of, scalars, tokens
-from prefix_kernels.backends.triton.tile_sizes import Tile
 from prefix_kernels.problem import AttentionInputs, empty_token_major
 
 PROGRAMS = 264  # of the prefix kernel: two for each multiprocessor of a large GPU
@@ -35,10 +33,8 @@ SUM_BLOCK, AT_ONCE = 256, tl.constexpr(8)  # elements of a program, and parts wh
 
 @triton.jit(do_not_specialize=LENGTHS)
 def delta_kernel(
-    out, grad_out, lse, grad_lse, delta, rows, batch, heads, kv_heads, q_len, kv_len, q_tokens, k_tokens, prefixes, prefix_len,
-    window, slide, scale, softcap, CAUSAL: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
-    BLOCK_DIM: tl.constexpr, BLOCK_VALUE_DIM: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, DEPENDENT: tl.constexpr,
+    out, grad_out, lse, grad_lse, delta, rows, heads, kv_heads, q_len, kv_len, q_tokens, HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr, BLOCK_VALUE_DIM: tl.constexpr, BLOCK_M: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """delta where no dq is wanted: a block of queries of one head of one row."""
     wait_for_launch_before(DEPENDENT)
@@ -60,12 +56,14 @@ def delta_kernel(
 
 @triton.jit
 def sum_block(parts, total, splits, numel, BLOCK: tl.constexpr):
+    """One block of total [numel]: the sum of parts [splits, numel]; of the program's number all but the last bit counts."""
     index = tl.cast(tl.program_id(0) // 2, tl.int64) * BLOCK + tl.arange(0, BLOCK)
     result = tl.zeros([BLOCK], tl.float32)
     for first in tl.range(0, splits, AT_ONCE):
         split = first + tl.arange(0, AT_ONCE)[:, None]
         exists = (split < splits) & (index < numel)[None, :]
-        result += tl.sum(tl.load(parts + tl.cast(split, tl.int64) * numel + index[None, :], mask=exists, other=0.0), 0)
+        part = tl.load(parts + tl.cast(split, tl.int64) * numel + index[None, :], mask=exists, other=0.0)  # [AT_ONCE, BLOCK]
+        result += tl.sum(part, 0)
     tl.store(total + index, result.to(total.dtype.element_ty), mask=index < numel)
 
 
@@ -86,7 +84,8 @@ def backward(
     inputs: AttentionInputs, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None, wanted: tuple[bool, ...]
 ) -> tuple[Tensor | None, ...]:
     """Gradients of q, k, v, prefix_k, prefix_v, None where not wanted."""
-    call, varlen, hopper = Call(inputs), inputs.varlen, hopper_kernels(inputs)
+    call, varlen, hopper = Call(inputs), inputs.varlen, hopper_launches(inputs)
+    launches = {"dq": dq_kernel.dq, "dkeys": dkeys_kernels.dkeys, "dprefix": dkeys_kernels.dprefix} | hopper
     q, k, v, prefix_k, prefix_v = call.tensors
     if hopper:
         from prefix_kernels.backends.triton.hopper import readable
@@ -105,28 +104,15 @@ def backward(
         for_delta = {"out": None, "grad_lse": None}
     else:
         query_side["delta"] = _empty_delta(call, lse)
-    if dq is not None and "dq" in hopper:
-        hopper["dq"](call, q, k, v, prefix_k, prefix_v, dq, **for_delta, **query_side)
-    elif dq is not None:
-        tile, operands = call.tile("dq"), {"prefix_k": prefix_k, "prefix_v": prefix_v, **for_delta, **query_side}
-        call.launch(
-            dq_kernel, tile, _query_programs(call, tile), dependent=True, q=q, k=k, v=v, bias=call.bias, dq=dq, **operands
-        )
-    if (dk is not None or dv is not None) and "dkeys" in hopper:
-        hopper["dkeys"](call, q, k, v, dk, dv, **query_side)
-    elif dk is not None or dv is not None:
-        tile = call.tile("dkeys")
-        programs = cdiv(call.problem.kv_len, tile.BLOCK_N) * call.problem.kv_heads * call.problem.batch
-        children, first_child = _children(inputs)
-        call.launch(
-            dkeys_kernel, tile, programs, dependent=True, q=q, k=k, v=v, bias=call.bias, dk=dk, dv=dv, children=children,
-            first_child=first_child, **query_side,
-        )  # fmt: skip
+    if dq is not None:
+        launches["dq"](call, q, k, v, prefix_k, prefix_v, dq, **for_delta, **query_side)
+    if dk is not None or dv is not None:
+        launches["dkeys"](call, q, k, v, dk, dv, **query_side)
     late = (dk is not None or dv is not None) and call.problem.kv_len * call.problem.batch > 0  # right after dkeys
-    return *grads, *_prefix_gradients(call, inputs, wanted[3:], query_side, hopper.get("dprefix"), late)
+    return *grads, *_prefix_gradients(call, inputs, wanted[3:], query_side, launches["dprefix"], late, "dprefix" in hopper)
 
 
-def hopper_kernels(inputs: AttentionInputs) -> dict[str, Callable]:
+def hopper_launches(inputs: AttentionInputs) -> dict[str, Callable]:
     """The launches for Hopper by the kernels that they replace: those that a measurement says are faster."""
     problem, regimes = inputs.problem(), tile_sizes.HOPPER_BACKWARD_REGIMES
     names = [name for name in regimes if any(regime.covers(problem) for regime in regimes[name])]
@@ -143,7 +129,7 @@ def hopper_kernels(inputs: AttentionInputs) -> dict[str, Callable]:
 def _delta(call: Call, lse: Operand, **operands: Operand | None) -> Operand:
     """delta by a kernel of its own."""
     delta, tile = _empty_delta(call, lse.value.pointer), call.tile("delta")
-    call.launch(delta_kernel, tile, _query_programs(call, tile), dependent=True, lse=lse, delta=delta, **operands)
+    call.launch(delta_kernel, tile, call.query_programs(tile), dependent=True, lse=lse, delta=delta, **operands)
     return delta
 
 
@@ -151,24 +137,11 @@ def _empty_delta(call: Call, lse: Tensor) -> Operand:
     return scalars(torch.empty_like(lse, memory_format=torch.contiguous_format), call.problem.varlen)
 
 
-def _query_programs(call: Call, tile: Tile) -> int:
-    return cdiv(call.problem.q_len, tile.BLOCK_M) * call.problem.heads * call.problem.batch
-
-
-def _children(inputs: AttentionInputs) -> tuple[Tensor | None, Tensor | None]:
-    """Sequences sorted by parent, and where the children of each begin among them; nothing is read back from the device."""
-    if inputs.parent is None:
-        return None, None
-    by_parent, children = inputs.parent.sort(stable=True)
-    row = torch.arange(inputs.parent.shape[0] + 1, dtype=by_parent.dtype, device=by_parent.device)
-    return children, torch.searchsorted(by_parent, row)
-
-
 def _prefix_gradients(
-    call: Call, inputs: AttentionInputs, wanted: tuple[bool, ...], query_side: dict[str, Operand], hopper: Callable | None,
-    late: bool,
+    call: Call, inputs: AttentionInputs, wanted: tuple[bool, ...], query_side: dict[str, Operand], dprefix: Callable,
+    late: bool, hopper: bool,
 ) -> list[Tensor | None]:  # fmt: skip
-    """Gradients of prefix_k and prefix_v, in the prefix's dtype; hopper: the launch that takes dprefix_kernel's place."""
+    """Gradients of prefix_k and prefix_v, in the prefix's dtype; hopper: `dprefix` launches the kernel for Hopper."""
     problem, tile = call.problem, call.tile("hopper_dprefix" if hopper else "dprefix")
     q, _, _, prefix_k, prefix_v = call.tensors
     owners = cdiv(problem.prefix_len, tile.BLOCK_N) * problem.kv_heads * problem.prefixes
@@ -186,13 +159,8 @@ def _prefix_gradients(
             for grad in grads
         ]
     dprefix_k, dprefix_v = (None if part is None else tokens(part) for part in parts)
-    if (dprefix_k is not None or dprefix_v is not None) and hopper:
-        hopper(call, owners * splits, splits, late, q, prefix_k, prefix_v, dprefix_k, dprefix_v, **query_side)
-    elif dprefix_k is not None or dprefix_v is not None:
-        call.launch(
-            dprefix_kernel, tile, owners * splits, dependent=True, q=q, prefix_k=prefix_k, prefix_v=prefix_v,
-            bias=call.bias, dprefix_k=dprefix_k, dprefix_v=dprefix_v, splits=splits, LATE=late, **query_side,
-        )  # fmt: skip
+    if dprefix_k is not None or dprefix_v is not None:
+        dprefix(call, owners * splits, splits, late, q, prefix_k, prefix_v, dprefix_k, dprefix_v, **query_side)
     if splits > 1:
         numels = [0 if grad is None else grad.numel() for grad in grads]
         values = {

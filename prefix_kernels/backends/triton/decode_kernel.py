@@ -109,7 +109,7 @@ def store_result(
 
 @triton.jit(do_not_specialize=(*LENGTHS, "shared_splits", "splits"))
 def decode_kernel(
-    q, k, v, prefix_k, prefix_v, bias, out, lse, parts, rows, batch, heads, kv_heads, q_len, kv_len, q_tokens, k_tokens,
+    q, k, v, prefix_k, prefix_v, bias, out, lse, parts, rows, batch, heads, kv_heads, q_len, kv_len, k_tokens,
     prefixes, prefix_len, window, slide, scale, softcap, shared_splits, splits, CAUSAL: tl.constexpr, HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_VALUE_DIM: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_ROW: tl.constexpr, SHARED: tl.constexpr,
@@ -217,9 +217,7 @@ def merge_kernel(
         split = start + tl.arange(0, BLOCK_SPLITS)
         place = tl.cast(split, tl.int64)[None, :] * kv_heads * queries + number[:, None]
         there = (split < splits)[None, :] & exists[:, None]
-        part_largest = tl.load(
-            parts + places * VALUE_DIM + place, mask=there, other=float("-inf")
-        )  # [BLOCK, BLOCK_SPLITS]
+        part_largest = tl.load(parts + places * VALUE_DIM + place, mask=there, other=float("-inf"))  # [BLOCK, BLOCK_SPLITS]
         part_total = tl.load(parts + places * (VALUE_DIM + 1) + place, mask=there, other=0.0)  # [BLOCK, BLOCK_SPLITS]
         now_largest = tl.maximum(largest, tl.max(part_largest, 1))
         subtract = tl.where(now_largest == float("-inf"), 0.0, now_largest)

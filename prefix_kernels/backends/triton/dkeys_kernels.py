@@ -10,10 +10,12 @@ dprefix_kernel: a prefix, over the heads of a group and one share of all query b
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from prefix_kernels.backends.triton.launch import LENGTHS, wait_for_launch_before
+from prefix_kernels.backends.triton.launch import LENGTHS, Call, cdiv, wait_for_launch_before
 from prefix_kernels.backends.triton.online_softmax import (
     load_bias,
     load_log2_lse,
@@ -25,6 +27,7 @@ from prefix_kernels.backends.triton.online_softmax import (
     through_softcap,
 )  # fmt: skip
 from prefix_kernels.backends.triton.rows import (
+    Operand,
     clamp,
     keys_of,
     place_of,
@@ -55,8 +58,10 @@ def add_queries(
         lses, deltas = start_of(lse, row, head, q_start), start_of(delta, row, head, q_start)
         for start in tl.range(begin, end, BLOCK_M):
             query = start + tl.arange(0, BLOCK_M)
-            q_tile = load_tile(queries, q.token, start, q_len, True, HEAD_DIM, BLOCK_M, BLOCK_DIM)
-            grad_tile = load_tile(grads, grad_out.token, start, q_len, True, VALUE_DIM, BLOCK_M, BLOCK_VALUE_DIM)
+            q_tile = load_tile(queries, q.token, start, q_len, True, HEAD_DIM, BLOCK_M, BLOCK_DIM)  # [BLOCK_M, BLOCK_DIM]
+            grad_tile = load_tile(
+                grads, grad_out.token, start, q_len, True, VALUE_DIM, BLOCK_M, BLOCK_VALUE_DIM
+            )  # [BLOCK_M, BLOCK_VALUE_DIM]
             scores = scores_of(tl.dot(k, tl.trans(q_tile), input_precision="ieee"), scale, softcap)  # [BLOCK_N, BLOCK_M]
             biased = scores
             if bias is not None:
@@ -79,11 +84,12 @@ def add_queries(
 
 @triton.jit(do_not_specialize=LENGTHS)
 def dkeys_kernel(
-    q, k, v, bias, grad_out, lse, delta, dk, dv, children, first_child, rows, batch, heads, kv_heads, q_len, kv_len, q_tokens,
-    k_tokens, prefixes, prefix_len, window, slide, scale, softcap, CAUSAL: tl.constexpr, HEAD_DIM: tl.constexpr,
-    VALUE_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_VALUE_DIM: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DEPENDENT: tl.constexpr,
+    q, k, v, bias, grad_out, lse, delta, dk, dv, children, first_child, rows, heads, kv_heads, q_len, kv_len, q_tokens,
+    k_tokens, prefix_len, window, scale, softcap, CAUSAL: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr, BLOCK_VALUE_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):  # fmt: skip
+    """dk and dv of one block of a row's keys, of one kv head. children: the rows in the order of their parents."""
     wait_for_launch_before(DEPENDENT)
     blocks, group = tl.cdiv(kv_len, BLOCK_N), heads // kv_heads
     block, kv_head, row = place_of(tl.program_id(0), blocks, kv_heads, section_of(group * q_len, HEAD_DIM))
@@ -144,7 +150,7 @@ def dkeys_kernel(
 @triton.jit(do_not_specialize=[*LENGTHS, "splits"])
 def dprefix_kernel(
     q, prefix_k, prefix_v, bias, grad_out, lse, delta, dprefix_k, dprefix_v, splits, rows, batch, heads, kv_heads, q_len,
-    kv_len, q_tokens, k_tokens, prefixes, prefix_len, window, slide, scale, softcap, CAUSAL: tl.constexpr,
+    kv_len, q_tokens, k_tokens, prefixes, prefix_len, slide, scale, softcap, CAUSAL: tl.constexpr,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_VALUE_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DEPENDENT: tl.constexpr, LATE: tl.constexpr,
 ):  # fmt: skip
@@ -206,3 +212,38 @@ def dprefix_kernel(
             start_of(dprefix_v, result, kv_head, 0), dprefix_v.token, first_column, prefix_len,
             tl.where(exists, dv_sum, 0.0), VALUE_DIM, BLOCK_N, BLOCK_VALUE_DIM,
         )  # fmt: skip
+
+
+def dkeys(
+    call: Call, q: Operand, k: Operand, v: Operand, dk: Operand | None, dv: Operand | None, **query_side: Operand
+) -> None:
+    """Writes dk and dv, those that are not None. query_side: grad_out, lse and delta."""
+    tile, problem = call.tile("dkeys"), call.problem
+    children, first_child = _children(call.rows.value.parent)
+    call.launch(
+        dkeys_kernel, tile, cdiv(problem.kv_len, tile.BLOCK_N) * problem.kv_heads * problem.batch, dependent=True,
+        q=q, k=k, v=v, bias=call.bias, dk=dk, dv=dv, children=children, first_child=first_child, **query_side,
+    )  # fmt: skip
+
+
+def _children(parent: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """Sequences sorted by parent, and where the children of each begin among them; nothing is read back from the device."""
+    if parent is None:
+        return None, None
+    by_parent, children = parent.sort(stable=True)
+    row = torch.arange(parent.shape[0] + 1, dtype=by_parent.dtype, device=by_parent.device)
+    return children, torch.searchsorted(by_parent, row)
+
+
+def dprefix(
+    call: Call, programs: int, splits: int, late: bool, q: Operand, prefix_k: Operand, prefix_v: Operand,
+    dprefix_k: Operand | None, dprefix_v: Operand | None, **query_side: Operand,
+) -> None:  # fmt: skip
+    """Writes the parts [splits · prefixes, kv_heads, prefix_len, …] of dprefix_k and dprefix_v, those that are not None.
+
+    late: the launch before was dkeys', of which this one reads nothing. query_side: grad_out, lse and delta.
+    """
+    call.launch(
+        dprefix_kernel, call.tile("dprefix"), programs, dependent=True, q=q, prefix_k=prefix_k, prefix_v=prefix_v,
+        bias=call.bias, dprefix_k=dprefix_k, dprefix_v=dprefix_v, splits=splits, LATE=late, **query_side,
+    )  # fmt: skip

@@ -1,8 +1,10 @@
 """The gradient of the queries: a program owns a block of queries of one head of one row, as in the forward pass.
 
-    delta   = rowsum(dout ∘ out) − dlse, which it leaves for the gradients of keys and prefix, or finds where it is given no out
-    weights = tl.exp2(scores − lse)
+    delta   = rowsum(dout ∘ out) − dlse
+    weights = exp(scores − lse)
     dscores = weights ∘ (dout · valuesᵀ − delta)        dq = scale · dscores · [prefix_k ; k]
+
+It leaves delta for the gradients of keys and prefix, or reads it where it is given no out.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from prefix_kernels.backends.triton.launch import LENGTHS, wait_for_launch_before
+from prefix_kernels.backends.triton.launch import LENGTHS, Call, wait_for_launch_before
 from prefix_kernels.backends.triton.online_softmax import (
     load_bias,
     load_log2_lse,
@@ -23,6 +25,7 @@ from prefix_kernels.backends.triton.online_softmax import (
     visible_keys,
 )  # fmt: skip
 from prefix_kernels.backends.triton.rows import (
+    Operand,
     block_of,
     columns_seen,
     keys_of,
@@ -44,8 +47,10 @@ def add_blocks(
     """dq / scale after the blocks of keys in [begin, end)."""
     for start in tl.range(begin, end, BLOCK_N):
         key = start + tl.arange(0, BLOCK_N)
-        k = load_tile(keys, key_stride, start, stop_key, MASKED, HEAD_DIM, BLOCK_N, BLOCK_DIM)
-        v = load_tile(values, value_stride, start, stop_key, MASKED, VALUE_DIM, BLOCK_N, BLOCK_VALUE_DIM)
+        k = load_tile(keys, key_stride, start, stop_key, MASKED, HEAD_DIM, BLOCK_N, BLOCK_DIM)  # [BLOCK_N, BLOCK_DIM]
+        v = load_tile(
+            values, value_stride, start, stop_key, MASKED, VALUE_DIM, BLOCK_N, BLOCK_VALUE_DIM
+        )  # [BLOCK_N, BLOCK_VALUE_DIM]
         scores = scores_of(tl.dot(q, tl.trans(k), input_precision="ieee"), scale, softcap)  # [BLOCK_M, BLOCK_N]
         biased = scores
         if bias is not None:
@@ -174,6 +179,16 @@ def dq_kernel(
         key_mask, start_of_bias(bias, row, head, tl.minimum(query, last_query), prefix_len), scale, softcap,
         window is not None, HEAD_DIM, VALUE_DIM, BLOCK_N, BLOCK_DIM, BLOCK_VALUE_DIM,
     )  # fmt: skip
-    store_tile(
-        start_of(dq, row, head, q_start), dq.token, first_query, own_q_len, total * scale, HEAD_DIM, BLOCK_M, BLOCK_DIM
-    )
+    store_tile(start_of(dq, row, head, q_start), dq.token, first_query, own_q_len, total * scale, HEAD_DIM, BLOCK_M, BLOCK_DIM)
+
+
+def dq(
+    call: Call, q: Operand, k: Operand, v: Operand, prefix_k: Operand, prefix_v: Operand, dq: Operand,
+    **query_side: Operand | None,
+) -> None:  # fmt: skip
+    """Writes dq, and delta if `out` is not None. query_side: out, grad_out, lse, grad_lse and delta."""
+    tile = call.tile("dq")
+    call.launch(
+        dq_kernel, tile, call.query_programs(tile), dependent=True, q=q, k=k, v=v, prefix_k=prefix_k, prefix_v=prefix_v,
+        bias=call.bias, dq=dq, **query_side,
+    )  # fmt: skip

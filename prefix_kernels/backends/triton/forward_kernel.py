@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from prefix_kernels.backends.triton.launch import LENGTHS, Call, cdiv
+from prefix_kernels.backends.triton.launch import LENGTHS, Call
 from prefix_kernels.backends.triton.online_softmax import (
     load_bias,
     load_tile,
@@ -173,8 +173,7 @@ def forward(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
     tile = call.tile("forward")
     q, k, v, prefix_k, prefix_v = call.tensors
     call.launch(
-        forward_kernel, tile, cdiv(call.problem.q_len, tile.BLOCK_M) * call.problem.heads * call.problem.batch,
-        q=q, k=k, v=v, prefix_k=prefix_k, prefix_v=prefix_v, bias=call.bias, out=tokens(out, varlen),
-        lse=scalars(lse, varlen),
+        forward_kernel, tile, call.query_programs(tile), q=q, k=k, v=v, prefix_k=prefix_k, prefix_v=prefix_v, bias=call.bias,
+        out=tokens(out, varlen), lse=scalars(lse, varlen),
     )  # fmt: skip
     return out, lse

@@ -36,6 +36,7 @@ from prefix_kernels.backends.triton.hopper import (
     place_of,
     prefix_of,
     section_of,
+    store_sums,
     tokens_of,
     wait_for_launch_before,
 )  # fmt: skip
@@ -120,14 +121,6 @@ def produce(
                     delta_tiles.index(stage).store(delta_of)
                     mbarrier.arrive(full.index(stage), count=1)
                     t += 1
-
-
-@gluon.jit
-def store_sums(grad, sums, first, stop, stride, SUMS: gl.constexpr):
-    """sums [tokens, HEAD_DIM] to tokens from `first` on, those < stop, rounded to their dtype."""
-    token = gl.expand_dims(first + gl.arange(0, sums.shape[0], layout=gl.SliceLayout(1, SUMS)), 1)
-    dim = gl.expand_dims(gl.arange(0, sums.shape[1], layout=gl.SliceLayout(0, SUMS)), 0)
-    gl.store(grad + token.to(gl.int64) * stride + dim, sums, mask=(token < stop) & (dim >= 0))
 
 
 @gluon.jit
@@ -297,9 +290,7 @@ def dprefix(
         _launch(call, tile, programs, 1, splits, late, q, (prefix_k, prefix_v), grads, prefix=True, **query_side)
 
 
-def _passes(
-    problem: AttentionProblem, dk: Operand | None, dv: Operand | None
-) -> list[tuple[Operand | None, Operand | None]]:
+def _passes(problem: AttentionProblem, dk: Operand | None, dv: Operand | None) -> list[tuple[Operand | None, Operand | None]]:
     """(dk, dv) of each launch: wide heads leave no registers for the sums of both."""
     passes = [(dk, dv)] if problem.head_dim <= TOGETHER else [(dk, None), (None, dv)]
     return [grads for grads in passes if grads != (None, None)]

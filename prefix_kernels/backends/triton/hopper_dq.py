@@ -1,4 +1,4 @@
-"""The gradient of the queries for Hopper (sm_90a), in Gluon: one producer warp, two consumer warpgroups, as in hopper.py.
+"""The gradient of the queries for Hopper (sm_90a), in Gluon: one producer warp and two consumer warpgroups.
 
     delta   = rowsum(dout ∘ out) − dlse, which it leaves for the gradients of keys and prefix
     weights = exp(scale · q · [prefix_k ; k]ᵀ − lse)
@@ -11,9 +11,9 @@ Time goes to the right; ( ) is a wait, | a wait for a product:
     S0 P0 delta |weights0 dscores0 (K1 V1 full) S1 P1 Q0 |weights1 (V2 full) |dscores1 (V2 full) |(K2 full) S2 P2 Q1 |weights2 …
 
     S, P, Q      the products q · keysᵀ, dout · valuesᵀ and dscores · keys
-    full, empty  as in hopper.py. The values of block j are given back after P, the keys with those of block j + 1 in use
+    full, empty  as in hopper_forward.py. Block j's values are given back after P, its keys with those of block j + 1 in use
 
-V2 is waited for twice for the reason given in hopper.py: no wait for a product moves across such a wait.
+V2 is waited for twice for the reason given in hopper_forward.py: no wait for a product moves across such a wait.
 """
 
 from __future__ import annotations
@@ -24,29 +24,26 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup
 
 from prefix_kernels.backends.triton.hopper import (
     CONSUMER_REGISTERS,
+    LENGTHS,
     LN_2,
     LOG2_E,
     PRODUCER_REGISTERS,
     REGISTERS,
     descriptor,
     issue_scores,
+    key_descriptors,
     load_blocks,
     load_tile,
     place_of,
     prefix_of,
     section_of,
+    store_sums,
     tokens_of,
     wait_for_keys,
     wait_for_launch_before,
 )  # fmt: skip
-from prefix_kernels.backends.triton.hopper_dkeys import store_sums
-from prefix_kernels.backends.triton.launch import Call, cdiv, key_of, run
+from prefix_kernels.backends.triton.launch import Call, key_of, run
 from prefix_kernels.backends.triton.rows import Operand
-
-LENGTHS = (
-    "heads", "kv_heads", "q_len", "kv_len", "q_tokens", "k_tokens", "prefixes", "prefix_len", "lse_row", "lse_head",
-    "section",
-)  # fmt: skip
 
 
 @gluon.jit
@@ -261,13 +258,9 @@ def dq(
 ) -> None:  # fmt: skip
     """As dq_kernel of dq_kernel.py, which leaves delta behind."""
     tile, problem, rows, packed = call.tile("hopper_dq"), call.problem, call.rows.value, call.problem.varlen
-    programs = cdiv(problem.q_len, tile.BLOCK_M) * problem.heads * problem.batch
     q_tiles, grad_tiles = (descriptor(each.value.pointer, tile.BLOCK_M // 2, packed) for each in (q, grad_out))
-    # Nothing is read of an empty tensor, but a descriptor cannot be empty: q stands in.
-    columns = ((k, packed), (v, packed), (prefix_k, False), (prefix_v, False))
-    columns = [(each.value.pointer, of_row) for each, of_row in columns]
-    columns = [(tensor, of_row) if tensor.numel() else (q.value.pointer, packed) for tensor, of_row in columns]
-    keys = [descriptor(tensor, tile.BLOCK_N, of_row) for tensor, of_row in columns]
+    own, prefix = ([each.value.pointer for each in pair] for pair in ((k, v), (prefix_k, prefix_v)))
+    keys = key_descriptors(q.value.pointer, own, prefix, tile.BLOCK_N, packed)
     arguments = {
         "q": q_tiles, "grad_out": grad_tiles, "k": keys[0], "v": keys[1], "prefix_k": keys[2], "prefix_v": keys[3],
         "out": out.value.pointer, "lse": lse.value.pointer, "grad_lse": None if grad_lse is None else grad_lse.value.pointer,
@@ -284,4 +277,4 @@ def dq(
     }  # fmt: skip
     key = tile, problem.dtype, call.key, tuple(map(key_of, (out, lse, grad_lse, delta, dq)))
     options = {"num_warps": tile.num_warps, "maxnreg": REGISTERS}
-    run(hopper_dq_kernel, programs, call.device, key, arguments, dependent=True, **options)
+    run(hopper_dq_kernel, call.query_programs(tile), call.device, key, arguments, dependent=True, **options)

@@ -55,7 +55,7 @@ def run(
     kernel, programs: int, device: torch.device, key: Hashable, values: Mapping[str, Any], dependent: bool = False,
     **options: Any,
 ) -> None:  # fmt: skip
-    """Launches `programs` programs on a device. values: all of the kernel's arguments by name, constants too.
+    """Launches `programs` programs on a device. values: the kernel's arguments by name, constants too, among others.
 
     key: differs between any two calls of this kernel for which Triton might compile another one.
     dependent: the kernel calls wait_for_launch_before(DEPENDENT), and DEPENDENT is given here.
@@ -73,7 +73,7 @@ def run(
             compiled, in_order, _ = found
             compiled[programs, 1, 1](*map(_addressed, in_order(values)))
         else:
-            told = {name: value.value if type(value) is Operand else value for name, value in values.items()}
+            told = {name: _told(values[name]) for name in kernel.arg_names}
             compiled = kernel[(programs,)](**told, **{"enable_fp_fusion": True, **options})
             if compiled is not None:  # the interpreter compiles nothing
                 if len(_compiled) >= MOST_COMPILED:
@@ -81,6 +81,11 @@ def run(
                 _compiled[key] = compiled, itemgetter(*kernel.arg_names), kernel
     if thread.recorder is not None:
         thread.recorder.launched(compiled, programs, [values[name] for name in kernel.arg_names])
+
+
+def _told(value: Any) -> Any:
+    """An argument as Triton compiles it."""
+    return value.value if type(value) is Operand else value
 
 
 def _addressed(value: Any) -> Any:
@@ -151,6 +156,10 @@ class Call:
         problem = self.problem
         dim = max(problem.head_dim, problem.value_dim)
         return tile_sizes.find(kernel, self.device, problem.dtype, dim, problem.has_bias)
+
+    def query_programs(self, tile: Tile) -> int:
+        """One program for each block of queries of each head of each row."""
+        return cdiv(self.problem.q_len, tile.BLOCK_M) * self.problem.heads * self.problem.batch
 
     def launch(
         self, kernel, tile: Tile, programs: int, dependent: bool = False, **arguments: Operand | Tensor | int | None

@@ -105,12 +105,11 @@ ARCHITECTURES = (80, 90, 100)
 
 
 class Regime(NamedTuple):
-    """Calls of which a kernel for Hopper is faster than that for every GPU, and which file says so, or what is assumed."""
+    """Calls of which a kernel for Hopper is faster than that for every GPU."""
 
     head_dim: int
     least_q_len: int
     least_programs: int  # (128 queries) · heads · batch
-    results: str
 
     def covers(self, problem: AttentionProblem) -> bool:
         programs = -(-problem.q_len // 128) * problem.heads * problem.batch
@@ -119,9 +118,9 @@ class Regime(NamedTuple):
 
 
 # Elsewhere the kernel for every GPU is at least as fast; each kernel was timed against its other by itself.
-_LARGE = Regime(128, 256, 128, "nvidia-h200/tiles_128.json, at lengths of 512 and 2048")
-_WIDE = Regime(256, 9, 1, "nvidia-h200/tiles_256.json; assumed of fewer than 1024 queries, decoding (8) excepted")
-_WIDE_BACKWARD = Regime(256, 256, 128, "nvidia-h200/tiles_256.json; assumed of fewer than 512 programs")
+_LARGE = Regime(128, 256, 128)  # nvidia-h200/tiles_128.json, at lengths of 512 and 2048
+_WIDE = Regime(256, 9, 1)  # nvidia-h200/tiles_256.json; assumed of fewer than 1024 queries, decoding (8) excepted
+_WIDE_BACKWARD = Regime(256, 256, 128)  # nvidia-h200/tiles_256.json; assumed of fewer than 512 programs
 HOPPER_REGIMES: tuple[Regime, ...] = (_LARGE, _WIDE)
 HOPPER_BACKWARD_REGIMES: dict[str, tuple[Regime, ...]] = {
     "dq": (_LARGE,), "dkeys": (_LARGE, _WIDE_BACKWARD), "dprefix": (_LARGE, _WIDE_BACKWARD),
