@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from prefix_tuning import Prefix, PrefixedModel, attach_prefix, cli, distill, stacks
+from prefix_tuning import Prefix, PrefixedModel, attach_prefix, cli, distill, row_limits
 from prefix_tuning.data import IGNORED, PromptCompletionCollator, tokenize_example
 from prefix_tuning.distill import DistillSettings, mean_divergence, teacher_examples
 from prefix_tuning.loss import distillation_loss
@@ -184,7 +184,7 @@ def test_what_is_held_out_is_not_trained_on_and_rows_fit(max_length, longest, tm
     with pytest.raises(ValueError, match=r"rows\[0\]: \d+ tokens with the text in front"):
         distill.distill(model, tokenizer, short, tmp_path, settings, prompts=prompts, progress=False)
     roomy = tiny_model("llama", max_position_embeddings=1024)
-    for module in (distill, stacks):
+    for module in (distill, row_limits):
         monkeypatch.setattr(module, "tokens_left", lambda asked, offset: (1024 if offset == 0 else 512) - offset)
     distill.distill(roomy, tokenizer, short, tmp_path, settings, prompts=prompts, progress=False)
     trained, measured = ([example["input_ids"] for example in given[name]] for name in ("rows", "eval_rows"))
