@@ -11,7 +11,7 @@ from support.encoder_decoders import tiny_encoder_decoder
 from support.encoders import inputs_of, logits_of, tiny_encoder
 from support.models import random_prefix, tiny_model
 from support.peft_models import peft_model
-from support.training import DEVICES, losses, make_trainer
+from support.training import losses, make_trainer
 
 PREFIX_LEN = 5
 
@@ -91,12 +91,12 @@ def test_the_models_own_head_has_the_models_dtype():
     assert logits_of(model(**inputs)).isfinite().all()
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.gpu
 @pytest.mark.parametrize("name, parts", [("llama", None), ("bart", ("encoder", "cross"))])
-def test_a_trainer_takes_the_model_along(name, parts, device, tmp_path):
+def test_a_trainer_takes_the_model_along(name, parts, tmp_path):
     """From the CPU, where it was when the trainer was made; the MLP's keys and values and the parts left out come, too."""
     runs = []
-    for on in ("cpu", device):
+    for on in ("cpu", "cuda"):
         model = tiny_model(name) if parts is None else tiny_encoder_decoder(name, vocab_size=128)
         prefix = Prefix.for_model(model, PREFIX_LEN, parts=parts, reparametrization="mlp", seed=0)
         trainer = make_trainer(tmp_path / on, model, prefix, use_cpu=on == "cpu")
