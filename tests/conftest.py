@@ -83,7 +83,7 @@ def uninitialized_memory_is_nan():
 
 def pytest_collection_modifyitems(items):
     if processes > 1:  # what takes minutes first, else one process works on it when the others have nothing left
-        items.sort(key=lambda item: not item.name.startswith("test_in_the_interpreter"))
+        items.sort(key=lambda item: not item.name.startswith(("test_in_the_interpreter", "test_on_pretended_gpus")))
     if torch.cuda.is_available():
         return
     for item in items:

@@ -349,11 +349,6 @@ class Attachment:
     def _take_rows(self, stack: Stack, kwargs: dict) -> Tensor:
         """kwargs get the id of each row, for every layer; returns where the positions of each row start, [batch, 1]."""
         tokens = new_tokens(kwargs)
-        if tokens.device != self._bank.device:
-            raise ValueError(
-                f"prefix_ids: the model's tokens are on {tokens.device}, but its bank is on {self._bank.device}; attach the "
-                "bank after moving the model, and to models on one device alone"
-            )
         kwargs["prefix_ids"] = row_ids(self._bank, kwargs.get("prefix_ids", BANK_DEFAULT), len(tokens), tokens.device)
         return self._bank.position_offsets(kwargs["prefix_ids"])
 
@@ -386,7 +381,7 @@ def attach_prefix(
         model: a transformers model of a family in families.py or encoder_families.py, or a PeftModel of one with LoRA or the
             like, compiled or not. It gets no parameter, its weights stay.
         prefix: one made for this model's shape; each layer's part is moved to where that layer computes. Or a bank of them,
-            moved to the model's device and dtype: forward and generate then take prefix_ids, a list with a name or None (no
+            moved there, in the model's dtype: forward and generate then take prefix_ids, a list with a name or None (no
             prefix) for each row, or an int tensor [batch] from bank.ids; None is no prefix for any row, and a call without it
             gets the bank's default. Behind its prefix each row's positions start at that prefix's own position_offset.
         backend: the backend of prefix_attention; None picks one per call.
@@ -450,7 +445,7 @@ def _place(prefix: Prefix, every: list[Stack]) -> None:
 
 
 def _place_bank(bank: PrefixBank, model: nn.Module, every: list[Stack]) -> None:
-    """Moves a bank to where the layers compute; NotImplementedError for a model that cannot have one."""
+    """Moves each layer's tensors of a bank to where it computes; NotImplementedError for a model that cannot have one."""
     if list(part_shapes(model.config)) != ["decoder"]:
         raise NotImplementedError(f"model: a bank is served by causal models, got {type(model).__name__}")
     attention = [module for stack in every for modules in stack.attention.values() for module in modules]
@@ -459,7 +454,4 @@ def _place_bank(bank: PrefixBank, model: nn.Module, every: list[Stack]) -> None:
             f"model: a bank is not served, as {type(model).__name__} hands no further arguments to its attention modules"
         )
     bank.check_fits(model)
-    devices = set(map(execution_device, attention))
-    if len(devices) > 1:
-        raise NotImplementedError(f"model: a bank is served on one device, got layers on {sorted(map(str, devices))}")
-    bank.to(devices.pop(), model.dtype)
+    bank.to([execution_device(module) for module in attention], model.dtype)

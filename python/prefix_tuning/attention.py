@@ -55,7 +55,8 @@ class LayerPrefix:
         if self.bank_layer is None:
             return self.key, self.value, None
         storage = self.prefix.storage
-        return storage.keys[self.bank_layer], storage.values[self.bank_layer], storage.prefix_lens
+        key, value = storage.keys[self.bank_layer], storage.values[self.bank_layer]
+        return key, value, storage.prefix_lens.to(key.device)
 
     def __deepcopy__(self, memo: dict) -> LayerPrefix:
         """A copy of the model has its own; what was produced for a forward pass is not a part of that pass any more."""
@@ -106,6 +107,11 @@ def prefix_attention_forward(
         query = query if factor is None else (query * factor[:, None, :, None]).to(query.dtype)
     (prefix_key, prefix_value, prefix_lens), dtype = layer.taken(), query.dtype
     if prefix_key.device != query.device:  # of one MLP for layers in several places, or of no columns, which nobody moves
+        if layer.bank_layer is not None:
+            raise ValueError(
+                f"prefix_ids: a layer of the model is on {query.device}, but what the bank has for it on {prefix_key.device}; "
+                "attach the bank after moving the model"
+            )
         prefix_key, prefix_value = prefix_key.to(query.device), prefix_value.to(query.device)
     if prefix_key.dtype is not dtype and (prefix_key.dtype is not torch.float32 or dtype is torch.float64):
         prefix_key, prefix_value = prefix_key.to(dtype), prefix_value.to(dtype)
@@ -120,7 +126,8 @@ def prefix_attention_forward(
         prefix_len = prefix_key.shape[-2]
         own_len = prefix_len
         if prefix_lens is not None:
-            own_len = (prefix_lens[prefix_ids.clamp(min=0)] * (prefix_ids >= 0))[:, None]
+            slot = prefix_ids.clamp(0, len(prefix_lens) - 1)
+            own_len = (prefix_lens[slot] * (slot == prefix_ids))[:, None]
         positions = kwargs.get("position_ids")
         positions = None if positions is None else positions - layer.offset(prefix_ids)
         first_key_position, mask_bias = mask.sliding(prefix_len, own_len, positions, query.shape[2], key.shape[2], query.device)

@@ -23,8 +23,8 @@ class BankStorage:
     """The tensors of a bank. Prefixes are written into them; where they are to be others, so is the whole storage.
 
     Attributes:
-        keys, values: of each layer [capacity, kv_heads, max_prefix_len, dim].
-        prefix_lens: int32 [capacity].
+        keys, values: of each layer [capacity, kv_heads, max_prefix_len, dim], on the layer's device.
+        prefix_lens: int32 [capacity], on the first layer's device, as what follows.
         position_offsets: int64 [capacity + 1], of each prefix; the last is that of no prefix.
     """
 
@@ -38,8 +38,8 @@ class PrefixBank:
     """Named prefixes of one shape, of any lengths, to serve with attach_prefix(model, bank).
 
     A bank serves and does not train: it holds copies, without gradients, of the keys and values that each prefix had when it
-    was added, in the widest of their dtypes. attach_prefix brings them to the model's device and dtype, for good: what was
-    rounded for one model stays rounded.
+    was added, in the widest of their dtypes. attach_prefix brings them to where the model's layers compute and to its dtype,
+    for good: what was rounded for one model stays rounded.
 
     Of each layer there is one tensor of keys and one of values, [capacity, kv_heads, max_prefix_len, dim]. add() and
     remove() write in place while a prefix fits: captured graphs and compiled code stay valid, and see the change. A
@@ -90,7 +90,8 @@ class PrefixBank:
         longest = max(prefix.prefix_len for prefix in prefixes.values())
         stored = [next(prefix.parameters()) for prefix in prefixes.values()]
         dtype = functools.reduce(torch.promote_types, (parameter.dtype for parameter in stored))
-        self._allocate(max(capacity or 0, len(prefixes)), max(max_prefix_len or 0, longest), stored[0].device, dtype)
+        devices = [stored[0].device] * len(self.storage.keys)
+        self._allocate(max(capacity or 0, len(prefixes)), max(max_prefix_len or 0, longest), devices, dtype)
         for name, prefix in prefixes.items():
             self.add(name, prefix)
         self.default = default
@@ -123,9 +124,9 @@ class PrefixBank:
         return self.storage.keys[0].shape[2]
 
     @property
-    def device(self) -> torch.device:
-        """Where its tensors are."""
-        return self.storage.keys[0].device
+    def devices(self) -> tuple[torch.device, ...]:
+        """Where the keys and values of each layer are."""
+        return tuple(key.device for key in self.storage.keys)
 
     def add(self, name: str, prefix: Prefix) -> None:
         """Takes a copy of `prefix` as `name`; nothing changes for the other names. ValueError for a name that is taken."""
@@ -138,7 +139,7 @@ class PrefixBank:
             if len(self._slots) == self.capacity or prefix.prefix_len > self.max_prefix_len:
                 capacity = 2 * self.capacity if len(self._slots) == self.capacity else self.capacity
                 length = max(self.max_prefix_len, prefix.prefix_len)
-                self._allocate(capacity, length, self.device, self.storage.keys[0].dtype)
+                self._allocate(capacity, length, self.devices, self.storage.keys[0].dtype)
             slot = next(slot for slot in range(self.capacity) if slot not in self._slots.values())
             with torch.no_grad():
                 for layer, (key, value) in enumerate(prefix.layers()):
@@ -160,7 +161,7 @@ class PrefixBank:
             self.storage.position_offsets[slot] = 0
 
     def ids(self, names: Sequence[str | None], device: torch.device | str | None = None) -> Tensor:
-        """The id of each name, −1 for None (no prefix): int32 [len(names)], on the bank's device if none is given.
+        """The id of each name, −1 for None (no prefix): int32 [len(names)], on the first layer's device if none is given.
 
         A name keeps its id until it is removed. ValueError for a name that is not in the bank.
         """
@@ -171,7 +172,7 @@ class PrefixBank:
             if name is not None:
                 _check_known("prefix_ids", name, slots)
         ids = [NO_PREFIX if name is None else slots[name] for name in names]
-        return torch.tensor(ids, dtype=torch.int32, device=self.device if device is None else device)
+        return torch.tensor(ids, dtype=torch.int32, device=self.devices[0] if device is None else device)
 
     def names_of(self, ids: Tensor) -> list[str | None]:
         """The names that the ids stand for; None where it is none's."""
@@ -183,8 +184,13 @@ class PrefixBank:
         return sorted(set(ids.tolist()) - {NO_PREFIX, *self._slots.values()})
 
     def position_offsets(self, ids: Tensor) -> Tensor:
-        """Where the positions of each row start, int64 [rows, 1]: its prefix's position_offset, 0 without a prefix."""
-        return self.storage.position_offsets[ids][:, None]
+        """Where the positions of each row start, int64 [rows, 1]: its prefix's position_offset, 0 without a prefix.
+
+        Ids out of range count as −1, as in prefix_attention: on a GPU, where nobody has read them, indexing by them would end
+        the process.
+        """
+        offsets = self.storage.position_offsets.to(ids.device)
+        return offsets[ids.clamp(NO_PREFIX, len(offsets) - 1)][:, None]
 
     def check_fits(self, model: nn.Module) -> None:
         """ValueError where the prefixes were made for another shape than the model's."""
@@ -192,11 +198,11 @@ class PrefixBank:
         if self.shape != expected:
             raise ValueError(f"prefix: the bank's are made for {self.shape}, expected {expected} for {type(model).__name__}")
 
-    def to(self, device: torch.device, dtype: torch.dtype) -> None:
-        """Brings the storage there, by new tensors where it is elsewhere."""
+    def to(self, devices: Sequence[torch.device], dtype: torch.dtype) -> None:
+        """Brings each layer's tensors to its device, by new tensors where any is elsewhere."""
         with self._lock:
-            if (self.device, self.storage.keys[0].dtype) != (device, dtype):
-                self._allocate(self.capacity, self.max_prefix_len, device, dtype)
+            if (self.devices, self.storage.keys[0].dtype) != (tuple(devices), dtype):
+                self._allocate(self.capacity, self.max_prefix_len, devices, dtype)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "_lock"}
@@ -204,10 +210,10 @@ class PrefixBank:
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state, _lock=threading.Lock())
 
-    def _allocate(self, capacity: int, length: int, device: torch.device, dtype: torch.dtype) -> None:
+    def _allocate(self, capacity: int, length: int, devices: Sequence[torch.device], dtype: torch.dtype) -> None:
         """New storage with what the old one holds; that stays as it is where there is no memory for another."""
 
-        def moved(old: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        def moved(old: Tensor, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
             new = torch.zeros(shape, device=device, dtype=dtype)
             new[tuple(slice(size) for size in old.shape)] = old.to(device)
             torch._dynamo.mark_static_address(new)  # else torch.compile's CUDA graphs would copy the bank for every call
@@ -216,11 +222,14 @@ class PrefixBank:
         old = self.storage
         with torch.inference_mode(False), torch.no_grad():  # tensors of inference mode could not be written outside of it
             keys, values = (
-                tuple(moved(tensor, (capacity, tensor.shape[1], length, tensor.shape[3]), dtype) for tensor in tensors)
+                tuple(
+                    moved(tensor, (capacity, tensor.shape[1], length, tensor.shape[3]), device, dtype)
+                    for tensor, device in zip(tensors, devices, strict=True)
+                )
                 for tensors in (old.keys, old.values)
             )
-            prefix_lens = moved(old.prefix_lens, (capacity,), torch.int32)
-            position_offsets = moved(old.position_offsets, (capacity + 1,), torch.int64)
+            prefix_lens = moved(old.prefix_lens, (capacity,), devices[0], torch.int32)
+            position_offsets = moved(old.position_offsets, (capacity + 1,), devices[0], torch.int64)
         self.storage = BankStorage(keys, values, prefix_lens, position_offsets)
 
 

@@ -134,6 +134,6 @@ def _candidate_generator(
         model_kwargs = dict(model_kwargs)
         given, other = model_kwargs.pop("prefix_ids", BANK_DEFAULT), getattr(assistant_model, "prefix_bank", None)
         if other is not None:
-            names = bank.names_of(row_ids(bank, given, 1, bank.device))  # assisted decoding is of one row
+            names = bank.names_of(row_ids(bank, given, 1, bank.devices[0]))  # assisted decoding is of one row
             model_kwargs["prefix_ids"] = other.ids([name if name in other.names else other.default for name in names])
     return candidates(*args, model_kwargs=model_kwargs, assistant_model=assistant_model, **options)

@@ -1,0 +1,154 @@
+"""A model whose layers lie on two GPUs, or which lies on the second one, against the same model on the CPU.
+
+Run by test_pretended_gpus.py, where tensors say they lie on GPUs (support/pretended_gpus.py).
+"""
+
+import copy
+
+import pytest
+import torch
+from accelerate import dispatch_model
+
+from prefix_tuning import Prefix, PrefixBank, PrefixedModel, accelerate_peft, attach_prefix
+from prefix_tuning.generate import generate_texts
+from support.emulated_graphs import EmulatedGraph
+from support.generation import bank_of, padded
+from support.models import random_prefix, tiny_model
+from support.peft_models import peft_model
+from support.tokenizer import tiny_tokenizer
+from support.training import batch_of, losses, make_trainer
+
+NAMES = ["long", None, "short"]
+TOLERANCE = {"atol": 1e-4, "rtol": 1e-4}
+
+
+def on_two_gpus(model):
+    """A copy, its first layer on the first GPU, the others on the second."""
+    around = {f"model.{name}": 0 for name, _ in model.model.named_children() if name != "layers"}
+    layers = {f"model.layers.{index}": min(index, 1) for index in range(len(model.model.layers))}
+    return dispatch_model(copy.deepcopy(model), device_map=around | layers | {"lm_head": 1}, force_hooks=True)
+
+
+def on_the_second_gpu(model):
+    return copy.deepcopy(model).to("cuda:1")
+
+
+def both(model, place):
+    """(model, its device, …) on the CPU and elsewhere."""
+    elsewhere = place(model)
+    return ((model, "cpu"), (elsewhere, next(elsewhere.parameters()).device))
+
+
+def placed(call, device):
+    return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in call.items()}
+
+
+def assert_same(got, expected):
+    for one, other in zip(got, expected, strict=True):
+        torch.testing.assert_close(one.cpu(), other.cpu(), **TOLERANCE)
+
+
+@pytest.mark.parametrize("kind", ["prefix", "bank"])
+@pytest.mark.parametrize(
+    ("family", "place"),
+    [
+        ("llama", on_the_second_gpu),
+        ("llama", on_two_gpus),
+        ("llama4_temperature", on_two_gpus),  # scales queries by their positions
+        ("bamba", on_two_gpus),  # its attention is on the second GPU alone
+    ],
+)
+def test_logits_and_tokens(family, place, kind):
+    model, results = tiny_model(family), []
+    call = padded(3) | ({"prefix_ids": NAMES} if kind == "bank" else {})
+    for where, device in both(model, place):
+        given = placed(call, device)
+        with attach_prefix(where, bank_of(model) if kind == "bank" else random_prefix(model)):
+            outputs = [where(**given).logits]
+            for options in ({}, {"num_beams": 2}, {"cache_implementation": "static", "disable_compile": place is on_two_gpus}):
+                outputs.append(where.generate(**given, max_new_tokens=12, do_sample=False, **options))
+        results.append(outputs)
+    assert_same(*results)
+
+
+def test_a_bank_has_each_layer_s_tensors_where_it_computes():
+    model, results = tiny_model("mistral"), []
+    for where, device in both(model, on_two_gpus):
+        bank = bank_of(model)
+        with attach_prefix(where, bank, prefix_window="peft"):
+            bank.add("longer", random_prefix(model, 12))
+            call = placed(padded(3), device)
+            outputs = [where(**call, prefix_ids=["longer", None, "short"]).logits]
+            bank.remove("long")
+            outputs.append(where(**call, prefix_ids=bank.ids(["longer", None, "short"])).logits)
+        results.append(outputs)
+    assert_same(*results)
+    assert [device.index for device in bank.devices] == [0, 1, 1]
+
+
+@pytest.mark.parametrize(("family", "window"), [("gpt2", "pinned"), ("mistral", "peft")])
+def test_ids_that_nobody_reads_are_none_s(family, window):
+    model = tiny_model(family).to("cuda")
+    ids, bank = torch.ones(3, 12, dtype=torch.long, device="cuda"), bank_of(model)
+    with attach_prefix(model, bank, prefix_window=window):
+        got, expected = (
+            model(input_ids=ids, prefix_ids=torch.tensor(given, device="cuda")).logits for given in ([0, 99, -7], [0, -1, -1])
+        )
+    assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("reparametrization", [None, "mlp"])
+@pytest.mark.parametrize("options", [{}, {"padding_free": True}])
+def test_training(tmp_path, options, reparametrization):
+    results = []
+    for where, device in both(tiny_model("llama"), on_two_gpus):
+        prefix = Prefix.for_model(where, 5, seed=0, reparametrization=reparametrization)
+        trainer = make_trainer(tmp_path / str(device), where, prefix, options=options, use_cpu=device == "cpu")
+        trainer.train()
+        trainer.detach()
+        results.append((torch.tensor(losses(trainer)), *(tensor for pair in prefix.layers() for tensor in pair)))
+    assert_same(*results)
+
+
+def test_a_loop_of_one_s_own_on_the_second_gpu_is_recorded(monkeypatch):
+    monkeypatch.setattr(EmulatedGraph, "replays", 0)
+    results = []
+    for where, device in both(tiny_model("llama"), on_the_second_gpu):
+        prefix, found = random_prefix(where), []
+        with attach_prefix(where, prefix):
+            trained = PrefixedModel(where, prefix)
+            for seed in range(3):
+                loss = trained(**batch_of(3, 9, 3 * seed, device))["loss"]
+                loss.backward()
+                found.append(loss.detach())
+        results.append((*found, *(parameter.grad for parameter in prefix.parameters())))
+    assert_same(*results)
+    assert EmulatedGraph.replays > 0
+
+
+def test_a_text_as_a_prefix():
+    model, tokenizer, results = tiny_model("llama"), tiny_tokenizer(), []
+    for where, _ in both(model, on_two_gpus):
+        prefix = Prefix.from_text(where, tokenizer, "a pub by the river\n")
+        with attach_prefix(where, prefix):
+            texts = generate_texts(where, tokenizer, ["name : Aromi\n", "x"], max_new_tokens=5)
+        with attach_prefix(where, PrefixBank({"text": prefix}, "text")):
+            assert generate_texts(where, tokenizer, ["name : Aromi\n", "x"], max_new_tokens=5) == texts
+        results.append((list(prefix.parameters()), texts))
+    assert_same(results[1][0], results[0][0])
+    assert results[0][1] == results[1][1]
+
+
+def test_an_accelerated_peft_model():
+    results, state = [], None
+    for where, device in both(tiny_model("llama"), on_two_gpus):
+        model = peft_model(where, 5)
+        state = state or copy.deepcopy(model.prompt_encoder.state_dict())
+        model.prompt_encoder.load_state_dict(state)
+        model = accelerate_peft(model)
+        batch = batch_of(3, 9, device=device)
+        loss = model(**batch).loss
+        loss.backward()
+        tokens = model.generate(input_ids=batch["input_ids"], max_new_tokens=5, do_sample=False)
+        results.append((loss, model.prompt_encoder["default"].embedding.weight.grad, tokens))
+    assert_same(*results)
