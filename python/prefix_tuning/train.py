@@ -240,6 +240,9 @@ class PrefixTrainer(Trainer):
     devices (device_map) stays where it is, in one process. Callbacks get a PrefixedModel as `model`; what can generate is its
     attribute model.
 
+    On a GPU Trainer waits for each step's loss, to see that it is finite, before the prefix is updated; with
+    logging_nan_inf_filter=False the host prepares the next batch meanwhile.
+
     A checkpoint holds the prefix with its reparametrisation, and the state of optimiser, schedule and random numbers:
     train(resume_from_checkpoint=…) goes on as if never interrupted, but for the order of rows under group_by_length and
     dispatch_batches, which Trainer does not restore. save_model writes the prefix alone, for Prefix.load.
