@@ -54,7 +54,7 @@ def assert_same(got, expected):
     [
         ("llama", on_the_second_gpu),
         ("llama", on_two_gpus),
-        ("llama4_temperature", on_two_gpus),  # scales queries by their positions
+        ("ministral3", on_two_gpus),  # scales queries by their positions
         ("bamba", on_two_gpus),  # its attention is on the second GPU alone
     ],
 )

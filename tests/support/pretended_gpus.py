@@ -18,10 +18,8 @@ from torch.utils._python_dispatch import return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 aten = torch.ops.aten
-MEET = (  # operators that take tensors of several devices, as indices on the CPU
-    aten._to_copy.default, aten.copy_.default, aten.index.Tensor, aten.index_put.default, aten.index_put_.default,
-    aten._index_put_impl_.default,
-)  # fmt: skip
+MOVE = (aten._to_copy.default, aten.copy_.default)
+INDEX = (aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default)
 
 
 class GpuTensor(Tensor):
@@ -77,8 +75,9 @@ def _index(device: torch.device | None) -> int:
 
 
 def _check_devices(operator, tensors: list[Tensor]) -> None:
-    devices = [tensor.device for tensor in tensors if isinstance(tensor, GpuTensor) or tensor.dim() > 0]
-    if operator not in MEET and len(set(devices)) > 1:
+    indexed = operator in INDEX and isinstance(tensors[0], GpuTensor)  # by indices on the CPU, too
+    devices = [tensor.device for tensor in tensors if isinstance(tensor, GpuTensor) or (tensor.dim() > 0 and not indexed)]
+    if operator not in MOVE and len(set(devices)) > 1:
         raise RuntimeError(f"{operator}: expected all tensors to be on the same device, got {', '.join(map(str, devices))}")
 
 
