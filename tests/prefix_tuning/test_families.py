@@ -1,6 +1,6 @@
 """Every family and every capability against a reference, and the table of what works (README), which is made from these tests.
 
-pytest tests/prefix_tuning/test_families.py --update-support       writes family_support.json; then benchmarks/report.py
+`pytest tests/prefix_tuning/test_families.py --update-support` writes family_support.json; then benchmarks/report.py.
 """
 
 import json
@@ -24,7 +24,7 @@ SUPPORT = Path(__file__).with_name("family_support.json")
 
 
 def outcome(name: str, capability: str) -> str:
-    """ "yes", or why not: refused by us, or beyond the plain model. Anything that is wrong raises."""
+    """Either "yes" or why not: refused by us, or beyond the plain model. Anything that is wrong raises."""
     try:
         CAPABILITIES[capability](Case(name))
     except NotImplementedError as refusal:

@@ -344,10 +344,9 @@ def test_calls_underneath_a_peft_model_are_without_our_positions():
     _, model = twins(wrapper("gemma3"), PREFIX_LEN)
     rows, positions = torch.randint(3, 100, (2, 7)), []
     accelerate_peft(model)
-    hook = (
-        model.get_base_model()
-        .get_decoder()
-        .register_forward_hook(lambda module, args, kwargs, output: positions.append(kwargs["position_ids"]), with_kwargs=True)
+    decoder = model.get_base_model().get_decoder()
+    hook = decoder.register_forward_hook(
+        lambda module, args, kwargs, output: positions.append(kwargs["position_ids"]), with_kwargs=True
     )
     for side in (model.base_model, model):
         side(input_ids=rows, attention_mask=torch.tensor([[0] * 3 + [1] * 4, [1] * 7]))
