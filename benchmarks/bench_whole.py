@@ -43,7 +43,7 @@ from prefix_tuning.e2e import load_e2e, to_examples
 from prefix_tuning.offline_model import OFFLINE_MODEL, load_model_and_tokenizer
 from prefix_tuning.own_cache import CACHE
 from prefix_tuning.padding_free import PaddingFreeCollator
-from prefix_tuning.train import PrefixedModel
+from prefix_tuning.prefixed_model import PrefixedModel
 
 OUTPUT = Path(__file__).parent / "results" / "cpu" / "whole.json"
 SMOLLM2 = Model(OFFLINE_MODEL, "llama", 30, 576, 9, 3, 64, 1536, 49152)

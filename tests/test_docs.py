@@ -128,9 +128,11 @@ def test_first_readme_examples_run(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "runs/mine/prefix/prefix.safetensors").exists()
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert "name : Aromi" in capsys.readouterr().out
-    trained = names["prefix"].layers()[0][0].detach().clone()
-    exec(compile(loop, "README.md", "exec"), names)
-    assert not torch.equal(names["prefix"].layers()[0][0], trained)
+    for collator in ("PromptCompletionCollator(tokenizer)", "prefix_tuning.padding_free.PaddingFreeCollator()"):
+        trained = names["prefix"].layers()[0][0].detach().clone()
+        source = "import prefix_tuning.padding_free\n" + loop.replace("PromptCompletionCollator(tokenizer)", collator)
+        exec(compile(source, "README.md", "exec"), names)
+        assert not torch.equal(names["prefix"].layers()[0][0], trained)
 
 
 def test_further_readme_examples_run(tmp_path, monkeypatch):

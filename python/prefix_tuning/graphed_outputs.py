@@ -12,7 +12,7 @@ from transformers.utils import ModelOutput
 
 from prefix_tuning import cuda_graphs
 from prefix_tuning.data import IGNORED, without_idle_mask
-from prefix_tuning.graphed_training import GraphedSteps, Rows
+from prefix_tuning.graphed_training import GraphedSteps, Rows, load_labels
 
 SERVED = {"input_ids", "labels", "attention_mask", "num_items_in_batch", "use_cache", "return_dict"}
 GIVEN = {"loss", "logits"}  # the outputs of a replayed step
@@ -94,8 +94,7 @@ class _LossAndLogits:
         return outputs.loss, outputs.logits
 
     def load(self, labels: Tensor, count: Tensor | int | None) -> None:
-        self.labels[:, : labels.shape[1]] = labels
-        self.labels[:, labels.shape[1] :] = IGNORED
+        load_labels(self.labels, labels)
         if isinstance(count, Tensor):
             self.count.copy_(count.reshape(()))
         elif count is not None:

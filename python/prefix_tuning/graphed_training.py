@@ -15,13 +15,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from prefix_tuning import cuda_graphs
 from prefix_tuning.attention import LayerPrefix
 from prefix_tuning.data import IGNORED
 from prefix_tuning.devices import is_spread
-from prefix_tuning.loss import check_teacher, divergences, logits_at, loss_at, targets_of
+from prefix_tuning.loss import check_teacher, count_targets, divergences, logits_at, loss_at, targets_of
 from prefix_tuning.masks import idle_mask
 from prefix_tuning.packs import Pack, packed
 
@@ -73,18 +72,22 @@ class GraphedSteps:
         # The gradients inside are not scaled, so those of float16 could vanish.
         return not is_spread(self._model) and torch.float16 not in (self._model.dtype, _autocast(ids.device)) and ids.dim() == 2
 
-    def loss(self, labels: Tensor, *teacher: Tensor, pack: Pack | None = None, **inputs: Tensor) -> tuple[Tensor, int] | None:
+    def loss(
+        self, labels: Tensor, *teacher: Tensor, num_targets: int | None = None, pack: Pack | None = None, **inputs: Tensor
+    ) -> tuple[Tensor, int] | None:
         """As target_loss, or with a teacher's ids and probabilities as distillation_loss; None where it has to run as it is.
 
         Args:
+            num_targets: how many labelled tokens are predicted; None: it waits for their number.
             pack, inputs: as serves() takes them.
         """
         device, (rows, length) = inputs["input_ids"].device, labels.shape
         length = self._padded(length) if pack is None else rounded(length)
-        index, targets = targets_of(functional.pad(labels, (0, length - labels.shape[1]), value=IGNORED))
-        if not len(targets):
+        if num_targets is None:
+            num_targets = count_targets(labels)
+        if not num_targets:
             return None
-        shape, most = (rows, length), rounded(len(targets))
+        shape, most = (rows, length), rounded(num_targets)
         make_rows = partial(Rows, shape, device)
         if pack is not None:
             longest = 1 << (pack.max_seqlen - 1).bit_length()
@@ -92,15 +95,15 @@ class GraphedSteps:
             shape += rounded(sequences), longest, pack.parent is not None
             make_rows, inputs = partial(_PackedRow, *shape[1:], device), {**inputs, "pack": pack}
         if teacher:
-            check_teacher(len(targets), *teacher)
+            check_teacher(num_targets, *teacher)
             kept = teacher[0].shape[1]
-            step = self._step((*shape, most, kept), make_rows, partial(_Divergence, most, kept, device))
+            step = self._step((*shape, most, kept), make_rows, partial(_Divergence, (rows, length), most, kept, device))
         else:
-            step = self._step((*shape, most), make_rows, partial(_TargetLoss, most, device))
+            step = self._step((*shape, most), make_rows, partial(_TargetLoss, (rows, length), most, device))
         if step is None:
             return None
-        step.load(inputs, index, *(teacher or (targets,)))
-        return step.replay()[0], len(targets)
+        step.load(inputs, labels, *teacher)
+        return step.replay()[0], num_targets
 
     def _padded(self, length: int) -> int:
         """The length of the step that serves rows of this one."""
@@ -196,48 +199,41 @@ class _PackedRow(Rows):
 
 
 class _TargetLoss:
-    """The summed loss of at most that many labelled tokens."""
+    """The summed loss of at most that many labelled tokens of rows of this shape."""
 
-    def __init__(self, targets: int, device: torch.device):
-        self.index = torch.zeros(targets, dtype=torch.long, device=device)
-        self.targets = torch.full((targets,), IGNORED, device=device)
+    def __init__(self, shape: tuple[int, int], targets: int, device: torch.device):
+        self.labels = torch.full(shape, IGNORED, device=device)
+        self.most = targets
 
     def run(self, model: nn.Module, **inputs: Tensor) -> tuple[Tensor]:
-        return (loss_at(model, self.index, self.targets, **inputs),)
+        return (loss_at(model, *targets_of(self.labels, self.most), **inputs),)
 
-    def load(self, index: Tensor, targets: Tensor) -> None:
-        """The labelled tokens of the next replay.
-
-        Args:
-            index: in padded rows.
-        """
-        self.index[: len(index)] = index
-        self.targets[: len(targets)] = targets
-        self.targets[len(targets) :] = IGNORED
+    def load(self, labels: Tensor) -> None:
+        load_labels(self.labels, labels)
 
 
-class _Divergence:
+class _Divergence(_TargetLoss):
     """The summed divergence of at most that many labelled tokens from a teacher that names `kept` tokens for each."""
 
-    def __init__(self, targets: int, kept: int, device: torch.device):
-        self.index = torch.zeros(targets, dtype=torch.long, device=device)
-        self.counted = torch.zeros(targets, device=device)
+    def __init__(self, shape: tuple[int, int], targets: int, kept: int, device: torch.device):
+        super().__init__(shape, targets, device)
         self.ids = torch.zeros(targets, kept, dtype=torch.long, device=device)
         self.probs = torch.zeros(targets, kept, device=device)
 
     def run(self, model: nn.Module, **inputs: Tensor) -> tuple[Tensor]:
-        logits = logits_at(model, self.index, **inputs)
-        return ((divergences(logits, self.ids, self.probs) * self.counted).sum(),)  # a product of vectors would be autocast
+        index, targets = targets_of(self.labels, self.most)
+        found = divergences(logits_at(model, index, **inputs), self.ids, self.probs)
+        return (found.where(targets != IGNORED, 0).sum(),)
 
-    def load(self, index: Tensor, teacher_ids: Tensor, teacher_probs: Tensor) -> None:
-        """The labelled tokens of the next replay.
+    def load(self, labels: Tensor, teacher_ids: Tensor, teacher_probs: Tensor) -> None:
+        super().load(labels)
+        self.ids[: len(teacher_ids)], self.probs[: len(teacher_ids)] = teacher_ids, teacher_probs
 
-        Args:
-            index: in padded rows.
-        """
-        self.index[: len(index)] = index
-        self.ids[: len(index)], self.probs[: len(index)] = teacher_ids, teacher_probs
-        self.counted[: len(index)], self.counted[len(index) :] = 1, 0
+
+def load_labels(place: Tensor, labels: Tensor) -> None:
+    """Labels [rows, length] into a tensor for longer rows."""
+    place[:, : labels.shape[1]] = labels
+    place[:, labels.shape[1] :] = IGNORED
 
 
 class _Step:

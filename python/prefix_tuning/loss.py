@@ -11,13 +11,16 @@ from torch.nn import functional
 from prefix_tuning.data import IGNORED
 
 
-def target_loss(model: nn.Module, labels: Tensor, attention_mask: Tensor | None = None, **inputs: Any) -> tuple[Tensor, int]:
+def target_loss(
+    model: nn.Module, labels: Tensor, attention_mask: Tensor | None = None, *, num_targets: int | None = None, **inputs: Any
+) -> tuple[Tensor, int]:
     """Cross-entropy of the labelled tokens of a causal language model, each predicted from the tokens before it.
 
     Args:
         model: a transformers model with an output embedding, called without a cache.
         labels, attention_mask: int [batch, length]; labels −100 where there is no loss. The first token of a row is never
             predicted.
+        num_targets: as for `targets_of`.
         inputs: further arguments of the model: input_ids [batch, length] or inputs_embeds, and others.
 
     Returns:
@@ -26,16 +29,34 @@ def target_loss(model: nn.Module, labels: Tensor, attention_mask: Tensor | None 
     The output embedding sees only the hidden states that predict a target, as one contiguous block: its logits, the
     largest tensor of a step, are never built for prompts and padding.
     """
-    index, targets = targets_of(labels)
+    index, targets = targets_of(labels, num_targets)
     return loss_at(model, index, targets, attention_mask=attention_mask, **inputs), len(targets)
 
 
-def targets_of(labels: Tensor) -> tuple[Tensor, Tensor]:
+def targets_of(labels: Tensor, num_targets: int | None = None) -> tuple[Tensor, Tensor]:
     """Of labels [batch, length]: for each labelled token that is predicted the place of the token before it among all
-    batch · length, and its label, both int [targets]. Waits for the device."""
-    predicts = functional.pad(labels[:, 1:] != IGNORED, (0, 1))
-    index = predicts.flatten().nonzero()[:, 0]
-    return index, labels.flatten()[index + 1]
+    batch · length, and its label, both int [targets].
+
+    Args:
+        num_targets: how many to give, the first ones; where there are fewer, with IGNORED as label. None: all, for whose
+            number the host waits.
+    """
+    following = functional.pad(labels[:, 1:], (0, 1), value=IGNORED).flatten()
+    if num_targets is None:
+        index = (following != IGNORED).nonzero()[:, 0]
+    else:
+        number = torch.arange(1, num_targets + 1, device=labels.device)
+        index = torch.searchsorted((following != IGNORED).cumsum(0), number).clamp(max=len(following) - 1)
+    return index, following[index]
+
+
+def count_targets(labels: Tensor) -> int:
+    """How many labelled tokens of a causal model are predicted. Waits for the device.
+
+    Args:
+        labels: int [batch, length].
+    """
+    return int((labels[:, 1:] != IGNORED).sum())
 
 
 def loss_at(model: nn.Module, index: Tensor, targets: Tensor, **inputs: Any) -> Tensor:
@@ -61,12 +82,13 @@ def logits_at(model: nn.Module, index: Tensor, **inputs: Any) -> Tensor:
 
 
 def distillation_loss(
-    model: nn.Module, labels: Tensor, teacher_ids: Tensor, teacher_probs: Tensor, **inputs: Any
-) -> tuple[Tensor, int]:
+    model: nn.Module, labels: Tensor, teacher_ids: Tensor, teacher_probs: Tensor, *, num_targets: int | None = None,
+    **inputs: Any,
+) -> tuple[Tensor, int]:  # fmt: skip
     """How far a causal model's predictions of the labelled tokens are from a teacher's.
 
     Args:
-        model, labels, inputs: as for `target_loss`; which tokens the labels name does not matter.
+        model, labels, num_targets, inputs: as for `target_loss`; which tokens the labels name does not matter.
         teacher_ids: int [targets, k], the teacher's likeliest tokens at each labelled token, in the order of the labels.
         teacher_probs: float [targets, k], the probabilities that it gives them.
 
@@ -74,7 +96,7 @@ def distillation_loss(
         (the sum over targets of the Kullback-Leibler divergence of the model from the teacher in nats, float32 scalar; the
         number of targets). All tokens but the k count as one, so it is at most the divergence over the whole vocabulary.
     """
-    index, targets = targets_of(labels)
+    index, targets = targets_of(labels, num_targets)
     check_teacher(len(targets), teacher_ids, teacher_probs)
     return divergences(logits_at(model, index, **inputs), teacher_ids, teacher_probs).sum(), len(targets)
 

@@ -38,8 +38,9 @@ class PaddingFreeCollator:
         first_position: what the position of a row's first token is.
 
     Returns input_ids, labels and position_ids, int64 [1, tokens], position_ids starting anew with each example; cu_seqlens,
-    int32 [1, sequences + 1], where the sequences begin, and the end; max_seqlen, the length of the longest; and where examples
-    share anything parent, int32 [1, sequences], the sequence that one goes on from, or −1; and `teacher_targets`.
+    int32 [1, sequences + 1], where the sequences begin, and the end; the ints max_seqlen, the length of the longest, and
+    num_targets, how many labels are not −100; where examples share anything parent, int32 [1, sequences], the sequence that
+    one goes on from, or −1; and `teacher_targets`.
 
     Raises ValueError as `tokens_and_labels`.
     """
@@ -60,12 +61,14 @@ class PaddingFreeCollator:
             sequences += [(rows[index][0][shared:], rows[index][1][shared:], shared, parent) for index in members]
         lengths = [len(ids) for ids, *_ in sequences]
         positions = [range(start, start + length) for length, (_, _, start, _) in zip(lengths, sequences, strict=True)]
+        learnt = [label for _, labels, *_ in sequences for label in labels]
         return {
             "input_ids": _row([token for ids, *_ in sequences for token in ids]),
-            "labels": _row([label for _, labels, *_ in sequences for label in labels]),
+            "labels": _row(learnt),
             "position_ids": _row([position for span in positions for position in span]) + self.first_position,
             "cu_seqlens": _row([0, *accumulate(lengths)], torch.int32),
             "max_seqlen": max(lengths),
+            "num_targets": len(learnt) - learnt.count(IGNORED),
             **({"parent": _row([parent for *_, parent in sequences], torch.int32)} if len(sequences) > len(rows) else {}),
             **teacher_targets([examples[index] for members, _ in groups for index in members]),
         }
@@ -117,16 +120,25 @@ def allowed_by(trainer: Trainer, wanted: bool | None) -> bool | None:
 
     NotImplementedError where several processes cannot share the batches that are wanted.
     """
-    streamed = isinstance(trainer.train_dataset, IterableDataset)
-    dispatched = trainer.args.world_size > 1 and (streamed or bool(trainer.args.accelerator_config.dispatch_batches))
-    if wanted and dispatched:
+    if wanted and is_dispatched(trainer):
         raise NotImplementedError(
             "padding_free: several processes need a train_dataset that has a length, and args without dispatch_batches"
         )
-    own = trainer.compute_loss_func is not None or any(
+    streamed = isinstance(trainer.train_dataset, IterableDataset)
+    return False if wanted is None and (streamed or is_dispatched(trainer) or has_own_code(trainer)) else wanted
+
+
+def is_dispatched(trainer: Trainer) -> bool:
+    """Whether one process makes the training batches of all, and cuts them into theirs."""
+    streamed = isinstance(trainer.train_dataset, IterableDataset)
+    return trainer.args.world_size > 1 and (streamed or bool(trainer.args.accelerator_config.dispatch_batches))
+
+
+def has_own_code(trainer: Trainer) -> bool:
+    """Whether code of the user's own reads the training batches."""
+    return trainer.compute_loss_func is not None or any(
         getattr(getattr(trainer, name), "__func__", None) is not getattr(Trainer, name) for name in _READ_BATCHES
     )
-    return False if wanted is None and (streamed or dispatched or own) else wanted
 
 
 def padding_free_collator(

@@ -11,6 +11,8 @@ from prefix_tuning.bank import PrefixBank
 from prefix_tuning.encoder_families import ENCODER_DECODERS
 from prefix_tuning.families import FAMILIES
 from prefix_tuning.multimodal_families import text_part
+from prefix_tuning.prefix import Prefix
+from prefix_tuning.shapes import check_int
 from prefix_tuning.stacks import Stack, stacks
 from prefix_tuning.task import Task, task_of
 
@@ -33,6 +35,20 @@ def longest_row(model: nn.Module, max_length: int | None) -> int | None:
         return row_limit(model, _offsets(model, None, 1)[0], max_length)
     except NotImplementedError:  # a plain model of a family that is not served
         return max_length
+
+
+def training_length(model: nn.Module, prefix: Prefix, max_length: int | None) -> int | None:
+    """row_limit behind a prefix.
+
+    Raises ValueError for a max_length below 1, and where the prefix takes all of the model's positions.
+    """
+    if max_length is not None:
+        check_int("max_length", max_length, at_least=1)
+    left = tokens_left(model, prefix.position_offset)
+    if left is not None and left < 1:
+        most = text_part(model.config).max_position_embeddings
+        raise ValueError(f"prefix: it takes {prefix.position_offset} of the model's {most} positions, which leaves none")
+    return row_limit(model, prefix.position_offset, max_length)
 
 
 def pair_limits(model: nn.Module) -> tuple[int | None, int | None]:

@@ -6,7 +6,6 @@ import copy
 import inspect
 import logging
 from collections.abc import Mapping
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,19 +26,22 @@ from transformers.trainer_utils import TrainOutput
 from transformers.utils import find_labels
 
 from prefix_tuning.attach import Attachment, attach_prefix
-from prefix_tuning.checkpointing import LayerCheckpointing
 from prefix_tuning.checkpoints import last_checkpoint, load_checkpoint
-from prefix_tuning.data import IGNORED, default_collator, tokenized, without_idle_mask
+from prefix_tuning.data import default_collator, tokenized, without_idle_mask
 from prefix_tuning.devices import is_spread
-from prefix_tuning.graphed_training import GraphedSteps
-from prefix_tuning.loss import distillation_loss, divergences, encoder_decoder_loss, sum_loss, target_loss
-from prefix_tuning.masks import idle_mask
-from prefix_tuning.multimodal_families import text_part
-from prefix_tuning.packs import NEEDS_PADDING, Pack, current_pack, packed
-from prefix_tuning.padding_free import PaddingFreeCollator, allowed_by, asked_for, padding_free_collator, why_padded
+from prefix_tuning.loss import count_targets
+from prefix_tuning.padding_free import (
+    PaddingFreeCollator,
+    allowed_by,
+    asked_for,
+    has_own_code,
+    is_dispatched,
+    padding_free_collator,
+)
 from prefix_tuning.prefix import Prefix
-from prefix_tuning.row_limits import row_limit, tokens_left
-from prefix_tuning.shapes import check_int, check_model
+from prefix_tuning.prefixed_model import PrefixedModel
+from prefix_tuning.row_limits import training_length
+from prefix_tuning.shapes import check_model
 from prefix_tuning.task import Task, task_of
 
 logger = logging.getLogger(__name__)
@@ -49,160 +51,6 @@ _REFUSED = (
     "label_smoothing_factor", "neftune_noise_alpha", "use_liger_kernel", "bf16_full_eval", "fp16_full_eval", "fsdp",
     "deepspeed", "parallelism_config", "push_to_hub",
 )  # fmt: skip
-
-
-class PrefixedModel(nn.Module):
-    """A frozen model and the prefix attached to it, as one module whose only trainable parameters are the prefix's.
-
-    PrefixTrainer makes one of its own; around it stands a training loop of yours:
-
-        with attach_prefix(model, prefix):
-            trained = PrefixedModel(model, prefix)
-            for batch in batches:  # input_ids, labels (−100 where no loss is), and attention_mask where rows are padded
-                trained(**batch)["loss"].backward()
-
-    train() puts the prefix alone in training mode. forward returns {"loss"}. For a model that writes text, causal or
-    encoder-decoder, that is the mean cross-entropy of the target tokens, or their sum divided by num_items_in_batch, and
-    with return_logits there are also "logits" [batch, length, vocabulary]. Any other model has its own loss, and its logits
-    come with it: "logits", or "start_logits" and "end_logits".
-
-    Args:
-        cuda_graphs: on a GPU a training step of a causal model is replayed as a CUDA graph where it can be (GraphedSteps). The
-            model's own code then runs for new shapes of batches alone; with forward hooks of others it always does.
-
-    Raises ValueError for a model that has not this prefix attached, when it is made and when it is called.
-    """
-
-    def __init__(self, model: PreTrainedModel, prefix: Prefix, cuda_graphs: bool = True):
-        super().__init__()
-        self._attention = [module for module in model.modules() if hasattr(module, "layer_prefix")][:1]  # no submodule here
-        self._check_attached(prefix)
-        self.task = task_of(model)
-        # Trainer passes num_items_in_batch: accumulated steps then add up to one big batch.
-        self.accepts_loss_kwargs = self.task is not Task.OWN_LOSS
-        if self.task is Task.CAUSAL:
-            self.loss_type = "ForCausalLM"  # Trainer counts labels from the second token on
-        trained = [parameter for parameter in prefix.parameters() if parameter.requires_grad]
-        self.model = model.requires_grad_(False)
-        for parameter in trained:  # those of a head stand in the model too
-            parameter.requires_grad_(True)
-        self.prefix = prefix
-        self.checkpointing: LayerCheckpointing | None = None
-        self._needs_padding: str | None = None  # why, "" if it does not; None before it is asked
-        self.graphs = None
-        if cuda_graphs and self.task is Task.CAUSAL:
-            self.graphs = GraphedSteps(model, prefix, _max_length(model, prefix, None))
-        self.train(self.training)
-
-    def train(self, mode: bool = True) -> PrefixedModel:
-        self.training = mode
-        self.prefix.train(mode)
-        self.model.eval()
-        return self
-
-    def _check_attached(self, prefix: Prefix) -> None:
-        attached = [module.layer_prefix.prefix for module in self._attention if hasattr(module, "layer_prefix")]
-        if not attached or attached[0] is not prefix:
-            found = "another prefix" if attached else "no prefix"
-            raise ValueError(f"model: it has {found} attached; attach_prefix(model, prefix) comes first")
-
-    def forward(
-        self,
-        labels: Tensor | None = None,
-        num_items_in_batch: Tensor | int | None = None,
-        return_logits: bool = False,
-        teacher_ids: Tensor | None = None,
-        teacher_probs: Tensor | None = None,
-        cu_seqlens: Tensor | None = None,
-        max_seqlen: int | None = None,
-        parent: Tensor | None = None,
-        **inputs: Any,
-    ) -> dict[str, Tensor]:
-        """The loss of a batch, and its logits where the class says so.
-
-        With teacher_ids and teacher_probs the loss of a causal model is the mean divergence from the teacher that has these
-        probabilities (`distillation_loss`).
-
-        Args:
-            labels: int [batch, length], or what the model takes.
-            cu_seqlens, max_seqlen, parent: of a batch that is one row of several sequences, as PaddingFreeCollator makes it.
-            inputs: further arguments, input_ids among them, which go to the model.
-        """
-        self._check_attached(self.prefix)
-        outputs = partial(self._outputs, labels, num_items_in_batch, return_logits, teacher_ids, teacher_probs)
-        if cu_seqlens is None and max_seqlen is None and parent is None:
-            return outputs(inputs)
-        if torch.compiler.is_compiling():
-            raise NotImplementedError(f"cu_seqlens: a PrefixedModel that is compiled {NEEDS_PADDING}")
-        if self._needs_padding is None:
-            self._needs_padding = why_padded(self.model) or ""
-        if self._needs_padding:
-            raise NotImplementedError(f"cu_seqlens: {type(self.model).__name__} {NEEDS_PADDING}: {self._needs_padding}")
-        pack = Pack.of_batch(cu_seqlens, max_seqlen, parent, inputs)
-        with packed(pack), idle_mask(inputs["input_ids"]) as mask:
-            found = outputs({**inputs, "attention_mask": mask})
-        pack.check_taken()
-        return found
-
-    def _outputs(
-        self, labels: Tensor | None, num_items_in_batch: Tensor | int | None, return_logits: bool,
-        teacher_ids: Tensor | None, teacher_probs: Tensor | None, inputs: dict[str, Any],
-    ) -> dict[str, Tensor]:  # fmt: skip
-        teacher = () if teacher_ids is None else (teacher_ids, teacher_probs)
-        if (teacher_ids is None) != (teacher_probs is None) or (teacher and self.task is not Task.CAUSAL):
-            raise ValueError("teacher_ids, teacher_probs: expected both or neither, and both for a causal model alone")
-        with nullcontext() if self.checkpointing is None else self.checkpointing.active():
-            if self.task is Task.OWN_LOSS:
-                outputs = self.model(**inputs, labels=labels) if labels is not None else self.model(**inputs)
-                return {name: outputs[name] for name in ("loss", "logits", "start_logits", "end_logits") if name in outputs}
-            if labels is None:
-                return {"logits": self.model(**inputs, use_cache=False, return_dict=True).logits}
-            if self.task is Task.ENCODER_DECODER:
-                loss, count, logits = encoder_decoder_loss(self.model, labels=labels, **inputs)
-                outputs = {"logits": logits} if return_logits else {}
-            elif not return_logits:
-                loss, count = self._target_loss(labels, inputs, teacher)
-                outputs = {}
-            else:
-                logits = self.model(**inputs, use_cache=False, return_dict=True).logits
-                wanted = labels[:, 1:] != IGNORED
-                predicted, count = logits[:, :-1][wanted], int(wanted.sum())
-                loss = divergences(predicted, *teacher).sum() if teacher else sum_loss(predicted, labels[:, 1:][wanted])
-                outputs = {"logits": logits}
-        items = count if num_items_in_batch is None else num_items_in_batch
-        # Without any target the loss is 0, and so are its gradients.
-        return {"loss": loss / (items.clamp(min=1) if isinstance(items, Tensor) else max(items, 1)), **outputs}
-
-    def _target_loss(self, labels: Tensor, inputs: dict[str, Any], teacher: tuple[Tensor, ...]) -> tuple[Tensor, int]:
-        replayed = None
-        pack, unmasked = current_pack(), {name: value for name, value in inputs.items() if name != "attention_mask"}
-        if self.graphs is not None and self.checkpointing is None and self.graphs.serves(unmasked, pack):
-            if pack is None and "attention_mask" not in without_idle_mask({**inputs, "labels": labels}, wait=True):
-                inputs = unmasked  # the labels are waited for as well
-            if pack is not None or "attention_mask" not in inputs:
-                replayed = self.graphs.loss(labels, *teacher, pack=pack, **unmasked)
-        if replayed is not None:
-            return replayed
-        return (distillation_loss if teacher else target_loss)(self.model, labels, *teacher, **inputs)
-
-    def activation_checkpointing_enable(
-        self,
-        activation_checkpointing_kwargs: dict[str, Any] | None = None,
-        every_n_layers: int = 1,
-        offload: bool = False,
-    ) -> None:
-        """What Trainer calls for args.gradient_checkpointing; see LayerCheckpointing."""
-        if offload:
-            raise NotImplementedError("offload: saved activations cannot be moved off the device")
-        if self.checkpointing is not None:
-            self.checkpointing.undo()
-        self.checkpointing = LayerCheckpointing(self.model, every_n_layers, **activation_checkpointing_kwargs or {})
-
-    def gradient_checkpointing_enable(
-        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
-    ) -> None:
-        """The name by which older versions of transformers (5.17) call activation_checkpointing_enable."""
-        self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **options)
 
 
 class PrefixTrainer(Trainer):
@@ -241,7 +89,7 @@ class PrefixTrainer(Trainer):
     attribute model.
 
     On a GPU Trainer waits for each step's loss, to see that it is finite, before the prefix is updated; with
-    logging_nan_inf_filter=False the host prepares the next batch meanwhile.
+    logging_nan_inf_filter=False the host waits for none that is not logged, and prepares the next batches meanwhile.
 
     A checkpoint holds the prefix with its reparametrisation, and the state of optimiser, schedule and random numbers:
     train(resume_from_checkpoint=…) goes on as if never interrupted, but for the order of rows under group_by_length and
@@ -291,7 +139,7 @@ class PrefixTrainer(Trainer):
             if train_dataset is not None and not any(p.requires_grad for p in prefix.parameters()):
                 raise ValueError("prefix: none of its parameters requires a gradient; prefix.requires_grad_() lets them")
             self.prefix = prefix
-            self.max_length = _max_length(model, prefix, max_length)
+            self.max_length = training_length(model, prefix, max_length)
             self._tokenized = partial(
                 tokenized, task=self.task, max_length=self.max_length, own_collator=own_collator,
                 all_columns=not args.remove_unused_columns,
@@ -309,10 +157,10 @@ class PrefixTrainer(Trainer):
             )
             self._check_launcher()
             dynamo = getattr(self.accelerator.state, "dynamo_plugin", None)
-            compiled = args.torch_compile or getattr(dynamo, "backend", DynamoBackend.NO) != DynamoBackend.NO
+            self._compiled = args.torch_compile or getattr(dynamo, "backend", DynamoBackend.NO) != DynamoBackend.NO
             self._padded_collator = self.data_collator
             self._padding_free_collator = partial(
-                padding_free_collator, model, compiled=compiled, slides=prefix_window == "peft", backend=backend
+                padding_free_collator, model, compiled=self._compiled, slides=prefix_window == "peft", backend=backend
             )
             if padding_free:
                 self._padding_free()  # where it cannot be, the constructor says so
@@ -359,7 +207,7 @@ class PrefixTrainer(Trainer):
     def get_train_dataloader(self) -> DataLoader:
         padded = self.data_collator
         if padded is self._padded_collator:  # nobody has set another one
-            self.data_collator = self._padding_free() or padded
+            self.data_collator = self._padding_free() or self._counting(padded)
         try:
             return super().get_train_dataloader()
         finally:
@@ -368,6 +216,12 @@ class PrefixTrainer(Trainer):
     def _padding_free(self) -> PaddingFreeCollator | None:
         """What makes batches without padding, None for padded ones; by what holds when it is asked, as training begins."""
         return self._padding_free_collator(allowed_by(self, self._padding_free_wanted))
+
+    def _counting(self, data_collator: DataCollator) -> DataCollator:
+        """One that counts the targets of a causal model's batches before they go to a GPU, where the host would wait for it."""
+        counts = self.args.device.type != "cpu" and self.task is Task.CAUSAL
+        plain = not (self._compiled or is_dispatched(self) or has_own_code(self))
+        return partial(_counted, data_collator) if counts and plain else data_collator
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         return super().get_eval_dataloader(self._tokenized("eval_dataset", eval_dataset, self.processing_class))
@@ -408,7 +262,7 @@ class PrefixTrainer(Trainer):
     def _collator(self, data_collator: DataCollator, model: PreTrainedModel, args: TrainingArguments) -> DataCollator:
         if self.task is not Task.CAUSAL or args.include_num_input_tokens_seen == "non_padding":  # counted by the mask
             return data_collator
-        return partial(_collate, data_collator, _max_length(model, self.prefix, None))
+        return partial(_collate, data_collator, training_length(model, self.prefix, None))
 
     def _set_signature_columns_if_needed(self) -> None:
         """What a row may hold is what the model inside takes."""
@@ -453,6 +307,14 @@ def _collate(data_collator: DataCollator, positions: int | None, examples: list)
     return without_idle_mask(batch) if fits else batch
 
 
+def _counted(data_collator: DataCollator, examples: list) -> dict[str, Any]:
+    """A batch of a causal model with the number of its targets."""
+    batch = data_collator(examples)
+    labels = batch.get("labels")
+    counts = isinstance(labels, Tensor) and labels.dim() == 2 and labels.device.type == "cpu"
+    return {**batch, "num_targets": count_targets(labels)} if counts else batch
+
+
 def _check_args(model: nn.Module, args: TrainingArguments, others: Mapping[str, Any]) -> None:
     if not isinstance(args, TrainingArguments):
         raise TypeError(f"args: expected TrainingArguments, got {type(args).__name__}")
@@ -466,14 +328,3 @@ def _check_args(model: nn.Module, args: TrainingArguments, others: Mapping[str, 
         if not is_spread(model):
             logger.warning(f"{args.n_gpu} GPUs are visible and one is used; start one process for each with torchrun")
         args._n_gpu = 1
-
-
-def _max_length(model: PreTrainedModel, prefix: Prefix, max_length: int | None) -> int | None:
-    """max_length, or the tokens that the model has positions for behind the prefix where that is less; None: no limit."""
-    if max_length is not None:
-        check_int("max_length", max_length, at_least=1)
-    left = tokens_left(model, prefix.position_offset)
-    if left is not None and left < 1:
-        most = text_part(model.config).max_position_embeddings
-        raise ValueError(f"prefix: it takes {prefix.position_offset} of the model's {most} positions, which leaves none")
-    return row_limit(model, prefix.position_offset, max_length)

@@ -4,14 +4,18 @@ Run by test_pretended_gpus.py, where tensors say they lie on GPUs (support/prete
 """
 
 import copy
+import traceback
 
 import pytest
 import torch
 from accelerate import dispatch_model
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import TrainerCallback
 
 from prefix_tuning import Prefix, PrefixBank, PrefixedModel, accelerate_peft, attach_prefix
 from prefix_tuning.generate import generate_texts
-from support.emulated_graphs import EmulatedGraph
+from support.emulated_graphs import READ_BY_THE_HOST, EmulatedGraph
 from support.generation import bank_of, padded
 from support.models import random_prefix, tiny_model
 from support.peft_models import peft_model
@@ -124,6 +128,43 @@ def test_a_loop_of_one_s_own_on_the_second_gpu_is_recorded(monkeypatch):
         results.append((*found, *(parameter.grad for parameter in prefix.parameters())))
     assert_same(*results)
     assert EmulatedGraph.replays > 0
+
+
+class Waits(TorchDispatchMode):
+    """What reads a GPU's values in the block, as (operator, the file that calls for it)."""
+
+    def __enter__(self):
+        self.found = []
+        return super().__enter__()
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        on_gpu = any(isinstance(leaf, torch.Tensor) and leaf.is_cuda for leaf in tree_leaves((args, kwargs)))
+        to_cpu = kwargs.get("device") is not None and torch.device(kwargs["device"]).type == "cpu"
+        if on_gpu and (operator in READ_BY_THE_HOST or (operator is torch.ops.aten._to_copy.default and to_cpu)):
+            files = [frame.filename for frame in traceback.extract_stack() if "/torch/" not in frame.filename]
+            self.found.append((str(operator), files[-2]))
+        return operator(*args, **kwargs)
+
+
+@pytest.mark.parametrize("options", [{}, {"padding_free": True}], ids=["padded", "padding free"])
+def test_a_trainer_s_steps_wait_for_nothing(tmp_path, options):
+    """Recorded and replayed ones, between two that are logged."""
+    waits = []
+
+    class Watch(TrainerCallback):
+        def on_step_begin(self, *args, **kwargs):
+            waits.append(Waits())
+            waits[-1].__enter__()
+
+        def on_optimizer_step(self, *args, **kwargs):
+            waits[-1].__exit__(None, None, None)
+
+    changes = {"max_steps": 6, "logging_steps": 100, "logging_nan_inf_filter": False, "use_cpu": False}
+    trainer = make_trainer(tmp_path, options=options | {"callbacks": [Watch()]}, **changes)
+    trainer.train()
+    trainer.detach()
+    assert len(waits) == 6 and not any(step.found for step in waits), [step.found for step in waits]
 
 
 def test_a_text_as_a_prefix():

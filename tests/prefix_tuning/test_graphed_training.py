@@ -10,7 +10,7 @@ import torch
 from prefix_tuning import Prefix, PrefixBank, attach_prefix, cuda_graphs
 from prefix_tuning.data import IGNORED
 from prefix_tuning.graphed_training import MOST_GRAPHS, rounded
-from prefix_tuning.train import PrefixedModel
+from prefix_tuning.prefixed_model import PrefixedModel
 from support.models import random_prefix, tiny_model
 from support.training import DEVICES, ROWS, batch_of, losses, silent_trainer
 
@@ -79,6 +79,8 @@ def test_steps_equal(device, family, mlp):
         optimizer = torch.optim.AdamW(prefix.parameters(), lr=1e-2)
         for number, size in enumerate(SIZES):
             batch = batch_of(*size, seed=number, device=device)
+            if number % 2:  # counted by who calls, too
+                batch["num_targets"] = int((batch["labels"][:, 1:] != IGNORED).sum())
             assert_step(trained, batch)
             optimizer.step()
             optimizer.zero_grad()
@@ -193,6 +195,23 @@ def test_rows_longer_than_the_model_has_positions_for_keep_their_mask(graphs):
         for _ in range(3):
             assert step(trained, batch)[0].isfinite()
         assert not trained.graphs._steps
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"num_targets": 9}, ValueError, "num_targets: expected 12, the labels from each row's second token on, got 9"),
+        ({"num_targets": -1}, ValueError, "num_targets: got -1, expected at least 0"),
+        ({"num_targets": 12.0}, TypeError, "num_targets: got 12.0, expected an int"),
+        ({"num_targets": 12, "labels": None}, ValueError, "num_targets: expected labels beside it"),
+    ],
+    ids=str,
+)
+def test_a_number_of_targets_that_is_none_is_refused(changes, error, message):
+    model = tiny_model("llama")
+    batch = batch_of(3, 9) | changes
+    with attach_prefix(model, prefix := random_prefix(model)), pytest.raises(error, match=message):
+        PrefixedModel(model, prefix)(**batch)
 
 
 def test_a_model_without_a_prefix_is_refused():

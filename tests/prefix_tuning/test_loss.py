@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional
 
 from prefix_tuning import attach_prefix
-from prefix_tuning.loss import sum_loss, target_loss
+from prefix_tuning.loss import sum_loss, target_loss, targets_of
 from support.models import FAMILIES, VOCABULARY, random_prefix, tiny_model
 
 TOLERANCE = {"atol": 1e-5, "rtol": 1e-4}
@@ -66,6 +66,19 @@ def test_the_head_sees_target_tokens_alone():
     assert states.shape == (1, TARGETS, 64) and states.is_contiguous()
     assert logits_shape == (1, TARGETS, VOCABULARY)
     torch.testing.assert_close(states[0], torch.vstack([hidden[0, 4:7], hidden[1, 1:3], hidden[2, 5:7]]))
+
+
+@pytest.mark.parametrize("surplus", (-2, 0, 3))
+def test_targets_of_a_given_number(surplus):
+    """The first ones; those that there are not count nothing, whatever stands in the last column."""
+    labels = make_batch()["labels"]
+    index, targets = targets_of(labels)
+    assert len(index) == TARGETS and index.tolist() == [4, 5, 6, 9, 10, 21, 22]
+    assert targets.tolist() == labels.flatten()[index + 1].tolist()
+    given_index, given = targets_of(labels, TARGETS + surplus)
+    found = min(TARGETS, TARGETS + surplus)
+    assert given.tolist() == targets.tolist()[:found] + [-100] * (len(given) - found) and len(given) == TARGETS + surplus
+    assert given_index.tolist()[:found] == index.tolist()[:found] and int(given_index.max()) < labels.numel()
 
 
 def test_further_arguments_reach_the_model():

@@ -350,7 +350,8 @@ def batches(trainer):
 
 def test_what_is_left_out_by_itself(tmp_path):
     """On a CPU training reads no padding where it need not; evaluation reads padded rows."""
-    free, padded = {"input_ids", "labels", "position_ids", "cu_seqlens", "max_seqlen"}, {"input_ids", "labels"}
+    free = {"input_ids", "labels", "position_ids", "cu_seqlens", "max_seqlen", "num_targets"}
+    padded = {"input_ids", "labels"}
     for options, expected in (({}, free), ({"padding_free": False}, padded), ({"padding_free": True}, free)):
         trainer = make_trainer(tmp_path, options=options | {"eval_dataset": ROWS[:4]})
         training, evaluation = batches(trainer)
