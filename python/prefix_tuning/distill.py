@@ -117,6 +117,8 @@ def distill(
     resume_training = resume and bool(checkpoints(output))
     replaced = overwrite or (resume and not resume_training)
     check_run(model, output, settings, resume_training, replaced, evaluate=settings.held_out > 0)
+    if file.exists() and not resume and not overwrite:
+        raise ValueError(f"output: {file} is of an earlier run; resume that, overwrite it or take another folder")
     prefix = start_prefix(model, tokenizer, settings)
     check_writable(output)
     if resume:

@@ -186,7 +186,7 @@ def test_what_is_held_out_is_not_trained_on_and_rows_fit(max_length, longest, tm
     roomy = tiny_model("llama", max_position_embeddings=1024)
     for module in (distill, row_limits):
         monkeypatch.setattr(module, "tokens_left", lambda asked, offset: (1024 if offset == 0 else 512) - offset)
-    distill.distill(roomy, tokenizer, short, tmp_path, settings, prompts=prompts, progress=False)
+    distill.distill(roomy, tokenizer, short, tmp_path / "roomy", settings, prompts=prompts, progress=False)
     trained, measured = ([example["input_ids"] for example in given[name]] for name in ("rows", "eval_rows"))
     assert (len(trained), len(measured)) == (8, 2) and not any(ids in trained for ids in measured)
     assert max(map(len, trained + measured)) == longest
@@ -234,6 +234,16 @@ def test_a_run_over_checkpoints_leaves_the_conversations(tmp_path):
     assert sum(row["held_out"] for row in rows) == round(0.2 * len(rows))  # and not drawn anew with another seed
     distill.distill(model, tokenizer, TEXT + " More.", tmp_path, settings, overwrite=True, progress=False)
     assert (tmp_path / "conversations.jsonl").read_text() != before
+
+
+def test_a_run_over_conversations_alone_leaves_them(tmp_path):
+    """As of a run that was interrupted before its first checkpoint."""
+    model, tokenizer = model_and_tokenizer()
+    file = tmp_path / "conversations.jsonl"
+    file.write_text("{}\n")
+    with pytest.raises(ValueError, match="output: .*conversations.jsonl is of an earlier run; resume that, overwrite it"):
+        distill.distill(model, tokenizer, TEXT, tmp_path, SMALL, progress=False)
+    assert file.read_text() == "{}\n" and list(tmp_path.iterdir()) == [file]
 
 
 def test_equal_conversations_are_one(tmp_path):
