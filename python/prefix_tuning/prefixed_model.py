@@ -62,7 +62,7 @@ class PrefixedModel(nn.Module):
         if self.task is Task.CAUSAL:
             self.loss_type = "ForCausalLM"  # Trainer counts labels from the second token on
         trained = [parameter for parameter in prefix.parameters() if parameter.requires_grad]
-        self.model = model.requires_grad_(False)
+        self.model = model.requires_grad_(False).eval()
         for parameter in trained:  # those of a head stand in the model too
             parameter.requires_grad_(True)
         self.prefix = prefix
@@ -76,8 +76,13 @@ class PrefixedModel(nn.Module):
     def train(self, mode: bool = True) -> PrefixedModel:
         self.training = mode
         self.prefix.train(mode)
-        self.model.eval()
+        if self.model.training:  # Trainer asks before each step, and a walk through a large model takes a millisecond
+            self.model.eval()
         return self
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Of the prefix: nothing else has gradients."""
+        self.prefix.zero_grad(set_to_none)
 
     def _check_attached(self, prefix: Prefix) -> None:
         attached = [module.layer_prefix.prefix for module in self._attention if hasattr(module, "layer_prefix")]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -88,8 +89,8 @@ class PrefixTrainer(Trainer):
     devices (device_map) stays where it is, in one process. Callbacks get a PrefixedModel as `model`; what can generate is its
     attribute model.
 
-    On a GPU Trainer waits for each step's loss, to see that it is finite, before the prefix is updated; with
-    logging_nan_inf_filter=False the host waits for none that is not logged, and prepares the next batches meanwhile.
+    On a GPU the host waits for no step of a causal model whose loss is not logged (args.logging_steps), and prepares the next
+    batches meanwhile.
 
     A checkpoint holds the prefix with its reparametrisation, and the state of optimiser, schedule and random numbers:
     train(resume_from_checkpoint=…) goes on as if never interrupted, but for the order of rows under group_by_length and
@@ -98,6 +99,8 @@ class PrefixTrainer(Trainer):
     Raises ValueError or TypeError for wrong arguments; NotImplementedError for args, and for a launcher of accelerate, that
     would change, split or upload the model.
     """
+
+    _filters = False  # what args.logging_nan_inf_filter says, during training
 
     def __init__(
         self,
@@ -239,11 +242,17 @@ class PrefixTrainer(Trainer):
         if not prediction_loss_only:
             inputs = {**inputs, "return_logits": True}
         # A batch is averaged by itself: beside the last another process may hold rows that only fill up.
-        averaged, self.args.average_tokens_across_devices = self.args.average_tokens_across_devices, False
-        try:
+        with _changed(self.args, average_tokens_across_devices=False):
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        finally:
-            self.args.average_tokens_across_devices = averaged
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """As Trainer.training_step. What args.logging_nan_inf_filter asks for is done with the loss where it lies: to do it
+        Trainer waits for each step before the prefix is updated."""
+        loss = super().training_step(*args, **kwargs)
+        if not self._filters:
+            return loss
+        so_far = self._tr_loss / (1 + self.state.global_step - self._globalstep_last_logged)
+        return torch.where(loss.isfinite(), loss, so_far.to(loss.device))
 
     def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
         if not is_spread(self.attachment.model):
@@ -283,10 +292,25 @@ class PrefixTrainer(Trainer):
         super()._track_num_input_tokens(inputs)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        if self.state.global_step < self.state.max_steps:
-            super()._run_epoch(*args, **kwargs)
-        else:  # a finished run is resumed: Trainer takes one more step, and a stream has epochs without end
+        if self.state.global_step >= self.state.max_steps:
+            # A finished run is resumed: Trainer takes one more step, and a stream has epochs without end.
             self.control.should_training_stop = True
+            return
+        self._filters = self.args.logging_nan_inf_filter
+        with _changed(self.args, logging_nan_inf_filter=False):
+            super()._run_epoch(*args, **kwargs)
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        with _changed(self.args, logging_nan_inf_filter=self._filters):
+            super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    # Trainer looks for gradients among all parameters of the frozen model, which takes a millisecond each time.
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        return super()._clip_grad_norm(self.prefix)
+
+    def _get_grad_norm(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return super()._get_grad_norm(self.prefix, *args, **kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_checkpoint(self.prefix, resume_from_checkpoint)
@@ -294,6 +318,19 @@ class PrefixTrainer(Trainer):
     def _load_best_model(self) -> None:
         logger.info(f"Loading the best prefix from {self.state.best_model_checkpoint} (score: {self.state.best_metric}).")
         self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+
+@contextmanager
+def _changed(args: TrainingArguments, **values: Any) -> Iterator[None]:
+    """Within, the arguments have these values."""
+    before = {name: getattr(args, name) for name in values}
+    try:
+        for name, value in values.items():
+            setattr(args, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(args, name, value)
 
 
 def _collate(data_collator: DataCollator, positions: int | None, examples: list) -> dict[str, Any]:

@@ -160,7 +160,7 @@ def test_a_trainer_s_steps_wait_for_nothing(tmp_path, options):
         def on_optimizer_step(self, *args, **kwargs):
             waits[-1].__exit__(None, None, None)
 
-    changes = {"max_steps": 6, "logging_steps": 100, "logging_nan_inf_filter": False, "use_cpu": False}
+    changes = {"max_steps": 6, "logging_steps": 100, "use_cpu": False}
     trainer = make_trainer(tmp_path, options=options | {"callbacks": [Watch()]}, **changes)
     trainer.train()
     trainer.detach()

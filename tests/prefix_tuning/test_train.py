@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 
 import pytest
 import torch
@@ -165,6 +166,26 @@ def test_a_loss_function_of_the_callers(tmp_path):
 
     expected = losses(trained(tmp_path, max_steps=1))
     assert losses(trained(tmp_path, max_steps=1, options={"compute_loss_func": double})) == pytest.approx([2 * expected[0]])
+
+
+@pytest.mark.parametrize("filters", (True, False))
+def test_losses_that_are_not_finite(filters, tmp_path):
+    """In their place the mean of those since the last log, as Trainer does it; who reads args meanwhile sees what was given."""
+    values, seen = iter((3.0, math.nan, math.inf, 5.0, math.nan)), []
+
+    class Watch(TrainerCallback):
+        def on_log(self, args, state, control, **kwargs):
+            seen.append(args.logging_nan_inf_filter)
+
+    def loss_of(outputs, labels, num_items_in_batch):
+        return outputs["logits"].sum() * 0 + next(values)
+
+    changes = {"max_steps": 5, "logging_steps": 4, "logging_nan_inf_filter": filters}
+    trainer = trained(tmp_path, options={"compute_loss_func": loss_of, "callbacks": [Watch()]}, **changes)
+    first, *_, last = trainer.state.log_history
+    expected = [(3 + 3 / 2 + 4.5 / 3 + 5) / 4, (11 + 0) / 5] if filters else [math.nan] * 2
+    assert [first["loss"], last["train_loss"]] == pytest.approx(expected, nan_ok=True)
+    assert set(seen) == {filters} and trainer.args.logging_nan_inf_filter == filters
 
 
 def test_detach_gives_back_the_plain_model(tmp_path):
