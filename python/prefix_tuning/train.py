@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import inspect
 import logging
 from collections.abc import Iterator, Mapping
@@ -90,7 +91,7 @@ class PrefixTrainer(Trainer):
     attribute model.
 
     On a GPU the host waits for no step of a causal model whose loss is not logged (args.logging_steps), and prepares the next
-    batches meanwhile.
+    batches meanwhile, if args.dataloader_pin_memory is on.
 
     A checkpoint holds the prefix with its reparametrisation, and the state of optimiser, schedule and random numbers:
     train(resume_from_checkpoint=…) goes on as if never interrupted, but for the order of rows under group_by_length and
@@ -128,6 +129,9 @@ class PrefixTrainer(Trainer):
         # In the backward pass every parameter of the prefix gets a gradient, and no buffer of the model ever changes.
         args.ddp_find_unused_parameters = bool(args.ddp_find_unused_parameters)
         args.ddp_broadcast_buffers = bool(args.ddp_broadcast_buffers)
+        if args.dataloader_pin_memory and args.device.type == "cuda":
+            # Else each batch's copying waits until the steps before are done.
+            args.accelerator_config = dataclasses.replace(args.accelerator_config, non_blocking=True)
         self._padding_free_wanted = asked_for(padding_free, data_collator)
         if processing_class is not None and not callable(processing_class):
             raise TypeError(f"processing_class: expected a tokenizer, got {type(processing_class).__name__}")

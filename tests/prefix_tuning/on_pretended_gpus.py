@@ -22,6 +22,7 @@ from support.peft_models import peft_model
 from support.tokenizer import tiny_tokenizer
 from support.training import batch_of, losses, make_trainer
 
+aten = torch.ops.aten
 NAMES = ["long", None, "short"]
 TOLERANCE = {"atol": 1e-4, "rtol": 1e-4}
 
@@ -131,40 +132,45 @@ def test_a_loop_of_one_s_own_on_the_second_gpu_is_recorded(monkeypatch):
 
 
 class Waits(TorchDispatchMode):
-    """What reads a GPU's values in the block, as (operator, the file that calls for it)."""
+    """What has the host wait for a GPU in the block, as (operator, the file that calls for it): reading its values, and copies
+    to it that are not said to go on by themselves, which wait for all that it was asked to do before."""
 
     def __enter__(self):
         self.found = []
         return super().__enter__()
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        on_gpu = any(isinstance(leaf, torch.Tensor) and leaf.is_cuda for leaf in tree_leaves((args, kwargs)))
-        to_cpu = kwargs.get("device") is not None and torch.device(kwargs["device"]).type == "cpu"
-        if on_gpu and (operator in READ_BY_THE_HOST or (operator is torch.ops.aten._to_copy.default and to_cpu)):
+        result = operator(*args, **(kwargs or {}))
+        trees = (args, kwargs), result
+        given, made = ({leaf.device.type for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)} for tree in trees)
+        reads = operator in READ_BY_THE_HOST and "cuda" in given
+        makes = operator is aten.lift_fresh.default and "cuda" in made  # torch.tensor(…, device="cuda")
+        copies = operator in (aten._to_copy.default, aten.copy_.default) and len(given | made) > 1
+        if reads or makes or (copies and True not in (*args[2:], (kwargs or {}).get("non_blocking"))):
             files = [frame.filename for frame in traceback.extract_stack() if "/torch/" not in frame.filename]
             self.found.append((str(operator), files[-2]))
-        return operator(*args, **kwargs)
+        return result
 
 
 @pytest.mark.parametrize("options", [{}, {"padding_free": True}], ids=["padded", "padding free"])
 def test_a_trainer_s_steps_wait_for_nothing(tmp_path, options):
-    """Recorded and replayed ones, between two that are logged."""
-    waits = []
+    """Recorded and replayed ones, from the first one's beginning to the last one's end; none is logged in between."""
+    waits, steps = Waits(), 6
 
     class Watch(TrainerCallback):
-        def on_step_begin(self, *args, **kwargs):
-            waits.append(Waits())
-            waits[-1].__enter__()
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 0:
+                waits.__enter__()
 
-        def on_optimizer_step(self, *args, **kwargs):
-            waits[-1].__exit__(None, None, None)
+        def on_optimizer_step(self, args, state, control, **kwargs):
+            if state.global_step == steps - 1:
+                waits.__exit__(None, None, None)
 
-    changes = {"max_steps": 6, "logging_steps": 100, "use_cpu": False}
+    changes = {"max_steps": steps, "logging_steps": 100, "use_cpu": False, "dataloader_pin_memory": True}
     trainer = make_trainer(tmp_path, options=options | {"callbacks": [Watch()]}, **changes)
     trainer.train()
     trainer.detach()
-    assert len(waits) == 6 and not any(step.found for step in waits), [step.found for step in waits]
+    assert not waits.found, waits.found
 
 
 def test_a_text_as_a_prefix():
