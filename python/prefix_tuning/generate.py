@@ -13,6 +13,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerBase, StaticCache
 
+from prefix_tuning import deferred_stops
 from prefix_tuning.graphed_decoding import GraphedDecoding, graphed
 from prefix_tuning.own_cache import CACHE, LEAST_REPLAYED
 from prefix_tuning.prompts import encode_prompt, padding_id
@@ -158,8 +159,10 @@ def _static_cache(decoding: GraphedDecoding | None, length: int) -> Iterator[dic
     if decoding is None:
         yield {}
     else:
+        cache = StaticCache(config=decoding.model.config, max_cache_len=length)
+        deferred_stops.drop(cache)
         with decoding.kept():
-            yield {CACHE: StaticCache(config=decoding.model.config, max_cache_len=length)}
+            yield {CACHE: cache}
 
 
 def _text(prompt: Prompt) -> str:

@@ -15,6 +15,7 @@ from transformers import DynamicCache, GenerationConfig, StaticCache
 from transformers.generation import GenerationMode
 from transformers.generation.utils import ALL_CACHE_NAMES
 
+from prefix_tuning import deferred_stops
 from prefix_tuning.graphed_decoding import can_be_recorded, graphed
 from prefix_tuning.multimodal_families import MULTIMODAL
 from prefix_tuning.stacks import attention_kinds, part_shapes
@@ -39,23 +40,27 @@ class OwnCache:
         """As the model's own: puts a cache among model_kwargs, if generate is to make one."""
         given = model_kwargs.get(CACHE) is not None
         self._prepare(generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
-        if given or type(model_kwargs.get(CACHE)) is not DynamicCache or max_cache_length > LONGEST:
+        if not self._replays(generation_config, generation_mode):
             return
-        if not self._replayed(generation_config, generation_mode) or self._has_unfit_images(model_kwargs):
-            return
-        cache = StaticCache(config=self.model.config.get_text_config(decoder=True), max_cache_len=max_cache_length)
-        rows = batch_size * generation_config.num_return_sequences
-        if can_be_recorded(cache) and self._bytes(rows, max_cache_length) <= MOST_OF_MEMORY * free_bytes(self.model.device):
-            model_kwargs[CACHE] = cache
+        if not given and type(model_kwargs.get(CACHE)) is DynamicCache and self._gains(generation_config, max_cache_length):
+            cache = StaticCache(config=self.model.config.get_text_config(decoder=True), max_cache_len=max_cache_length)
+            rows = batch_size * generation_config.num_return_sequences
+            fits = self._bytes(rows, max_cache_length) <= MOST_OF_MEMORY * free_bytes(self.model.device)
+            if fits and can_be_recorded(cache) and not self._has_unfit_images(model_kwargs):
+                model_kwargs[CACHE] = cache
+        if can_be_recorded(model_kwargs.get(CACHE)):
+            deferred_stops.expect(model_kwargs[CACHE])
 
-    def _replayed(self, config: GenerationConfig, mode: GenerationMode) -> bool:
+    def _replays(self, config: GenerationConfig, mode: GenerationMode) -> bool:
+        """Whether steps over a static cache would be replayed."""
+        one_token_each = mode in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
+        return one_token_each and not (config.compile_config or config.disable_compile) and graphed(self.model) is not None
+
+    def _gains(self, config: GenerationConfig, length: int) -> bool:
         """Whether a static cache would be nobody's but generate's, and its steps be replayed often enough."""
-        asked = config.cache_implementation or config.compile_config or config.disable_compile or config.return_dict_in_generate
-        new_tokens = config.max_new_tokens or config.max_length
-        return (
-            not asked and mode in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE) and new_tokens >= LEAST_REPLAYED
-            and graphed(self.model) is not None and "ALiBi" not in attention_kinds(self.model.config)
-        )  # fmt: skip
+        asked = config.cache_implementation or config.return_dict_in_generate
+        often = length <= LONGEST and (config.max_new_tokens or config.max_length) >= LEAST_REPLAYED
+        return not asked and often and "ALiBi" not in attention_kinds(self.model.config)
 
     def _has_unfit_images(self, model_kwargs: dict[str, Any]) -> bool:
         family = MULTIMODAL.get(self.model.config.model_type)

@@ -1,8 +1,10 @@
 """CUDA graphs counted: recorded on a GPU, or emulated on the CPU. Models under PEFT. The command prefix-tuning in a folder."""
 
 import warnings
+from unittest.mock import Mock
 
 import pytest
+import torch
 from transformers import DynamicCache, GenerationMixin
 
 from prefix_tuning import accelerate_peft, cli, cuda_graphs, graphed_decoding
@@ -27,6 +29,7 @@ def graphs(monkeypatch):
     class Graph(EmulatedGraph):
         pass
 
+    monkeypatch.setattr(torch, "Event", Mock)  # the CPU has none
     monkeypatch.setattr(cuda_graphs, "Graph", Graph)
     monkeypatch.setattr(GraphedSteps, "_on_device", staticmethod(lambda ids: True))
     monkeypatch.setattr(graphed_decoding, "records", lambda model: True)

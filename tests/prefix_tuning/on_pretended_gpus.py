@@ -173,6 +173,19 @@ def test_a_trainer_s_steps_wait_for_nothing(tmp_path, options):
     assert not waits.found, waits.found
 
 
+@pytest.mark.parametrize("options", [{}, {"do_sample": True}, {"prefix_ids": NAMES}], ids=["greedy", "sampled", "bank"])
+def test_generation_waits_for_no_token(options):
+    """What it waits for at its beginning and end does not depend on how many tokens there are."""
+    model, found = tiny_model("llama").to("cuda"), []
+    call = placed(padded(3), "cuda") | options
+    with attach_prefix(model, bank_of(model) if "prefix_ids" in options else random_prefix(model)):
+        for new_tokens in (16, 20):
+            with Waits() as waits:
+                model.generate(**call, max_new_tokens=new_tokens)
+            found.append(waits.found)
+    assert found[0] == found[1] and len(found[0]) < 16
+
+
 def test_a_text_as_a_prefix():
     model, tokenizer, results = tiny_model("llama"), tiny_tokenizer(), []
     for where, _ in both(model, on_two_gpus):

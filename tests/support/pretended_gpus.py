@@ -178,7 +178,8 @@ torch.cuda.get_rng_state, torch.cuda.get_rng_state_all = _answer(torch.get_rng_s
 torch.cuda.default_generators = (torch.default_generator,) * 2
 torch._C._cuda_getDevice = _answer(0)
 torch.utils.swap_tensors = _swap
-torch.Tensor.pin_memory = lambda tensor, *device: tensor
+torch.Event, torch.Tensor.pin_memory, zeros = _Nothing, lambda tensor, *device: tensor, torch.zeros
+torch.zeros = lambda *size, pin_memory=None, **options: zeros(*size, **options)
 torch.__future__.set_swap_module_params_on_conversion(True)
 
 
