@@ -11,7 +11,7 @@ ones on a GPU, where `padding free` is the other way. There training steps and g
 `without graphs` they are not, nor over a `growing cache`, and `kept graphs` are those of one cache for all calls.
 `accelerated` is PEFT's model after accelerate_peft. All share the frozen model's weights. Before anything is timed, two
 training steps must give the losses of the reference backend; logits after the prompt must be the reference's, and in float32
-all tokens agree.
+all tokens agree. On a GPU a step is also timed as Trainer takes it (trainer_steps.py).
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ from prefix_tuning.offline_model import OFFLINE_MODEL, load_model_and_tokenizer
 from prefix_tuning.own_cache import CACHE
 from prefix_tuning.padding_free import PaddingFreeCollator
 from prefix_tuning.prefixed_model import PrefixedModel
+from trainer_steps import examples_of, trainer_seconds
 
 OUTPUT = Path(__file__).parent / "results" / "cpu" / "whole.json"
 SMOLLM2 = Model(OFFLINE_MODEL, "llama", 30, 576, 9, 3, 64, 1536, 49152)
@@ -208,9 +209,15 @@ def makers(run: Run, model: nn.Module, prefix: Prefix) -> dict[str, Callable[[],
 
 
 def measure_run(
-    run: Run, model: nn.Module, prefix: Prefix, inputs: Sequence[Batch] | Tensor, seconds: float, rounds: int
-) -> dict[str, Any]:
-    """One row. inputs: the batches of a training run, or the prompts, int [rows, prompt_len]."""
+    run: Run, model: nn.Module, prefix: Prefix, inputs: Sequence[Batch] | Tensor, seconds: float, rounds: int,
+    trainer: bool = False,
+) -> dict[str, Any]:  # fmt: skip
+    """One row.
+
+    Args:
+        inputs: the batches of a training run, or the prompts, int [rows, prompt_len].
+        trainer: whether a training step is also timed as Trainer takes it.
+    """
     tokens = run.batch * run.new_tokens if run.what == "generate" else sum(int(b["attention_mask"].sum()) for b in inputs)
     row = {
         "key": run.key, "run": asdict(run), "dtype": str(model.dtype).removeprefix("torch."),
@@ -246,7 +253,24 @@ def measure_run(
     if training and model.device.type == "cuda":
         for name, call in calls.items():
             row["ways"][name]["profile"] = device_profile(lambda call=call: call(0))
+    if training and trainer:
+        row["in_trainer"] = _in_trainer(run, model, prefix, inputs)
     return finish(row, comparison.timings())
+
+
+def _in_trainer(run: Run, model: nn.Module, prefix: Prefix, batches: Sequence[Batch]) -> dict[str, Any]:
+    """A step of PrefixTrainer ("selected") and of Trainer around PEFT's model, or why there is none."""
+    makers = {
+        "selected": lambda: (share_weights(model), copy.deepcopy(prefix)),
+        "peft": lambda: (Peft(model, prefix).model, None),
+    }
+    found = {}
+    for name, make in makers.items():
+        try:
+            found[name] = trainer_seconds(*make(), examples_of(batches), run.batch, LEARNING_RATE)
+        except Exception as error:  # ImportError without the package peft
+            found[name] = {"failed": measure.first_line(error)}
+    return found
 
 
 def backend_of(run: Run, model: nn.Module) -> str:

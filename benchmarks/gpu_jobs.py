@@ -88,4 +88,4 @@ def _whole_model(run: Run, device: str) -> dict[str, Any]:
     model = _models[run.model]
     prefix = Prefix.for_model(model, run.prefix_len, seed=0)
     seconds, rounds = (1.0, 2) if device == "cuda" else (0.02, 2)
-    return measure_run(run, model, prefix, random_inputs(run), seconds, rounds)
+    return measure_run(run, model, prefix, random_inputs(run), seconds, rounds, trainer=True)

@@ -187,7 +187,7 @@ def whole_models(results: dict[str, Any]) -> str:
     slower = [f"- {row['key']}: {over(row, n):.2f}x of {n}" for row in rows for n in others if (over(row, n) or 1) < 1]
     failed = [f"- {row['key']}: {row['failed']}" for row in results["rows"] if "failed" in row]
     lost = "`selected` is slower here:\n\n" + "\n".join(slower) if slower else "`selected` is nowhere slower."
-    parts = [environment_line(results["environment"]), table(head, body), lost, *_profiles(rows)]
+    parts = [environment_line(results["environment"]), table(head, body), lost, *_trainer_steps(rows), *_profiles(rows)]
     return "\n\n".join([*parts, *(["Failed:\n\n" + "\n".join(failed)] if failed else [])])
 
 
@@ -239,6 +239,19 @@ def gpu_tests(results: dict[str, Any]) -> str:
     checks = [(key, row) for key, row in rows.items() if key.startswith("compute-sanitizer ")]
     checked = "\n".join(f"- {key}: {row['outcome']}. {' '.join(row['lines'][-1:])}" for key, row in checks)
     return "\n\n".join(filter(None, [environment_line(results["environment"]), text, "\n".join(failed), checked]))
+
+
+def _in_trainer(row: Row) -> tuple[float, float] | None:
+    """Seconds of a step as Trainer takes it: ours and PEFT's."""
+    seconds = [row.get("in_trainer", {}).get(name, {}).get("median") for name in ("selected", "peft")]
+    return None if None in seconds else (seconds[0], seconds[1])
+
+
+def _trainer_steps(rows: Sequence[Row]) -> list[str]:
+    found = [(row["key"], both) for row in rows if (both := _in_trainer(row))]
+    body = [(key, f"{own * 1e3:.1f}", f"{peft * 1e3:.1f}", ratio_text(peft / own)) for key, (own, peft) in found]
+    about = "A step in ms as Trainer takes it, with all that it does between two steps:"
+    return [about, table(("run", "PrefixTrainer", "Trainer around PEFT's model", "over peft"), body)] if body else []
 
 
 def _profiles(rows: Sequence[Row]) -> list[str]:
@@ -328,6 +341,9 @@ def _whole_by_prefix(whole: dict[str, Any]) -> str:
                 name = f"{does}, {run['model']['name']}, {run['batch']} rows{addition}"
                 text = f"{median(row, way) * 1e3:.{0 if run['what'] == 'generate' else 1}f} ms, {ratio:.1f}x"
                 lines.setdefault(name, {})[run["prefix_len"]] = text
+        if run and run["batch"] in batches[run["what"]] and (both := _in_trainer(row)):
+            name = f"a training step in `Trainer`, {run['model']['name']}, {run['batch']} rows"
+            lines.setdefault(name, {})[run["prefix_len"]] = f"{both[0] * 1e3:.1f} ms, {both[1] / both[0]:.1f}x"
     lengths = sorted({length for found in lines.values() for length in found})
     body = [(name, *(found.get(length, "") for length in lengths)) for name, found in lines.items()]
     return table(("whole models on a GPU: time, over PEFT", *(f"P={length}" for length in lengths)), body)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import bench_whole
+import trainer_steps
 from bench_whole import Ours, OursGrowing, OursKept, Peft, generate, measure_run, random_inputs, random_model
 from cases import Model, Run
 from prefix_tuning import Prefix
@@ -37,6 +38,28 @@ def test_all_ways_are_right_and_timed(what, family):
         if what == "generate":
             assert way["equal_tokens"] == 1
     assert row["ratio"] > 0 and row["key"] == f"{what} tiny B3 P5"
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("family", SHAPES)
+def test_steps_in_trainer(family, monkeypatch):
+    """PrefixTrainer's and PEFT's under Trainer, each on the rows of the batches in their order; the model is left as it was."""
+    run, model, prefix, inputs = set_up("train", family)
+    before, seen = {name: tensor.clone() for name, tensor in model.state_dict().items()}, []
+    collate = trainer_steps.PromptCompletionCollator.__call__
+
+    def noted(self, examples):
+        seen.append([len(row["input_ids"]) for row in examples])
+        return collate(self, examples)
+
+    monkeypatch.setattr(trainer_steps.PromptCompletionCollator, "__call__", noted)
+    row = measure_run(run, model, prefix, inputs, seconds=0, rounds=1, trainer=True)
+    for way in row["in_trainer"].values():
+        assert way.get("median", 0) > 0, way
+        assert way["samples"] == 3 and way["calls"] == 8
+    assert row["in_trainer"].keys() == {"selected", "peft"}
+    steps = trainer_steps.WARM_UP + 3 * 8
+    assert len(seen) >= 2 * steps and seen[:4] == [batch["attention_mask"].sum(1).tolist() for batch in inputs]
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
