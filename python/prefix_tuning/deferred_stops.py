@@ -55,7 +55,8 @@ class _StopCheck(DeferredStopCheck):
 
     def __call__(self, unfinished_sequences: Tensor, tokens: Tensor, length: int) -> bool:
         self._states.append(self._generator.get_state())
-        return super().__call__(unfinished_sequences, tokens, length)
+        with torch.cuda.device_of(unfinished_sequences):  # an event is recorded on the current device, which may be another one
+            return super().__call__(unfinished_sequences, tokens, length)
 
     def finish(self) -> int:
         surplus = super().finish()

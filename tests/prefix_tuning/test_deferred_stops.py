@@ -1,5 +1,8 @@
 """generate learns one step late that all rows have ended, and leaves everything as if it had known at once."""
 
+import contextlib
+from unittest.mock import Mock
+
 import pytest
 import torch
 from transformers import DynamicCache, StaticCache, StoppingCriteriaList
@@ -159,6 +162,28 @@ def test_a_streamer_and_criteria_of_the_callers(late, device):
                 assert streamer.ended and sum(streamer.seen, []) == streamed[-1]
             assert streamed[0] == streamed[1] and len(streamed[0]) < 7 + 18
     assert late == [1, 1]
+
+
+def test_events_are_recorded_on_the_device_of_the_tokens(graphs, late, monkeypatch):
+    """Which need not be the current one."""
+    current, recorded = [], []
+
+    @contextlib.contextmanager
+    def device_of(tensor):
+        current.append(tensor)
+        yield
+        current.pop()
+
+    class Event(Mock):
+        def record(self):
+            recorded.append(len(current))
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    monkeypatch.setattr(torch, "Event", Event)
+    model, call = made("llama", "cpu")
+    with attach_prefix(model, random_prefix(model)):
+        model.generate(**call)
+    assert recorded == [1] * 18
 
 
 def test_encoder_decoders(graphs, late):
