@@ -101,7 +101,7 @@ def _run(operator, args: tuple, kwargs: dict[str, Any]) -> Any:
         return result
     if operator is aten.copy_.default:
         return args[0]
-    result = tree_map_only(Tensor, lambda tensor: GpuTensor(tensor, _index(device)), result)
+    result = tree_map_only(Tensor, lambda tensor: GpuTensor(tensor.resolve_conj(), _index(device)), result)
     return return_and_correct_aliasing(operator, args, kwargs, result) if operator.namespace == "aten" else result
 
 
