@@ -8,11 +8,12 @@ import torch
 from transformers import DynamicCache, StaticCache, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from prefix_tuning import attach_prefix, deferred_stops
+from prefix_tuning import accelerate_peft, attach_prefix, deferred_stops
 from prefix_tuning.generate import generate_texts
 from support.encoder_decoders import tiny_encoder_decoder
 from support.generation import CACHE, KINDS, OPTIONS, attach, padded
 from support.models import random_prefix, tiny_model
+from support.peft_models import peft_model
 from support.tokenizer import tiny_tokenizer
 from support.training import DEVICES
 
@@ -67,6 +68,16 @@ def test_rows_that_end_early_end_there(late, family, kind, device):
         expected = model.generate(**call, **AT_ONCE)
         assert not late and expected.shape[1] < 7 + 18
         assert torch.equal(model.generate(**call), expected) and late == [1]
+
+
+@pytest.mark.parametrize("device", DEVICES, indirect=True)
+def test_a_prefix_of_peft(late, device):
+    pytest.importorskip("peft")
+    model, call = made("llama", device)
+    model = accelerate_peft(peft_model(model, 5))
+    call = ending(model, call)
+    expected = model.generate(**call, **AT_ONCE)
+    assert torch.equal(model.generate(**call), expected) and late == [1] and expected.shape[1] < 7 + 18
 
 
 @pytest.mark.parametrize("device", DEVICES, indirect=True)
