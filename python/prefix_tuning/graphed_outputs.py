@@ -38,18 +38,22 @@ class GraphedOutputs(GraphedSteps):
         labels, ids = given.get("labels"), given.get("input_ids")
         if not given.keys() <= SERVED or given.get("use_cache") or not given.get("return_dict", self._model.config.return_dict):
             return None
-        if labels is None or not self.serves({"input_ids": ids}) or labels.shape != ids.shape or labels.device != ids.device:
+        inputs = {name: given[name] for name in ("input_ids", "attention_mask") if name in given}
+        if labels is None or not self.serves(inputs) or labels.shape != ids.shape or labels.device != ids.device:
             return None
         modes = self._modes()
-        if modes is None or "attention_mask" in without_idle_mask(given, wait=True):
+        if modes is None:
             return None
+        masked = "attention_mask" in without_idle_mask(given, wait=True)
+        if not masked:
+            inputs = {"input_ids": ids}
         count, length = given.get("num_items_in_batch"), ids.shape[1]
-        shape = (len(ids), self._padded(length), count is not None, modes)
-        make_rows, what = partial(Rows, shape[:2], ids.device), partial(_LossAndLogits, shape, ids.device)
+        shape = (len(ids), self._padded(length), count is not None, masked, modes)
+        make_rows, what = partial(Rows, shape[:2], ids.device, masked), partial(_LossAndLogits, shape, ids.device)
         step = self._step(shape, make_rows, what)
         if step is None:
             return None
-        step.load({"input_ids": ids}, labels, count)
+        step.load(inputs, labels, count)
         loss, logits = step.replay()
         return step.what.kind(loss=loss, logits=logits[:, :length])
 

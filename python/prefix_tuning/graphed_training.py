@@ -33,7 +33,7 @@ class GraphedSteps:
     """The recorded steps of a causal model with a prefix attached, one for each shape of batch.
 
     A shape is recorded when it comes for the second time. Its lengths are rounded up, so that there are few: causal attention
-    keeps padding on the right from every token, and no label stands there.
+    keeps padding on the right from every token, and no label stands there. Rows with a mask are shapes of their own.
 
     Args:
         most_tokens: of a row, that the model has positions for; None for any number.
@@ -60,10 +60,16 @@ class GraphedSteps:
         """Whether a step on these arguments of the model, beside labels, may be recorded.
 
         Args:
+            inputs: input_ids, and attention_mask where there is one: int or bool, of their shape.
             pack: of the sequences in a row, whose positions are among the arguments.
         """
-        ids, wanted = inputs.get("input_ids"), {"input_ids"} if pack is None else {"input_ids", "position_ids"}
+        ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
+        wanted = {"input_ids"} | ({"attention_mask"} & inputs.keys() if pack is None else {"position_ids"})
         if self._refused or inputs.keys() != wanted or not isinstance(ids, Tensor) or not self._on_device(ids):
+            return False
+        if "attention_mask" in wanted and not (
+            isinstance(mask, Tensor) and mask.shape == ids.shape and mask.device == ids.device and not mask.is_floating_point()
+        ):
             return False
         if not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return False
@@ -87,8 +93,8 @@ class GraphedSteps:
             num_targets = count_targets(labels)
         if not num_targets:
             return None
-        shape, most = (rows, length), rounded(num_targets)
-        make_rows = partial(Rows, shape, device)
+        (shape, masked), most = ((rows, length), "attention_mask" in inputs), rounded(num_targets)
+        make_rows = partial(Rows, shape, device, masked)
         if pack is not None:
             longest = 1 << (pack.max_seqlen - 1).bit_length()
             sequences = len(pack.cu_seqlens) - 1 - (labels.shape[1] - length) // longest  # those of what is left, rounded up
@@ -97,9 +103,9 @@ class GraphedSteps:
         if teacher:
             check_teacher(num_targets, *teacher)
             kept = teacher[0].shape[1]
-            step = self._step((*shape, most, kept), make_rows, partial(_Divergence, (rows, length), most, kept, device))
+            step = self._step((*shape, masked, most, kept), make_rows, partial(_Divergence, (rows, length), most, kept, device))
         else:
-            step = self._step((*shape, most), make_rows, partial(_TargetLoss, (rows, length), most, device))
+            step = self._step((*shape, masked, most), make_rows, partial(_TargetLoss, (rows, length), most, device))
         if step is None:
             return None
         step.load(inputs, labels, *teacher)
@@ -154,20 +160,31 @@ class GraphedSteps:
 
 
 class Rows:
-    """The tokens of padded rows."""
+    """The tokens of padded rows.
 
-    def __init__(self, shape: tuple[int, int], device: torch.device):
+    Args:
+        masked: whether they come with a mask, which hides more than padding on the right.
+    """
+
+    def __init__(self, shape: tuple[int, int], device: torch.device, masked: bool = False):
         self.input_ids = torch.zeros(shape, dtype=torch.long, device=device)
+        self.attention_mask = torch.zeros_like(self.input_ids) if masked else None
 
     @contextmanager
     def inputs(self) -> Iterator[dict[str, Tensor]]:
         """What the model takes, within the block."""
+        if self.attention_mask is not None:
+            yield {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
+            return
         with idle_mask(self.input_ids) as mask:
             yield {"input_ids": self.input_ids, "attention_mask": mask}
 
-    def load(self, input_ids: Tensor) -> None:
+    def load(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> None:
         """What an earlier, longer batch left stays on the right, where no target attends to it."""
         self.input_ids[:, : input_ids.shape[1]] = input_ids
+        if self.attention_mask is not None:
+            self.attention_mask[:, : input_ids.shape[1]] = attention_mask
+            self.attention_mask[:, input_ids.shape[1] :] = 0
 
 
 class _PackedRow(Rows):

@@ -173,15 +173,14 @@ class PrefixedModel(nn.Module):
     def _target_loss(
         self, labels: Tensor, num_targets: int | None, inputs: dict[str, Any], teacher: tuple[Tensor, ...]
     ) -> tuple[Tensor, int]:
-        replayed = None
         pack, unmasked = current_pack(), {name: value for name, value in inputs.items() if name != "attention_mask"}
-        if self.graphs is not None and self.checkpointing is None and self.graphs.serves(unmasked, pack):
-            if pack is None and "attention_mask" not in without_idle_mask({**inputs, "labels": labels}, wait=True):
-                inputs = unmasked  # the labels are waited for as well
-            if pack is not None or "attention_mask" not in inputs:
-                replayed = self.graphs.loss(labels, *teacher, num_targets=num_targets, pack=pack, **unmasked)
-        if replayed is not None:
-            return replayed
+        given = unmasked if pack is not None or inputs.get("attention_mask") is None else inputs
+        if self.graphs is not None and self.checkpointing is None and self.graphs.serves(given, pack):
+            if given is inputs and "attention_mask" not in without_idle_mask({**inputs, "labels": labels}, wait=True):
+                inputs = given = unmasked  # the labels are waited for as well
+            replayed = self.graphs.loss(labels, *teacher, num_targets=num_targets, pack=pack, **given)
+            if replayed is not None:
+                return replayed
         loss = partial(distillation_loss if teacher else target_loss, self.model, labels, *teacher, num_targets=num_targets)
         ids = inputs.get("input_ids")
         if inputs.keys() != {"input_ids"} or not ids.is_cuda or torch.compiler.is_compiling():

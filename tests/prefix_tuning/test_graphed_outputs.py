@@ -70,13 +70,29 @@ def test_steps_equal(device, family, kind):
 
 @pytest.mark.parametrize("device", DEVICES, indirect=True)
 def test_labels_on_padding_are_learnt_from_padding(device):
-    """As where labels are input_ids: the mask and the positions of padding decide the loss, so no step is recorded."""
+    """As where labels are input_ids: the mask and the positions of padding decide the loss, so the mask is part of the step."""
     model, twin = accelerated("gpt2", device)
     batch = right_padding(batch_of(4, 13, device=device))
     for labels in (batch["labels"], batch["input_ids"]):
         for _ in range(3):
             assert_step(model, twin, batch | {"labels": labels})
-    assert len(model._prefix_tuning._graphs._steps) == 1
+    assert [step.rows.attention_mask is None for step in model._prefix_tuning._graphs._steps.values()] == [True, False]
+
+
+@pytest.mark.parametrize("device", DEVICES, indirect=True)
+@pytest.mark.parametrize("family", ("llama", "gpt2", "opt"))
+def test_rows_padded_on_the_left(device, family):
+    """Loss, logits and gradients, each batch with a mask of its own, of other lengths."""
+    model, twin = accelerated(family, device)
+    for number, length in enumerate((13, 15, 10, 13)):
+        batch = batch_of(3, length, number, device)
+        first = torch.tensor([[number % 4], [0], [2 + number % 3]], device=device)
+        mask = (torch.arange(length, device=device) >= first).long()
+        batch |= {"attention_mask": mask, "labels": batch["labels"].masked_fill(mask == 0, IGNORED)}
+        assert_step(model, twin, batch)
+        assert_step(model, twin, batch)
+    assert all(step.rows.attention_mask is not None for step in model._prefix_tuning._graphs._steps.values())
+    assert model._prefix_tuning._graphs._steps and not model._prefix_tuning._graphs._refused
 
 
 @pytest.mark.parametrize("device", DEVICES, indirect=True)
@@ -158,7 +174,7 @@ def test_only_the_loss_has_a_gradient(graphs):
 
 
 NOT_RECORDED = (
-    "no_grad", "positions", "left padding", "cache", "tuple", "no labels", "hidden states", "embeddings", "head trained",
+    "no_grad", "positions", "dense mask", "cache", "tuple", "no labels", "hidden states", "embeddings", "head trained",
     "checkpointing", "hooks", "off", "float16", "no gradient",
 )  # fmt: skip
 
@@ -169,9 +185,8 @@ def test_steps_that_are_not_recorded(graphs, why):
     batch = batch_of(4, 13)
     if why == "positions":
         batch["position_ids"] = torch.arange(13).expand(4, -1)
-    elif why == "left padding":
-        batch["attention_mask"] = torch.ones(4, 13, dtype=torch.long)
-        batch["attention_mask"][1, :3] = 0
+    elif why == "dense mask":
+        batch["attention_mask"] = torch.ones(4, 1, 13, 13, dtype=torch.bool).tril()
     elif why in ("cache", "tuple", "hidden states"):
         batch[{"cache": "use_cache", "tuple": "return_dict", "hidden states": "output_hidden_states"}[why]] = why != "tuple"
     elif why == "no labels":

@@ -152,8 +152,8 @@ def test_what_is_recorded(graphs):
 
 @pytest.mark.parametrize("device", DEVICES, indirect=True)
 @pytest.mark.parametrize("padded", ("right", "left", "between"))
-def test_a_mask_that_hides_padding_on_the_right_alone_is_looked_at(device, padded):
-    """As a loop of one's own gives it, on the device; any other mask keeps the step from being recorded."""
+def test_a_mask_that_hides_padding_on_the_right_alone_is_left_out(device, padded):
+    """As a loop of one's own gives it, on the device; any other is part of the step."""
     model = tiny_model("gpt2").to(device)
     prefix = random_prefix(model).to(device)
     mask = torch.ones(4, 13, dtype=torch.long)
@@ -164,7 +164,40 @@ def test_a_mask_that_hides_padding_on_the_right_alone_is_looked_at(device, padde
             batch = batch_of(4, 13, number, device) | {"attention_mask": mask.to(device)}
             batch["labels"][batch["attention_mask"] == 0] = IGNORED
             assert_step(trained, batch)
-        assert len(trained.graphs._steps) == (padded == "right")
+        (recorded,) = trained.graphs._steps.values()
+        assert (recorded.rows.attention_mask is None) == (padded == "right")
+
+
+@pytest.mark.parametrize("device", DEVICES, indirect=True)
+@pytest.mark.parametrize("family", ("llama", "gpt2", "mistral", "gemma2", "opt", "bloom"))
+def test_rows_padded_on_the_left(device, family):
+    assert_left_padding(tiny_model(family).to(device))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", ("mistral", "gemma2"))
+def test_on_a_gpu_a_prefix_slides_out_of_the_window_of_rows_padded_on_the_left(family):
+    """On a CPU the host looks where rows begin, before it is recorded."""
+    assert_left_padding(tiny_model(family).cuda(), prefix_window="peft")
+
+
+def assert_left_padding(model, **options):
+    """Each batch with a mask of its own, of other lengths, beside batches of that shape without one."""
+    device = model.device
+    prefix = random_prefix(model).to(device)
+    with attach_prefix(model, prefix, **options):
+        trained = PrefixedModel(model, prefix)
+        for number, (rows, length) in enumerate(((3, 13), (3, 15), (3, 10), (3, 13), (3, 16))):
+            batch = batch_of(rows, length, number, device)
+            first = torch.tensor([[number % 4], [0], [2 + number % 3]], device=device)
+            mask = (torch.arange(length, device=device) >= first).long()
+            labels = batch["input_ids"].where((mask == 1) & (torch.arange(length, device=device) > length // 2), IGNORED)
+            masked = batch | {"attention_mask": mask.bool() if number == 3 else mask, "labels": labels}
+            assert_step(trained, masked)
+            assert_step(trained, batch)
+            assert_step(trained, {name: tensor.flip(0) for name, tensor in masked.items()})
+        kinds = [recorded.rows.attention_mask is None for recorded in trained.graphs._steps.values()]
+        assert not trained.graphs._refused and set(kinds) == {False, True}
 
 
 def test_a_mask_with_labels_on_what_it_hides_is_heeded(graphs):
@@ -178,7 +211,8 @@ def test_a_mask_with_labels_on_what_it_hides_is_heeded(graphs):
         trained = PrefixedModel(model, prefix)
         for _ in range(3):
             torch.testing.assert_close(step(trained, batch)[0], expected.detach(), **TOLERANCE)
-        assert not trained.graphs._steps
+        (recorded,) = trained.graphs._steps.values()
+        assert recorded.rows.attention_mask is not None
 
 
 def test_rows_longer_than_the_model_has_positions_for_keep_their_mask(graphs):
