@@ -60,16 +60,15 @@ class GraphedSteps:
         """Whether a step on these arguments of the model, beside labels, may be recorded.
 
         Args:
-            inputs: input_ids, and attention_mask where there is one: int or bool, of their shape.
+            inputs: input_ids, and attention_mask, of their shape, where there is one.
             pack: of the sequences in a row, whose positions are among the arguments.
         """
         ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
         wanted = {"input_ids"} | ({"attention_mask"} & inputs.keys() if pack is None else {"position_ids"})
         if self._refused or inputs.keys() != wanted or not isinstance(ids, Tensor) or not self._on_device(ids):
             return False
-        if "attention_mask" in wanted and not (
-            isinstance(mask, Tensor) and mask.shape == ids.shape and mask.device == ids.device and not mask.is_floating_point()
-        ):
+        masked = isinstance(mask, Tensor) and mask.shape == ids.shape and mask.device == ids.device
+        if "attention_mask" in wanted and not masked:
             return False
         if not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return False
