@@ -37,12 +37,15 @@ class OwnCache:
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], generation_mode: GenerationMode,
         batch_size: int, max_cache_length: int,
     ) -> None:  # fmt: skip
-        """As the model's own: puts a cache among model_kwargs, if generate is to make one."""
+        """As the model's own: puts a cache among model_kwargs, if generate is to make one. Where steps over it are replayed, the
+        call reads late whether all rows have ended."""
         given = model_kwargs.get(CACHE) is not None
         self._prepare(generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
-        if not self._replays(generation_config, generation_mode):
+        grows = not given and type(model_kwargs.get(CACHE)) is DynamicCache
+        fit = self._gains(generation_config, max_cache_length) if grows else can_be_recorded(model_kwargs.get(CACHE))
+        if not fit or not self._replays(generation_config, generation_mode):
             return
-        if not given and type(model_kwargs.get(CACHE)) is DynamicCache and self._gains(generation_config, max_cache_length):
+        if grows:
             cache = StaticCache(config=self.model.config.get_text_config(decoder=True), max_cache_len=max_cache_length)
             rows = batch_size * generation_config.num_return_sequences
             fits = self._bytes(rows, max_cache_length) <= MOST_OF_MEMORY * free_bytes(self.model.device)
