@@ -37,8 +37,8 @@ class OwnCache:
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], generation_mode: GenerationMode,
         batch_size: int, max_cache_length: int,
     ) -> None:  # fmt: skip
-        """As the model's own: puts a cache among model_kwargs, if generate is to make one. Where steps over it are replayed, the
-        call reads late whether all rows have ended."""
+        """As the model's own: puts a cache among model_kwargs, if generate is to make one. Where steps over it are replayed,
+        the call reads late whether all rows have ended."""
         given = model_kwargs.get(CACHE) is not None
         self._prepare(generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
         grows = not given and type(model_kwargs.get(CACHE)) is DynamicCache
