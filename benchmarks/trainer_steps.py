@@ -21,7 +21,7 @@ import measure
 from prefix_tuning import PrefixTrainer
 from prefix_tuning.data import PromptCompletionCollator
 
-WARM_UP = 16  # steps: each of four batches twice, as a shape is recorded then, and once more
+WARM_UP = 16  # steps, in which each of four batches comes four times: a shape is recorded when it comes for the second time
 WINDOWS, WINDOW = 3, 8  # samples, and steps of one
 
 Example = Mapping[str, Sequence[int]]

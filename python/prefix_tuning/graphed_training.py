@@ -183,7 +183,6 @@ class Rows:
         self.input_ids[:, : input_ids.shape[1]] = input_ids
         if self.attention_mask is not None:
             self.attention_mask[:, : input_ids.shape[1]] = attention_mask
-            self.attention_mask[:, input_ids.shape[1] :] = 0
 
 
 class _PackedRow(Rows):

@@ -91,7 +91,8 @@ class PrefixTrainer(Trainer):
     attribute model.
 
     On a GPU the host waits for no step of a causal model whose loss is not logged (args.logging_steps), and prepares the next
-    batches meanwhile, if args.dataloader_pin_memory is on.
+    batches meanwhile. It does wait without args.dataloader_pin_memory, with code of yours that reads batches, under fp16, and
+    for batches with an attention mask that hides more than padding on the right.
 
     A checkpoint holds the prefix with its reparametrisation, and the state of optimiser, schedule and random numbers:
     train(resume_from_checkpoint=…) goes on as if never interrupted, but for the order of rows under group_by_length and
