@@ -191,9 +191,10 @@ def test_examples_for_encoders_run(tmp_path, monkeypatch):
         monkeypatch.setattr(auto, "from_pretrained", lambda *_, model=model, **__: model)
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda name: tiny_tokenizer(adds_eos=True))
     monkeypatch.chdir(tmp_path)
+    Prefix.for_model(models["Seq2SeqLM"], 3, parts=("encoder", "cross")).save("runs/food/prefix")
     names = {}
     exec(compile(source.replace("max_steps=100", "max_steps=2"), "encoders.md", "exec"), names)
-    assert names["tokens"].shape[0] == 1 and names["logits"].shape == (1, 3) and list(names["prefix"].heads) == ["classifier"]
+    assert names["tokens"].shape[0] == 3 and names["logits"].shape == (1, 3) and list(names["prefix"].heads) == ["classifier"]
     assert set(Prefix.load("runs/flan/prefix").parts) == {"encoder", "cross"}
 
 

@@ -23,20 +23,21 @@ from prefix_tuning.attached_configs import AttachedConfigs
 from prefix_tuning.attention import ATTENTION_NAME, LayerPrefix
 from prefix_tuning.bank import PrefixBank
 from prefix_tuning.devices import execution_device
-from prefix_tuning.families import FAMILIES, family_of
+from prefix_tuning.families import FAMILIES
 from prefix_tuning.graphed_decoding import GraphedDecoding
 from prefix_tuning.heads import AttachedHeads
 from prefix_tuning.own_cache import OwnCache
 from prefix_tuning.patched_attention import replacement
 from prefix_tuning.positions import cache_of, check_learned_positions, new_tokens, sequence_positions, shift_embeddings
 from prefix_tuning.prefix import Prefix
-from prefix_tuning.prefix_ids import BANK_DEFAULT, PrefixIdsArgument, row_ids
+from prefix_tuning.prefix_ids import BANK_DEFAULT, PrefixIdsArgument, row_ids, without_prefix_ids
 from prefix_tuning.relative_bias import prefix_bias
 from prefix_tuning.rotary_switch import dropping_cache
 from prefix_tuning.shapes import Layers, ModelShape, check_model
-from prefix_tuning.stacks import Stack, part_shapes, stacks
+from prefix_tuning.stacks import Stack, part_shapes, stacks, text_config
 
 PREFIX_WINDOWS = ("pinned", "peft")
+STANDING_ALIKE = ("embeddings", "fixed")  # kinds of positions that are the same for all rows
 
 
 class PrefixSource(Protocol):
@@ -65,11 +66,11 @@ class Attachment:
         self.model = model
         self.prefix = prefix
         self._bank = prefix if isinstance(prefix, PrefixBank) else None
-        self._parts = ("decoder",) if self._bank is not None else tuple(prefix.parts)
-        every = stacks(model)
+        self._parts, every = tuple(prefix.parts), stacks(model)
         if any(hasattr(modules[0], "layer_prefix") for stack in every for modules in stack.attention.values()):
             raise ValueError("model: it already has a prefix attached; detach that first")
         self.stacks = [stack for stack in every if any(part in self._parts for part in stack.attention)]
+        self._others = [stack for stack in every if stack not in self.stacks]
         slides, warned = prefix_window == "peft", set()
         self._layers = {
             part: [
@@ -81,7 +82,7 @@ class Attachment:
                     stack.query_scale,
                     relative=stack.positions == "relative" and part == stack.self_attention,
                     first_position=stack.first_position,
-                    bank_layer=None if self._bank is None else i,
+                    bank_layer=None if self._bank is None or part not in self._parts else self._bank.first_layer(part) + i,
                 )  # fmt: skip
                 for i in range(len(modules))
             ]
@@ -90,7 +91,7 @@ class Attachment:
         }
         replaced = {m: replacement(m) for stack in self.stacks for modules in stack.attention.values() for m in modules}
         self._hidden: list[tuple[LayerPrefix, tuple]] = []  # what each layer holds again when the prefix is switched on
-        self._configs = AttachedConfigs(model, self.stacks, [stack for stack in every if stack not in self.stacks])
+        self._configs = AttachedConfigs(model, self.stacks, self._others)
         self._heads = AttachedHeads(model, prefix.heads) if isinstance(prefix, Prefix) else None
         self._changed: list[tuple[nn.Module, str, dict[str, Any]]] = []
         self._detached = False  # which torch.compile can read, as it cannot the handles of hooks
@@ -119,13 +120,14 @@ class Attachment:
             self._drop_cache_at_switch()
         for stack in self.stacks:
             self._hooks += self._hooks_of(stack)
-            if stack.positions == "embeddings" and stack.self_attention in self._parts:
+            if self._bank is None and stack.positions == "embeddings" and stack.self_attention in self._parts:
                 self._hooks.append(shift_embeddings(stack.module.embed_positions, self._offset))
         if self._bank is None:
             self._refresh(self._parts)
-            self._empty_the_rest()
         else:
+            self._hooks += [s.module.register_forward_pre_hook(without_prefix_ids, with_kwargs=True) for s in self._others]
             self._argument = PrefixIdsArgument(self.model, self.stacks[0].module, self._bank)
+        self._empty_the_rest()
         if self._heads is not None:
             self._heads.insert()
 
@@ -251,12 +253,12 @@ class Attachment:
 
     def _empty_the_rest(self) -> None:
         """Attention modules beside a prefix's, without a part of their own, get no columns: they run as they did."""
-        shapes, held = part_shapes(self.model.config), self._layers[self._parts[0]][0].key
+        shapes, device = part_shapes(self.model.config), self._layers[self._parts[0]][0].taken()[0].device
         for part in self._layers.keys() - set(self._parts):
             shape, dtype = shapes[part], self.model.dtype
             for layer in self._layers[part]:
                 layer.key, layer.value = (
-                    _no_columns(shape.kv_heads, dim, dtype, held.device) for dim in (shape.head_dim, shape.value_dim)
+                    _no_columns(shape.kv_heads, dim, dtype, device) for dim in (shape.head_dim, shape.value_dim)
                 )
 
     def _rounds(self) -> bool:
@@ -331,8 +333,10 @@ class Attachment:
             if stack.learned_positions:
                 check_learned_positions(kwargs["position_ids"], module.config.max_position_embeddings)
         elif stack.positions == "relative":
-            prefix_len = self._layers[stack.self_attention][0].key.shape[1]
-            kwargs["prefix_bias"] = prefix_bias(stack.attention[stack.self_attention][0], kwargs, prefix_len)
+            layer = self._layers[stack.self_attention][0]
+            width = layer.taken()[0].shape[-2]
+            lens = width if layer.bank_layer is None else self._bank.lens_of(kwargs["prefix_ids"])[:, None, None]
+            kwargs["prefix_bias"] = prefix_bias(stack.attention[stack.self_attention][0], kwargs, width, lens)
         return (), kwargs
 
     def _take_prefix(self, stack: Stack, kwargs: dict) -> int:
@@ -346,10 +350,15 @@ class Attachment:
             self._round(parts)
         return self.prefix.position_offset if stack.self_attention in parts else 0
 
-    def _take_rows(self, stack: Stack, kwargs: dict) -> Tensor:
-        """kwargs get the id of each row, for every layer; returns where the positions of each row start, [batch, 1]."""
-        tokens = new_tokens(kwargs)
+    def _take_rows(self, stack: Stack, kwargs: dict) -> int | Tensor:
+        """kwargs get the id of each row, for every layer; returns where the positions of each row start, 0 or [batch, 1]."""
+        tokens = new_tokens(kwargs) if kwargs.get("input_features") is None else kwargs["input_features"]
         kwargs["prefix_ids"] = row_ids(self._bank, kwargs.get("prefix_ids", BANK_DEFAULT), len(tokens), tokens.device)
+        if stack.self_attention not in self._parts:
+            return 0
+        if stack.positions in STANDING_ALIKE:
+            self._bank.check_positions(stack.module)
+            return 0
         return self._bank.position_offsets(kwargs["prefix_ids"])
 
 
@@ -383,7 +392,8 @@ def attach_prefix(
         prefix: one made for this model's shape; each layer's part is moved to where that layer computes. Or a bank of them,
             moved there, in the model's dtype: forward and generate then take prefix_ids, a list with a name or None (no
             prefix) for each row, or an int tensor [batch] from bank.ids; None is no prefix for any row, and a call without it
-            gets the bank's default. Behind its prefix each row's positions start at that prefix's own position_offset.
+            gets the bank's default. Behind its prefix each row's positions start at that prefix's own position_offset, which
+            must be 0 where a stack's position embeddings know no position_ids (BART's kind, Whisper).
         backend: the backend of prefix_attention; None picks one per call.
         prefix_window: under sliding-window attention, "pinned" keeps the prefix visible to every token (the default);
             "peft" lets it slide out of the window as PEFT does.
@@ -446,12 +456,14 @@ def _place(prefix: Prefix, every: list[Stack]) -> None:
 
 def _place_bank(bank: PrefixBank, model: nn.Module, every: list[Stack]) -> None:
     """Moves each layer's tensors of a bank to where it computes; NotImplementedError for a model that cannot have one."""
-    if list(part_shapes(model.config)) != ["decoder"]:
-        raise NotImplementedError(f"model: a bank is served by causal models, got {type(model).__name__}")
-    attention = [module for stack in every for modules in stack.attention.values() for module in modules]
-    if not family_of(model).hands_on or any(map(replacement, attention)):
+    attention = {part: modules for stack in every for part, modules in stack.attention.items()}
+    family = FAMILIES.get(text_config(model.config).model_type)
+    if (family is not None and not family.hands_on) or any(replacement(m) for modules in attention.values() for m in modules):
         raise NotImplementedError(
             f"model: a bank is not served, as {type(model).__name__} hands no further arguments to its attention modules"
         )
     bank.check_fits(model)
-    bank.to([execution_device(module) for module in attention], model.dtype)
+    for stack in every:
+        if stack.positions in STANDING_ALIKE and stack.self_attention in bank.parts:
+            bank.check_positions(stack.module)
+    bank.to([execution_device(module) for part in bank.parts for module in attention[part]], model.dtype)

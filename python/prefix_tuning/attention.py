@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
@@ -95,7 +96,7 @@ def prefix_attention_forward(
     if dropout and "dropout" not in layer.warned:
         layer.warned.add("dropout")
         warnings.warn("attention dropout is not applied where a prefix is attached", UserWarning, stacklevel=2)
-    mask, prefix_ids = attention_mask, kwargs.get("prefix_ids")
+    mask, prefix_ids = attention_mask, None if layer.bank_layer is None else kwargs.get("prefix_ids")
     if mask is None:
         mask = MaskStructure(causal=kwargs.get("is_causal") is not False and getattr(module, "is_causal", True))
     elif isinstance(mask, Tensor):
@@ -116,7 +117,8 @@ def prefix_attention_forward(
     if prefix_key.dtype is not dtype and (prefix_key.dtype is not torch.float32 or dtype is torch.float64):
         prefix_key, prefix_value = prefix_key.to(dtype), prefix_value.to(dtype)
     if layer.relative:
-        bias = torch.cat([prefix_bias, position_bias.detach().expand(len(prefix_bias), -1, -1, -1)], dim=-1)
+        unseen = prefix_key.shape[-2] - prefix_bias.shape[-1]  # columns of a prefix that a bank was given since
+        bias = torch.cat([pad(prefix_bias, (0, unseen)), position_bias.detach().expand(len(prefix_bias), -1, -1, -1)], dim=-1)
     if mask.pack is not None:
         if bias is None and not (layer.slides and mask.window):
             prefix = prefix_key, prefix_value, prefix_lens
@@ -126,8 +128,7 @@ def prefix_attention_forward(
         prefix_len = prefix_key.shape[-2]
         own_len = prefix_len
         if prefix_lens is not None:
-            slot = prefix_ids.clamp(0, len(prefix_lens) - 1)
-            own_len = (prefix_lens[slot] * (slot == prefix_ids))[:, None]
+            own_len = layer.prefix.lens_of(prefix_ids)[:, None]
         positions = kwargs.get("position_ids")
         positions = None if positions is None else positions - layer.offset(prefix_ids)
         first_key_position, mask_bias = mask.sliding(prefix_len, own_len, positions, query.shape[2], key.shape[2], query.device)

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from prefix_tuning.families import model_shape
 from prefix_tuning.prefix import Prefix
-from prefix_tuning.shapes import check_int
+from prefix_tuning.shapes import ModelShape, check_int
+from prefix_tuning.stacks import part_shapes
 
 NO_PREFIX = -1
 
@@ -23,7 +24,8 @@ class BankStorage:
     """The tensors of a bank. Prefixes are written into them; where they are to be others, so is the whole storage.
 
     Attributes:
-        keys, values: of each layer [capacity, kv_heads, max_prefix_len, dim], on the layer's device.
+        keys, values: of each layer [capacity, kv_heads, max_prefix_len, dim], on the layer's device; one part's layers behind
+            another's.
         prefix_lens: int32 [capacity], on the first layer's device, as what follows.
         position_offsets: int64 [capacity + 1], of each prefix; the last is that of no prefix.
     """
@@ -35,7 +37,7 @@ class BankStorage:
 
 
 class PrefixBank:
-    """Named prefixes of one shape, of any lengths, to serve with attach_prefix(model, bank).
+    """Named prefixes with the same parts and shapes, of any lengths, to serve with attach_prefix(model, bank).
 
     A bank serves and does not train: it holds copies, without gradients, of the keys and values that each prefix had when it
     was added, in the widest of their dtypes. attach_prefix brings them to where the model's layers compute and to its dtype,
@@ -48,15 +50,16 @@ class PrefixBank:
     while others call a model that the bank is attached to.
 
     Args:
-        prefixes: name -> Prefix, at least one; each with a decoder part alone.
+        prefixes: name -> Prefix, at least one.
         default: the name whose prefix the rows of a call without prefix_ids get; None: such a call is refused.
         capacity: how many prefixes there is room for; None: as many as are given.
         max_prefix_len: how many positions each may have; None: those of the longest that is given.
 
     Attributes:
+        parts: the shape of each part that every prefix has.
         storage: those tensors, a BankStorage.
 
-    Raises ValueError or TypeError naming the argument, NotImplementedError for prefixes with other parts or with heads.
+    Raises ValueError or TypeError naming the argument, NotImplementedError for prefixes with heads.
     """
 
     def __init__(
@@ -75,17 +78,18 @@ class PrefixBank:
         for name, prefix in prefixes.items():
             _check_prefix(name, prefix)
         first = next(iter(prefixes.values()))
-        self.shape = first.parts["decoder"]
+        self.parts = dict(first.parts)
         self.storage = BankStorage(
             *(
                 tuple(torch.empty(0, tensor.shape[0], 0, tensor.shape[2]) for tensor in tensors)
-                for tensors in zip(*first.layers(), strict=True)
+                for tensors in zip(*_layers_of(first, self.parts), strict=True)
             ),
             prefix_lens=torch.empty(0, dtype=torch.int32),
             position_offsets=torch.zeros(1, dtype=torch.int64),
         )
         self._lock = threading.Lock()  # of what changes it; whoever reads takes storage, or _slots, once
         self._slots: dict[str, int] = {}
+        self._offsets: dict[str, int] = {}  # the position_offset of each name, which to read from a GPU would take waiting
         self._default: str | None = None
         longest = max(prefix.prefix_len for prefix in prefixes.values())
         stored = [next(prefix.parameters()) for prefix in prefixes.values()]
@@ -131,8 +135,8 @@ class PrefixBank:
     def add(self, name: str, prefix: Prefix) -> None:
         """Takes a copy of `prefix` as `name`; nothing changes for the other names. ValueError for a name that is taken."""
         _check_prefix(name, prefix)
-        if prefix.parts["decoder"] != self.shape:
-            raise ValueError(f"prefix: {name!r} has {prefix.parts['decoder']}, expected {self.shape} as the others")
+        if prefix.parts != self.parts:
+            raise ValueError(f"prefix: {name!r} has {_listed(prefix.parts)}; expected {_listed(self.parts)} as the others")
         with self._lock:
             if name in self._slots:
                 raise ValueError(f"name: {name!r} is in the bank already; remove it first")
@@ -142,11 +146,12 @@ class PrefixBank:
                 self._allocate(capacity, length, self.devices, self.storage.keys[0].dtype)
             slot = next(slot for slot in range(self.capacity) if slot not in self._slots.values())
             with torch.no_grad():
-                for layer, (key, value) in enumerate(prefix.layers()):
+                for layer, (key, value) in enumerate(_layers_of(prefix, self.parts)):
                     self.storage.keys[layer][slot, :, : prefix.prefix_len].copy_(key)
                     self.storage.values[layer][slot, :, : prefix.prefix_len].copy_(value)
             self.storage.prefix_lens[slot] = prefix.prefix_len
             self.storage.position_offsets[slot] = prefix.position_offset
+            self._offsets = self._offsets | {name: prefix.position_offset}
             self._slots = self._slots | {name: slot}
 
     def remove(self, name: str) -> None:
@@ -156,7 +161,9 @@ class PrefixBank:
             if name == self.default:
                 raise ValueError(f"name: {name!r} is the default; set default to another name or None first")
             slot = self._slots[name]
-            self._slots = {other: slot for other, slot in self._slots.items() if other != name}
+            self._slots, self._offsets = (
+                {other: value for other, value in held.items() if other != name} for held in (self._slots, self._offsets)
+            )
             self.storage.prefix_lens[slot] = 0
             self.storage.position_offsets[slot] = 0
 
@@ -192,11 +199,35 @@ class PrefixBank:
         offsets = self.storage.position_offsets.to(ids.device)
         return offsets[ids.clamp(NO_PREFIX, len(offsets) - 1)][:, None]
 
+    def lens_of(self, ids: Tensor) -> Tensor:
+        """How many positions the prefix of each row has, int32 [rows]: 0 without one. Ids out of range count as −1."""
+        lens = self.storage.prefix_lens.to(ids.device)
+        slot = ids.clamp(0, len(lens) - 1)
+        return lens[slot] * (slot == ids)
+
+    def first_layer(self, part: str) -> int:
+        """Which of the storage's keys and values are those of a part's first layer."""
+        before = itertools.takewhile(lambda name: name != part, self.parts)
+        return sum(self.parts[name].layers for name in before)
+
     def check_fits(self, model: nn.Module) -> None:
         """ValueError where the prefixes were made for another shape than the model's."""
-        expected = model_shape(model.config)
-        if self.shape != expected:
-            raise ValueError(f"prefix: the bank's are made for {self.shape}, expected {expected} for {type(model).__name__}")
+        shapes = part_shapes(model.config)
+        for part, shape in self.parts.items():
+            expected = shapes.get(part, f"parts of {', '.join(shapes)}")
+            if shape != expected:
+                raise ValueError(
+                    f"prefix: the bank's are made for {part}: {shape}, expected {expected} for {type(model).__name__}"
+                )
+
+    def check_positions(self, module: nn.Module) -> None:
+        """NotImplementedError where a prefix moves the tokens of its rows; for a module whose rows all stand alike."""
+        moving = [name for name, offset in self._offsets.items() if offset]
+        if moving:
+            raise NotImplementedError(
+                f"position_offset: {type(module).__name__} has the tokens of all rows stand alike, at 0 with a bank; got "
+                f"{moving[0]!r} with {self._offsets[moving[0]]}"
+            )
 
     def to(self, devices: Sequence[torch.device], dtype: torch.dtype) -> None:
         """Brings each layer's tensors to its device, by new tensors where any is elsewhere."""
@@ -244,7 +275,14 @@ def _check_prefix(name: str, prefix: Prefix) -> None:
         raise TypeError(f"name: expected a string, got {name!r}")
     if not isinstance(prefix, Prefix):
         raise TypeError(f"prefix: expected a Prefix as {name!r}, got {type(prefix).__name__}")
-    if list(prefix.parts) != ["decoder"]:
-        raise NotImplementedError(f"prefix: a bank serves decoders; {name!r} has the parts {', '.join(prefix.parts)}")
     if prefix.heads:
         raise NotImplementedError(f"prefix: a bank has no heads, but {name!r} comes with {', '.join(prefix.heads)}")
+
+
+def _listed(parts: Mapping[str, ModelShape]) -> str:
+    return ", ".join(f"{part}: {shape}" for part, shape in parts.items())
+
+
+def _layers_of(prefix: Prefix, parts: Iterable[str]) -> list[tuple[Tensor, Tensor]]:
+    """Keys and values of all parts, in a bank's order."""
+    return [pair for part in parts for pair in prefix.layers(part)]

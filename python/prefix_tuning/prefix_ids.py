@@ -92,6 +92,14 @@ def row_ids(bank: PrefixBank, given: Any, rows: int, device: torch.device) -> Te
     return given.to(device, torch.int32)
 
 
+def without_prefix_ids(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """A hook before the forward pass of a stack of layers that a bank has no part for."""
+    given = kwargs.pop("prefix_ids", None)
+    if isinstance(given, Given):
+        given.take()
+    return args, kwargs
+
+
 def _in_place_of(method: Callable, patched: partial) -> partial:
     """`patched` under the method's name. With a closure in its place a copy of the model would still call the original's."""
     return functools.update_wrapper(patched, method, assigned=("__module__", "__name__", "__qualname__", "__doc__"), updated=())

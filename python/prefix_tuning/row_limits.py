@@ -62,7 +62,8 @@ def pair_limits(model: nn.Module) -> tuple[int | None, int | None]:
         table = getattr(stack.module, "embed_positions", None)
         if not isinstance(table, nn.Embedding):
             return None
-        offset = attached.position_offset if attached is not None and stack.self_attention in attached.parts else 0
+        moved = isinstance(attached, Prefix) and stack.self_attention in attached.parts  # no bank moves a table's tokens
+        offset = attached.position_offset if moved else 0
         return table.num_embeddings - getattr(table, "offset", 0) - offset
 
     encoder, decoder = map(limit, stacks(model))

@@ -16,6 +16,7 @@ from transformers import TrainerCallback
 from prefix_tuning import Prefix, PrefixBank, PrefixedModel, accelerate_peft, attach_prefix
 from prefix_tuning.generate import generate_texts
 from support.emulated_graphs import READ_BY_THE_HOST, EmulatedGraph
+from support.encoder_decoders import source, tiny_encoder_decoder
 from support.generation import bank_of, padded
 from support.models import random_prefix, tiny_model
 from support.peft_models import peft_model
@@ -74,6 +75,28 @@ def test_logits_and_tokens(family, place, kind):
                 outputs.append(where.generate(**given, max_new_tokens=12, do_sample=False, **options))
         results.append(outputs)
     assert_same(*results)
+
+
+@pytest.mark.parametrize("family", ["t5", "bart"])
+def test_a_bank_for_an_encoder_decoder(family):
+    """The decoder's layers on the second GPU, all else on the first."""
+    model, results = tiny_encoder_decoder(family), []
+    inside = "" if family == "t5" else "model."
+    places = {f"{inside}shared": 0, f"{inside}encoder": 0, "lm_head": 0, "final_logits_bias": 0}
+    for name, _ in model.base_model.decoder.named_children():
+        places[f"{inside}decoder.{name}"] = int(name in ("block", "layers"))
+    elsewhere = dispatch_model(copy.deepcopy(model), device_map=places, force_hooks=True)
+    for where, device in ((model, "cpu"), (elsewhere, torch.device("cuda:0"))):
+        given = placed(source(model, batch=3, side="left"), device)
+        with attach_prefix(where, bank_of(model)) as attachment:
+            outputs = [where(**given, decoder_input_ids=given["input_ids"], prefix_ids=NAMES).logits]
+            for options in ({}, {"num_beams": 2}):
+                options = options | {"max_new_tokens": 8, "do_sample": False}
+                outputs.append(where.generate(**given, prefix_ids=NAMES, **options))
+            devices = [place.index for place in attachment.prefix.devices]
+        results.append(outputs)
+    assert_same(*results)
+    assert set(devices) == {0, 1}
 
 
 def test_a_bank_has_each_layer_s_tensors_where_it_computes():

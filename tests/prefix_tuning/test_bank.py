@@ -10,39 +10,16 @@ from transformers import GenerationConfig, LlamaForCausalLM, StaticCache
 from prefix_kernels import prefix_attention
 from prefix_tuning import Prefix, PrefixBank, attach_prefix
 from prefix_tuning.prefix_ids import row_ids
+from support.banks import NAMES, alone, prefix_of
 from support.models import MODELS, WITH_STATE, tiny_model
 
 TOLERANCE = {"atol": 2e-5, "rtol": 1e-4}
-NAMES = ["long", None, "short"]
 WITHOUT_BANK = ("bloom", "falcon", "falcon_alibi", "falcon_mqa", "gpt_neo", "mpt", "nemotron", "stablelm", "xglm")
 OPTIONS = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
 
-def prefix_of(model, prefix_len, seed, position_offset=None):
-    """Random keys and values, another for each seed."""
-    prefix = Prefix.for_model(model, prefix_len, seed=0)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in prefix.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator))
-    prefix.position_offset = prefix_len if position_offset is None else position_offset
-    return prefix
-
-
 def prefixes_of(model):
     return {"short": prefix_of(model, 3, 1), "long": prefix_of(model, 6, 2), "unshifted": prefix_of(model, 4, 3, 0)}
-
-
-def alone(model, prefixes, names, call):
-    """What call(row) gives for each row with nothing but its own prefix attached."""
-    results = []
-    for row, name in enumerate(names):
-        if name is None:
-            results.append(call(row))
-        else:
-            with attach_prefix(model, prefixes[name]):
-                results.append(call(row))
-    return torch.cat(results)
 
 
 def inputs_of(rows=3, length=7):
@@ -395,12 +372,15 @@ def test_wrong_calls_raise():
         ({}, ValueError, "prefixes: expected one Prefix or more"),
         ({"a": "b"}, TypeError, "prefix: expected a Prefix as 'a', got str"),
         ({3: prefixes["short"]}, TypeError, "name: expected a string, got 3"),
-        ({"a": Prefix({"encoder": prefixes["short"].layers()})}, NotImplementedError, "'a' has the parts encoder"),
+        (
+            {"a": prefixes["short"], "b": Prefix({"encoder": prefixes["short"].layers()})},
+            ValueError, "'b' has encoder: 3 layers, .*; expected decoder: 3 layers, .* as the others",
+        ),
         (
             {"a": Prefix({"decoder": prefixes["short"].layers()}, heads={"score": {"weight": torch.zeros(2, 3)}})},
             NotImplementedError, "a bank has no heads, but 'a' comes with score",
         ),
-        ({"a": prefixes["short"], "b": prefix_of(tiny_model("gpt2"), 3, 1)}, ValueError, "'b' has 3 layers, 4 kv_heads"),
+        ({"a": prefixes["short"], "b": prefix_of(tiny_model("gpt2"), 3, 1)}, ValueError, "'b' has decoder: .* 4 kv_heads"),
     ):  # fmt: skip
         with pytest.raises(error, match=message):
             PrefixBank(given)
@@ -413,7 +393,7 @@ def test_wrong_calls_raise():
         bank.add("long", prefixes["short"])
     with pytest.raises(ValueError, match="name: 'short' is the default"):
         bank.remove("short")
-    with pytest.raises(ValueError, match="the bank's are made for 3 layers, 2 kv_heads"):
+    with pytest.raises(ValueError, match="the bank's are made for decoder: 3 layers, 2 kv_heads"):
         attach_prefix(tiny_model("gpt2"), bank)
     with attach_prefix(model, bank):
         with pytest.raises(ValueError, match="already has a prefix"):

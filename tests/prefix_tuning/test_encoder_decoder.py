@@ -8,7 +8,7 @@ import torch
 from transformers import DynamicCache, EncoderDecoderCache, T5Config, T5EncoderModel
 from transformers.modeling_outputs import BaseModelOutput
 
-from prefix_tuning import Prefix, PrefixBank, attach_prefix
+from prefix_tuning import Prefix, attach_prefix
 from support.checkpointing import counted_attention, enable_checkpointing, train_with_checkpointing
 from support.encoder_decoders import FAMILIES, PARTS, labels, parts_of, source, tiny_encoder_decoder
 from support.expanded_prefix import expanded_prefix
@@ -322,8 +322,6 @@ def test_wrong_calls_raise(proven):
         Prefix.from_text(model, None, input_ids=[5, 6])
     with pytest.raises(ValueError, match="made for a model with 3 layers, 4 kv_heads, head_dim 12, expected one for Bart"):
         attach_prefix(model, random_parts(tiny_encoder_decoder("t5"), ("cross",)))
-    with pytest.raises(NotImplementedError, match="a bank is served by causal models, got BartForConditionalGeneration"):
-        attach_prefix(model, PrefixBank({"a": random_parts(model, ("decoder",))}))
     with attach_prefix(model, random_parts(model, ("cross",))):
         with pytest.raises(ValueError, match="already has a prefix"):
             attach_prefix(model, random_parts(model, ("encoder",)))

@@ -240,10 +240,12 @@ def test_only_models_on_one_gpu_are_recorded():
 
 
 @pytest.mark.parametrize("family", ("bart", "m2m_100", "marian", "mbart", "mt5", "pegasus", "t5", "t5gemma"))
-def test_encoder_decoders(graphs, family):
+@pytest.mark.parametrize("kind", KINDS)
+def test_encoder_decoders(graphs, family, kind):
     model = tiny_encoder_decoder(family)
-    call = padded(length=6) | {"max_new_tokens": 9} | OPTIONS
-    with attach_prefix(model, random_prefix(model)):
+    attachment, chosen = attach(model, kind)
+    call = padded(length=6) | {"max_new_tokens": 9} | OPTIONS | chosen(2)
+    with attachment:
         expected = model.generate(**call)
         assert torch.equal(model.generate(**call, **STATIC), expected)
     older = ("bart", "marian", "mbart", "pegasus") if CACHE == "past_key_values" else ()  # transformers before 5.24
@@ -316,12 +318,14 @@ def test_on_a_gpu_a_static_cache_goes_on_for_several_turns(counted):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("family", ("bart", "t5"))
-def test_on_a_gpu_encoder_decoders(counted, family):
+@pytest.mark.parametrize("kind", KINDS)
+def test_on_a_gpu_encoder_decoders(counted, family, kind):
     if family == "bart" and CACHE == "past_key_values":
         pytest.skip("before transformers 5.24 its positions are a number that Python reads")
     model = tiny_encoder_decoder(family).cuda()
-    call = on_gpu(padded(length=6)) | {"max_new_tokens": 9} | OPTIONS
-    with attach_prefix(model, random_prefix(model)):
+    attachment, chosen = attach(model, kind)
+    call = on_gpu(padded(length=6)) | {"max_new_tokens": 9} | OPTIONS | chosen(2)
+    with attachment:
         expected = model.generate(**call)
         assert torch.equal(model.generate(**call, **STATIC), expected)
     assert counted["replays"] >= 7
