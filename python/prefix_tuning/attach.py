@@ -22,10 +22,12 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from prefix_tuning.attached_configs import AttachedConfigs
 from prefix_tuning.attention import ATTENTION_NAME, LayerPrefix
 from prefix_tuning.bank import PrefixBank
+from prefix_tuning.deferred_stops import Watched
 from prefix_tuning.devices import execution_device
 from prefix_tuning.families import FAMILIES
 from prefix_tuning.graphed_decoding import GraphedDecoding
 from prefix_tuning.heads import AttachedHeads
+from prefix_tuning.masks import MaskStructure, on_device
 from prefix_tuning.own_cache import OwnCache
 from prefix_tuning.patched_attention import replacement
 from prefix_tuning.positions import cache_of, check_learned_positions, new_tokens, sequence_positions, shift_embeddings
@@ -37,6 +39,7 @@ from prefix_tuning.shapes import Layers, ModelShape, check_model
 from prefix_tuning.stacks import Stack, part_shapes, stacks, text_config
 
 PREFIX_WINDOWS = ("pinned", "peft")
+GIVEN_FUNCTIONS = ("_get_logits_processor", "_get_stopping_criteria")  # methods to which generate gives the caller's functions
 STANDING_ALIKE = ("embeddings", "fixed")  # kinds of positions that are the same for all rows
 
 
@@ -117,6 +120,7 @@ class Attachment:
             self._change(stack.module, **stack.while_attached)
         if self._decoding is not None:
             self._change(self.model, get_compiled_call=self._decoding, _prepare_cache_for_generation=OwnCache(self.model))
+            self._change(self.model, **{name: Watched(getattr(self.model, name)) for name in GIVEN_FUNCTIONS})
             self._drop_cache_at_switch()
         for stack in self.stacks:
             self._hooks += self._hooks_of(stack)
@@ -309,6 +313,8 @@ class Attachment:
     ) -> tuple[tuple, dict]:
         """Shift the positions behind the prefix; evaluate a reparametrisation, once."""
         kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
+        if isinstance(kwargs.get("attention_mask"), (dict, MaskStructure)):
+            kwargs["attention_mask"] = on_device(kwargs["attention_mask"], new_tokens(kwargs).device)
         asked = kwargs.get("output_attentions")
         if module.config.output_attentions if asked is None else asked:
             raise NotImplementedError("output_attentions: attention weights are never built; detach the prefix to see them")

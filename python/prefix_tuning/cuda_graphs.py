@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -88,12 +88,23 @@ class Graph:
         self._graph.replay()
 
 
-def has_hooks(model: nn.Module) -> bool:
-    """Whether a model has forward hooks that nobody knows here: a replay would pass them by."""
-    hooks = (
-        hook for module in model.modules() for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
-    )
+def has_hooks(modules: Iterable[nn.Module]) -> bool:
+    """Whether any of a model's modules has forward hooks that nobody knows here: a replay would pass them by."""
+    hooked = (module for module in modules if module._forward_pre_hooks or module._forward_hooks)
+    hooks = (hook for module in hooked for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()))
     return any(getattr(getattr(hook, "func", hook), "__module__", "").split(".")[0] not in WITHOUT_EFFECTS for hook in hooks)
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The dtype that torch.autocast gives on a device, where it is on."""
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+
+
+@contextmanager
+def autocast(device: torch.device, dtype: torch.dtype | None) -> Iterator[None]:
+    """torch.autocast, off for None, without its cache, whose weights a graph would read and which is freed as a block ends."""
+    with torch.autocast(device.type, dtype, enabled=dtype is not None, cache_enabled=False):
+        yield
 
 
 @functools.cache

@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -55,12 +55,17 @@ class GraphedDecoding:
     def __call__(self, compile_config: Any) -> Callable[..., Any]:
         if compile_config is not None or not records(self.model):
             return self._compiled_call(compile_config)
-        if self.failed or cuda_graphs.has_hooks(self.model):
+        if self.failed or cuda_graphs.has_hooks(self.model.modules()):
             return self.model.__call__
         return self._steps or _Steps(self)
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"_first": {}, "_steps": None, "loaded": set()}
+
+    @property
+    def keeps(self) -> bool:
+        """Whether graphs outlive the call of generate that records them."""
+        return self._steps is not None
 
     @contextmanager
     def kept(self) -> Iterator[None]:
@@ -100,7 +105,7 @@ def graphed(model: nn.Module) -> GraphedDecoding | None:
     if not isinstance(decoding, GraphedDecoding) or decoding.failed:
         return None
     model = decoding.model
-    return decoding if model._can_compile_fullgraph and records(model) and not cuda_graphs.has_hooks(model) else None
+    return decoding if model._can_compile_fullgraph and records(model) and not cuda_graphs.has_hooks(model.modules()) else None
 
 
 class _Steps:
@@ -121,7 +126,8 @@ class _Steps:
         shape = None if arguments is None else _described(arguments, tensors)
         if shape is None:
             return decoding.model(**kwargs)
-        key = (shape, decoding.state(), tuple(map(_state, _layers(cache))))
+        autocast = cuda_graphs.autocast_dtype(decoding.model.device)
+        key = (shape, decoding.state(), tuple(map(_state, _layers(cache))), autocast)
         known, recorded = key in self._kept, self._kept.pop(key, None)
         if recorded is not None:
             outputs = recorded.replay(tensors)
@@ -171,7 +177,8 @@ class _Steps:
         outputs, recorded = [], None
         others = {name: value for name, value in arguments.items() if not isinstance(value, Cache)}
         shapes = tuple((layer.keys.shape, _is_full(layer)) for layer in layers if layer.is_initialized)
-        kind = _described(others, []), shapes, decoding.state()[0]
+        dtype = cuda_graphs.autocast_dtype(device)
+        kind = _described(others, []), shapes, decoding.state()[0], dtype
 
         def uncount() -> None:
             for layer, count in counts:
@@ -179,7 +186,8 @@ class _Steps:
 
         def step() -> Any:
             uncount()  # Python counts every run, whether the device runs it or not
-            outputs.append(decoding.model(**buffers))
+            with cuda_graphs.autocast(device, dtype) if decoding.keeps else nullcontext():
+                outputs.append(decoding.model(**buffers))
             return outputs[-1]
 
         loaded, first = kind in decoding.loaded, None
@@ -238,6 +246,11 @@ def can_be_recorded(cache: Cache | None) -> bool:
 
 def _parts(cache: Cache | None) -> list[Cache | None]:
     return [cache.self_attention_cache, cache.cross_attention_cache] if isinstance(cache, EncoderDecoderCache) else [cache]
+
+
+def holds(cache: Cache, length: int) -> bool:
+    """Whether that many tokens of a row can be written into a static cache; into a window any number can."""
+    return all(layer.max_cache_len >= length for layer in _parts(cache)[0].layers if type(layer) is StaticLayer)
 
 
 def _layers(cache: Cache) -> list[StaticLayer]:

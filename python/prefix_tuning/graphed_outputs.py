@@ -26,12 +26,6 @@ class GraphedOutputs(GraphedSteps):
     backward pass that reaches the logits raises NotImplementedError.
     """
 
-    def __init__(self, model: nn.Module, prefix: nn.Module, most_tokens: int | None = None):
-        super().__init__(model, prefix, most_tokens)
-        self._modules: list[nn.Module] = []
-        self._checkpointed: list[nn.Module] = []  # of them those that may be, by their attribute gradient_checkpointing
-        self._parameters: list[nn.Parameter] = []
-
     def outputs(self, arguments: Mapping[str, Any]) -> ModelOutput | None:
         """What the model gives for its arguments; None where this call has to run as it is."""
         given = {name: value for name, value in arguments.items() if value is not None}
@@ -56,23 +50,6 @@ class GraphedOutputs(GraphedSteps):
         step.load(inputs, labels, count)
         loss, logits = step.replay()
         return step.what.kind(loss=loss, logits=logits[:, :length])
-
-    def _modes(self) -> tuple[bool, ...] | None:
-        """Which modules train and so may drop out; None where a step would do more than a recorded one."""
-        self._layers()
-        if any(parameter.requires_grad for parameter in self._parameters):
-            return None
-        if any(module.gradient_checkpointing for module in self._checkpointed):
-            return None
-        return tuple(module.training for module in self._modules)
-
-    def _layers(self) -> list:
-        before = self._attention
-        found = super()._layers()
-        if self._attention is not before:
-            self._modules, self._parameters = list(self._model.modules()), list(self._model.parameters())
-            self._checkpointed = [module for module in self._modules if hasattr(module, "gradient_checkpointing")]
-        return found
 
 
 class _LossAndLogits:

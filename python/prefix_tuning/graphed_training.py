@@ -23,6 +23,7 @@ from prefix_tuning.devices import is_spread
 from prefix_tuning.loss import check_teacher, count_targets, divergences, logits_at, loss_at, targets_of
 from prefix_tuning.masks import idle_mask
 from prefix_tuning.packs import Pack, packed
+from prefix_tuning.stacks import sees_later_tokens
 
 MOST_GRAPHS = 32  # shapes that come later run as they are
 
@@ -42,10 +43,14 @@ class GraphedSteps:
     def __init__(self, model: nn.Module, prefix: nn.Module, most_tokens: int | None = None):
         self.prefix, self._model, self._most_tokens = prefix, model, most_tokens
         self._attention: list[nn.Module] = []  # the modules that hold the prefix
+        self._modules: list[nn.Module] = []
+        self._parameters: list[nn.Parameter] = []
+        self._checkpointed: list[nn.Module] = []  # modules that may be, by their attribute gradient_checkpointing
+        self._adapted: list[nn.Module] = []  # modules with adapters of PEFT
         self._read: tuple = ()  # what the recorded steps read: where the prefix and the model are
         self._steps: dict[tuple, _Step] = {}
         self._seen: Counter[tuple] = Counter()
-        self._refused = False
+        self._refused = sees_later_tokens(model.config)
 
     def __reduce__(self) -> tuple:
         """A copy of the model, in memory or in a file, records steps of its own, if anything asks it to."""
@@ -75,7 +80,8 @@ class GraphedSteps:
         if pack is None and self._most_tokens is not None and ids.shape[-1] > self._most_tokens:
             return False
         # The gradients inside are not scaled, so those of float16 could vanish.
-        return not is_spread(self._model) and torch.float16 not in (self._model.dtype, _autocast(ids.device)) and ids.dim() == 2
+        dtypes = self._model.dtype, cuda_graphs.autocast_dtype(ids.device)
+        return not is_spread(self._model) and torch.float16 not in dtypes and ids.dim() == 2
 
     def loss(
         self, labels: Tensor, *teacher: Tensor, num_targets: int | None = None, pack: Pack | None = None, **inputs: Tensor
@@ -86,7 +92,9 @@ class GraphedSteps:
             num_targets: how many labelled tokens are predicted; None: it waits for their number.
             pack, inputs: as serves() takes them.
         """
-        device, (rows, length) = inputs["input_ids"].device, labels.shape
+        device, (rows, length), modes = inputs["input_ids"].device, labels.shape, self._modes()
+        if modes is None:
+            return None
         length = self._padded(length) if pack is None else rounded(length)
         if num_targets is None:
             num_targets = count_targets(labels)
@@ -102,9 +110,11 @@ class GraphedSteps:
         if teacher:
             check_teacher(num_targets, *teacher)
             kept = teacher[0].shape[1]
-            step = self._step((*shape, masked, most, kept), make_rows, partial(_Divergence, (rows, length), most, kept, device))
+            step = self._step(
+                (*shape, masked, most, kept, modes), make_rows, partial(_Divergence, (rows, length), most, kept, device)
+            )
         else:
-            step = self._step((*shape, masked, most), make_rows, partial(_TargetLoss, (rows, length), most, device))
+            step = self._step((*shape, masked, most, modes), make_rows, partial(_TargetLoss, (rows, length), most, device))
         if step is None:
             return None
         step.load(inputs, labels, *teacher)
@@ -130,11 +140,11 @@ class GraphedSteps:
         if read != self._read:
             self.clear()
             self._read = read
-        autocast = _autocast(trained[0].device)
+        autocast = cuda_graphs.autocast_dtype(trained[0].device)
         key = shape, autocast
         self._seen[key] += 1
         if key not in self._steps:
-            if self._seen[key] < 2 or len(self._steps) >= MOST_GRAPHS or cuda_graphs.has_hooks(self._model):
+            if self._seen[key] < 2 or len(self._steps) >= MOST_GRAPHS:
                 return None
             try:
                 pool = next(iter(self._steps.values())).graph.pool if self._steps else None
@@ -150,8 +160,28 @@ class GraphedSteps:
     def _layers(self) -> list[LayerPrefix]:
         """What the attention modules hold; a walk through a large model takes a millisecond."""
         if not self._attention or not all(hasattr(module, "layer_prefix") for module in self._attention):
-            self._attention = [module for module in self._model.modules() if hasattr(module, "layer_prefix")]
+            self._modules, self._parameters = list(self._model.modules()), list(self._model.parameters())
+            self._attention, self._checkpointed, self._adapted = (
+                [module for module in self._modules if hasattr(module, name)]
+                for name in ("layer_prefix", "gradient_checkpointing", "merged_adapters")
+            )
         return [module.layer_prefix for module in self._attention]
+
+    def _modes(self) -> tuple | None:
+        """What a step does that its arguments do not say: which modules train and so may drop out, which adapters are in use,
+        where positions start. None where it would do more than a recorded one."""
+        self._layers()
+        trains = any(parameter.requires_grad for parameter in set(self._parameters).difference(self.prefix.parameters()))
+        if trains or any(module.gradient_checkpointing for module in self._checkpointed):
+            return None
+        if cuda_graphs.has_hooks(self._modules):
+            return None
+        adapters = (
+            (module.disable_adapters, *module.active_adapters, *module.merged_adapters, *getattr(module, "scaling", {}).items())
+            for module in self._adapted
+        )
+        offset = getattr(self.prefix, "position_offset", None)
+        return offset, tuple(module.training for module in self._modules), tuple(adapters)
 
     @staticmethod
     def _on_device(ids: Tensor) -> bool:
@@ -264,9 +294,7 @@ class _Step:
     ):  # fmt: skip
         device = trained[0].device
         self.model, self.rows, self.what, self.trained = model, rows, what, trained  # trained: whom the gradients are handed to
-        # Without its cache, which would keep a parameter as it is now.
-        on = autocast is not None
-        self.autocast = partial(torch.autocast, device.type, autocast, enabled=on, cache_enabled=False)
+        self.autocast = partial(cuda_graphs.autocast, device, autocast)
         # Leaves of the graph's own over the same memory: the parameters may still be part of a step that ran as it was.
         self.leaves = {parameter: nn.Parameter(parameter.detach()) for parameter in trained}
         self.stand_in = partial(_standing_in, self.leaves, prefix, layers)
@@ -328,11 +356,6 @@ class _Replayed(torch.autograd.Function):
             torch._foreach_mul_(scaled, grad_loss)
         handed = iter(scaled)
         return None, *(next(handed) if used else None for used in ctx.used)
-
-
-def _autocast(device: torch.device) -> torch.dtype | None:
-    """The dtype that torch.autocast gives on a device, where it is on."""
-    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
 
 
 def rounded(length: int) -> int:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,6 +61,11 @@ class MaskStructure:
             return self
         tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor | Pack)}
         return replace(self, **{name: tensor.to(*args, **kwargs) for name, tensor in tensors.items()}) if tensors else self
+
+    @property
+    def device(self) -> torch.device | None:
+        """Where its tensors are, None if it has none."""
+        return next((value.device for value in vars(self).values() if isinstance(value, Tensor)), None)
 
     def __getitem__(self, index: tuple[slice, ...]) -> MaskStructure:
         """The mask of the last queries alone: mask[:, :, -n:, :], as models drop queries whose output nobody asks for."""
@@ -237,6 +243,13 @@ def mask_structure(
     if composed and torch.compiler.is_compiling():
         return replace(dense, opaque=options.get("use_vmap", False), key_offset=kv_offset)
     return replace(dense, local=_window_in(whole_function) if composed else local_size, key_offset=kv_offset)
+
+
+def on_device(mask: Any, device: torch.device) -> Any:
+    """The mask, or the dict of them, that generate makes for a static cache, where the tokens are now: they may be moved."""
+    if isinstance(mask, dict):
+        return {name: on_device(one, device) for name, one in mask.items()}
+    return mask.to(device) if isinstance(mask, MaskStructure) and mask.device not in (None, device) else mask
 
 
 def dense_structure(mask: Tensor) -> MaskStructure:

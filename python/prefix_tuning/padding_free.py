@@ -20,7 +20,7 @@ from transformers import Trainer
 from prefix_tuning.data import IGNORED, teacher_targets, tokens_and_labels
 from prefix_tuning.explain import explain_training
 from prefix_tuning.multimodal_families import text_part
-from prefix_tuning.stacks import attention_kinds, stacks
+from prefix_tuning.stacks import attention_kinds, sees_later_tokens, stacks
 from prefix_tuning.task import Task, task_of
 
 LEAST_SHARED = 8  # tokens that are worth a sequence of their own; assumed
@@ -180,7 +180,7 @@ def why_padded(model: nn.Module) -> str | None:
         return "it has layers with a state, which runs on from one row to the next"
     if stack.wrapper is not None:
         return "it makes positions and masks of its own"
-    if getattr(config, "use_bidirectional_attention", None) in (True, "all"):  # Gemma 3, 4
+    if sees_later_tokens(config):
         return "its tokens see later ones"
     if hasattr(model.forward, "_torchdynamo_orig_callable") or any(map(_is_compiled, model.modules())):
         return _COMPILED

@@ -99,6 +99,11 @@ def attention_kinds(config) -> dict[str, dict[str, Any]]:
     return {kinds[name][0]: common | kinds[name][1] | {"layer": found.index(name)} for name in kinds if name in found}
 
 
+def sees_later_tokens(config) -> bool:
+    """Whether a causal model's tokens see later ones, and so padding on the right: as an option of Gemma's has it."""
+    return getattr(text_part(config), "use_bidirectional_attention", None) in (True, "all")
+
+
 def check_served(config) -> None:
     """NotImplementedError for a config of a family without a row, saying why."""
     model_type, inside = (getattr(c, "model_type", None) for c in (config, text_part(config)))

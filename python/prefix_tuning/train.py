@@ -44,6 +44,7 @@ from prefix_tuning.prefix import Prefix
 from prefix_tuning.prefixed_model import PrefixedModel
 from prefix_tuning.row_limits import training_length
 from prefix_tuning.shapes import check_model
+from prefix_tuning.stacks import sees_later_tokens
 from prefix_tuning.task import Task, task_of
 
 logger = logging.getLogger(__name__)
@@ -91,8 +92,8 @@ class PrefixTrainer(Trainer):
     attribute model.
 
     On a GPU the host waits for no step of a causal model whose loss is not logged (args.logging_steps), and prepares the next
-    batches meanwhile. It does wait without args.dataloader_pin_memory, with code of yours that reads batches, under fp16, and
-    for batches with an attention mask that hides more than padding on the right.
+    batches meanwhile. It does wait without args.dataloader_pin_memory, with code of yours that reads batches, under fp16,
+    for batches with an attention mask that hides more than padding on the right, and in the rest of an epoch that is resumed.
 
     A checkpoint holds the prefix with its reparametrisation, and the state of optimiser, schedule and random numbers:
     train(resume_from_checkpoint=…) goes on as if never interrupted, but for the order of rows under group_by_length and
@@ -180,10 +181,15 @@ class PrefixTrainer(Trainer):
         """As Trainer.train. With resume_from_checkpoint=True the run goes on from its last whole checkpoint: one that was being
         written when the run was killed is passed over.
 
-        Raises ValueError while the prefix is switched off, which would train nothing.
+        Raises ValueError while the prefix is switched off, which would train nothing, and for a model with parameters that
+        were made to require gradients since the trainer was made.
         """
         if self.attachment.switched_off:
             raise ValueError("attachment: the prefix is switched off; enable(True) comes before training")
+        trained = set(self.prefix.parameters())  # those of a head stand in the model too
+        others = [name for name, p in self.attachment.model.named_parameters() if p.requires_grad and p not in trained]
+        if others:
+            raise ValueError(f"model: {', '.join(others[:3])} require gradients, but the prefix alone is trained")
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_checkpoint(Path(self.args.output_dir))
         self._forget_evaluation()
@@ -254,7 +260,7 @@ class PrefixTrainer(Trainer):
         """As Trainer.training_step. What args.logging_nan_inf_filter asks for is done with the loss where it lies: to do it
         Trainer waits for each step before the prefix is updated."""
         loss = super().training_step(*args, **kwargs)
-        if not self._filters:
+        if not self._filters_itself():
             return loss
         so_far = self._tr_loss / (1 + self.state.global_step - self._globalstep_last_logged)
         return torch.where(loss.isfinite(), loss, so_far.to(loss.device))
@@ -274,7 +280,8 @@ class PrefixTrainer(Trainer):
             raise NotImplementedError(f"accelerate: {refused} would split the model, which is not served; launch without")
 
     def _collator(self, data_collator: DataCollator, model: PreTrainedModel, args: TrainingArguments) -> DataCollator:
-        if self.task is not Task.CAUSAL or args.include_num_input_tokens_seen == "non_padding":  # counted by the mask
+        counted = args.include_num_input_tokens_seen == "non_padding"  # by the mask
+        if self.task is not Task.CAUSAL or counted or sees_later_tokens(model.config):
             return data_collator
         return partial(_collate, data_collator, training_length(model, self.prefix, None))
 
@@ -302,12 +309,16 @@ class PrefixTrainer(Trainer):
             self.control.should_training_stop = True
             return
         self._filters = self.args.logging_nan_inf_filter
-        with _changed(self.args, logging_nan_inf_filter=False):
+        with _changed(self.args, logging_nan_inf_filter=self._filters and not self._filters_itself()):
             super()._run_epoch(*args, **kwargs)
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         with _changed(self.args, logging_nan_inf_filter=self._filters):
             super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    def _filters_itself(self) -> bool:
+        """Whether losses that are not finite are left out here: all that there are, unless a subclass has steps of its own."""
+        return self._filters and type(self).training_step is PrefixTrainer.training_step
 
     # Trainer looks for gradients among all parameters of the frozen model, which takes a millisecond each time.
 

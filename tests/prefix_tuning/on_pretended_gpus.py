@@ -209,6 +209,21 @@ def test_generation_waits_for_no_token(options):
     assert found[0] == found[1] and len(found[0]) < 16
 
 
+@pytest.mark.parametrize("options", [{}, {"cache_implementation": "static"}, {"disable_compile": True}], ids=str)
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_prompts_that_are_left_on_the_cpu(family, options, monkeypatch):
+    """generate brings them to the model step by step; the CPU has no events."""
+    there = torch.Event
+    monkeypatch.setattr(
+        torch, "Event", lambda device, **more: (there if device.type == "cuda" else torch._C.Event)(device, **more)
+    )
+    model, results = tiny_model(family), []
+    for where, _ in both(model, on_the_second_gpu):
+        with attach_prefix(where, random_prefix(model)):
+            results.append(where.generate(**padded(), max_new_tokens=18, do_sample=False, eos_token_id=None, **options))
+    assert results[1].device.type == "cpu" and torch.equal(*results)
+
+
 def test_a_text_as_a_prefix():
     model, tokenizer, results = tiny_model("llama"), tiny_tokenizer(), []
     for where, _ in both(model, on_two_gpus):

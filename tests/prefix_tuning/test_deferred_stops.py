@@ -5,13 +5,13 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from transformers import DynamicCache, StaticCache, StoppingCriteriaList
+from transformers import DynamicCache, LogitsProcessorList, StaticCache, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from prefix_tuning import accelerate_peft, attach_prefix, deferred_stops
 from prefix_tuning.generate import generate_texts
 from support.encoder_decoders import tiny_encoder_decoder
-from support.generation import CACHE, KINDS, OPTIONS, attach, padded
+from support.generation import CACHE, KINDS, OPTIONS, attach, ids, padded
 from support.models import random_prefix, tiny_model
 from support.peft_models import peft_model
 from support.tokenizer import tiny_tokenizer
@@ -155,24 +155,85 @@ def test_texts(late, family, device):
 
 
 @pytest.mark.parametrize("device", DEVICES, indirect=True)
-def test_a_streamer_and_criteria_of_the_callers(late, device):
+def test_a_streamer_of_the_callers(late, device):
     model, call = made("llama", device)
     call = {name: value[1:] if isinstance(value, torch.Tensor) else value for name, value in call.items()}
+    with attach_prefix(model, random_prefix(model)):
+        call, streamed = ending(model, call), []
+        for stop in (AT_ONCE, {}):
+            streamer = Tokens()
+            streamed.append(model.generate(**call, **stop, streamer=streamer)[0].tolist())
+            assert streamer.ended and sum(streamer.seen, []) == streamed[-1]
+    assert streamed[0] == streamed[1] and len(streamed[0]) < 7 + 18
+    assert late == [1]
 
-    def after_six(input_ids, scores, **options):
-        return torch.full((len(input_ids),), input_ids.shape[1] >= 7 + 6, device=input_ids.device)
+
+@pytest.mark.parametrize("device", DEVICES, indirect=True)
+@pytest.mark.parametrize("kind", ("stopping_criteria", "logits_processor", "prefix_allowed_tokens_fn"))
+def test_functions_of_the_callers_are_not_asked_about_a_step_too_many(late, kind, device):
+    """A trie has no tokens to allow behind its end; a criterion may show what it is asked about."""
+    model, call = made("llama", device)
+    call, asked, answer = {**call, "input_ids": ids(1).to(device), "eos_token_id": 2}, [], [11, 12, 13, 14, 2]
+    del call["attention_mask"]
+
+    def allowed(row, tokens):
+        asked.append(len(tokens))
+        return answer[len(tokens) - 7 : len(tokens) - 6]
+
+    def processed(tokens, scores):
+        chosen = allowed(0, tokens[0])
+        return scores.index_fill(1, torch.tensor(chosen, device=device), 1e4)
+
+    def stops(tokens, scores, **options):
+        asked.append(tokens.shape[1])
+        return torch.full((len(tokens),), tokens.shape[1] >= 7 + 6, device=tokens.device)
+
+    function = {"stopping_criteria": [stops], "logits_processor": [processed], "prefix_allowed_tokens_fn": allowed}[kind]
+    lists = {"stopping_criteria": StoppingCriteriaList, "logits_processor": LogitsProcessorList}
+    given = {kind: lists[kind](function) if kind in lists else function}
+    with attach_prefix(model, random_prefix(model)):
+        expected, before = model.generate(**call, **AT_ONCE, **given), asked.copy()
+        asked.clear()
+        assert torch.equal(model.generate(**call, **given), expected) and expected.shape[1] < 7 + 18
+        assert asked == before and not late
+        model.generate(**call)
+        assert len(late) == 1, "without them it is deferred"
+
+
+def test_a_full_cache_of_the_callers(graphs, late):
+    """All rows end with the last token that it holds: another step would write past its end."""
+    model, call = made("llama", "cpu")
+    with attach_prefix(model, random_prefix(model)):
+        call = ending(model, call)
+        expected = model.generate(**call, **AT_ONCE)
+        cache = StaticCache(config=model.config, max_cache_len=expected.shape[1] - 1)
+        assert torch.equal(model.generate(**call, **{CACHE: cache}), expected) and not late
+
+
+def test_numbers_that_others_draw_are_not_drawn_again(graphs, late, monkeypatch):
+    """The generator goes back where nobody else has used it, which several calls at the same time might have."""
+    model, call = made("llama", "cpu")
+    call |= {"do_sample": True, "eos_token_id": list(range(3, 30))}
+    finish, drawn = deferred_stops._StopCheck.finish, []
+
+    def others_draw(self):
+        drawn.append(torch.rand(4))
+        return finish(self)
 
     with attach_prefix(model, random_prefix(model)):
-        for options in ({"eos_token_id": ending(model, call)["eos_token_id"]}, {"stopping_criteria": [after_six]}):
-            streamed = []
-            for stop in (AT_ONCE, {}):
-                streamer = Tokens()
-                if "stopping_criteria" in options:
-                    options["stopping_criteria"] = StoppingCriteriaList([after_six])
-                streamed.append(model.generate(**call | options, **stop, streamer=streamer)[0].tolist())
-                assert streamer.ended and sum(streamer.seen, []) == streamed[-1]
-            assert streamed[0] == streamed[1] and len(streamed[0]) < 7 + 18
-    assert late == [1, 1]
+        with monkeypatch.context() as patch:
+            patch.setattr(deferred_stops._StopCheck, "finish", others_draw)
+            model.generate(**call)
+        torch.multinomial(torch.ones(2, model.config.vocab_size), 1)  # what the step too many drew
+        assert late == [1] and not torch.equal(torch.rand(4), drawn[0])
+        other = deferred_stops._StopCheck(call["input_ids"], 9, None, False)
+        states = []
+        for _ in range(2):
+            torch.manual_seed(3)
+            model.generate(**call)
+            states.append(torch.get_rng_state())
+            other = None  # another call that was under way has ended
+    assert late == [1, 1, 1] and other is None and not torch.equal(*states)
 
 
 def test_events_are_recorded_on_the_device_of_the_tokens(graphs, late, monkeypatch):

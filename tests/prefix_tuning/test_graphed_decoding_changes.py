@@ -46,6 +46,29 @@ def test_rows_choose_other_prefixes_in_the_next_call(graphs):
     assert graphs.replays == len(given) * 4 + 2
 
 
+def test_kept_graphs_under_autocast_read_the_weights_themselves(graphs):
+    """The copies that torch.autocast makes of weights with gradients are freed as its block ends."""
+    model = tiny_model("llama").requires_grad_(True).bfloat16().float()
+    call = padded() | {"max_new_tokens": 6, "return_dict_in_generate": True, "output_logits": True} | OPTIONS
+    cache = StaticCache(config=model.config, max_cache_len=32)
+
+    def logits(**options):
+        cache.reset()
+        with torch.autocast("cpu", torch.bfloat16):
+            return torch.stack(model.generate(**call, **{CACHE: cache}, **options).logits)
+
+    with attach_prefix(model, random_prefix(model)) as attachment, attachment.keep_graphs():
+        first = logits()
+        with torch.no_grad():
+            for layer in model.model.layers:
+                layer.mlp.down_proj.weight.mul_(2)
+        expected = logits(disable_compile=True)
+        assert (first - expected).abs().max() > 1e-2
+        replays = graphs.replays
+        torch.testing.assert_close(logits(), expected)
+        assert graphs.replays == replays + 5
+
+
 def switched_off(attachment, bank):
     attachment.enable(False)
 

@@ -365,6 +365,70 @@ def test_steps_that_are_not_recorded(graphs, why):
     assert graphs.recorded == 0
 
 
+def test_what_changes_between_steps_is_heeded(graphs):
+    """Adapters of PEFT, hooks, modules in training, positions, parameters beside the prefix's that are trained."""
+    peft = pytest.importorskip("peft")
+    model = tiny_model("llama")
+    adapted = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", r=2, init_lora_weights=False))
+    prefix, batch, seen = random_prefix(model), batch_of(4, 13), []
+    layer, head = model.model.layers[0], model.lm_head.weight
+
+    def losses_of(trained):
+        found = []
+        for _ in range(3):
+            prefix.zero_grad()
+            found.append(step(trained, batch)[0])
+        return torch.stack(found)
+
+    with attach_prefix(adapted, prefix):
+        trained = PrefixedModel(model, prefix)
+        known = []
+
+        def equals_plain_steps():
+            got, expected = losses_of(trained), losses_of(without_graphs(trained))
+            torch.testing.assert_close(got, expected, **TOLERANCE)
+            assert all(abs(float(got[0] - other)) > 1e-4 for other in known), "else nothing is seen here"
+            known.append(float(got[0]))
+
+        equals_plain_steps()
+        with adapted.disable_adapter():
+            equals_plain_steps()
+        model.requires_grad_(False)  # what PEFT switches on again gets gradients again
+        adapted.base_model.model.model.layers[0].self_attn.q_proj.scaling["default"] *= 3
+        equals_plain_steps()
+        prefix.position_offset += 3
+        equals_plain_steps()
+        assert graphs.recorded == 4
+        handle = layer.register_forward_hook(lambda *args: seen.append(1))
+        losses_of(trained)
+        assert len(seen) == 3
+        handle.remove()
+        recorded = graphs.recorded
+        losses_of(trained)
+        assert graphs.recorded == recorded, "the step is still known"
+        head.requires_grad_(True)
+        for _ in range(3):
+            head.grad = None
+            step(trained, batch)
+            assert head.grad is not None
+        head.requires_grad_(False)
+        layer.train()
+        losses_of(trained)
+        assert graphs.recorded == recorded + 1
+
+
+@pytest.mark.parametrize("family", ("gemma3",))
+def test_tokens_that_see_later_ones_are_not_recorded(graphs, family):
+    """Padding on the right, and what a longer batch has left there, would be seen."""
+    model = tiny_model(family, use_bidirectional_attention=True)
+    with attach_prefix(model, random_prefix(model)) as attachment:
+        trained = PrefixedModel(model, attachment.prefix)
+        expected = step(without_graphs(trained), batch_of(2, 13))[0]
+        for seed in (0, 0, 0, 3, 0):
+            loss = step(trained, batch_of(2, 13 + seed, seed))[0]
+        assert torch.equal(loss, expected) and graphs.recorded == 0
+
+
 def test_hooks_of_others_see_every_step(graphs):
     model = tiny_model("llama")
     prefix, seen = random_prefix(model), []

@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import TrainerCallback
 
-from prefix_tuning import Prefix, attach_prefix
+from prefix_tuning import Prefix, PrefixTrainer, attach_prefix
 from support.models import FAMILIES, random_prefix, tiny_model
 from support.prefixes import mlp_prefix
 from support.processes import run_twice
@@ -19,6 +19,7 @@ from support.training import (
     PREFIX_LEN,
     ROWS,
     TOLERANCE,
+    arguments,
     assert_prefixes_close,
     assert_prefixes_equal,
     losses,
@@ -186,6 +187,38 @@ def test_losses_that_are_not_finite(filters, tmp_path):
     expected = [(3 + 3 / 2 + 4.5 / 3 + 5) / 4, (11 + 0) / 5] if filters else [math.nan] * 2
     assert [first["loss"], last["train_loss"]] == pytest.approx(expected, nan_ok=True)
     assert set(seen) == {filters} and trainer.args.logging_nan_inf_filter == filters
+
+
+def test_losses_that_are_not_finite_in_a_subclass(tmp_path):
+    """Trainer leaves them out, as only it sees what a step of one's own gives."""
+
+    class Mine(PrefixTrainer):
+        def training_step(self, *args, **kwargs):
+            loss = super().training_step(*args, **kwargs)
+            return loss * math.nan if self.state.global_step == 1 else loss
+
+    model = tiny_model("llama")
+    trainer = Mine(model, random_prefix(model), arguments(tmp_path), train_dataset=ROWS, processing_class=tiny_tokenizer())
+    trainer.train()
+    trainer.detach()
+    assert all(map(math.isfinite, losses(trainer)))
+
+
+def test_a_model_s_own_parameters_are_refused(tmp_path):
+    trainer = make_trainer(tmp_path)
+    trainer.attachment.model.lm_head.requires_grad_(True)
+    with pytest.raises(ValueError, match="model: lm_head.weight require gradients, but the prefix alone is trained"):
+        trainer.train()
+    trainer.detach()
+
+
+def test_tokens_that_see_later_ones_keep_their_mask(tmp_path):
+    batches = []
+    for options in ({}, {"use_bidirectional_attention": True}):
+        trainer = make_trainer(tmp_path, tiny_model("gemma3", **options), options={"padding_free": False})
+        batches.append(next(iter(trainer.get_train_dataloader())))
+        trainer.detach()
+    assert ["attention_mask" in batch for batch in batches] == [False, True]
 
 
 def test_detach_gives_back_the_plain_model(tmp_path):
