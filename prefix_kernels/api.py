@@ -53,7 +53,8 @@ def prefix_attention(
         prefix_ids: int [batch], the prefix of each row, −1 for none. Only and always with a bank.
         prefix_lens: int [prefixes], the valid length of each prefix of a bank. What lies past it may be NaN.
         first_key_position: f, 0 to 2^31 − 1: key j stands at position L + f + j behind its row's prefix of length L, and the
-            window slides over the prefix too. None pins the prefix; without a window it makes no difference.
+            window slides over the prefix too; a query at a negative position still sees the columns ahead of it. None pins the
+            prefix; without a window it makes no difference.
         backend: one of cpu, cuda, triton, sdpa and reference, which then runs or raises; None picks one for the call, by
             PREFIX_KERNELS_BACKEND where that is set.
         return_lse: also return the log-sum-exp of each query's scores.

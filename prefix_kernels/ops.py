@@ -155,15 +155,27 @@ class _Recorded(torch.autograd.Function):
             grad_out = torch.zeros_like(out) if grad_out is None else grad_out
             grads = _gradients(inputs, ctx.backend, out, lse, grad_out, grad_lse if return_lse else None, wanted)
         if torch.is_grad_enabled():  # create_graph=True
-            grads = _differentiable_once(grads)
+            grads = _differentiable_once(grads, (*inputs.tensors, grad_out, grad_lse))
         return (*grads, *[None] * (_INPUT_COUNT - _DIFFERENTIABLE + 2))
 
 
-def _differentiable_once(grads: list[Tensor | None]) -> list[Tensor | None]:
-    """Gradients that raise RuntimeError where they are differentiated; torch's once_differentiable lets those pass as
-    constants that come from a grad_out without a gradient, as that of a sum."""
-    raising = torch._C._functions.DelayedError("prefix_attention: trying to differentiate twice, which is not served", 1)
-    return [None if grad is None else raising(grad.detach().requires_grad_()) for grad in grads]
+def _differentiable_once(grads: list[Tensor | None], sources: tuple[Tensor | None, ...]) -> list[Tensor | None]:
+    """Gradients that raise RuntimeError where they are differentiated by any of their sources; torch's once_differentiable
+    lets those pass as constants that come from a grad_out without a gradient, as that of a sum."""
+    wanted = _Once.apply(len(grads), *grads, *sources)
+    return [None if grad is None else raising for grad, raising in zip(grads, wanted, strict=True)]
+
+
+class _Once(torch.autograd.Function):
+    """The first `count` tensors; they come from all others."""
+
+    @staticmethod
+    def forward(ctx, count, *tensors):
+        return tuple(None if tensor is None else tensor.view_as(tensor) for tensor in tensors[:count])
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise RuntimeError("prefix_attention: trying to differentiate twice, which is not served")
 
 
 def run(inputs: AttentionInputs, backend: str | None, return_lse: bool) -> tuple[Tensor, Tensor]:

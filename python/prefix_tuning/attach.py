@@ -27,7 +27,7 @@ from prefix_tuning.devices import execution_device
 from prefix_tuning.families import FAMILIES
 from prefix_tuning.graphed_decoding import GraphedDecoding
 from prefix_tuning.heads import AttachedHeads
-from prefix_tuning.masks import MaskStructure, on_device
+from prefix_tuning.masks import fitting_mask
 from prefix_tuning.own_cache import OwnCache
 from prefix_tuning.patched_attention import replacement
 from prefix_tuning.positions import cache_of, check_learned_positions, new_tokens, sequence_positions, shift_embeddings
@@ -313,8 +313,8 @@ class Attachment:
     ) -> tuple[tuple, dict]:
         """Shift the positions behind the prefix; evaluate a reparametrisation, once."""
         kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
-        if isinstance(kwargs.get("attention_mask"), (dict, MaskStructure)):
-            kwargs["attention_mask"] = on_device(kwargs["attention_mask"], new_tokens(kwargs).device)
+        if "attention_mask" in kwargs and kwargs.get("input_features") is None:
+            kwargs["attention_mask"] = fitting_mask(kwargs["attention_mask"], new_tokens(kwargs))
         asked = kwargs.get("output_attentions")
         if module.config.output_attentions if asked is None else asked:
             raise NotImplementedError("output_attentions: attention weights are never built; detach the prefix to see them")

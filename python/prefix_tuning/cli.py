@@ -1,6 +1,7 @@
 """The command `prefix-tuning train | distill | evaluate | generate | convert | serve | doctor`.
 
-Errors of the user's making are one line on stderr and exit status 2, Ctrl-C is one and 130; --traceback shows where they arose.
+Errors of the user's making are one line on stderr and exit status 2, Ctrl-C, once all is imported, is one and 130; --traceback
+shows where they arose.
 Where nobody reads stdout any more it ends in silence, with status 141 as a shell shows it.
 """
 

@@ -229,6 +229,8 @@ def tokenized(
         raise ValueError(f"{name}: expected at least one row, got none")
     first = dataset[0]
     if isinstance(first, Mapping) and first.keys() & {"input_ids", "inputs_embeds", "input_features"}:
+        if not own_collator and not any(map(_has_target, each(dataset))):
+            raise ValueError(f"{name}: expected labels to learn from, got {IGNORED} for every token of every row")
         return dataset
     if own_collator and (all_columns or task is Task.OWN_LOSS or not _is_text(first)):
         return dataset
@@ -240,6 +242,12 @@ def tokenized(
         return tokenize_rows(dataset, tokenizer, max_length, encoder_decoder=task is Task.ENCODER_DECODER)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
+
+
+def _has_target(row: Mapping[str, Any]) -> bool:
+    """Whether something can be learnt from a tokenised row, or its labels are not known here."""
+    labels = row.get("labels")
+    return not isinstance(labels, list) or any(label != IGNORED for label in labels)
 
 
 class PromptCompletionCollator:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import nn
 
 
 def execution_device(module: nn.Module) -> torch.device:
-    """The device that accelerate's hooks bring the module's inputs and weights to; without hooks that of its weights."""
+    """The device that accelerate's hooks bring the module's inputs and weights to; without hooks that of its weights, and the
+    CPU where it has none, as where torch has packed them (quantize_dynamic)."""
     hooks = (getattr(part, "_hf_hook", None) for part in module.modules())
     devices = (getattr(hook, "execution_device", None) for hook in hooks)
     device = next((device for device in devices if device is not None), None)
-    return next(module.parameters()).device if device is None else torch.device(device)
+    if device is None:
+        weight = next(itertools.chain(module.parameters(), module.buffers()), None)
+        device = "cpu" if weight is None else weight.device
+    return torch.device(device)
 
 
 def is_spread(model: nn.Module) -> bool:

@@ -18,6 +18,7 @@ from prefix_tuning.graphed_decoding import GraphedDecoding, graphed
 from prefix_tuning.own_cache import CACHE, LEAST_REPLAYED
 from prefix_tuning.prompts import encode_prompt, padding_id
 from prefix_tuning.row_limits import fitting, pair_limits
+from prefix_tuning.shapes import check_int
 from prefix_tuning.task import Task, task_of
 
 Prompt = str | Sequence[Mapping[str, Any]]
@@ -52,6 +53,10 @@ def generate_texts(
     """
     if isinstance(prompts, str):
         raise TypeError(f"prompts: expected a list of texts or conversations, got the text {prompts!r}")
+    prompts = list(prompts)
+    for i, prompt in enumerate(prompts):
+        if isinstance(prompt, Mapping) or not isinstance(prompt, Sequence):
+            raise TypeError(f"prompts[{i}]: expected a text or a conversation, got {prompt!r}")
     if task_of(model) is Task.ENCODER_DECODER:
         limit = pair_limits(model)[0] if cut_prompts else None
         cut = {"truncation": True, "max_length": limit} if limit is not None and limit > 0 else {}
@@ -61,9 +66,8 @@ def generate_texts(
     empty = next((i for i, ids in enumerate(encoded) if not ids), None)
     if empty is not None:
         raise ValueError(f"prompts[{empty}]: {prompts[empty]!r} has no tokens, expected at least one")
-    encoded = fitting(
-        model, encoded, generation.get("max_new_tokens", MAX_NEW_TOKENS), generation.get("prefix_ids"), cut_prompts
-    )
+    check_int("max_new_tokens", generation.setdefault("max_new_tokens", MAX_NEW_TOKENS), at_least=1)
+    encoded = fitting(model, encoded, generation["max_new_tokens"], generation.get("prefix_ids"), cut_prompts)
     return [tokenizer.decode(ids, skip_special_tokens=True) for ids in generate_ids(model, tokenizer, encoded, **generation)]
 
 
@@ -103,6 +107,8 @@ def generate_ids(
     Raises ValueError for numbers out of range.
     """
     _check(max_new_tokens, batch_size, num_beams, temperature, top_p)
+    if isinstance(prefix_ids, str):
+        raise TypeError(f"prefix_ids: expected a list with a name or None for each prompt, got {prefix_ids!r}")
     if prefix_ids is not None and len(prefix_ids) != len(encoded):
         raise ValueError(f"prefix_ids: expected one for each of {len(encoded)} prompts, got {len(prefix_ids)}")
     pairs = task_of(model) is Task.ENCODER_DECODER
@@ -208,9 +214,11 @@ def _stop_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]
 
 def _check(max_new_tokens: int, batch_size: int, num_beams: int, temperature: float, top_p: float) -> None:
     for name, value in [("max_new_tokens", max_new_tokens), ("batch_size", batch_size), ("num_beams", num_beams)]:
-        if value < 1:
-            raise ValueError(f"{name}: expected at least 1, got {value}")
-    if temperature <= 0:
+        check_int(name, value, at_least=1)
+    for name, number in [("temperature", temperature), ("top_p", top_p)]:
+        if isinstance(number, bool) or not isinstance(number, int | float):
+            raise TypeError(f"{name}: expected a number, got {number!r}")
+    if not temperature > 0:
         raise ValueError(f"temperature: expected more than 0, got {temperature}")
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p: expected more than 0 and at most 1, got {top_p}")

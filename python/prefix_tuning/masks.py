@@ -62,6 +62,14 @@ class MaskStructure:
         tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor | Pack)}
         return replace(self, **{name: tensor.to(*args, **kwargs) for name, tensor in tensors.items()}) if tensors else self
 
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        """Whoever computes with it as with a tensor is the model's own attention, where this one was to be."""
+        raise ValueError(
+            "backward(): the prefix was detached before it, and gradient checkpointing recomputes the layers as they now are; "
+            "call backward() first"
+        )
+
     @property
     def device(self) -> torch.device | None:
         """Where its tensors are, None if it has none."""
@@ -245,11 +253,21 @@ def mask_structure(
     return replace(dense, local=_window_in(whole_function) if composed else local_size, key_offset=kv_offset)
 
 
-def on_device(mask: Any, device: torch.device) -> Any:
-    """The mask, or the dict of them, that generate makes for a static cache, where the tokens are now: they may be moved."""
+def fitting_mask(mask: Any, tokens: Tensor) -> Any:
+    """A call's mask for its tokens [batch, q_len, …]: what generate has made for a static cache, one mask or a dict of them, is
+    brought to where they are. ValueError for a 2-D mask that cannot be theirs."""
+    if mask is None:
+        return None
     if isinstance(mask, dict):
-        return {name: on_device(one, device) for name, one in mask.items()}
-    return mask.to(device) if isinstance(mask, MaskStructure) and mask.device not in (None, device) else mask
+        return {name: fitting_mask(one, tokens) for name, one in mask.items()}
+    if isinstance(mask, MaskStructure):
+        return mask if mask.device in (None, tokens.device) else mask.to(tokens.device)
+    if mask.dim() == 2 and (mask.shape[0] != tokens.shape[0] or mask.shape[1] < tokens.shape[1]):
+        raise ValueError(
+            f"attention_mask: expected one for each token of cache and input: [{tokens.shape[0]}, {tokens.shape[1]} or more], "
+            f"got {list(mask.shape)}"
+        )
+    return mask
 
 
 def dense_structure(mask: Tensor) -> MaskStructure:

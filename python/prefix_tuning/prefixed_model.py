@@ -24,10 +24,13 @@ from prefix_tuning.loss import (
 from prefix_tuning.masks import idle_mask
 from prefix_tuning.packs import NEEDS_PADDING, Pack, current_pack, packed
 from prefix_tuning.padding_free import why_padded
+from prefix_tuning.positions import new_tokens
 from prefix_tuning.prefix import Prefix
 from prefix_tuning.row_limits import training_length
 from prefix_tuning.shapes import check_int
 from prefix_tuning.task import Task, task_of
+
+DECODER_INPUTS = ("decoder_input_ids", "decoder_inputs_embeds")
 
 
 class PrefixedModel(nn.Module):
@@ -109,14 +112,14 @@ class PrefixedModel(nn.Module):
         probabilities (`distillation_loss`).
 
         Args:
-            labels: int [batch, length], or what the model takes.
+            labels: int [batch, length], of a causal model one for each token; or what the model takes.
             cu_seqlens, max_seqlen, parent: of a batch that is one row of several sequences, as PaddingFreeCollator makes it.
             num_targets: how many labelled tokens of a causal model are predicted: all but those that begin a row. With it no
                 step waits for the labels on a GPU, where a wrong number is not noticed and the loss is wrong.
             inputs: further arguments, input_ids among them, which go to the model.
         """
         self._check_attached(self.prefix)
-        self._check_targets(labels, num_targets)
+        self._check_targets(labels, num_targets, inputs)
         outputs = partial(self._outputs, labels, num_targets, num_items_in_batch, return_logits, teacher_ids, teacher_probs)
         if cu_seqlens is None and max_seqlen is None and parent is None:
             return outputs(inputs)
@@ -132,7 +135,12 @@ class PrefixedModel(nn.Module):
         pack.check_taken()
         return found
 
-    def _check_targets(self, labels: Tensor | None, num_targets: int | None) -> None:
+    def _check_targets(self, labels: Tensor | None, num_targets: int | None, inputs: dict[str, Any]) -> None:
+        given = [name for name in ("use_cache", "return_dict") if name in inputs and self.task is not Task.OWN_LOSS]
+        if given:
+            raise ValueError(f"{given[0]}: expected none, a training step says it itself; got {inputs[given[0]]!r}")
+        if self.task is Task.ENCODER_DECODER and labels is None and inputs.keys().isdisjoint(DECODER_INPUTS):
+            raise ValueError("labels: expected those of the text to write, or decoder_input_ids, got neither")
         if num_targets is None:
             return
         if self.task is not Task.CAUSAL or labels is None:
@@ -148,6 +156,8 @@ class PrefixedModel(nn.Module):
         teacher = () if teacher_ids is None else (teacher_ids, teacher_probs)
         if (teacher_ids is None) != (teacher_probs is None) or (teacher and self.task is not Task.CAUSAL):
             raise ValueError("teacher_ids, teacher_probs: expected both or neither, and both for a causal model alone")
+        if self.task is Task.CAUSAL and labels is not None and labels.shape != (shape := new_tokens(inputs).shape[:2]):
+            raise ValueError(f"labels: expected one for each token, {list(shape)}, got {list(labels.shape)}")
         with nullcontext() if self.checkpointing is None else self.checkpointing.active():
             if self.task is Task.OWN_LOSS:
                 outputs = self.model(**inputs, labels=labels) if labels is not None else self.model(**inputs)

@@ -45,7 +45,8 @@ class TrainSettings:
         reparametrization: "mlp" or "none"; None: "mlp" for a random prefix, "none" for a text's.
         learning_rate: None is 1e-3 with an MLP, 3e-2 for keys and values that start from a text, 1e-3 from random.
         steps, epochs: optimiser steps, or passes over the rows; at most one of them, None for both: 3 passes.
-        warmup: steps (1 or more) or their share (below 1) in which the learning rate rises; then it falls linearly.
+        warmup: steps (1 or more) or their share (below 1, rounded up) in which the learning rate rises, from 0 in the first of
+            them; then it falls linearly. A single step has none.
         padding_free: as for PrefixTrainer.
         save_steps: a checkpoint, and an evaluation where there are rows for it, every so many steps; 0: none.
         patience: stop after so many evaluations without a better loss; 0: never.
@@ -109,7 +110,8 @@ class TrainSettings:
         mlp = self.reparametrization or ("none" if init == "text" else "mlp")
         rate = self.learning_rate or (3e-2 if mlp == "none" and init == "text" else 1e-3)
         epochs = 3.0 if self.steps is None and self.epochs is None else self.epochs
-        return dataclasses.replace(self, init=init, reparametrization=mlp, learning_rate=rate, epochs=epochs)
+        warmup = 0.0 if self.steps == 1 and self.warmup < 1 else self.warmup
+        return dataclasses.replace(self, init=init, reparametrization=mlp, learning_rate=rate, epochs=epochs, warmup=warmup)
 
 
 def train_prefix(
@@ -131,7 +133,8 @@ def train_prefix(
 
     Args:
         prefix: what start_prefix has made for these settings, where somebody needs it before.
-        resume: go on from the last checkpoint in `output`; where that is the end of the run, nothing is trained.
+        resume: go on from the last checkpoint in `output`, with the same rows and settings, of which more steps or epochs may
+            be asked for; where that is the end of the run, nothing is trained.
         overwrite: remove an earlier run's checkpoints, replace its prefix at the end.
 
     Returns the prefix and its numbers: losses (one a step), eval_losses [[step, loss], …], seconds_per_step (of this call's
@@ -211,6 +214,8 @@ def check_run(
     """The arguments of a run with these settings, resolved; ValueError where it cannot be, as train_prefix says."""
     arguments = _arguments(model, output, settings, evaluate=evaluate)
     _check_output(output, resume, overwrite)
+    if resume:
+        _check_optimizer(Path(last_checkpoint(output)), settings)
     return arguments
 
 
@@ -246,6 +251,16 @@ def _check_output(output: Path, resume: bool, overwrite: bool) -> None:
             f"output: {output} holds the {' and the '.join(held)} of an earlier run; resume that, overwrite it or take another "
             "folder"
         )
+
+
+def _check_optimizer(checkpoint: Path, settings: TrainSettings) -> None:
+    """ValueError where the optimiser of a checkpoint would go on with other numbers than the settings say."""
+    state = torch.load(checkpoint / "optimizer.pt", map_location="cpu", weights_only=True)
+    for group in state["param_groups"][:1]:
+        held = {"learning_rate": group.get("initial_lr"), "weight_decay": group.get("weight_decay")}
+        for name, value in held.items():
+            if value is not None and value != getattr(settings, name):
+                raise ValueError(f"{name}: the run in {checkpoint} goes on with its {value:g}, got {getattr(settings, name):g}")
 
 
 def _arguments(model: PreTrainedModel, output: Path, settings: TrainSettings, *, evaluate: bool) -> TrainingArguments:

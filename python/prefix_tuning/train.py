@@ -131,6 +131,7 @@ class PrefixTrainer(Trainer):
         # In the backward pass every parameter of the prefix gets a gradient, and no buffer of the model ever changes.
         args.ddp_find_unused_parameters = bool(args.ddp_find_unused_parameters)
         args.ddp_broadcast_buffers = bool(args.ddp_broadcast_buffers)
+        args.dataloader_pin_memory &= args.device.type != "cpu"  # where it only warns
         if args.dataloader_pin_memory and args.device.type == "cuda":
             # Else each batch's copying waits until the steps before are done.
             args.accelerator_config = dataclasses.replace(args.accelerator_config, non_blocking=True)

@@ -66,5 +66,8 @@ def test_gradients_of_gradients_are_refused(backend, loss):
     function, tensors = call(Case("causal", **SMALL), backend)
     out = function(*tensors)[0]
     first = torch.autograd.grad(loss(out), tensors, create_graph=True)
+    for inputs in ([tensors[0]], [tensors[3]], None):  # named ones alone, of which no gradient may be left out in silence
+        with pytest.raises(RuntimeError, match="differentiate twice"):
+            (out.sum() + first[0].sum()).backward(inputs=inputs, retain_graph=True)
     with pytest.raises(RuntimeError, match="differentiate twice"):
-        first[0].sum().backward()
+        torch.autograd.grad(out.sum() + first[0].sum(), tensors[4])

@@ -414,3 +414,36 @@ def test_a_float32_prefix_is_rounded_for_all_layers_at_once(monkeypatch):
             model(input_ids=ids())
         model(input_ids=ids()).logits.float().sum().backward()
     assert all(parameter.grad is not None and parameter.grad.dtype == torch.float32 for parameter in prefix.parameters())
+
+
+def test_masks_that_cannot_be_the_tokens():
+    model, ids = tiny_model("llama"), torch.tensor([[5, 6, 7, 8]])
+    with attach_prefix(model, random_prefix(model)):
+        for shape in ((2, 4), (1, 3)):
+            with pytest.raises(ValueError, match=r"attention_mask: expected one for each token of .*: \[1, 4 or more\]"):
+                model(input_ids=ids, attention_mask=torch.ones(shape, dtype=torch.long))
+
+
+@pytest.mark.parametrize("family", ("llama", "gpt2", "mistral", "bloom", "gpt_neo"))
+def test_a_backward_pass_after_detaching_says_what_is_wrong(family):
+    model = tiny_model(family).train()
+    model.gradient_checkpointing_enable()
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with attach_prefix(model, random_prefix(model)):
+        loss = model(input_ids=ids, labels=ids).loss
+    with pytest.raises(ValueError, match="the prefix was detached before it, .* call backward\\(\\) first"):
+        loss.backward()
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's own, of what it will do otherwise one day
+def test_a_model_whose_weights_torch_has_packed():
+    model = tiny_model("llama")
+    prefix, ids = random_prefix(model), torch.tensor([[5, 6, 7, 8]])
+    packed = torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, dtype=torch.qint8)
+    with attach_prefix(model, prefix):
+        expected = model(input_ids=ids).logits
+    plain = packed(input_ids=ids).logits
+    for attached in (prefix, PrefixBank({"a": prefix}, "a")):
+        with attach_prefix(packed, attached):
+            got = packed(input_ids=ids).logits
+        assert (got - expected).abs().max() < 0.3 * (plain - expected).abs().max()

@@ -103,7 +103,7 @@ ERRORS = {
     "encoder to train": ((*TRAIN, "--model", "bert"), "--model bert: bert is an encoder, expected a model that writes text"),
     "no answer at the end": (("evaluate", "--file", "asks.jsonl"), "asks.jsonl, line 1: messages: expected an assistant turn"),
     "too long": (("generate", "--model", "gpt2", "--prompt", "p", "--max-new-tokens", "999"), r"prompts\[0\]: its 1 tokens"),
-    "beams": (("generate", "--prompt", "p", "--num-beams", "0"), "num_beams: expected at least 1"),
+    "beams": (("generate", "--prompt", "p", "--num-beams", "0"), "num_beams: got 0, expected at least 1"),
 }  # fmt: skip
 
 

@@ -232,16 +232,21 @@ def test_conversations_go_through_the_template():
     (
         (["a", ""], {}, r"prompts\[1\]: '' has no tokens, expected at least one"),
         ([[{"role": "user", "content": "hi"}]], {}, "messages: the tokenizer has no chat template"),
-        (["a"], {"max_new_tokens": 0}, "max_new_tokens: expected at least 1, got 0"),
-        (["a"], {"batch_size": 0}, "batch_size: expected at least 1, got 0"),
-        (["a"], {"num_beams": 0}, "num_beams: expected at least 1, got 0"),
+        (["a"], {"max_new_tokens": 0}, "max_new_tokens: got 0, expected at least 1"),
+        (["a"], {"batch_size": 0}, "batch_size: got 0, expected at least 1"),
+        (["a"], {"num_beams": 0}, "num_beams: got 0, expected at least 1"),
+        (["a"], {"max_new_tokens": 2.5}, "max_new_tokens: got 2.5, expected an int"),
+        (["a"], {"max_new_tokens": None}, "max_new_tokens: got None, expected an int"),
+        (["a"], {"temperature": "a"}, "temperature: expected a number, got 'a'"),
+        (["a"], {"prefix_ids": "a"}, "prefix_ids: expected a list with a name or None for each prompt, got 'a'"),
+        ([3], {}, r"prompts\[0\]: expected a text or a conversation, got 3"),
         (["a"], {"temperature": 0.0}, "temperature: expected more than 0, got 0.0"),
         (["a"], {"top_p": 0.0}, "top_p: expected more than 0 and at most 1, got 0.0"),
         (["a"], {"top_p": 1.1}, "top_p: expected more than 0 and at most 1, got 1.1"),
     ),
 )
 def test_wrong_calls_raise(prompts, options, match):
-    with pytest.raises(ValueError, match=match):
+    with pytest.raises((TypeError, ValueError), match=match):
         generate_texts(tiny_model("llama"), tiny_tokenizer(), prompts, **options)
 
 

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch.nn import functional
 
-from prefix_tuning import attach_prefix
+from prefix_tuning import PrefixedModel, attach_prefix
 from prefix_tuning.loss import sum_loss, target_loss, targets_of
+from support.encoder_decoders import tiny_encoder_decoder
 from support.models import FAMILIES, VOCABULARY, random_prefix, tiny_model
 
 TOLERANCE = {"atol": 1e-5, "rtol": 1e-4}
@@ -111,6 +112,28 @@ def test_the_model_is_as_before_also_after_an_error():
         target_loss(model, batch["labels"], input_ids=batch["input_ids"] + VOCABULARY)
     assert not model.lm_head._forward_pre_hooks
     assert torch.equal(model(input_ids=batch["input_ids"]).logits, before)
+
+
+def test_labels_that_are_not_the_tokens_are_refused():
+    """Of another shape they would be those of other tokens."""
+    model = tiny_model("llama")
+    prefix, ids = random_prefix(model), torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
+    with attach_prefix(model, prefix):
+        trained = PrefixedModel(model, prefix)
+        for labels in (ids[:, :3], ids[:1], torch.cat([ids, ids], 1)):
+            for options in ({}, {"return_logits": True}):
+                with pytest.raises(ValueError, match=r"labels: expected one for each token, \[2, 4\], got"):
+                    trained(input_ids=ids, labels=labels, **options)
+        for name in ("use_cache", "return_dict"):
+            with pytest.raises(ValueError, match=f"{name}: expected none, a training step says it itself; got True"):
+                trained(input_ids=ids, labels=ids, **{name: True})
+    model = tiny_encoder_decoder("t5")
+    prefix = random_prefix(model)
+    with (
+        attach_prefix(model, prefix),
+        pytest.raises(ValueError, match="labels: expected those of the text to write, or"),
+    ):
+        PrefixedModel(model, prefix)(input_ids=ids)
 
 
 def test_a_model_without_a_head_is_refused():

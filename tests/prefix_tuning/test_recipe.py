@@ -13,7 +13,7 @@ from transformers.utils import logging
 from prefix_kernels import available_backends
 from prefix_tuning import Prefix, PrefixTrainer, attach_prefix, recipe
 from prefix_tuning.evaluate import mean_loss
-from prefix_tuning.recipe import TrainSettings, train_prefix, write_metrics
+from prefix_tuning.recipe import TrainSettings, start_prefix, train_prefix, write_metrics
 from support.models import tiny_model
 from support.tokenizer import tiny_tokenizer
 
@@ -196,6 +196,20 @@ def test_resuming(tmp_path, monkeypatch):
         assert {name: metrics[name] for name in same} == {name: whole[name] for name in same}
         for tensor, expected in zip(prefix.parameters(), whole_prefix.parameters(), strict=True):
             assert torch.equal(tensor, expected)
+
+
+def test_a_resumed_run_goes_on_with_its_own_learning_rate(tmp_path):
+    """The optimiser has it, and what the settings said would be written down and not be so."""
+    run(tmp_path, **SAVING)
+    for name, value in (("learning_rate", 0.5), ("weight_decay", 0.1)):
+        with pytest.raises(ValueError, match=f"{name}: the run in .*checkpoint-.* goes on with its .*, got {value}"):
+            run(tmp_path, resume=True, **SAVING | {name: value})
+
+
+def test_a_single_step_trains(tmp_path):
+    start = start_prefix(tiny_model("llama"), tiny_tokenizer(), TrainSettings(init_text="a pub", prefix_len=4).resolved())
+    prefix, _ = run(tmp_path, init_text="a pub", prefix_len=4, steps=1)
+    assert all((one - other).abs().max() > 1e-3 for one, other in zip(prefix.parameters(), start.parameters(), strict=True))
 
 
 def test_a_prefix_that_diverged_is_not_written(tmp_path):

@@ -211,6 +211,15 @@ def test_a_batch_without_any_target_trains_nothing(tmp_path):
     assert seen[0] == seen[2] == 0 < seen[3] < seen[1]
 
 
+@pytest.mark.parametrize("rows", ([[5, 6], [5, 6, 7]], [[5, 6]] * 4), ids=str)
+def test_tokenised_rows_without_any_target_are_refused(rows, tmp_path):
+    rows = [{"input_ids": ids, "labels": [-100] * len(ids)} for ids in rows]
+    with pytest.raises(ValueError, match="train_dataset: expected labels to learn from, got -100 for every token of every row"):
+        make_trainer(tmp_path, rows=rows)
+    rows[-1]["labels"][-1] = 6
+    make_trainer(tmp_path, rows=rows).detach()
+
+
 def test_text_that_is_not_given_as_a_sequence_is_refused(tmp_path):
     """A stream of it, and a data set that is set later."""
     message = "examples: expected input_ids and labels, .* got no field that the model takes; text is tokenised in a sequence"
