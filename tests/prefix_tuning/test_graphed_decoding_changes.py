@@ -48,6 +48,8 @@ def test_rows_choose_other_prefixes_in_the_next_call(graphs):
 
 def test_kept_graphs_under_autocast_read_the_weights_themselves(graphs):
     """The copies that torch.autocast makes of weights with gradients are freed as its block ends."""
+    if CACHE == "past_key_values":
+        pytest.skip("before transformers 5.24 a static cache takes no values of another dtype than its keys")
     model = tiny_model("llama").requires_grad_(True).bfloat16().float()
     call = padded() | {"max_new_tokens": 6, "return_dict_in_generate": True, "output_logits": True} | OPTIONS
     cache = StaticCache(config=model.config, max_cache_len=32)
