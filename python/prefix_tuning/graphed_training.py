@@ -171,10 +171,10 @@ class GraphedSteps:
         """What a step does that its arguments do not say: which modules train and so may drop out, which adapters are in use,
         where positions start. None where it would do more than a recorded one."""
         self._layers()
-        trains = any(parameter.requires_grad for parameter in set(self._parameters).difference(self.prefix.parameters()))
-        if trains or any(module.gradient_checkpointing for module in self._checkpointed):
-            return None
-        if cuda_graphs.has_hooks(self._modules):
+        trained = {parameter for parameter in self._parameters if parameter.requires_grad}
+        others = trained and not trained.issubset(self.prefix.parameters())  # but for those of a head of the prefix's
+        checkpointed = any(module.gradient_checkpointing for module in self._checkpointed)
+        if others or checkpointed or cuda_graphs.has_hooks(self._modules):
             return None
         adapters = (
             (module.disable_adapters, *module.active_adapters, *module.merged_adapters, *getattr(module, "scaling", {}).items())
