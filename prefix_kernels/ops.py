@@ -162,20 +162,10 @@ class _Recorded(torch.autograd.Function):
 def _differentiable_once(grads: list[Tensor | None], sources: tuple[Tensor | None, ...]) -> list[Tensor | None]:
     """Gradients that raise RuntimeError where they are differentiated by any of their sources; torch's once_differentiable
     lets those pass as constants that come from a grad_out without a gradient, as that of a sum."""
-    wanted = _Once.apply(len(grads), *grads, *sources)
-    return [None if grad is None else raising for grad, raising in zip(grads, wanted, strict=True)]
-
-
-class _Once(torch.autograd.Function):
-    """The first `count` tensors; they come from all others."""
-
-    @staticmethod
-    def forward(ctx, count, *tensors):
-        return tuple(None if tensor is None else tensor.view_as(tensor) for tensor in tensors[:count])
-
-    @staticmethod
-    def backward(ctx, *grads):
-        raise RuntimeError("prefix_attention: trying to differentiate twice, which is not served")
+    tensors = [tensor for tensor in (*grads, *sources) if tensor is not None]
+    message = "prefix_attention: trying to differentiate twice, which is not served"
+    handed = iter(torch._C._functions.DelayedError(message, len(tensors))(*tensors))
+    return [None if grad is None else next(handed) for grad in grads]
 
 
 def run(inputs: AttentionInputs, backend: str | None, return_lse: bool) -> tuple[Tensor, Tensor]:

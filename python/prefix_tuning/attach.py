@@ -24,6 +24,7 @@ from prefix_tuning.attention import ATTENTION_NAME, LayerPrefix
 from prefix_tuning.bank import PrefixBank
 from prefix_tuning.deferred_stops import Watched
 from prefix_tuning.devices import execution_device
+from prefix_tuning.encoder_families import ENCODER_DECODERS
 from prefix_tuning.families import FAMILIES
 from prefix_tuning.graphed_decoding import GraphedDecoding
 from prefix_tuning.heads import AttachedHeads
@@ -40,7 +41,6 @@ from prefix_tuning.stacks import Stack, part_shapes, stacks, text_config
 
 PREFIX_WINDOWS = ("pinned", "peft")
 GIVEN_FUNCTIONS = ("_get_logits_processor", "_get_stopping_criteria")  # methods to which generate gives the caller's functions
-STANDING_ALIKE = ("embeddings", "fixed")  # kinds of positions that are the same for all rows
 
 
 class PrefixSource(Protocol):
@@ -358,12 +358,9 @@ class Attachment:
 
     def _take_rows(self, stack: Stack, kwargs: dict) -> int | Tensor:
         """kwargs get the id of each row, for every layer; returns where the positions of each row start, 0 or [batch, 1]."""
-        tokens = new_tokens(kwargs) if kwargs.get("input_features") is None else kwargs["input_features"]
+        tokens = new_tokens(kwargs)
         kwargs["prefix_ids"] = row_ids(self._bank, kwargs.get("prefix_ids", BANK_DEFAULT), len(tokens), tokens.device)
-        if stack.self_attention not in self._parts:
-            return 0
-        if stack.positions in STANDING_ALIKE:
-            self._bank.check_positions(stack.module)
+        if stack.self_attention not in self._parts or stack.positions == "embeddings":
             return 0
         return self._bank.position_offsets(kwargs["prefix_ids"])
 
@@ -399,7 +396,7 @@ def attach_prefix(
             moved there, in the model's dtype: forward and generate then take prefix_ids, a list with a name or None (no
             prefix) for each row, or an int tensor [batch] from bank.ids; None is no prefix for any row, and a call without it
             gets the bank's default. Behind its prefix each row's positions start at that prefix's own position_offset, which
-            must be 0 where a stack's position embeddings know no position_ids (BART's kind, Whisper).
+            must be 0 where a stack's position embeddings know no position_ids (BART's kind).
         backend: the backend of prefix_attention; None picks one per call.
         prefix_window: under sliding-window attention, "pinned" keeps the prefix visible to every token (the default);
             "peft" lets it slide out of the window as PEFT does.
@@ -468,8 +465,12 @@ def _place_bank(bank: PrefixBank, model: nn.Module, every: list[Stack]) -> None:
         raise NotImplementedError(
             f"model: a bank is not served, as {type(model).__name__} hands no further arguments to its attention modules"
         )
+    pair = ENCODER_DECODERS.get(model.config.model_type)
+    if pair is not None and pair.own_generate:
+        name = type(model).__name__
+        raise NotImplementedError(f"model: a bank is not served, as generate of {name} goes through rows by itself")
     bank.check_fits(model)
     for stack in every:
-        if stack.positions in STANDING_ALIKE and stack.self_attention in bank.parts:
-            bank.check_positions(stack.module)
+        if stack.positions == "embeddings" and stack.self_attention in bank.parts:
+            bank.let_rows_stand_alike(type(stack.module).__name__)
     bank.to([execution_device(module) for part in bank.parts for module in attention[part]], model.dtype)

@@ -118,7 +118,9 @@ def prefix_attention_forward(
         prefix_key, prefix_value = prefix_key.to(dtype), prefix_value.to(dtype)
     if layer.relative:
         unseen = prefix_key.shape[-2] - prefix_bias.shape[-1]  # columns of a prefix that a bank was given since
-        bias = torch.cat([pad(prefix_bias, (0, unseen)), position_bias.detach().expand(len(prefix_bias), -1, -1, -1)], dim=-1)
+        if unseen:
+            prefix_bias = pad(prefix_bias, (0, unseen))
+        bias = torch.cat([prefix_bias, position_bias.detach().expand(len(prefix_bias), -1, -1, -1)], dim=-1)
     if mask.pack is not None:
         if bias is None and not (layer.slides and mask.window):
             prefix = prefix_key, prefix_value, prefix_lens

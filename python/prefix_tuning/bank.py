@@ -89,7 +89,7 @@ class PrefixBank:
         )
         self._lock = threading.Lock()  # of what changes it; whoever reads takes storage, or _slots, once
         self._slots: dict[str, int] = {}
-        self._offsets: dict[str, int] = {}  # the position_offset of each name, which to read from a GPU would take waiting
+        self._alike: str | None = None  # the class of a module in which the tokens of all rows stand alike
         self._default: str | None = None
         longest = max(prefix.prefix_len for prefix in prefixes.values())
         stored = [next(prefix.parameters()) for prefix in prefixes.values()]
@@ -140,6 +140,8 @@ class PrefixBank:
         with self._lock:
             if name in self._slots:
                 raise ValueError(f"name: {name!r} is in the bank already; remove it first")
+            if self._alike is not None:
+                _check_alike(self._alike, name, prefix.position_offset)
             if len(self._slots) == self.capacity or prefix.prefix_len > self.max_prefix_len:
                 capacity = 2 * self.capacity if len(self._slots) == self.capacity else self.capacity
                 length = max(self.max_prefix_len, prefix.prefix_len)
@@ -151,7 +153,6 @@ class PrefixBank:
                     self.storage.values[layer][slot, :, : prefix.prefix_len].copy_(value)
             self.storage.prefix_lens[slot] = prefix.prefix_len
             self.storage.position_offsets[slot] = prefix.position_offset
-            self._offsets = self._offsets | {name: prefix.position_offset}
             self._slots = self._slots | {name: slot}
 
     def remove(self, name: str) -> None:
@@ -161,9 +162,7 @@ class PrefixBank:
             if name == self.default:
                 raise ValueError(f"name: {name!r} is the default; set default to another name or None first")
             slot = self._slots[name]
-            self._slots, self._offsets = (
-                {other: value for other, value in held.items() if other != name} for held in (self._slots, self._offsets)
-            )
+            self._slots = {other: slot for other, slot in self._slots.items() if other != name}
             self.storage.prefix_lens[slot] = 0
             self.storage.position_offsets[slot] = 0
 
@@ -220,14 +219,13 @@ class PrefixBank:
                     f"prefix: the bank's are made for {part}: {shape}, expected {expected} for {type(model).__name__}"
                 )
 
-    def check_positions(self, module: nn.Module) -> None:
-        """NotImplementedError where a prefix moves the tokens of its rows; for a module whose rows all stand alike."""
-        moving = [name for name, offset in self._offsets.items() if offset]
-        if moving:
-            raise NotImplementedError(
-                f"position_offset: {type(module).__name__} has the tokens of all rows stand alike, at 0 with a bank; got "
-                f"{moving[0]!r} with {self._offsets[moving[0]]}"
-            )
+    def let_rows_stand_alike(self, module: str) -> None:
+        """For a module of this class, which cannot place each row's tokens elsewhere: NotImplementedError where a prefix moves
+        those of its rows, also for one that comes later."""
+        with self._lock:
+            for name, slot in self._slots.items():
+                _check_alike(module, name, int(self.storage.position_offsets[slot]))
+            self._alike = module
 
     def to(self, devices: Sequence[torch.device], dtype: torch.dtype) -> None:
         """Brings each layer's tensors to its device, by new tensors where any is elsewhere."""
@@ -277,6 +275,13 @@ def _check_prefix(name: str, prefix: Prefix) -> None:
         raise TypeError(f"prefix: expected a Prefix as {name!r}, got {type(prefix).__name__}")
     if prefix.heads:
         raise NotImplementedError(f"prefix: a bank has no heads, but {name!r} comes with {', '.join(prefix.heads)}")
+
+
+def _check_alike(module: str, name: str, position_offset: int) -> None:
+    if position_offset:
+        raise NotImplementedError(
+            f"position_offset: {module} has the tokens of all rows at 0 beside a bank, got {name!r} with {position_offset}"
+        )
 
 
 def _listed(parts: Mapping[str, ModelShape]) -> str:

@@ -229,7 +229,7 @@ def tokenized(
         raise ValueError(f"{name}: expected at least one row, got none")
     first = dataset[0]
     if isinstance(first, Mapping) and first.keys() & {"input_ids", "inputs_embeds", "input_features"}:
-        if not own_collator and not any(map(_has_target, each(dataset))):
+        if name == "train_dataset" and not own_collator and not any(map(_has_target, each(dataset))):
             raise ValueError(f"{name}: expected labels to learn from, got {IGNORED} for every token of every row")
         return dataset
     if own_collator and (all_columns or task is Task.OWN_LOSS or not _is_text(first)):
@@ -247,7 +247,8 @@ def tokenized(
 def _has_target(row: Mapping[str, Any]) -> bool:
     """Whether something can be learnt from a tokenised row, or its labels are not known here."""
     labels = row.get("labels")
-    return not isinstance(labels, list) or any(label != IGNORED for label in labels)
+    labels = labels.tolist() if hasattr(labels, "tolist") else labels
+    return not isinstance(labels, list) or not labels or any(label != IGNORED for label in labels)
 
 
 class PromptCompletionCollator:

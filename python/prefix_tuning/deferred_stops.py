@@ -24,8 +24,15 @@ FUNCTIONS = ("logits_processor", "prefix_allowed_tokens_fn", "stopping_criteria"
 
 _expected: WeakKeyDictionary[Cache, torch.device] = WeakKeyDictionary()  # of the next calls that defer: the model's device
 _dropped: WeakSet[Cache] = WeakSet()  # caches that nobody reads after a call
-_running: WeakSet[_StopCheck] = WeakSet()  # of the calls that defer now
+_running: WeakKeyDictionary[_StopCheck, int] = WeakKeyDictionary()  # of the calls that defer now, their threads
 _call = threading.local()  # .cache: of the call of generate that this thread prepares
+
+
+def begin(cache: Cache | None) -> None:
+    """A call of generate is being prepared with this cache, which an earlier one that failed may have left expected."""
+    _call.cache = None
+    if cache is not None:
+        _expected.pop(cache, None)
 
 
 def expect(cache: Cache, device: torch.device) -> None:
@@ -52,9 +59,9 @@ class Watched:
         self._method = method
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        cache = _call.cache() if hasattr(_call, "cache") else None
+        cache = getattr(_call, "cache", None)
         if cache is not None and any(kwargs.get(name) for name in FUNCTIONS):
-            _expected.pop(cache, None)
+            _expected.pop(cache(), None)
         return self._method(*args, **kwargs)
 
 
@@ -70,7 +77,10 @@ class _StopCheck(DeferredStopCheck):
         # After each of the last two steps: the generator's state, on a GPU 16 bytes that the host knows, and whether only this
         # call was under way. A number that another one has drawn must not be drawn again.
         self._states: deque[tuple[Tensor, bool]] = deque(maxlen=2)
-        _running.add(self)
+        thread = threading.get_ident()
+        for interrupted in [check for check, other in _running.items() if other == thread]:  # whose error somebody keeps
+            del _running[interrupted]
+        _running[self] = thread
 
     @staticmethod
     def is_supported(device: torch.device, cache: Cache | None, cache_is_returned: bool, is_assistant: bool) -> bool:
@@ -86,7 +96,7 @@ class _StopCheck(DeferredStopCheck):
 
     def finish(self) -> int:
         surplus, alone = super().finish(), len(_running) == 1 and all(alone for _, alone in self._states)
-        _running.discard(self)
+        _running.pop(self, None)
         if surplus:
             if alone and torch.equal(self._generator.get_state(), self._states[1][0]):
                 self._generator.set_state(self._states[0][0])

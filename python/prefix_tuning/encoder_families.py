@@ -41,6 +41,8 @@ class EncoderDecoderFamily:
             position_ids; "relative": a bias by distance from the first layer's table (T5's), which has columns for the prefix
             too.
         encoder_moves: whether the encoder's tokens can stand anywhere but at 0 (Whisper's cannot).
+        own_generate: generate calls the model for some of the rows, and in between, in a way of its own, which the rows' ids
+            of a bank would not follow.
     """
 
     cross_attention: str = "encoder_attn"
@@ -49,6 +51,7 @@ class EncoderDecoderFamily:
     shapes: Callable[..., dict[str, ModelShape]] = encoder_decoder_shapes
     positions: str = "embeddings"
     encoder_moves: bool = True
+    own_generate: bool = False
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,7 @@ ENCODER_DECODERS = {
     "pegasus": _BART,
     "t5": _T5,
     "t5gemma": EncoderDecoderFamily("cross_attn", shapes=composite_shapes, positions="ids"),
-    "whisper": EncoderDecoderFamily(encoder_moves=False),
+    "whisper": EncoderDecoderFamily(encoder_moves=False, own_generate=True),
 }
 
 _BERT = EncoderFamily()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import groupby
@@ -216,7 +217,7 @@ def _check(max_new_tokens: int, batch_size: int, num_beams: int, temperature: fl
     for name, value in [("max_new_tokens", max_new_tokens), ("batch_size", batch_size), ("num_beams", num_beams)]:
         check_int(name, value, at_least=1)
     for name, number in [("temperature", temperature), ("top_p", top_p)]:
-        if isinstance(number, bool) or not isinstance(number, int | float):
+        if isinstance(number, bool) or not isinstance(number, numbers.Real):
             raise TypeError(f"{name}: expected a number, got {number!r}")
     if not temperature > 0:
         raise ValueError(f"temperature: expected more than 0, got {temperature}")

@@ -43,6 +43,7 @@ class GraphedSteps:
     def __init__(self, model: nn.Module, prefix: nn.Module, most_tokens: int | None = None):
         self.prefix, self._model, self._most_tokens = prefix, model, most_tokens
         self._attention: list[nn.Module] = []  # the modules that hold the prefix
+        self._held: list[LayerPrefix] = []  # what they hold
         self._modules: list[nn.Module] = []
         self._parameters: list[nn.Parameter] = []
         self._checkpointed: list[nn.Module] = []  # modules that may be, by their attribute gradient_checkpointing
@@ -159,13 +160,15 @@ class GraphedSteps:
 
     def _layers(self) -> list[LayerPrefix]:
         """What the attention modules hold; a walk through a large model takes a millisecond."""
-        if not self._attention or not all(hasattr(module, "layer_prefix") for module in self._attention):
+        layers = [getattr(module, "layer_prefix", None) for module in self._attention]
+        if not layers or layers != self._held:  # attached anew, maybe to a model that has got adapters since
             self._modules, self._parameters = list(self._model.modules()), list(self._model.parameters())
             self._attention, self._checkpointed, self._adapted = (
                 [module for module in self._modules if hasattr(module, name)]
                 for name in ("layer_prefix", "gradient_checkpointing", "merged_adapters")
             )
-        return [module.layer_prefix for module in self._attention]
+            self._held = layers = [module.layer_prefix for module in self._attention]
+        return layers
 
     def _modes(self) -> tuple | None:
         """What a step does that its arguments do not say: which modules train and so may drop out, which adapters are in use,
@@ -173,12 +176,12 @@ class GraphedSteps:
         self._layers()
         trained = {parameter for parameter in self._parameters if parameter.requires_grad}
         others = trained and not trained.issubset(self.prefix.parameters())  # but for those of a head of the prefix's
-        checkpointed = any(module.gradient_checkpointing for module in self._checkpointed)
+        checkpointed = any(module.gradient_checkpointing and module.training for module in self._checkpointed)
         if others or checkpointed or cuda_graphs.has_hooks(self._modules):
             return None
         adapters = (
-            (module.disable_adapters, *module.active_adapters, *module.merged_adapters, *getattr(module, "scaling", {}).items())
-            for module in self._adapted
+            (m._disable_adapters, *m._active_adapter, *m.merged_adapters, *vars(m).get("scaling", {}).items())
+            for m in self._adapted
         )
         offset = getattr(self.prefix, "position_offset", None)
         return offset, tuple(module.training for module in self._modules), tuple(adapters)

@@ -262,9 +262,10 @@ def fitting_mask(mask: Any, tokens: Tensor) -> Any:
         return {name: fitting_mask(one, tokens) for name, one in mask.items()}
     if isinstance(mask, MaskStructure):
         return mask if mask.device in (None, tokens.device) else mask.to(tokens.device)
-    if mask.dim() == 2 and (mask.shape[0] != tokens.shape[0] or mask.shape[1] < tokens.shape[1]):
+    rows, length = tokens.shape[:2]
+    if isinstance(mask, Tensor) and mask.dim() == 2 and (mask.shape[0] not in (1, rows) or mask.shape[1] < length):
         raise ValueError(
-            f"attention_mask: expected one for each token of cache and input: [{tokens.shape[0]}, {tokens.shape[1]} or more], "
+            f"attention_mask: expected one for each token of cache and input: [{rows}, {length} or more], "
             f"got {list(mask.shape)}"
         )
     return mask

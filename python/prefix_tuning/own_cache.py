@@ -40,6 +40,7 @@ class OwnCache:
         """As the model's own: puts a cache among model_kwargs, if generate is to make one. Where steps over it are replayed,
         the call reads late whether all rows have ended."""
         given = model_kwargs.get(CACHE) is not None
+        deferred_stops.begin(model_kwargs.get(CACHE))
         self._prepare(generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
         grows = not given and type(model_kwargs.get(CACHE)) is DynamicCache
         fit = self._gains(generation_config, max_cache_length) if grows else can_be_recorded(model_kwargs.get(CACHE))

@@ -30,8 +30,6 @@ from prefix_tuning.row_limits import training_length
 from prefix_tuning.shapes import check_int
 from prefix_tuning.task import Task, task_of
 
-DECODER_INPUTS = ("decoder_input_ids", "decoder_inputs_embeds")
-
 
 class PrefixedModel(nn.Module):
     """A frozen model and the prefix attached to it, as one module whose only trainable parameters are the prefix's.
@@ -139,8 +137,6 @@ class PrefixedModel(nn.Module):
         given = [name for name in ("use_cache", "return_dict") if name in inputs and self.task is not Task.OWN_LOSS]
         if given:
             raise ValueError(f"{given[0]}: expected none, a training step says it itself; got {inputs[given[0]]!r}")
-        if self.task is Task.ENCODER_DECODER and labels is None and inputs.keys().isdisjoint(DECODER_INPUTS):
-            raise ValueError("labels: expected those of the text to write, or decoder_input_ids, got neither")
         if num_targets is None:
             return
         if self.task is not Task.CAUSAL or labels is None:
@@ -156,8 +152,10 @@ class PrefixedModel(nn.Module):
         teacher = () if teacher_ids is None else (teacher_ids, teacher_probs)
         if (teacher_ids is None) != (teacher_probs is None) or (teacher and self.task is not Task.CAUSAL):
             raise ValueError("teacher_ids, teacher_probs: expected both or neither, and both for a causal model alone")
-        if self.task is Task.CAUSAL and labels is not None and labels.shape != (shape := new_tokens(inputs).shape[:2]):
-            raise ValueError(f"labels: expected one for each token, {list(shape)}, got {list(labels.shape)}")
+        if self.task is Task.CAUSAL and labels is not None and "logits_to_keep" not in inputs:
+            shape = new_tokens(inputs).shape[:2]
+            if labels.shape != shape:
+                raise ValueError(f"labels: expected one for each token, {list(shape)}, got {list(labels.shape)}")
         with nullcontext() if self.checkpointing is None else self.checkpointing.active():
             if self.task is Task.OWN_LOSS:
                 outputs = self.model(**inputs, labels=labels) if labels is not None else self.model(**inputs)

@@ -24,6 +24,7 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.integrations import get_available_reporting_integrations
+from transformers.trainer import OPTIMIZER_NAME
 
 from prefix_kernels import available_backends
 from prefix_tuning.checkpoints import checkpoints, last_checkpoint
@@ -46,7 +47,7 @@ class TrainSettings:
         learning_rate: None is 1e-3 with an MLP, 3e-2 for keys and values that start from a text, 1e-3 from random.
         steps, epochs: optimiser steps, or passes over the rows; at most one of them, None for both: 3 passes.
         warmup: steps (1 or more) or their share (below 1, rounded up) in which the learning rate rises, from 0 in the first of
-            them; then it falls linearly. A single step has none.
+            them; then it falls linearly. With steps=1 there is none.
         padding_free: as for PrefixTrainer.
         save_steps: a checkpoint, and an evaluation where there are rows for it, every so many steps; 0: none.
         patience: stop after so many evaluations without a better loss; 0: never.
@@ -255,12 +256,13 @@ def _check_output(output: Path, resume: bool, overwrite: bool) -> None:
 
 def _check_optimizer(checkpoint: Path, settings: TrainSettings) -> None:
     """ValueError where the optimiser of a checkpoint would go on with other numbers than the settings say."""
-    state = torch.load(checkpoint / "optimizer.pt", map_location="cpu", weights_only=True)
-    for group in state["param_groups"][:1]:
-        held = {"learning_rate": group.get("initial_lr"), "weight_decay": group.get("weight_decay")}
-        for name, value in held.items():
-            if value is not None and value != getattr(settings, name):
-                raise ValueError(f"{name}: the run in {checkpoint} goes on with its {value:g}, got {getattr(settings, name):g}")
+    file = checkpoint / OPTIMIZER_NAME
+    if not file.exists():  # then training goes on with a new one
+        return
+    group = torch.load(file, map_location="cpu", weights_only=True)["param_groups"][0]
+    for name, value in (("learning_rate", group["initial_lr"]), ("weight_decay", group["weight_decay"])):
+        if value != getattr(settings, name):
+            raise ValueError(f"{name}: the run in {checkpoint} goes on with its {value:g}, got {getattr(settings, name):g}")
 
 
 def _arguments(model: PreTrainedModel, output: Path, settings: TrainSettings, *, evaluate: bool) -> TrainingArguments:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -113,7 +114,7 @@ def mimo_shape(config) -> ModelShape:
 
 
 def check_int(name: str, value, at_least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool):
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
         raise TypeError(f"{name}: got {value!r}, expected an int")
     if value < at_least:
         raise ValueError(f"{name}: got {value}, expected at least {at_least}")

@@ -182,15 +182,16 @@ class PrefixTrainer(Trainer):
         """As Trainer.train. With resume_from_checkpoint=True the run goes on from its last whole checkpoint: one that was being
         written when the run was killed is passed over.
 
-        Raises ValueError while the prefix is switched off, which would train nothing, and for a model with parameters that
-        were made to require gradients since the trainer was made.
+        Parameters of the model that require gradients again, as PEFT lets adapters that it switches on, no longer do.
+
+        Raises ValueError while the prefix is switched off, which would train nothing.
         """
         if self.attachment.switched_off:
             raise ValueError("attachment: the prefix is switched off; enable(True) comes before training")
         trained = set(self.prefix.parameters())  # those of a head stand in the model too
-        others = [name for name, p in self.attachment.model.named_parameters() if p.requires_grad and p not in trained]
-        if others:
-            raise ValueError(f"model: {', '.join(others[:3])} require gradients, but the prefix alone is trained")
+        for parameter in self.attachment.model.parameters():
+            if parameter.requires_grad and parameter not in trained:
+                parameter.requires_grad_(False)
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_checkpoint(Path(self.args.output_dir))
         self._forget_evaluation()

@@ -419,6 +419,7 @@ def test_a_float32_prefix_is_rounded_for_all_layers_at_once(monkeypatch):
 def test_masks_that_cannot_be_the_tokens():
     model, ids = tiny_model("llama"), torch.tensor([[5, 6, 7, 8]])
     with attach_prefix(model, random_prefix(model)):
+        model(input_ids=ids.expand(2, -1), attention_mask=torch.ones(1, 4, dtype=torch.long))
         for shape in ((2, 4), (1, 3)):
             with pytest.raises(ValueError, match=r"attention_mask: expected one for each token of .*: \[1, 4 or more\]"):
                 model(input_ids=ids, attention_mask=torch.ones(shape, dtype=torch.long))

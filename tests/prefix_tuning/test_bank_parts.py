@@ -25,7 +25,7 @@ def row_of(inputs, row):
     return {name: tensor[row : row + 1] for name, tensor in inputs.items()}
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=[family for family in FAMILIES if family != "whisper"])
 def model(request):
     return tiny_encoder_decoder(request.param)
 
@@ -33,7 +33,7 @@ def model(request):
 @pytest.mark.parametrize("parts", (PARTS, ("encoder",), ("decoder",), ("cross",), ("encoder", "cross")), ids="-".join)
 def test_logits_equal_each_row_alone(model, parts):
     prefixes = prefixes_of(model, parts)
-    for side in (None,) if model.config.model_type == "whisper" else (None, "left", "right"):
+    for side in (None, "left", "right"):
         inputs = source(model, batch=3, side=side) | {"decoder_input_ids": labels(batch=3).clamp(min=3)}
         expected = alone(model, prefixes, NAMES, lambda row, inputs=inputs: model(**row_of(inputs, row)).logits)
         with attach_prefix(model, PrefixBank(prefixes, capacity=3)) as attachment:
@@ -108,21 +108,17 @@ def test_texts_of_prompts_with_their_own_prefixes():
 
 
 def test_positions_that_are_the_same_for_all_rows():
-    """BART's embeddings and Whisper's encoder cannot have each row's tokens elsewhere."""
-    for family, module in (("bart", "BartDecoder"), ("whisper", "WhisperDecoder")):
-        model = tiny_encoder_decoder(family)
-        moved = prefix_of(model, 3, 1, 3, parts=("decoder",))
-        with pytest.raises(NotImplementedError, match=f"position_offset: {module} has .* got 'moved' with 3"):
-            attach_prefix(model, PrefixBank({"moved": moved}))
-        bank, inputs = PrefixBank({"a": prefix_of(model, 3, 1, parts=("decoder",))}, "a"), source(model)
-        inputs["decoder_input_ids"] = labels()[:, :4]
-        with attach_prefix(model, bank):
-            before = model(**inputs).logits
+    """BART's embeddings cannot have each row's tokens elsewhere, T5Gemma can."""
+    model = tiny_encoder_decoder("bart")
+    moved, inputs = prefix_of(model, 3, 1, 3, parts=("decoder",)), source(model) | {"decoder_input_ids": labels()[:, :4]}
+    with pytest.raises(NotImplementedError, match="position_offset: BartDecoder has .* got 'moved' with 3"):
+        attach_prefix(model, PrefixBank({"moved": moved}))
+    bank = PrefixBank({"a": prefix_of(model, 3, 1, parts=("decoder",))}, "a")
+    with attach_prefix(model, bank):
+        before = model(**inputs).logits
+        with pytest.raises(NotImplementedError, match="position_offset: BartDecoder has .* got 'moved' with 3"):
             bank.add("moved", moved)
-            with pytest.raises(NotImplementedError, match=f"position_offset: {module} has .* got 'moved' with 3"):
-                model(**inputs)
-            bank.remove("moved")
-            assert torch.equal(model(**inputs).logits, before)
+        assert bank.names == ("a",) and torch.equal(model(**inputs).logits, before)
     model = tiny_encoder_decoder("t5gemma")
     inputs = source(model, batch=3, side="left") | {"decoder_input_ids": labels(batch=3).clamp(min=3)}
     prefixes = {"short": prefix_of(model, 3, 1, 3, parts=PARTS), "long": prefix_of(model, 6, 2, 0, parts=PARTS)}
@@ -137,6 +133,9 @@ def test_what_does_not_fit():
         attach_prefix(model, PrefixBank(prefixes_of(tiny_encoder_decoder("t5"))))
     with pytest.raises(ValueError, match="made for decoder: .*, expected parts of encoder for BertForSequence"):
         attach_prefix(encoders.tiny_encoder("bert"), PrefixBank({"a": prefix_of(tiny_model("llama"), 3, 1)}))
+    whisper = tiny_encoder_decoder("whisper")
+    with pytest.raises(NotImplementedError, match="a bank is not served, as generate of Whisper.* goes through rows by itself"):
+        attach_prefix(whisper, PrefixBank(prefixes_of(whisper)))
     before = {module: len(module._forward_pre_hooks) for module in model.modules()}
     with attach_prefix(model, PrefixBank(prefixes_of(model, ("encoder",)))):
         pass

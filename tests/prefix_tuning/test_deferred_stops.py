@@ -1,6 +1,7 @@
 """generate learns one step late that all rows have ended, and leaves everything as if it had known at once."""
 
 import contextlib
+import threading
 from unittest.mock import Mock
 
 import pytest
@@ -207,6 +208,10 @@ def test_a_full_cache_of_the_callers(graphs, late):
         call = ending(model, call)
         expected = model.generate(**call, **AT_ONCE)
         cache = StaticCache(config=model.config, max_cache_len=expected.shape[1] - 1)
+        with pytest.raises(RuntimeError):  # a call that fails, for which the cache was large enough
+            wrong = torch.ones(3, 7, dtype=torch.long)
+            model.generate(**call | {"max_new_tokens": 3, "attention_mask": wrong}, **{CACHE: cache})
+        cache.reset()
         assert torch.equal(model.generate(**call, **{CACHE: cache}), expected) and not late
 
 
@@ -226,14 +231,20 @@ def test_numbers_that_others_draw_are_not_drawn_again(graphs, late, monkeypatch)
             model.generate(**call)
         torch.multinomial(torch.ones(2, model.config.vocab_size), 1)  # what the step too many drew
         assert late == [1] and not torch.equal(torch.rand(4), drawn[0])
-        other = deferred_stops._StopCheck(call["input_ids"], 9, None, False)
-        states = []
+        others, states = [], []
+        thread = threading.Thread(target=lambda: others.append(deferred_stops._StopCheck(call["input_ids"], 9, None, False)))
+        thread.start()
+        thread.join()
         for _ in range(2):
             torch.manual_seed(3)
             model.generate(**call)
             states.append(torch.get_rng_state())
-            other = None  # another call that was under way has ended
-    assert late == [1, 1, 1] and other is None and not torch.equal(*states)
+            others.clear()  # another call that was under way has ended
+        assert late == [1, 1, 1] and not torch.equal(*states)
+        interrupted = deferred_stops._StopCheck(call["input_ids"], 9, None, False)  # as if its error were kept
+        torch.manual_seed(3)
+        model.generate(**call)
+    assert interrupted and torch.equal(torch.get_rng_state(), states[1])
 
 
 def test_events_are_recorded_on_the_device_of_the_tokens(graphs, late, monkeypatch):

@@ -196,7 +196,7 @@ def test_steps_that_are_not_recorded(graphs, why):
     elif why == "head trained":
         model.base_model.lm_head.requires_grad_(True)
     elif why == "checkpointing":
-        model.base_model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.train().base_model.gradient_checkpointing_enable({"use_reentrant": False})
     elif why == "hooks":
         model.base_model.model.layers[0].register_forward_hook(lambda *args: None)
     elif why == "float16":

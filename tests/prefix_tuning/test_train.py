@@ -204,12 +204,14 @@ def test_losses_that_are_not_finite_in_a_subclass(tmp_path):
     assert all(map(math.isfinite, losses(trainer)))
 
 
-def test_a_model_s_own_parameters_are_refused(tmp_path):
+def test_parameters_that_require_gradients_again_are_frozen_again(tmp_path):
+    """As PEFT leaves those of an adapter that was switched off for an evaluation."""
     trainer = make_trainer(tmp_path)
-    trainer.attachment.model.lm_head.requires_grad_(True)
-    with pytest.raises(ValueError, match="model: lm_head.weight require gradients, but the prefix alone is trained"):
-        trainer.train()
+    weight = trainer.attachment.model.lm_head.weight.requires_grad_(True)
+    before = weight.detach().clone()
+    trainer.train()
     trainer.detach()
+    assert torch.equal(weight, before) and weight.grad is None
 
 
 def test_tokens_that_see_later_ones_keep_their_mask(tmp_path):

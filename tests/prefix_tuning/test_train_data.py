@@ -216,6 +216,11 @@ def test_tokenised_rows_without_any_target_are_refused(rows, tmp_path):
     rows = [{"input_ids": ids, "labels": [-100] * len(ids)} for ids in rows]
     with pytest.raises(ValueError, match="train_dataset: expected labels to learn from, got -100 for every token of every row"):
         make_trainer(tmp_path, rows=rows)
+    with pytest.raises(ValueError, match="train_dataset: expected labels to learn from"):
+        make_trainer(tmp_path, rows=[{name: torch.tensor(ids) for name, ids in row.items()} for row in rows])
+    trainer = make_trainer(tmp_path)
+    assert trainer.predict(rows).predictions.shape[0] == len(rows)
+    trainer.detach()
     rows[-1]["labels"][-1] = 6
     make_trainer(tmp_path, rows=rows).detach()
 
