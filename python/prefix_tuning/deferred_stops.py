@@ -25,6 +25,7 @@ FUNCTIONS = ("logits_processor", "prefix_allowed_tokens_fn", "stopping_criteria"
 _expected: WeakKeyDictionary[Cache, torch.device] = WeakKeyDictionary()  # of the next calls that defer: the model's device
 _dropped: WeakSet[Cache] = WeakSet()  # caches that nobody reads after a call
 _running: WeakKeyDictionary[_StopCheck, int] = WeakKeyDictionary()  # of the calls that defer now, their threads
+_lock = threading.Lock()  # of _running, which another thread may not change while it is gone through
 _call = threading.local()  # .cache: of the call of generate that this thread prepares
 
 
@@ -59,9 +60,10 @@ class Watched:
         self._method = method
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        cache = getattr(_call, "cache", None)
+        held = getattr(_call, "cache", None)
+        cache = None if held is None else held()
         if cache is not None and any(kwargs.get(name) for name in FUNCTIONS):
-            _expected.pop(cache(), None)
+            _expected.pop(cache, None)
         return self._method(*args, **kwargs)
 
 
@@ -78,9 +80,10 @@ class _StopCheck(DeferredStopCheck):
         # call was under way. A number that another one has drawn must not be drawn again.
         self._states: deque[tuple[Tensor, bool]] = deque(maxlen=2)
         thread = threading.get_ident()
-        for interrupted in [check for check, other in _running.items() if other == thread]:  # whose error somebody keeps
-            del _running[interrupted]
-        _running[self] = thread
+        with _lock:
+            for interrupted in [check for check, other in _running.items() if other == thread]:  # whose error somebody keeps
+                del _running[interrupted]
+            _running[self] = thread
 
     @staticmethod
     def is_supported(device: torch.device, cache: Cache | None, cache_is_returned: bool, is_assistant: bool) -> bool:
@@ -96,7 +99,8 @@ class _StopCheck(DeferredStopCheck):
 
     def finish(self) -> int:
         surplus, alone = super().finish(), len(_running) == 1 and all(alone for _, alone in self._states)
-        _running.pop(self, None)
+        with _lock:
+            _running.pop(self, None)
         if surplus:
             if alone and torch.equal(self._generator.get_state(), self._states[1][0]):
                 self._generator.set_state(self._states[0][0])

@@ -1,6 +1,7 @@
 """generate learns one step late that all rows have ended, and leaves everything as if it had known at once."""
 
 import contextlib
+import gc
 import threading
 from unittest.mock import Mock
 
@@ -213,6 +214,13 @@ def test_a_full_cache_of_the_callers(graphs, late):
             model.generate(**call | {"max_new_tokens": 3, "attention_mask": wrong}, **{CACHE: cache})
         cache.reset()
         assert torch.equal(model.generate(**call, **{CACHE: cache}), expected) and not late
+
+
+def test_functions_of_a_call_whose_cache_is_gone():
+    """As of an assistant, where the last call that this thread deferred has ended."""
+    deferred_stops.expect(StaticCache(config=tiny_model("llama").config, max_cache_len=8), torch.device("cpu"))
+    gc.collect()
+    assert deferred_stops.Watched(dict)(stopping_criteria=[1]) == {"stopping_criteria": [1]}
 
 
 def test_numbers_that_others_draw_are_not_drawn_again(graphs, late, monkeypatch):
