@@ -8,8 +8,9 @@
 A worker process does the jobs in order of importance and writes RESULTS_DIR/STAGE.json after each. One that crashes it, loses
 the CUDA context or takes too long costs that job alone: the rest goes to a new worker. A stage that is started again goes on
 where it stopped. --dry-run: tiny shapes, which also run without a GPU; that tries the control flow and measures nothing.
---fill FOLDER: rows of op, decode or e2e that FOLDER has of the same device and versions are kept, each with its commit, so that
-the time goes to those that it lacks. Take out of FOLDER/STAGE.json first what has changed since.
+--fill FOLDER: rows that FOLDER has of the same device and versions are kept, each with its commit, so that the time goes to
+those that it lacks. Take out of FOLDER/STAGE.json first what has changed since.
+--only TEXT...: of op, decode and e2e the rows whose key has one of these in it, those of the first text first.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from typing import Any
 import torch
 
 import measure
-from gpu_jobs import jobs, run_job
+from gpu_jobs import Job, jobs, run_job
 from gpu_tests import LOST_DEVICE, SANITIZER_TOOLS, counts, outcome_row, run_tests, sanitize, sanitizer_row
 
 STAGES = {"tests": 300.0, "op": 300.0, "decode": 240.0, "e2e": 240.0}  # seconds
@@ -46,6 +47,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, help="for the whole stage; default: " + str(STAGES))
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes, on any machine")
     parser.add_argument("--fill", type=Path, metavar="FOLDER", help="results of an earlier commit, whose rows are kept")
+    parser.add_argument("--only", nargs="+", default=[""], metavar="TEXT", help="rows whose key has one of these in it")
     parser.add_argument("--progress", type=Path, help=argparse.SUPPRESS)  # makes it a worker
     args = parser.parse_args(argv)
     if args.progress:
@@ -58,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
     seconds = args.seconds or STAGES[args.stage]
     share = 1 - SANITIZER_SHARE if args.stage == "tests" else 1
     environment = measure.environment("cuda" if torch.cuda.is_available() else "cpu")
-    if args.fill and args.stage != "tests":
+    if args.fill:
         fill(args, environment)
     supervise(args, environment, begin + share * seconds)
     results = open_results(args, environment)
@@ -84,9 +86,9 @@ def fill(args: argparse.Namespace, environment: dict[str, Any]) -> None:
     versions = [name for name in measure.SAME_RESULTS if name != "source"]
     if results.rows or any(known["environment"].get(name) != environment.get(name) for name in versions):
         return
-    for row in known["rows"]:
-        if row.get("complete") and "failed" not in row:
-            results.put({"commit": known["environment"]["commit"]} | row)
+    kept = [row for row in known["rows"] if row.get("complete") and "failed" not in row and row.get("outcome") != "failed"]
+    for row in kept:
+        results.put({"commit": known["environment"]["commit"]} | row, write=row is kept[-1])
 
 
 def supervise(args: argparse.Namespace, environment: dict[str, Any], deadline: float) -> None:
@@ -101,7 +103,7 @@ def supervise(args: argparse.Namespace, environment: dict[str, Any], deadline: f
                 "without": [way for way, count in crashes.items() if count >= CRASHES_OF_A_WAY],
             }
             command = [sys.executable, __file__, str(args.results), args.stage, "--progress", str(progress)]
-            command += ["--dry-run"] if args.dry_run else []
+            command += (["--dry-run"] if args.dry_run else []) + ["--only", *args.only]
             try:
                 done = subprocess.run(
                     command, input=json.dumps(told), text=True, stdout=log, stderr=log, timeout=left, cwd=measure.ROOT
@@ -138,6 +140,12 @@ def record_crash(args: argparse.Namespace, results: measure.Results, begun: list
     return way
 
 
+def wanted(every: list[Job], texts: list[str]) -> list[Job]:
+    """The jobs whose key has one of the texts in it, those of the first text first."""
+    found = {job: None for text in texts for job in every if text in job.key}
+    return list(found)
+
+
 def work(args: argparse.Namespace) -> int:
     """The worker: the jobs that are not done, each announced in the progress file before it begins."""
     told = json.load(sys.stdin)
@@ -150,7 +158,7 @@ def work(args: argparse.Namespace) -> int:
     if args.stage == "tests":
         run_tests(results, lambda nodeid: announce("@", nodeid), args.dry_run)
         return 0
-    for job in jobs(args.stage, args.dry_run):
+    for job in wanted(jobs(args.stage, args.dry_run), args.only):
         if job.done(results):
             continue
         announce("@", job.name)

@@ -74,7 +74,7 @@ def supervised(tmp_path, monkeypatch):
         worker.write_text(FAKE_WORKER.format(folder=folder, body=body))
         worker.chmod(0o755)
         monkeypatch.setattr(run_gpu.sys, "executable", str(worker))
-        args = argparse.Namespace(results=tmp_path, stage=stage, dry_run=True)
+        args = argparse.Namespace(results=tmp_path, stage=stage, dry_run=True, only=[""])
         run_gpu.supervise(args, ENVIRONMENT, time.monotonic() + seconds)
         told = [json.loads(file.read_text()) for file in sorted(folder.iterdir())]
         assert all(each["environment"] == ENVIRONMENT for each in told)
@@ -129,7 +129,7 @@ def test_a_worker_that_cannot_begin_is_reported(supervised, capsys):
 
 
 def test_done_jobs_are_left_out_and_failing_ones_keep_their_reason(tmp_path, monkeypatch):
-    args = argparse.Namespace(results=tmp_path, stage="op", dry_run=True, progress=tmp_path / "progress")
+    args = argparse.Namespace(results=tmp_path, stage="op", dry_run=True, progress=tmp_path / "progress", only=[""])
     run_gpu.open_results(args, ENVIRONMENT).put({"key": JOBS[0].key, "complete": True})
     ran = []
 
@@ -153,7 +153,8 @@ def test_rows_of_an_earlier_commit_are_kept(tmp_path):
     earlier = ENVIRONMENT | {"commit": "abc", "source": "other"}
     known = measure.Results(tmp_path / "op.json", earlier)
     for row in ({"key": "a", "complete": True}, {"key": "b"}, {"key": "c", "complete": True, "failed": "no"},
-                {"key": "d", "complete": True, "commit": "older"}):  # fmt: skip
+                {"key": "d", "complete": True, "commit": "older"},
+                {"key": "e", "complete": True, "outcome": "failed"}):  # fmt: skip
         known.put(row)
     for environment, kept in ((ENVIRONMENT | {"device": "another"}, {}), (ENVIRONMENT, {"a": "abc", "d": "older"})):
         run_gpu.fill(args, environment)
@@ -162,6 +163,16 @@ def test_rows_of_an_earlier_commit_are_kept(tmp_path):
     results.put({"key": "b", "complete": True})
     run_gpu.fill(args, ENVIRONMENT)
     assert "commit" not in run_gpu.open_results(args, ENVIRONMENT).rows["b"]
+
+
+def test_only_some_rows_in_the_order_asked_for():
+    every = gpu_jobs.jobs("e2e", dry_run=False)
+    found = run_gpu.wanted(every, ["generate SmolLM2-135M B64 P512", "train GPT-2 medium B8"])
+    assert [job.key for job in found] == [
+        "generate SmolLM2-135M B64 P512",
+        *(f"train GPT-2 medium B8 P{n}" for n in (200, 16, 2048)),
+    ]
+    assert run_gpu.wanted(every, [""]) == every
 
 
 def test_a_row_goes_on_with_the_ways_it_does_not_have(tmp_path, monkeypatch):
