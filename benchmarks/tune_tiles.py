@@ -32,12 +32,14 @@ SHAPES = {name: _CASES[name] for name in (  # time may be over before the last
     "B8 S512 H32/8 D128 P512 bfloat16", "B32 S128 H16/16 D64 P200 bfloat16", "B32 S128 H16/16 D64 P10 bfloat16",
     "B64 S96 H9/3 D64 P16 bfloat16", "B4 S2048 H32/8 D128 P512 bfloat16", "B16 S512 H16/16 D64 P200 bfloat16",
     "B8 S1024 H8/4 D256 P512 bfloat16", "B8 S512 H32/8 D128 P2048 bfloat16", "B8 S512 H32/8 D128 P32 bfloat16",
+    "B8 S512 H12/12 D64 P200 bfloat16 bias", "B8 S512 H12/12 D64 P16 bfloat16 bias",
 )}  # fmt: skip
 WANTED = {
     "dq": (True, False, False, False, False), "dkeys": (False, True, True, False, False),
     "dprefix": (False, False, False, True, True),
 }  # fmt: skip
 KERNELS = (*WANTED, "forward")
+BIASED = "biased "  # before a kernel's name: of calls with a bias
 ON_HOPPER = {kernel: f"hopper_{kernel}" for kernel in WANTED} | {"forward": "hopper"}
 LIMIT = 2e-2  # ‖difference‖ / ‖table's result‖ of two right candidates in bfloat16
 
@@ -50,11 +52,15 @@ def name_of(candidate: Candidate) -> str:
 
 def own_candidates() -> list[Candidate]:
     """The table's."""
-    return [
-        (kernel, dim, tile.BLOCK_M, tile.BLOCK_N, tile.num_warps, tile.num_stages)
-        for (kernel, architecture, bits, dim), tile in tile_sizes.TABLE.items()
-        if kernel in KERNELS and bits == 16 and architecture == tile_sizes.architecture_of(torch.device("cuda"))
-    ]
+    found = []
+    for name, dim in itertools.product((*KERNELS, *(BIASED + kernel for kernel in KERNELS)), (64, 128, 256)):
+        tile = tile_of(name, dim)
+        found.append((name, dim, tile.BLOCK_M, tile.BLOCK_N, tile.num_warps, tile.num_stages))
+    return found
+
+
+def tile_of(name: str, dim: int) -> tile_sizes.Tile:
+    return tile_sizes.find(name.removeprefix(BIASED), torch.device("cuda"), torch.bfloat16, dim, name.startswith(BIASED))
 
 
 def candidates() -> list[Candidate]:
@@ -73,6 +79,7 @@ def candidates() -> list[Candidate]:
         (kernel, 256, queries, keys, 8, stages)
         for kernel, queries, keys, stages in itertools.product(("dkeys", "dprefix"), (16, 32, 64), (32, 64), (1, 2))
     ]
+    found += [(BIASED + kernel, *rest) for kernel, *rest in found if kernel in KERNELS]
     return list(dict.fromkeys(found))
 
 
@@ -82,11 +89,14 @@ def inputs_of(case: Case) -> AttentionInputs:
 
 def use(candidate: Candidate) -> None:
     """Makes it the tile of its kernel on this GPU."""
-    kernel, dim, *tile = candidate
-    tile_sizes.TABLE[kernel, tile_sizes.architecture_of(torch.device("cuda")), 16, dim] = tile_sizes.Tile(*tile, "a candidate")
+    name, dim, *tile = candidate
+    table = tile_sizes.BIASED if name.startswith(BIASED) else tile_sizes.TABLE
+    key = name.removeprefix(BIASED), tile_sizes.architecture_of(torch.device("cuda")), 16, dim
+    table[key] = tile_sizes.Tile(*tile, "a candidate")
 
 
 def run(kernel: str, inputs: AttentionInputs, saved: tuple | None) -> tuple:
+    kernel = kernel.removeprefix(BIASED)
     if kernel == "hopper":
         return hopper_forward.forward(inputs)
     if kernel == "forward":
@@ -111,12 +121,16 @@ def compile_one(candidate: Candidate) -> str | None:
     """Runs it once, which leaves its code in Triton's cache; why not, if it does not run."""
     kernel, dim = candidate[:2]
     try:
-        if dim not in _inputs:
-            inputs = inputs_of(Case("small", 2, 4, 2, dim, 64, 64, 32))
-            _inputs[dim] = inputs, (*forward_kernel.forward(inputs), inputs.q)
+        biased = kernel.startswith(BIASED)
+        if (dim, biased) not in _inputs:
+            # Two biases: another kernel is compiled where a query's columns are no multiple of 16.
+            small = [Case("small", 2, 4, 2, dim, 64, 64, prefix_len, bias=biased) for prefix_len in (32, 36)[: 1 + biased]]
+            every = [inputs_of(case) for case in small]
+            _inputs[dim, biased] = [(inputs, (*forward_kernel.forward(inputs), inputs.q)) for inputs in every]
         if not kernel.startswith("hopper"):
             use(candidate)
-        run(kernel, *_inputs[dim])
+        for inputs, saved in _inputs[dim, biased]:
+            run(kernel, inputs, saved)
         torch.cuda.synchronize()
     except Exception as error:
         return measure.first_line(error)
@@ -142,12 +156,12 @@ def main(argv: list[str] | None = None) -> int:
     if not torch.cuda.is_available():
         parser.error("torch finds no GPU")
     begin = time.monotonic()
-    rows = [(name, shape, kernel) for (name, shape), kernel in itertools.product(SHAPES.items(), KERNELS)]
+    rows = [(name, shape, BIASED * shape.bias + kernel) for (name, shape), kernel in itertools.product(SHAPES.items(), KERNELS)]
     rows = [row for row in rows if not args.rows or any(words in f"{row[2]} {row[0]}" for words in args.rows)]
     if not rows:
         parser.error(f"--rows: no row's key contains {', '.join(args.rows)}")
     kinds = {(kernel, shape.head_dim) for _, shape, kernel in rows}
-    wanted = [(ON_HOPPER[kernel], dim, 0, 0, 0, 0) for kernel, dim in sorted(kinds)]
+    wanted = [(ON_HOPPER[kernel], dim, 0, 0, 0, 0) for kernel, dim in sorted(kinds) if kernel in ON_HOPPER]
     wanted += [each for each in candidates() if each[:2] in kinds and (
         not args.tiles or each in own_candidates() or any(words in name_of(each) for words in args.tiles)
     )]  # fmt: skip
@@ -164,9 +178,7 @@ def main(argv: list[str] | None = None) -> int:
             print("time is over")
             break
         inputs = inputs_of(shape)
-        architecture = tile_sizes.architecture_of(torch.device("cuda"))
-        key = kernel, architecture, 16, shape.head_dim
-        table = tile_sizes.TABLE[key]
+        table = tile_of(kernel, shape.head_dim)
         saved = (*forward_kernel.forward(inputs), torch.randn_like(inputs.q))
         expected = run(kernel, inputs, saved)
         timed = []
@@ -182,7 +194,7 @@ def main(argv: list[str] | None = None) -> int:
                 print(candidate, measure.first_line(error))
                 continue
             timed.append((seconds if wrong < LIMIT else float("inf"), list(candidate[2:]), wrong))
-        tile_sizes.TABLE[key] = table
+        use(own)
         other = None
         if hopper.why_not(inputs) is None and said[ON_HOPPER[kernel], shape.head_dim, 0, 0, 0, 0] is None:
             wrong = difference(run(ON_HOPPER[kernel], inputs, saved), expected)

@@ -41,15 +41,40 @@ __global__ void __launch_bounds__(THREADS, 4) merge_kernel(const __grid_constant
   merge_item<Element, DIM>(call);
 }
 
-// Once on each device: dynamic shared memory beyond 48 KiB has to be asked for, and as much of it as there is, so that several
-// thread blocks are on a multiprocessor. early: whether the code that the device runs may start before the kernel before it ends.
+// What a device does with this code. early: it may start before the kernel before it ends. large: it has clusters of LARGE_CLUSTER.
+struct Abilities {
+  bool early, large;
+};
+
+// Whether there are clusters of LARGE_CLUSTER, which have to be asked for.
 template <typename Element, int DIM>
-int prepare(bool& early) {
-  static std::atomic<uint64_t> prepared{0}, waiting{0};
+int ask_for_large_clusters(bool& large) {
+  large = false;
+  if constexpr (serves_few(DIM)) {
+    const auto kernel = few_kernel<Element, DIM>;
+    const auto allowed = cudaFuncAttributeNonPortableClusterSizeAllowed;
+    if (const int error = cudaFuncSetAttribute(kernel, allowed, 1)) return error;
+    cudaLaunchAttribute cluster{};
+    cluster.id = cudaLaunchAttributeClusterDimension, cluster.val.clusterDim = {LARGE_CLUSTER, 1, 1};
+    cudaLaunchConfig_t config{};
+    config.gridDim = LARGE_CLUSTER, config.blockDim = FEW_WARPS * LANES, config.attrs = &cluster, config.numAttrs = 1;
+    config.dynamicSmemBytes = sizeof(FewShared<DIM>);
+    int clusters = 0;
+    large = !cudaOccupancyMaxActiveClusters(&clusters, kernel, &config) && clusters > 0;
+    (void)cudaGetLastError();
+  }
+  return cudaSuccess;
+}
+
+// Once on each device: dynamic shared memory beyond 48 KiB has to be asked for, and as much of it as there is, so that several
+// thread blocks are on a multiprocessor.
+template <typename Element, int DIM>
+int prepare(Abilities& found) {
+  static std::atomic<uint64_t> prepared{0}, waiting{0}, clustering{0};
   int device;
   if (const int error = cudaGetDevice(&device)) return error;
   const uint64_t bit = uint64_t(1) << device % 64;
-  early = waiting & bit;
+  found = {bool(waiting & bit), bool(clustering & bit)};
   if (device < 64 && prepared & bit) return cudaSuccess;
   const auto limit = cudaFuncAttributeMaxDynamicSharedMemorySize;
   if (const int error = cudaFuncSetAttribute(decode_kernel<Element, DIM>, limit, int(sizeof(SharedMemory<DIM>)))) return error;
@@ -57,16 +82,20 @@ int prepare(bool& early) {
   if (const int error = cudaFuncSetAttribute(decode_kernel<Element, DIM>, carveout, cudaSharedmemCarveoutMaxShared)) return error;
   cudaFuncAttributes code;
   if (const int error = cudaFuncGetAttributes(&code, merge_kernel<Element, DIM>)) return error;
-  early = code.ptxVersion >= 90;  // as in wait_for_kernel_before
-  if (early) waiting |= bit;
+  found = {code.ptxVersion >= 90, false};  // as in wait_for_kernel_before
+  if (found.early) {
+    waiting |= bit;
+    if (const int error = ask_for_large_clusters<Element, DIM>(found.large)) return error;
+    if (found.large) clustering |= bit;
+  }
   prepared |= bit;
   return cudaSuccess;
 }
 
 template <typename Element, int DIM>
 int launch(const DecodeCall& call, void* stream) {
-  bool early;
-  if (const int error = prepare<Element, DIM>(early)) return error;
+  Abilities able;
+  if (const int error = prepare<Element, DIM>(able)) return error;
   const Schedule& s = call.schedule;
   bool first = true;
   const auto start = [&](auto* kernel, int64_t blocks, int threads, size_t shared, int cluster, auto... arguments) {
@@ -74,7 +103,7 @@ int launch(const DecodeCall& call, void* stream) {
     cudaLaunchConfig_t config{};
     config.gridDim = unsigned(blocks), config.blockDim = unsigned(threads);
     config.dynamicSmemBytes = shared, config.stream = static_cast<cudaStream_t>(stream), config.attrs = attributes;
-    if (early && !first) {
+    if (able.early && !first) {
       attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
       attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
     }
@@ -85,7 +114,7 @@ int launch(const DecodeCall& call, void* stream) {
     first = false;
     return int(cudaLaunchKernelEx(&config, kernel, call, arguments...));
   };
-  const bool clustered = early && merges_in_clusters(call);
+  const bool clustered = able.early && merges_in_clusters(call) && (s.splits <= FEW_CLUSTER || able.large);
   int error = cudaErrorInvalidValue;
   if (!has_few_queries(call))
     error = start(decode_kernel<Element, DIM>, s.items(), THREADS, sizeof(SharedMemory<DIM>), 1);

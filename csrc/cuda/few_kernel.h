@@ -159,17 +159,17 @@ struct FewState {
   }
 };
 
-// The results of a row from the splits of a cluster, which are its thread blocks.
-template <typename Element, int DIM>
+// The results of a row from the splits of a cluster, which are its thread blocks: up to CLUSTER.
+template <typename Element, int DIM, int CLUSTER>
 DEVICE void merge_cluster(const DecodeCall& call, FewShared<DIM>& shared, const Item& item) {
   const Schedule& s = call.schedule;
   sync_cluster();
   for (int i = thread_index(); i * s.splits + item.split < s.unit_queries * (DIM / 4); i += threads_of_block()) {
     const int index = i * s.splits + item.split, query = index / (DIM / 4), dim = index % (DIM / 4) * 4;
     float largest = -INFINITE, total = 0;
-    float2 states[FEW_CLUSTER];
+    float2 states[CLUSTER];
 #pragma unroll
-    for (int j = 0; j < FEW_CLUSTER; ++j) {
+    for (int j = 0; j < CLUSTER; ++j) {
       states[j] = float2{-INFINITE, 0};
       if (j < s.splits) states[j] = load_in_cluster(&shared.states[query], j);
       largest = max_of(largest, states[j].x);
@@ -177,7 +177,7 @@ DEVICE void merge_cluster(const DecodeCall& call, FewShared<DIM>& shared, const 
     const float base = largest == -INFINITE ? 0.0f : largest;
     float4 sums{0, 0, 0, 0};
 #pragma unroll
-    for (int j = 0; j < FEW_CLUSTER; ++j) {
+    for (int j = 0; j < CLUSTER; ++j) {
       if (j >= s.splits) break;
       const float weight = exp2_of(states[j].x - base);
       total += weight * states[j].y;
@@ -325,7 +325,10 @@ DEVICE void decode_row(const DecodeCall& call, FewShared<DIM>& shared, Item item
     const Query at = query_of(call, row, item.kv_head, query);
     store_sums<Element, DIM>(call, at, stores, item.split, item.kv_head, row, query, dim, sums, largest, total);
   }
-  if (clustered) merge_cluster<Element>(call, shared, item);
+  if (clustered && s.splits > FEW_CLUSTER)
+    merge_cluster<Element, DIM, LARGE_CLUSTER>(call, shared, item);
+  else if (clustered)
+    merge_cluster<Element, DIM, FEW_CLUSTER>(call, shared, item);
   if constexpr (SHARES) {
     sync_threads();  // the next part takes the place of this one's sums
     if (!stores && thread == 0) put_seal(parts_of<DIM>(call).seals + block_index(), call.seal);

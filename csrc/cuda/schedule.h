@@ -143,15 +143,16 @@ inline bool shares_prefix(const Sizes& z) {
 // Splits of a row of few queries whose thread blocks, with many warps each, have a multiprocessor to themselves and merge what
 // they have in a cluster; 0: they would leave too much of the device idle. Clusters of more than two wait for each other where they
 // fill the device: measured, those of three and six took a fifth longer than the second kernel takes, and sixteen of eight half as
-// long again as eight of eight. Assumed: LONG_BLOCK, and that those of four may take three quarters for rows of several rounds.
+// long again as eight of eight; those of sixteen pay where a warp of eight has more than two rounds of chunks. Assumed: LONG_BLOCK.
 inline int64_t few_cluster_of(int64_t row_items, int64_t columns, int64_t chunk, int64_t multiprocessors) {
   const auto fits = [&](int64_t splits) {
     const int64_t items = splits * row_items;
     if (splits == 4 && columns > splits * FEW_WARPS * chunk) return 4 * items <= 3 * multiprocessors;
+    if (splits == LARGE_CLUSTER && columns <= splits * FEW_WARPS * chunk) return false;
     return (splits == 2 ? 1 : 2) * items <= multiprocessors;
   };
   int64_t splits = 1;
-  while (splits < FEW_CLUSTER && columns > SHORT_ROW && columns >= 2 * splits * LEAST_COLUMNS && fits(2 * splits)) splits *= 2;
+  while (splits < LARGE_CLUSTER && columns > SHORT_ROW && columns >= 2 * splits * LEAST_COLUMNS && fits(2 * splits)) splits *= 2;
   const int64_t items = splits * row_items;
   return items <= multiprocessors && (3 * items >= multiprocessors || columns <= LONG_BLOCK * splits) ? splits : 0;
 }

@@ -27,7 +27,8 @@ struct TileSizes {
 constexpr int FEW_QUERIES = 8;  // of a row and a kv head: the columns of one product
 constexpr int FEW_WARPS = 11;   // of a thread block at most
 constexpr int FEW_BLOCKS = 3;   // of THREADS threads on a multiprocessor that registers are kept for
-constexpr int FEW_CLUSTER = 8;  // thread blocks that merge what they have in shared memory
+constexpr int FEW_CLUSTER = 8;  // thread blocks that merge what they have in shared memory, on every GPU that has clusters
+constexpr int LARGE_CLUSTER = 16;  // where a GPU has that many multiprocessors side by side
 constexpr int keys_of_few_chunk(int64_t dim) { return int(CHUNK * 128 / dim); }  // 4 KiB of keys
 constexpr bool serves_few(int64_t dim) { return dim == 64 || dim == 128; }
 

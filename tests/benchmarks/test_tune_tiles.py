@@ -20,11 +20,17 @@ def test_candidates_hold_the_table_and_use_what_wgmma_takes(monkeypatch):
         for dim in (64, 128, 256):
             tile = tile_sizes.TABLE[kernel, 90, 16, dim]
             assert (kernel, dim, tile.BLOCK_M, tile.BLOCK_N, tile.num_warps, tile.num_stages) in found
+            tile = tile_sizes.BIASED.get((kernel, 90, 16, dim), tile)
+            assert (f"biased {kernel}", dim, tile.BLOCK_M, tile.BLOCK_N, tile.num_warps, tile.num_stages) in found
     table = tile_sizes.TABLE["forward", 90, 16, 64]
-    monkeypatch.setattr(tile_sizes, "TABLE", dict(tile_sizes.TABLE))
+    for name, values in (("TABLE", tile_sizes.TABLE), ("BIASED", tile_sizes.BIASED)):
+        monkeypatch.setattr(tile_sizes, name, dict(values))
+    tune_tiles.use(("biased forward", 64, 32, 32, 2, 1))
+    assert tile_sizes.TABLE["forward", 90, 16, 64] == table
     tune_tiles.use(("forward", 64, 16, 32, 2, 1))
-    used = tile_sizes.TABLE["forward", 90, 16, 64]
-    assert used != table and (used.BLOCK_M, used.BLOCK_N, used.num_warps, used.num_stages) == (16, 32, 2, 1)
+    for used, rows in ((tile_sizes.TABLE, 16), (tile_sizes.BIASED, 32)):
+        tile = used["forward", 90, 16, 64]
+        assert (tile.BLOCK_M, tile.BLOCK_N, tile.num_warps, tile.num_stages) == (rows, 32, 2, 1)
 
 
 @pytest.mark.parametrize("regimes", [(), (tile_sizes.Regime(64, 1, 1),)])

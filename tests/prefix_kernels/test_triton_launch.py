@@ -122,12 +122,53 @@ def test_a_bias_is_read_where_it_lies():
         ((2, 1, 1, 1), (8, 0, 0)),
     ):  # fmt: skip
         bias = torch.zeros(shape)
-        operand = bias_of(api._dense_inputs(q, q, q, prefix, prefix, bias=bias))
+        operand, vector = bias_of(api._dense_inputs(q, q, q, prefix, prefix, bias=bias))
+        assert vector == 1
         assert operand.value[1:] == operand.addressed[1:] == strides
         assert (operand.addressed[0] == bias.data_ptr()) == (shape[-1] > 1)
     transposed = torch.zeros(3, 4, 8).transpose(0, 1)
-    assert bias_of(api._dense_inputs(q, q, q, prefix, prefix, bias=transposed)).addressed == (transposed.data_ptr(), 0, 8, 32)
-    assert bias_of(api._dense_inputs(q, q, q, prefix, prefix)) is None
+    operand, _ = bias_of(api._dense_inputs(q, q, q, prefix, prefix, bias=transposed))
+    assert operand.addressed == (transposed.data_ptr(), 0, 8, 32)
+    assert bias_of(api._dense_inputs(q, q, q, prefix, prefix)) == (None, 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_bias_is_copied_where_its_columns_do_not_lie_in_vectors(dtype):
+    vector = 16 // dtype.itemsize
+
+    def read(prefix_len, kv_len, bias):
+        q, k, prefix = (torch.zeros(*shape, 16, dtype=torch.bfloat16) for shape in ((2, 4, 3), (2, 4, kv_len), (4, prefix_len)))
+        inputs = api._dense_inputs(q, k, k, prefix, prefix, bias=bias, causal=False)
+        operand, read_at_a_time = bias_of(inputs, in_vectors=True)
+        assert read_at_a_time == vector
+        return operand.value
+
+    def random(*shape):
+        return torch.randn(*shape).to(dtype)
+
+    whole = random(1, 4, 3, 4 * vector)
+    longer = random(1, 4, 3, 5 * vector)
+    ends_early = random(12 * 2 * vector - vector + 2).as_strided((1, 4, 3, vector + 2), (0, 6 * vector, 2 * vector, 1))
+    for kv_len, bias in (
+        (3 * vector, whole), (4 * vector, longer), (4 * vector - 1, longer[..., :-1]),  # the last vector is in memory
+        (3 * vector, whole[:, :, :1]), (3 * vector, whole.expand(2, -1, -1, -1)),
+    ):  # fmt: skip
+        assert read(vector, kv_len, bias).pointer.data_ptr() == bias.data_ptr()
+    for prefix_len, kv_len, bias in (
+        (vector, 3 * vector - 1, random(1, 4, 3, 4 * vector - 1)),
+        (vector - 1, 3 * vector, random(2, 1, 3, 4 * vector - 1)),
+        (vector + 1, 2, random(1, 4, 1, vector + 3)),
+        (vector, 3 * vector, random(1, 4, 3, 4 * vector + 1)[..., 1:]),
+        (vector, 3 * vector, random(12 * 4 * vector + 1)[1:].view(1, 4, 3, -1)),
+        (vector, 2, ends_early),
+        (3, 2, random(1, 4, 3, 1).expand(-1, -1, -1, 5)),
+    ):  # fmt: skip
+        copied = read(prefix_len, kv_len, bias)
+        own_column = -(-prefix_len // vector) * vector
+        assert copied.pointer.data_ptr() != bias.data_ptr() and copied.pointer.data_ptr() % 16 == 0
+        assert copied.pointer.shape[-1] % vector == 0 and all(stride % vector == 0 for stride in copied[1:])
+        assert torch.equal(copied.pointer[..., :prefix_len], bias[..., :prefix_len])
+        assert torch.equal(copied.pointer[..., own_column : own_column + kv_len], bias[..., prefix_len:])
 
 
 def test_a_bias_has_tiles_of_its_own_where_it_needs_them(monkeypatch):

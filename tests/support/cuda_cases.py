@@ -49,6 +49,7 @@ CUDA_CASES = (
     Case("few", **_FEW | {"prefix_len": 0, "batch": 13}),
     Case("few, head_dim 128", **_FEW | {"head_dim": 128}),
     Case("few, prefix of some chunks", **_FEW | {"prefix_len": 300, "batch": 7}),
+    Case("few, cluster of sixteen", **_FEW | {"batch": 1, "kv_len": 3000, "prefix_len": 2700, "heads": 3, "kv_heads": 1}),
     Case("few, fill", **_FEW | {"q_len": 2}, key_lens=(700, 3, 650, 1, 129), softcap=2.0),
     Case("few, holes", **_FEW | {"batch": 11, "kv_len": 333}, padding="holes"),
     Case("few, sliding prefix", **_FEW | {"q_len": 2, "prefix_len": 64}, window=500, first_key_position=0),

@@ -84,7 +84,7 @@ def backward(
     inputs: AttentionInputs, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None, wanted: tuple[bool, ...]
 ) -> tuple[Tensor | None, ...]:
     """Gradients of q, k, v, prefix_k, prefix_v, None where not wanted."""
-    call, varlen, hopper = Call(inputs), inputs.varlen, hopper_launches(inputs)
+    call, varlen, hopper = Call(inputs, bias_in_vectors=True), inputs.varlen, hopper_launches(inputs)
     launches = {"dq": dq_kernel.dq, "dkeys": dkeys_kernels.dkeys, "dprefix": dkeys_kernels.dprefix} | hopper
     q, k, v, prefix_k, prefix_v = call.tensors
     if hopper:

@@ -141,8 +141,8 @@ def decode_kernel(
                 sums, largest, total, q_tile, start_of(prefix_k, 0, kv_head, 0), start_of(prefix_v, 0, kv_head, 0),
                 prefix_k.token, prefix_v.token, prefix_len, first, stop,
                 share_of(seen, split * size, split * size + size, BLOCK_N), None,
-                start_of_bias(bias, row, head, query, 0), scale, softcap, slide is not None,
-                HEAD_DIM, VALUE_DIM, BLOCK_N, BLOCK_DIM, BLOCK_VALUE_DIM,
+                start_of_bias(bias, row, head, query, 0, 1), scale, softcap, slide is not None,
+                HEAD_DIM, VALUE_DIM, BLOCK_N, BLOCK_DIM, BLOCK_VALUE_DIM, 1,
             )  # fmt: skip
             place = tl.cast(split * kv_heads + kv_head, tl.int64) * queries + index
             store_part(parts, place, places, number < queries, sums, largest, total, VALUE_DIM, BLOCK_VALUE_DIM)
@@ -178,8 +178,8 @@ def decode_kernel(
             sums, largest, total, q_tile, start_of(prefix_k, prefix, kv_head, 0), start_of(prefix_v, prefix, kv_head, 0),
             prefix_k.token, prefix_v.token, own_prefix_len, first_column, stop_column,
             share_of(prefix_seen, split * size, split * size + size, BLOCK_N), None,
-            start_of_bias(bias, row, head, query, 0), scale, softcap, slide is not None,
-            HEAD_DIM, VALUE_DIM, BLOCK_N, BLOCK_DIM, BLOCK_VALUE_DIM,
+            start_of_bias(bias, row, head, query, 0, 1), scale, softcap, slide is not None,
+            HEAD_DIM, VALUE_DIM, BLOCK_N, BLOCK_DIM, BLOCK_VALUE_DIM, 1,
         )  # fmt: skip
         begin = split * size - columns_in(prefix_seen, BLOCK_N)
     key_mask = None
@@ -188,8 +188,8 @@ def decode_kernel(
     sums, largest, total = attend(
         sums, largest, total, q_tile, start_of(k, row, kv_head, 0), start_of(v, row, kv_head, 0), k.token, v.token,
         own_kv_len, first, stop, share_of(seen, begin, begin + size, BLOCK_N), key_mask,
-        start_of_bias(bias, row, head, query, prefix_len), scale, softcap, window is not None,
-        HEAD_DIM, VALUE_DIM, BLOCK_N, BLOCK_DIM, BLOCK_VALUE_DIM,
+        start_of_bias(bias, row, head, query, prefix_len, 1), scale, softcap, window is not None,
+        HEAD_DIM, VALUE_DIM, BLOCK_N, BLOCK_DIM, BLOCK_VALUE_DIM, 1,
     )  # fmt: skip
     if parts is None:
         store_result(

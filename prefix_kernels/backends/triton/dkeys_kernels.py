@@ -17,6 +17,7 @@ from torch import Tensor
 
 from prefix_kernels.backends.triton.launch import LENGTHS, Call, cdiv, wait_for_launch_before
 from prefix_kernels.backends.triton.online_softmax import (
+    bias_exists,
     load_bias,
     load_log2_lse,
     load_tile,
@@ -45,11 +46,11 @@ def add_queries(
     dk, dv, k, v, q, grad_out, lse, delta, bias, column, exists, row, first_head, group, q_start, q_len, first, stop, begin,
     end, scale, softcap, FIRST: tl.constexpr, STOP: tl.constexpr, WANT_DK: tl.constexpr, WANT_DV: tl.constexpr,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_DIM: tl.constexpr,
-    BLOCK_VALUE_DIM: tl.constexpr,
+    BLOCK_VALUE_DIM: tl.constexpr, BIAS_VECTOR: tl.constexpr,
 ):  # fmt: skip
     """dk / scale and dv after a row's queries in [begin, end), of all heads of the group.
 
-    column, exists: each key's column of the bias, and whether it has one.
+    column, exists: each key's column of the bias, and whether there is one to read.
     FIRST, STOP: each key is seen by queries [first, stop) alone. One loop for edge blocks and whole ones: a copy without masks
     costs more registers than there are.
     """
@@ -65,8 +66,11 @@ def add_queries(
             scores = scores_of(tl.dot(k, tl.trans(q_tile), input_precision="ieee"), scale, softcap)  # [BLOCK_N, BLOCK_M]
             biased = scores
             if bias is not None:
-                rows_of_bias = start_of_bias(bias, row, head, tl.minimum(query, q_len - 1), 0)
-                biased = scores + load_bias(rows_of_bias[None, :] + column[:, None], exists[:, None])  # [BLOCK_N, BLOCK_M]
+                offset = tl.minimum(tl.arange(0, BLOCK_M), q_len - 1 - start) * bias.token
+                offset = tl.multiple_of(offset, BIAS_VECTOR)[None, :] + column[:, None]
+                biased = scores + load_bias(
+                    start_of_bias(bias, row, head, start, 0, BIAS_VECTOR) + offset, exists[:, None]
+                )  # [BLOCK_N, BLOCK_M]
             weights = tl.exp2(biased - load_log2_lse(lses, query, q_len)[None, :])
             if FIRST:
                 weights = tl.where(query[None, :] >= first[:, None], weights, 0.0)
@@ -87,7 +91,7 @@ def dkeys_kernel(
     q, k, v, bias, grad_out, lse, delta, dk, dv, children, first_child, rows, heads, kv_heads, q_len, kv_len, q_tokens,
     k_tokens, prefix_len, window, scale, softcap, CAUSAL: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr, BLOCK_VALUE_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    DEPENDENT: tl.constexpr,
+    BIAS_VECTOR: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of one block of a row's keys, of one kv head. children: the rows in the order of their parents."""
     wait_for_launch_before(DEPENDENT)
@@ -114,11 +118,12 @@ def dkeys_kernel(
     begin, _ = queries_seeing(first_key, shift, own_q_len, window, CAUSAL)
     _, end = queries_seeing(last_key, shift, own_q_len, window, CAUSAL)
     end = tl.where(last_key < first_key, 0, end)
+    own_column = tl.cdiv(prefix_len, BIAS_VECTOR) * BIAS_VECTOR  # of the bias
     dk_sum, dv_sum = add_queries(
-        dk_sum, dv_sum, k_tile, v_tile, q, grad_out, lse, delta, bias, prefix_len + key, key < own_kv_len, row,
-        kv_head * group, group, q_start, own_q_len, first, stop, begin // BLOCK_M * BLOCK_M, end, scale, softcap,
-        CAUSAL or window is not None, window is not None, dk is not None, dv is not None, HEAD_DIM, VALUE_DIM, BLOCK_M,
-        BLOCK_DIM, BLOCK_VALUE_DIM,
+        dk_sum, dv_sum, k_tile, v_tile, q, grad_out, lse, delta, bias, own_column + key,
+        bias_exists(key, own_kv_len, BIAS_VECTOR), row, kv_head * group, group, q_start, own_q_len, first, stop,
+        begin // BLOCK_M * BLOCK_M, end, scale, softcap, CAUSAL or window is not None, window is not None, dk is not None,
+        dv is not None, HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_DIM, BLOCK_VALUE_DIM, BIAS_VECTOR,
     )  # fmt: skip
 
     if children is not None:
@@ -128,7 +133,7 @@ def dkeys_kernel(
             dk_sum, dv_sum = add_queries(
                 dk_sum, dv_sum, k_tile, v_tile, q, grad_out, lse, delta, None, None, None, child, kv_head * group, group,
                 q_start, own_q_len, first, stop, 0, own_q_len, scale, softcap, False, False, dk is not None, dv is not None,
-                HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_DIM, BLOCK_VALUE_DIM,
+                HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_DIM, BLOCK_VALUE_DIM, BIAS_VECTOR,
             )  # fmt: skip
 
     exists = key < own_kv_len
@@ -152,7 +157,7 @@ def dprefix_kernel(
     q, prefix_k, prefix_v, bias, grad_out, lse, delta, dprefix_k, dprefix_v, splits, rows, batch, heads, kv_heads, q_len,
     kv_len, q_tokens, k_tokens, prefixes, prefix_len, slide, scale, softcap, CAUSAL: tl.constexpr,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_VALUE_DIM: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DEPENDENT: tl.constexpr, LATE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BIAS_VECTOR: tl.constexpr, DEPENDENT: tl.constexpr, LATE: tl.constexpr,
 ):  # fmt: skip
     """dprefix_k and dprefix_v [splits · prefixes, kv_heads, prefix_len, …]: the sums over each split's share of the queries.
 
@@ -194,9 +199,10 @@ def dprefix_kernel(
         end = tl.minimum(tl.minimum(share_stop - row * query_blocks, query_blocks) * BLOCK_M, end)
         end = tl.where((own_prefix == prefix) & (own_prefix_len > 0), end, begin)
         dk_sum, dv_sum = add_queries(
-            dk_sum, dv_sum, k_tile, v_tile, q, grad_out, lse, delta, bias, column, column < length, row, kv_head * group,
-            group, q_start, own_q_len, first, stop, begin, end, scale, softcap, False, slide is not None,
-            dprefix_k is not None, dprefix_v is not None, HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_DIM, BLOCK_VALUE_DIM,
+            dk_sum, dv_sum, k_tile, v_tile, q, grad_out, lse, delta, bias, column,
+            bias_exists(column, length, BIAS_VECTOR), row, kv_head * group, group, q_start, own_q_len, first, stop, begin, end,
+            scale, softcap, False, slide is not None, dprefix_k is not None, dprefix_v is not None, HEAD_DIM, VALUE_DIM,
+            BLOCK_M, BLOCK_DIM, BLOCK_VALUE_DIM, BIAS_VECTOR,
         )  # fmt: skip
 
     if LATE:

@@ -14,6 +14,7 @@ import triton.language as tl
 
 from prefix_kernels.backends.triton.launch import LENGTHS, Call, wait_for_launch_before
 from prefix_kernels.backends.triton.online_softmax import (
+    bias_exists,
     load_bias,
     load_log2_lse,
     load_tile,
@@ -42,7 +43,7 @@ from prefix_kernels.backends.triton.rows import (
 def add_blocks(
     dq, q, grad_out, lse, delta, keys, values, key_stride, value_stride, stop_key, first, stop, begin, end, key_mask,
     bias, scale, softcap, MASKED: tl.constexpr, WINDOWED: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_VALUE_DIM: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_VALUE_DIM: tl.constexpr, BIAS_VECTOR: tl.constexpr,
 ):  # fmt: skip
     """dq / scale after the blocks of keys in [begin, end)."""
     for start in tl.range(begin, end, BLOCK_N):
@@ -54,7 +55,8 @@ def add_blocks(
         scores = scores_of(tl.dot(q, tl.trans(k), input_precision="ieee"), scale, softcap)  # [BLOCK_M, BLOCK_N]
         biased = scores
         if bias is not None:
-            biased = scores + load_bias(bias[:, None] + key[None, :], (key < stop_key)[None, :])  # [BLOCK_M, BLOCK_N]
+            exists = bias_exists(key, stop_key, BIAS_VECTOR)[None, :]
+            biased = scores + load_bias(bias[:, None] + key[None, :], exists)  # [BLOCK_M, BLOCK_N]
         weights = tl.exp2(biased - lse[:, None])
         if MASKED:
             weights = tl.where(visible_keys(key, stop_key, first, stop, key_mask, WINDOWED), weights, 0.0)
@@ -68,7 +70,7 @@ def add_blocks(
 def add_segment(
     dq, q, grad_out, lse, delta, keys, values, key_stride, value_stride, stop_key, first, stop, blocks, key_mask, bias,
     scale, softcap, WINDOWED: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_DIM: tl.constexpr, BLOCK_VALUE_DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr, BLOCK_VALUE_DIM: tl.constexpr, BIAS_VECTOR: tl.constexpr,
 ):  # fmt: skip
     """dq / scale after one segment of keys, of which each query sees [first, stop): masks on edge blocks alone."""
     begin, full_begin, full_end, end = blocks
@@ -77,16 +79,16 @@ def add_segment(
     elif WINDOWED:
         dq = add_blocks(
             dq, q, grad_out, lse, delta, keys, values, key_stride, value_stride, stop_key, first, stop, begin, full_begin,
-            key_mask, bias, scale, softcap, True, True, HEAD_DIM, VALUE_DIM, BLOCK_N, BLOCK_DIM, BLOCK_VALUE_DIM,
+            key_mask, bias, scale, softcap, True, True, HEAD_DIM, VALUE_DIM, BLOCK_N, BLOCK_DIM, BLOCK_VALUE_DIM, BIAS_VECTOR,
         )  # fmt: skip
     if key_mask is None and bias is None:
         dq = add_blocks(
             dq, q, grad_out, lse, delta, keys, values, key_stride, value_stride, stop_key, first, stop, full_begin, full_end,
-            key_mask, bias, scale, softcap, False, False, HEAD_DIM, VALUE_DIM, BLOCK_N, BLOCK_DIM, BLOCK_VALUE_DIM,
+            key_mask, bias, scale, softcap, False, False, HEAD_DIM, VALUE_DIM, BLOCK_N, BLOCK_DIM, BLOCK_VALUE_DIM, BIAS_VECTOR,
         )  # fmt: skip
     return add_blocks(
         dq, q, grad_out, lse, delta, keys, values, key_stride, value_stride, stop_key, first, stop, full_end, end, key_mask,
-        bias, scale, softcap, True, WINDOWED, HEAD_DIM, VALUE_DIM, BLOCK_N, BLOCK_DIM, BLOCK_VALUE_DIM,
+        bias, scale, softcap, True, WINDOWED, HEAD_DIM, VALUE_DIM, BLOCK_N, BLOCK_DIM, BLOCK_VALUE_DIM, BIAS_VECTOR,
     )  # fmt: skip
 
 
@@ -114,7 +116,7 @@ def dq_kernel(
     q, k, v, prefix_k, prefix_v, bias, out, grad_out, lse, grad_lse, delta, dq, rows, batch, heads, kv_heads, q_len, kv_len,
     q_tokens, k_tokens, prefixes, prefix_len, window, slide, scale, softcap, CAUSAL: tl.constexpr, HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_VALUE_DIM: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, DEPENDENT: tl.constexpr,
+    BLOCK_N: tl.constexpr, BIAS_VECTOR: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     wait_for_launch_before(DEPENDENT)
     block, head, row = block_of(tl.program_id(0), tl.cdiv(q_len, BLOCK_M), heads, kv_heads, kv_len, HEAD_DIM)
@@ -152,8 +154,8 @@ def dq_kernel(
         total, q_tile, grad_tile, lse_of, delta_of, start_of(prefix_k, prefix, kv_head, 0),
         start_of(prefix_v, prefix, kv_head, 0), prefix_k.token, prefix_v.token, own_prefix_len, first, stop,
         split_range(first_low, first_high, stop_low, stop_high, BLOCK_N), None,
-        start_of_bias(bias, row, head, tl.minimum(query, last_query), 0), scale, softcap, slide is not None,
-        HEAD_DIM, VALUE_DIM, BLOCK_N, BLOCK_DIM, BLOCK_VALUE_DIM,
+        start_of_bias(bias, row, head, tl.minimum(query, last_query), 0, BIAS_VECTOR), scale, softcap, slide is not None,
+        HEAD_DIM, VALUE_DIM, BLOCK_N, BLOCK_DIM, BLOCK_VALUE_DIM, BIAS_VECTOR,
     )  # fmt: skip
 
     if rows.parent is not None:
@@ -164,7 +166,7 @@ def dq_kernel(
             total, q_tile, grad_tile, lse_of, delta_of, start_of(k, 0, kv_head, parent_start),
             start_of(v, 0, kv_head, parent_start), k.token, v.token, parent_len, query * 0, query * 0 + parent_len,
             split_range(0, 0, parent_len, parent_len, BLOCK_N), None, None, scale, softcap, False,
-            HEAD_DIM, VALUE_DIM, BLOCK_N, BLOCK_DIM, BLOCK_VALUE_DIM,
+            HEAD_DIM, VALUE_DIM, BLOCK_N, BLOCK_DIM, BLOCK_VALUE_DIM, BIAS_VECTOR,
         )  # fmt: skip
 
     key_mask = None
@@ -173,11 +175,12 @@ def dq_kernel(
     first, stop = keys_seen(query, shift, own_kv_len, window, CAUSAL)
     first_low, stop_low = keys_seen(first_query, shift, own_kv_len, window, CAUSAL)
     first_high, stop_high = keys_seen(last_query, shift, own_kv_len, window, CAUSAL)
+    own_column = tl.cdiv(prefix_len, BIAS_VECTOR) * BIAS_VECTOR  # of the bias
     total = add_segment(
         total, q_tile, grad_tile, lse_of, delta_of, start_of(k, row, kv_head, k_start), start_of(v, row, kv_head, k_start),
         k.token, v.token, own_kv_len, first, stop, split_range(first_low, first_high, stop_low, stop_high, BLOCK_N),
-        key_mask, start_of_bias(bias, row, head, tl.minimum(query, last_query), prefix_len), scale, softcap,
-        window is not None, HEAD_DIM, VALUE_DIM, BLOCK_N, BLOCK_DIM, BLOCK_VALUE_DIM,
+        key_mask, start_of_bias(bias, row, head, tl.minimum(query, last_query), own_column, BIAS_VECTOR), scale, softcap,
+        window is not None, HEAD_DIM, VALUE_DIM, BLOCK_N, BLOCK_DIM, BLOCK_VALUE_DIM, BIAS_VECTOR,
     )  # fmt: skip
     store_tile(start_of(dq, row, head, q_start), dq.token, first_query, own_q_len, total * scale, HEAD_DIM, BLOCK_M, BLOCK_DIM)
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from prefix_kernels.backends.triton.launch import LENGTHS, Call
 from prefix_kernels.backends.triton.online_softmax import (
+    bias_exists,
     load_bias,
     load_tile,
     lse_of,
@@ -44,7 +45,7 @@ from prefix_kernels.problem import AttentionInputs, empty_token_major
 def attend_blocks(
     sums, largest, total, q, keys, values, key_stride, value_stride, stop_key, first, stop, begin, end, key_mask, bias,
     scale, softcap, MASKED: tl.constexpr, WINDOWED: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_VALUE_DIM: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_VALUE_DIM: tl.constexpr, BIAS_VECTOR: tl.constexpr,
 ):  # fmt: skip
     """The softmax state after the blocks of keys in [begin, end)."""
     for start in tl.range(begin, end, BLOCK_N):
@@ -52,7 +53,8 @@ def attend_blocks(
         k = load_tile(keys, key_stride, start, stop_key, MASKED, HEAD_DIM, BLOCK_N, BLOCK_DIM)
         scores = scores_of(tl.dot(q, tl.trans(k), input_precision="ieee"), scale, softcap)  # [BLOCK_M, BLOCK_N]
         if bias is not None:
-            scores += load_bias(bias[:, None] + key[None, :], (key < stop_key)[None, :])  # [BLOCK_M, BLOCK_N]
+            exists = bias_exists(key, stop_key, BIAS_VECTOR)[None, :]
+            scores += load_bias(bias[:, None] + key[None, :], exists)  # [BLOCK_M, BLOCK_N]
         if MASKED:
             scores = tl.where(visible_keys(key, stop_key, first, stop, key_mask, WINDOWED), scores, float("-inf"))
         now_largest = tl.maximum(largest, tl.max(scores, 1))
@@ -73,7 +75,7 @@ def attend_blocks(
 def attend(
     sums, largest, total, q, keys, values, key_stride, value_stride, stop_key, first, stop, blocks, key_mask, bias, scale,
     softcap, WINDOWED: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_DIM: tl.constexpr, BLOCK_VALUE_DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr, BLOCK_VALUE_DIM: tl.constexpr, BIAS_VECTOR: tl.constexpr,
 ):  # fmt: skip
     """The softmax state after one segment of keys, of which each query sees [first, stop): masks on edge blocks alone."""
     begin, full_begin, full_end, end = blocks
@@ -82,16 +84,16 @@ def attend(
     elif WINDOWED:
         sums, largest, total = attend_blocks(
             sums, largest, total, q, keys, values, key_stride, value_stride, stop_key, first, stop, begin, full_begin,
-            key_mask, bias, scale, softcap, True, True, HEAD_DIM, VALUE_DIM, BLOCK_N, BLOCK_DIM, BLOCK_VALUE_DIM,
+            key_mask, bias, scale, softcap, True, True, HEAD_DIM, VALUE_DIM, BLOCK_N, BLOCK_DIM, BLOCK_VALUE_DIM, BIAS_VECTOR,
         )  # fmt: skip
     if key_mask is None and bias is None:
         sums, largest, total = attend_blocks(
             sums, largest, total, q, keys, values, key_stride, value_stride, stop_key, first, stop, full_begin, full_end,
-            key_mask, bias, scale, softcap, False, False, HEAD_DIM, VALUE_DIM, BLOCK_N, BLOCK_DIM, BLOCK_VALUE_DIM,
+            key_mask, bias, scale, softcap, False, False, HEAD_DIM, VALUE_DIM, BLOCK_N, BLOCK_DIM, BLOCK_VALUE_DIM, BIAS_VECTOR,
         )  # fmt: skip
     return attend_blocks(
         sums, largest, total, q, keys, values, key_stride, value_stride, stop_key, first, stop, full_end, end, key_mask, bias,
-        scale, softcap, True, WINDOWED, HEAD_DIM, VALUE_DIM, BLOCK_N, BLOCK_DIM, BLOCK_VALUE_DIM,
+        scale, softcap, True, WINDOWED, HEAD_DIM, VALUE_DIM, BLOCK_N, BLOCK_DIM, BLOCK_VALUE_DIM, BIAS_VECTOR,
     )  # fmt: skip
 
 
@@ -99,8 +101,8 @@ def attend(
 def forward_kernel(
     q, k, v, prefix_k, prefix_v, bias, out, lse, rows, batch, heads, kv_heads, q_len, kv_len, q_tokens, k_tokens, prefixes,
     prefix_len, window, slide, scale, softcap, CAUSAL: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
-    BLOCK_DIM: tl.constexpr, BLOCK_VALUE_DIM: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    BLOCK_DIM: tl.constexpr, BLOCK_VALUE_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BIAS_VECTOR: tl.constexpr,
 ):  # fmt: skip
     block, head, row = block_of(tl.program_id(0), tl.cdiv(q_len, BLOCK_M), heads, kv_heads, kv_len, HEAD_DIM)
     kv_head = head // (heads // kv_heads)
@@ -127,8 +129,8 @@ def forward_kernel(
         sums, largest, total, q_tile, start_of(prefix_k, prefix, kv_head, 0), start_of(prefix_v, prefix, kv_head, 0),
         prefix_k.token, prefix_v.token, own_prefix_len, first, stop,
         split_range(first_low, first_high, stop_low, stop_high, BLOCK_N), None,
-        start_of_bias(bias, row, head, tl.minimum(query, last_query), 0), scale, softcap, slide is not None,
-        HEAD_DIM, VALUE_DIM, BLOCK_N, BLOCK_DIM, BLOCK_VALUE_DIM,
+        start_of_bias(bias, row, head, tl.minimum(query, last_query), 0, BIAS_VECTOR), scale, softcap, slide is not None,
+        HEAD_DIM, VALUE_DIM, BLOCK_N, BLOCK_DIM, BLOCK_VALUE_DIM, BIAS_VECTOR,
     )  # fmt: skip
 
     if rows.parent is not None:
@@ -139,7 +141,7 @@ def forward_kernel(
             sums, largest, total, q_tile, start_of(k, 0, kv_head, parent_start), start_of(v, 0, kv_head, parent_start),
             k.token, v.token, parent_len, query * 0, query * 0 + parent_len,
             split_range(0, 0, parent_len, parent_len, BLOCK_N), None, None, scale, softcap, False,
-            HEAD_DIM, VALUE_DIM, BLOCK_N, BLOCK_DIM, BLOCK_VALUE_DIM,
+            HEAD_DIM, VALUE_DIM, BLOCK_N, BLOCK_DIM, BLOCK_VALUE_DIM, BIAS_VECTOR,
         )  # fmt: skip
 
     key_mask = None
@@ -148,12 +150,13 @@ def forward_kernel(
     first, stop = keys_seen(query, shift, own_kv_len, window, CAUSAL)
     first_low, stop_low = keys_seen(first_query, shift, own_kv_len, window, CAUSAL)
     first_high, stop_high = keys_seen(last_query, shift, own_kv_len, window, CAUSAL)
+    own_column = tl.cdiv(prefix_len, BIAS_VECTOR) * BIAS_VECTOR  # of the bias
     sums, largest, total = attend(
         sums, largest, total, q_tile, start_of(k, row, kv_head, k_start), start_of(v, row, kv_head, k_start),
         k.token, v.token, own_kv_len, first, stop,
         split_range(first_low, first_high, stop_low, stop_high, BLOCK_N), key_mask,
-        start_of_bias(bias, row, head, tl.minimum(query, last_query), prefix_len), scale, softcap, window is not None,
-        HEAD_DIM, VALUE_DIM, BLOCK_N, BLOCK_DIM, BLOCK_VALUE_DIM,
+        start_of_bias(bias, row, head, tl.minimum(query, last_query), own_column, BIAS_VECTOR), scale, softcap,
+        window is not None, HEAD_DIM, VALUE_DIM, BLOCK_N, BLOCK_DIM, BLOCK_VALUE_DIM, BIAS_VECTOR,
     )  # fmt: skip
 
     result = sums / tl.where(total == 0, 1.0, total)[:, None]
@@ -169,7 +172,7 @@ def forward(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
     q, varlen = inputs.q, inputs.varlen
     out = empty_token_major(q, (*q.shape[:-1], inputs.v.shape[-1]))
     lse = q.new_empty((q.shape[1], q.shape[0]) if varlen else q.shape[:3], dtype=torch.float32)
-    call = Call(inputs)
+    call = Call(inputs, bias_in_vectors=True)
     tile = call.tile("forward")
     q, k, v, prefix_k, prefix_v = call.tensors
     call.launch(

@@ -139,17 +139,21 @@ def _numbers(
 
 
 class Call:
-    """One call: its tensors as kernels read them, and the arguments that do not depend on the kernel."""
+    """One call: its tensors as kernels read them, and the arguments that do not depend on the kernel.
 
-    def __init__(self, inputs: AttentionInputs):
+    bias_in_vectors: the kernels read several columns of a bias at a time, BIAS_VECTOR.
+    """
+
+    def __init__(self, inputs: AttentionInputs, bias_in_vectors: bool = False):
         problem = inputs.problem()
         self.problem, self.device = problem, inputs.q.device
         self.tensors = (
             *(tokens(tensor, problem.varlen) for tensor in inputs.tensors[:3]), *map(tokens, rounded_prefix(inputs)),
         )  # fmt: skip
-        self.bias, self.rows = bias_of(inputs), rows_of(inputs)
-        self.lengths, self.constants, key = _numbers(problem, inputs.scale, *distances(inputs))
-        self.key = key, self.rows.key
+        (self.bias, vector), self.rows = bias_of(inputs, bias_in_vectors), rows_of(inputs)
+        self.lengths, constants, key = _numbers(problem, inputs.scale, *distances(inputs))
+        self.constants = {**constants, "BIAS_VECTOR": vector}
+        self.key = key, vector, self.rows.key
 
     def tile(self, kernel: str) -> Tile:
         """The tile sizes of one kernel for this call."""

@@ -23,12 +23,13 @@ def start_of(tensor, row, head, token):
 
 
 @triton.jit
-def start_of_bias(bias, row, head, query, column):
-    """[queries]: the address of each query's bias of one column; None without a bias."""
+def start_of_bias(bias, row, head, query, column, BIAS_VECTOR: tl.constexpr):
+    """The address of a query's bias, or each one's, of one column, a multiple of BIAS_VECTOR; None without a bias."""
     if bias is None:
         pointers = None
     else:
-        pointers = start_of(bias, row, head, query) + column
+        first = tl.cast(row, tl.int64) * bias.batch + tl.cast(head, tl.int64) * bias.head
+        pointers = bias.pointer + tl.multiple_of(first + tl.cast(query, tl.int64) * bias.token, BIAS_VECTOR) + column
     return pointers
 
 
@@ -100,6 +101,12 @@ def scores_of(products, scale, softcap):
 def load_bias(pointers, exists):
     """The bias at `pointers`, in units of log 2; 0 where there is none."""
     return tl.load(pointers, mask=exists, other=0.0).to(tl.float32) * LOG2_E
+
+
+@triton.jit
+def bias_exists(column, stop, BIAS_VECTOR: tl.constexpr):
+    """Whether there is a bias of a column to read: up to `stop`, and to the end of the vector that has it."""
+    return column // BIAS_VECTOR * BIAS_VECTOR < stop
 
 
 @triton.jit

@@ -51,12 +51,31 @@ class Launch(NamedTuple):
         self.compiled[self.programs, 1, 1](*arguments)
 
 
+class Place(NamedTuple):
+    """A tensor by its number, or what view of it; the view's offset begins at the tensor's own."""
+
+    number: int
+    view: tuple[tuple[int, ...], tuple[int, ...], int] | None  # shape, stride, offset
+
+    def of(self, tensors: Sequence[Tensor]) -> Tensor:
+        tensor = tensors[self.number]
+        if self.view is None:
+            return tensor
+        shape, stride, offset = self.view
+        return tensor.as_strided(shape, stride, tensor.storage_offset() + offset)
+
+
+class Copy(NamedTuple):
+    to: Place
+    source: Place
+
+
 class Recording(NamedTuple):
     """The steps of a call on its tensors, numbered: first those that it is given, then those that it allocates."""
 
     device: torch.device
     allocations: list[tuple[tuple[int, ...], tuple[int, ...], torch.dtype]]  # size, stride, dtype
-    steps: list[Launch | tuple[int, int]]  # or to copy: to which tensor, from which
+    steps: list[Launch | Copy]
     results: list[int | None]
 
     def repeat(self, given: Sequence[Tensor | None]) -> list[Tensor | None]:
@@ -69,7 +88,7 @@ class Recording(NamedTuple):
                 if type(step) is Launch:
                     step.start(addresses)
                 else:
-                    tensors[step[0]].copy_(tensors[step[1]])
+                    step.to.of(tensors).copy_(step.source.of(tensors))
         return [None if number is None else tensors[number] for number in self.results]
 
 
@@ -127,7 +146,7 @@ class _Recorder(TorchDispatchMode):
         self.tensors = [tensor for tensor in given if tensor is not None]
         self.given = len(self.tensors)
         self.numbers = {tensor.data_ptr(): number for number, tensor in enumerate(self.tensors)}
-        self.steps: list[Launch | tuple[int, int]] = []
+        self.steps: list[Launch | Copy] = []
         self.complete = True
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
@@ -136,7 +155,7 @@ class _Recorder(TorchDispatchMode):
             self.numbers[result.data_ptr()] = len(self.tensors)
             self.tensors.append(result)
         elif operator is _COPYING:
-            self.steps.append((self._same(args[0]), self._same(args[1])))
+            self.steps.append(Copy(*map(self._place, args[:2])))
         elif not operator.is_view:
             self.complete = False
         return result
@@ -177,8 +196,18 @@ class _Recorder(TorchDispatchMode):
         self.complete &= number is not None
         return number or 0
 
-    def _same(self, tensor: Tensor) -> int:
-        number = self._number(tensor.data_ptr())
-        kept = self.tensors[number]
-        self.complete &= (kept.shape, kept.stride(), kept.dtype) == (tensor.shape, tensor.stride(), tensor.dtype)
-        return number
+    def _place(self, tensor: Tensor) -> Place:
+        address = tensor.data_ptr()
+        holders = [n for n, kept in enumerate(self.tensors) if 0 <= address - kept.data_ptr() < _bytes_until_last(kept)]
+        number = self.numbers.get(address, holders[0] if len(holders) == 1 else None)
+        if number is None or self.tensors[number].dtype != tensor.dtype:
+            self.complete = False
+            return Place(0, None)
+        kept, offset = self.tensors[number], (address - self.tensors[number].data_ptr()) // tensor.itemsize
+        if (kept.shape, kept.stride()) == (tensor.shape, tensor.stride()):
+            return Place(number, None)
+        return Place(number, (tuple(tensor.shape), tensor.stride(), offset))
+
+
+def _bytes_until_last(tensor: Tensor) -> int:
+    return tensor.itemsize * (1 + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True)))

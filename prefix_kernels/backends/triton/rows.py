@@ -19,6 +19,7 @@ from prefix_kernels.problem import AttentionInputs
 
 MAX_DISTANCE = 2**30  # a window that is wider hides nothing; sums of two stay below 2**31
 SECTION = tl.constexpr(2**23)  # elements of two operands, of 32 MiB in 16 bits; assumed
+VECTOR_BYTES = 16  # that a thread copies at a time
 MAX_TOKEN_STRIDE = 2**23  # offsets within a block of up to 256 tokens are 32 bit
 
 
@@ -73,12 +74,40 @@ def scalars(tensor: Tensor, varlen: bool) -> Operand:
     return _operand(tensor, 0 if varlen else strides[0], strides[-2], 1)
 
 
-def bias_of(inputs: AttentionInputs) -> Operand | None:
-    """The bias of each row, head and query, whose columns are those of the prefix and the keys; axes of one have stride 0."""
+def bias_of(inputs: AttentionInputs, in_vectors: bool = False) -> tuple[Operand | None, int]:
+    """(the bias of each row, head and query, how many columns are read at a time). Axes of one have stride 0.
+
+    The columns of the prefix are followed by those of the keys. Both begin at a multiple of that number: in_vectors, a bias
+    where they do not is copied.
+    """
     if inputs.bias is None:
-        return None
-    bias = inputs.bias if inputs.bias.stride(-1) == 1 else inputs.bias.contiguous()
-    return _operand(bias, *bias.expand(*inputs.q.shape[:3], -1).stride()[:3])
+        return None, 1
+    bias, vector = inputs.bias if inputs.bias.stride(-1) == 1 else inputs.bias.contiguous(), 1
+    if in_vectors:
+        vector, prefix_len = VECTOR_BYTES // bias.itemsize, inputs.prefix_k.shape[-2]
+        bias = bias if _lies_in_vectors(bias, vector, prefix_len) else _put_in_vectors(bias, vector, prefix_len)
+    return _operand(bias, *bias.expand(*inputs.q.shape[:3], -1).stride()[:3]), vector
+
+
+def _lies_in_vectors(bias: Tensor, vector: int, prefix_len: int) -> bool:
+    """Whether the prefix's columns and the keys' begin at a multiple of `vector`, and the last vector is memory of the bias."""
+    sizes = list(zip(bias.shape, bias.stride(), strict=True))
+    strides = [stride for size, stride in sizes[:-1] if size > 1]
+    if bias.data_ptr() % VECTOR_BYTES or any(number % vector for number in (prefix_len, *strides)):
+        return False
+    if bias.shape[-1] % vector == 0:
+        return True
+    last = bias.storage_offset() + sum((size - 1) * stride for size, stride in sizes)
+    return (last // vector + 1) * vector <= bias.untyped_storage().nbytes() // bias.itemsize
+
+
+def _put_in_vectors(bias: Tensor, vector: int, prefix_len: int) -> Tensor:
+    """A copy with columns between those of the prefix and the keys, and behind them, that nobody sees."""
+    own_column, keys = -(-prefix_len // vector) * vector, bias.shape[-1] - prefix_len
+    padded = bias.new_empty(*bias.shape[:-1], own_column + -(-keys // vector) * vector)
+    padded[..., :prefix_len] = bias[..., :prefix_len]
+    padded[..., own_column : own_column + keys] = bias[..., prefix_len:]
+    return padded
 
 
 def rows_of(inputs: AttentionInputs) -> Operand:

@@ -35,6 +35,7 @@ NO_STAGE = "assumed; a second stage spills"
 NO_TCGEN05 = "mma.sync: with 64 keys, which tcgen05 needs, every shape tried spills; assumed"
 TIMED = "measured: the fastest of 6 to 27 shapes on an H200 (benchmarks/results/nvidia-h200/tiles.json)"
 TIMED_NEXT = "measured: the fastest of 8 to 27 shapes on an H200 (benchmarks/results/nvidia-h200/tiles_256.json)"
+TIMED_BIAS = "measured: the fastest of some 8 shapes on an H200 (benchmarks/results/nvidia-h200/tiles_bias.json)"
 AS_DKEYS = "as dkeys, where it was measured to be the fastest of 6 shapes"
 STREAM = "assumed; stages enough to stream the keys, for two programs on a multiprocessor"
 BIAS_STAGE = "as without a bias, with a stage less: one more spills or exceeds shared memory; assumed"
@@ -85,19 +86,21 @@ _FLOAT32 = {
 # Rows of calls with a bias that differ from those above.
 _BIASED = {
     ("forward", 16): {
-        80: {64: (64, 64, 8, 2, BIAS_TILE)}, 100: {64: (128, 64, 8, 2, BIAS_STAGE), 128: (128, 64, 8, 2, BIAS_STAGE)},
+        80: {64: (64, 64, 8, 2, BIAS_TILE)}, 90: {64: (64, 32, 4, 2, TIMED_BIAS)},
+        100: {64: (128, 64, 8, 2, BIAS_STAGE), 128: (128, 64, 8, 2, BIAS_STAGE)},
     },
     ("decode", 16): {
         80: {256: (64, 32, 8, 1, BIAS_STAGE)}, 90: {128: (64, 64, 8, 3, BIAS_TILE)}, 100: {128: (64, 64, 4, 2, BIAS_STAGE)},
     },
     ("dq", 16): {
-        80: {64: (64, 64, 8, 1, BIAS_STAGE)}, 90: {256: (128, 32, 8, 2, BIAS_STAGE)}, 100: {128: (128, 64, 8, 1, BIAS_STAGE)},
+        80: {64: (64, 64, 8, 1, BIAS_STAGE)}, 90: {64: (64, 32, 4, 3, TIMED_BIAS), 256: (128, 32, 8, 2, BIAS_STAGE)},
+        100: {128: (128, 64, 8, 1, BIAS_STAGE)},
     },
     ("dkeys", 16): {
-        90: {64: (64, 64, 4, 1, BIAS_STAGE), 128: (32, 64, 4, 1, BIAS_STAGE)}, 100: {64: (32, 128, 8, 1, BIAS_STAGE)},
+        90: {64: (64, 64, 4, 1, TIMED_BIAS), 128: (32, 64, 4, 1, BIAS_STAGE)}, 100: {64: (32, 128, 8, 1, BIAS_STAGE)},
     },
     ("dprefix", 16): {
-        80: {128: (64, 64, 8, 1, BIAS_STAGE)}, 90: {64: (64, 64, 4, 1, BIAS_STAGE), 128: (32, 64, 4, 1, BIAS_STAGE)},
+        80: {128: (64, 64, 8, 1, BIAS_STAGE)}, 90: {64: (64, 64, 4, 1, TIMED_BIAS), 128: (32, 64, 4, 1, BIAS_STAGE)},
     },
 }  # fmt: skip
 _DELTA = {64: (128, 16, 4, 1, LARGEST), 128: (64, 16, 4, 1, LARGEST), 256: (32, 16, 4, 1, LARGEST)}

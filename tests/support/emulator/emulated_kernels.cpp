@@ -15,7 +15,7 @@ namespace prefix_kernels::cuda {
 template <typename Shared, typename Body>
 static const char* run_grid(int64_t count, int cluster, int threads, unsigned order, const Body& body,
                             int64_t bytes = sizeof(Shared), bool in_turn = false) {
-  static Shared shared[FEW_CLUSTER];
+  static Shared shared[LARGE_CLUSTER];
   std::vector<int> clusters(count / cluster);
   std::iota(clusters.begin(), clusters.end(), 0);
   if (order % 3 == 1 && !in_turn) std::reverse(clusters.begin(), clusters.end());
@@ -39,6 +39,7 @@ template <typename Element, int DIM>
 static const char* run(const DecodeCall& call, bool clusters, unsigned order) {
   const Schedule& s = call.schedule;
   const bool few = has_few_queries(call), clustered = clusters && merges_in_clusters(call);
+  if (call.parts) std::memset(call.parts, 0xff, sizeof(float) * part_values(s, DIM));  // NaN: nobody has written there
   const auto decode = [&](SharedMemory<DIM>& shared) { decode_item<Element>(call, shared); };
   const char* failed = "the kernel for few queries does not serve this head_dim";
   if (!few) {

@@ -120,7 +120,7 @@ static void check(const Schedule& s, std::mt19937& random) {
   HOLDS(s.splits == 1 || parts <= 2 * resident || (s.length > 0 && parts <= std::max<int64_t>(3 * s.blocks, row_items)));
   if (s.length > 0) check_continuous(s);
   // Clusters have no more thread blocks than every GPU takes, and of more than two leave a quarter of the device free.
-  HOLDS(!s.clustered || (s.few_warps > 0 && s.length == 0 && 1 < s.splits && s.splits <= FEW_CLUSTER));
+  HOLDS(!s.clustered || (s.few_warps > 0 && s.length == 0 && 1 < s.splits && s.splits <= LARGE_CLUSTER));
   HOLDS(!s.clustered || s.splits == 2 || 4 * row_items * s.splits <= 3 * z.multiprocessors);
   HOLDS(s.few_warps == 0 || (s.shared_splits == 0 && WARPS <= s.few_warps && s.few_warps <= FEW_WARPS));
   if (s.items() <= 3000) check_items(s);
