@@ -86,7 +86,7 @@ _FLOAT32 = {
 # Rows of calls with a bias that differ from those above.
 _BIASED = {
     ("forward", 16): {
-        80: {64: (64, 64, 8, 2, BIAS_TILE)}, 90: {64: (64, 32, 4, 2, TIMED_BIAS)},
+        80: {64: (64, 64, 8, 2, BIAS_TILE)}, 90: {64: (64, 32, 4, 3, TIMED_BIAS)},
         100: {64: (128, 64, 8, 2, BIAS_STAGE), 128: (128, 64, 8, 2, BIAS_STAGE)},
     },
     ("decode", 16): {
@@ -97,7 +97,7 @@ _BIASED = {
         100: {128: (128, 64, 8, 1, BIAS_STAGE)},
     },
     ("dkeys", 16): {
-        90: {64: (64, 64, 4, 1, TIMED_BIAS), 128: (32, 64, 4, 1, BIAS_STAGE)}, 100: {64: (32, 128, 8, 1, BIAS_STAGE)},
+        90: {64: (32, 64, 4, 1, TIMED_BIAS), 128: (32, 64, 4, 1, BIAS_STAGE)}, 100: {64: (32, 128, 8, 1, BIAS_STAGE)},
     },
     ("dprefix", 16): {
         80: {128: (64, 64, 8, 1, BIAS_STAGE)}, 90: {64: (64, 64, 4, 1, TIMED_BIAS), 128: (32, 64, 4, 1, BIAS_STAGE)},
