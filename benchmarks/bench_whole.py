@@ -6,9 +6,9 @@
                     (the largest of both: 8 new tokens)
 
 `selected` is what attach_prefix and PrefixTrainer do by themselves, `sdpa` the same with torch's stock kernels alone, `peft`
-the package peft with the same weights in its prefix. By itself PrefixTrainer reads rows behind one another on a CPU, `padded`
-ones on a GPU, where `padding free` is the other way. There training steps and generation's are replayed as CUDA graphs.
-`without graphs` they are not, nor over a `growing cache`, and `kept graphs` are those of one cache for all calls.
+the package peft with the same weights in its prefix. By itself PrefixTrainer reads rows behind one another, where there are
+several; `padded` is the other way. On a GPU training steps and generation's are replayed as CUDA graphs. `without graphs` they
+are not, nor over a `growing cache`, and `kept graphs` are those of one cache for all calls.
 `accelerated` is PEFT's model after accelerate_peft. All share the frozen model's weights. Before anything is timed, two
 training steps must give the losses of the reference backend; logits after the prompt must be the reference's, and in float32
 all tokens agree. On a GPU a step is also timed as Trainer takes it (trainer_steps.py).
@@ -42,7 +42,7 @@ from prefix_tuning.data import IGNORED, PromptCompletionCollator, tokenize_rows,
 from prefix_tuning.e2e import load_e2e, to_examples
 from prefix_tuning.offline_model import OFFLINE_MODEL, load_model_and_tokenizer
 from prefix_tuning.own_cache import CACHE
-from prefix_tuning.padding_free import PaddingFreeCollator
+from prefix_tuning.padding_free import padding_free_collator
 from prefix_tuning.prefixed_model import PrefixedModel
 from trainer_steps import examples_of, trainer_seconds
 
@@ -66,7 +66,7 @@ Batch = Mapping[str, Tensor]
 
 
 class Ours:
-    """The model with the prefix attached, as PrefixTrainer trains it on padded rows."""
+    """The model with the prefix attached, as PrefixTrainer trains it on padded rows (padding_free=False)."""
 
     generation: Mapping[str, Any] = {}  # further arguments of generate
     collate = staticmethod(without_idle_mask)  # as PrefixTrainer does before a batch goes to the device
@@ -84,11 +84,8 @@ class Ours:
 class OursPaddingFree(Ours):
     """Rows behind one another, and what several begin with once."""
 
-    @staticmethod
-    def collate(batch: Batch) -> dict[str, Any]:
-        lengths = batch["attention_mask"].sum(1).tolist()
-        rows = zip(batch["input_ids"].tolist(), batch["labels"].tolist(), lengths, strict=True)
-        return PaddingFreeCollator()([{"input_ids": ids[:end], "labels": labels[:end]} for ids, labels, end in rows])
+    def collate(self, batch: Batch) -> dict[str, Any]:
+        return padding_free_collator(self.model, True)(examples_of([batch]))
 
 
 class OursGrowing(Ours):
@@ -191,16 +188,15 @@ def last_logits(way: Ours | Peft, prompts: Tensor) -> Tensor:
 def makers(run: Run, model: nn.Module, prefix: Prefix) -> dict[str, Callable[[], Ours | Peft]]:
     """What is compared, ours first."""
     found: dict[str, Callable[[], Ours | Peft]] = {"selected": lambda: Ours(model, prefix)}
+    if run.what == "train" and (run.batch > 1 or model.device.type == "cpu"):
+        found = {"selected": lambda: OursPaddingFree(model, prefix), "padded": found["selected"]}
     if model.device.type == "cuda" and run.what == "train":
-        found["padding free"] = lambda: OursPaddingFree(model, prefix)
         found["without graphs"] = lambda: Ours(model, prefix, cuda_graphs=False)
     elif model.device.type == "cuda":
         if run.batch >= GROWING_ROWS:
             found["growing cache"] = lambda: OursGrowing(model, prefix)
         found["kept graphs"] = lambda: OursKept(model, prefix, run.prompt_len + run.new_tokens)
     else:
-        if run.what == "train":
-            found = {"selected": lambda: OursPaddingFree(model, prefix), "padded": found["selected"]}
         if prefix_kernels.available_backends()[0] != "sdpa":
             found["sdpa"] = lambda: Ours(model, prefix, "sdpa")
     if run.what == "train":

@@ -5,10 +5,9 @@
     benchmarks/results/{cpu, any GPU}/{forward,forward_backward,decode}.png, {any GPU}/whole.png
 
 From benchmarks/results: demo/metrics.json, which `make demo` writes to runs/demo; cpu/prefix_attention*.json and
-cpu/whole*.json, which `make bench` writes; {any GPU}/{tests,op,decode,e2e}.json, which run_gpu.sh writes, op_before.json with
-points of an earlier one. The families come from tests/prefix_tuning: family_support.json and encoder_support.json, which its
-tests write, and peft_support.json. What has no results has no section. --check writes nothing and fails where a document
-says something else than the results.
+cpu/whole*.json, which `make bench` writes; {any GPU}/{tests,op,decode,e2e}.json, which run_gpu.sh writes. The families come
+from tests/prefix_tuning: family_support.json and encoder_support.json, which its tests write, and peft_support.json. What has
+no results has no section. --check writes nothing and fails where a document says something else than the results.
 """
 
 from __future__ import annotations
@@ -30,7 +29,6 @@ RESULTS = ROOT / "benchmarks" / "results"
 OPERATOR, WHOLE, GPU = "prefix_attention", "whole", "nvidia-h200"
 GPU_STAGES = {
     "tests": ("Tests", tables.gpu_tests), "op": ("Attention in training shapes", tables.gpu_operator),
-    "op_before": ("Attention in training shapes, measured before", tables.gpu_operator),
     "decode": ("Decoding", tables.gpu_operator), "e2e": ("Whole models", tables.whole_models),
 }  # fmt: skip
 PLOTS = {"forward": "forward", "forward+backward": "forward_backward", "decode": "decode"}

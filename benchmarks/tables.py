@@ -328,7 +328,7 @@ def readme_gpu(operator: dict[str, Any], decode: dict[str, Any] | None, whole: d
 def _whole_by_prefix(whole: dict[str, Any]) -> str:
     """A line for each way of ours through each model at a size of a batch, a column for each prefix length."""
     shown = {
-        "selected": "", "padding free": ", `padding_free=True`", "accelerated": ", `accelerate_peft`",
+        "selected": "", "padded": ", `padding_free=False`", "accelerated": ", `accelerate_peft`",
         "kept graphs": ", `keep_graphs`",
     }  # fmt: skip
     batches = {"train": (8, 64), "generate": (64,)}

@@ -10,12 +10,13 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from functools import partial
-from types import SimpleNamespace
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from torch import Tensor, nn
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedTokenizerFast, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 import measure
 from prefix_tuning import PrefixTrainer
@@ -49,20 +50,27 @@ def trainer_seconds(
     """
     clock, steps = _Clock(model.device), WARM_UP + WINDOWS * WINDOW
     rows = [examples[index % len(examples)] for index in range(steps * batch)]
-    collator = PromptCompletionCollator(SimpleNamespace(pad_token_id=0, eos_token_id=None))
-    make = partial(Trainer, model) if prefix is None else partial(PrefixTrainer, model, prefix)
+    make = partial(PrefixTrainer, model, prefix, processing_class=_tokenizer())
+    if prefix is None:
+        make = partial(Trainer, model, data_collator=PromptCompletionCollator(_tokenizer()))
     with tempfile.TemporaryDirectory() as folder:
         args = TrainingArguments(
             folder, max_steps=steps, per_device_train_batch_size=batch, learning_rate=learning_rate, logging_strategy="no",
             save_strategy="no", report_to="none", disable_tqdm=True, train_sampling_strategy="sequential",
             use_cpu=model.device.type == "cpu",
         )  # fmt: skip
-        trainer = make(args=args, callbacks=[clock], train_dataset=rows, data_collator=collator)
+        trainer = make(args=args, callbacks=[clock], train_dataset=rows)
         trainer.remove_callback(PrinterCallback)
         trainer.train()
         if prefix is not None:
             trainer.detach()
     return measure.summary(clock.samples, WINDOW)
+
+
+def _tokenizer() -> PreTrainedTokenizerFast:
+    """It is asked for the token that pads alone: the rows are tokens already."""
+    words = Tokenizer(WordLevel({"<pad>": 0}, unk_token="<pad>"))
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<pad>")
 
 
 class _Clock(TrainerCallback):

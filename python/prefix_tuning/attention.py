@@ -120,7 +120,10 @@ def prefix_attention_forward(
         unseen = prefix_key.shape[-2] - prefix_bias.shape[-1]  # columns of a prefix that a bank was given since
         if unseen:
             prefix_bias = pad(prefix_bias, (0, unseen))
-        bias = torch.cat([prefix_bias, position_bias.detach().expand(len(prefix_bias), -1, -1, -1)], dim=-1)
+        own_bias = position_bias.detach().expand(len(prefix_bias), -1, -1, -1)
+        columns = prefix_bias.shape[-1] + own_bias.shape[-1]
+        # In memory rows of a multiple of eight, which the Triton kernels read where they lie.
+        bias = torch.cat([prefix_bias, own_bias, own_bias[..., : -columns % 8]], dim=-1)[..., :columns]
     if mask.pack is not None:
         if bias is None and not (layer.slides and mask.window):
             prefix = prefix_key, prefix_value, prefix_lens

@@ -7,7 +7,7 @@ a sequence of its own, the parent of what follows in each of them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -18,7 +18,9 @@ from torch.utils.data import IterableDataset
 from transformers import Trainer
 
 from prefix_tuning.data import IGNORED, teacher_targets, tokens_and_labels
+from prefix_tuning.devices import is_spread
 from prefix_tuning.explain import explain_training
+from prefix_tuning.graphed_training import rounded
 from prefix_tuning.multimodal_families import text_part
 from prefix_tuning.stacks import attention_kinds, sees_later_tokens, stacks
 from prefix_tuning.task import Task, task_of
@@ -36,6 +38,7 @@ class PaddingFreeCollator:
     Args:
         share: whether examples that begin alike share that.
         first_position: what the position of a row's first token is.
+        padded: the number of tokens that a batch of so many is computed with. Examples share only what makes it smaller.
 
     Returns input_ids, labels and position_ids, int64 [1, tokens], position_ids starting anew with each example; cu_seqlens,
     int32 [1, sequences + 1], where the sequences begin, and the end; the ints max_seqlen, the length of the longest, and
@@ -45,13 +48,17 @@ class PaddingFreeCollator:
     Raises ValueError as `tokens_and_labels`.
     """
 
-    def __init__(self, share: bool = True, first_position: int = 0):
-        self.share, self.first_position = share, first_position
+    def __init__(self, share: bool = True, first_position: int = 0, padded: Callable[[int], int] = int):
+        self.share, self.first_position, self.padded = share, first_position, padded
 
     def __call__(self, examples: Sequence[Mapping[str, Sequence[int]]]) -> dict[str, Any]:
         # The row before does not predict the first token.
         rows = [(ids.tolist(), [IGNORED, *labels[1:].tolist()]) for ids, labels in tokens_and_labels(examples)]
-        groups = shared_beginnings(rows) if self.share else [([index], 0) for index in range(len(rows))]
+        alone = [([index], 0) for index in range(len(rows))]
+        groups = shared_beginnings(rows) if self.share else alone
+        tokens, saved = sum(len(ids) for ids, _ in rows), sum((len(members) - 1) * shared for members, shared in groups)
+        if saved and self.padded(tokens - saved) == self.padded(tokens):
+            groups = alone
         sequences: list[tuple[list[int], list[int], int, int]] = []  # ids, labels, first position, parent
         for members, shared in groups:
             parent = -1
@@ -143,15 +150,18 @@ def has_own_code(trainer: Trainer) -> bool:
 
 
 def padding_free_collator(
-    model: nn.Module, wanted: bool | None, *, compiled: bool = False, slides: bool = False, backend: str | None = None
-) -> PaddingFreeCollator | None:
+    model: nn.Module, wanted: bool | None, *, compiled: bool = False, slides: bool = False, backend: str | None = None,
+    rows: int = 2, recorded: bool = True,
+) -> PaddingFreeCollator | None:  # fmt: skip
     """What makes the batches of a model's training, None for padded ones.
 
     Args:
-        wanted: None is wherever it can be and was measured to be faster: on a CPU, by the backend "cpu".
+        wanted: None is wherever it can be and was measured to be faster, see `_is_faster`.
         compiled: the model will be.
         slides: the prefix slides out of windows, which in such rows takes a mask over all pairs of tokens.
         backend: as for attach_prefix.
+        rows: of a batch.
+        recorded: on a GPU, steps are recorded as CUDA graphs.
 
     Raises NotImplementedError for a model that needs padded rows, where others are wanted.
     """
@@ -161,10 +171,11 @@ def padding_free_collator(
     if wanted is False or reason is not None:
         return None
     windows = any(kind.get("window") for kind in attention_kinds(model.config).values())
-    if wanted is None and (model.device.type != "cpu" or (windows and slides) or not _in_our_kernels(model, backend)):
+    if wanted is None and ((windows and slides) or not _is_faster(model, backend, rows, recorded)):
         return None
     # A window would have to reach into what is shared.
-    return PaddingFreeCollator(share=not windows, first_position=stacks(model)[0].first_position)
+    padded = rounded if recorded and model.device.type == "cuda" else int
+    return PaddingFreeCollator(share=not windows, first_position=stacks(model)[0].first_position, padded=padded)
 
 
 def why_padded(model: nn.Module) -> str | None:
@@ -191,10 +202,19 @@ def _is_compiled(module: nn.Module) -> bool:
     return isinstance(module, OptimizedModule) or module._compiled_call_impl is not None
 
 
-def _in_our_kernels(model: nn.Module, backend: str | None) -> bool:
-    """Whether the C++ kernels serve the model; torch's run sequence by sequence, and lose what the padding costs."""
-    reasons = explain_training(model, model.dtype, batch=2, length=8, prefix_len=8, backend=backend)
-    return reasons["cpu"] == "chosen"
+def _is_faster(model: nn.Module, backend: str | None, rows: int, recorded: bool) -> bool:
+    """Whether a model's training was measured to be faster without padding.
+
+    On a CPU by the C++ kernels; torch's run sequence by sequence, and lose what the padding costs. On a GPU by the Triton
+    kernels in bfloat16, in recorded steps of several rows.
+    """
+    if model.device.type == "cpu":
+        ours, length = "cpu", 8
+    elif model.device.type == "cuda" and rows > 1 and recorded and model.dtype == torch.bfloat16 and not is_spread(model):
+        ours, length = "triton", 64
+    else:
+        return False
+    return explain_training(model, model.dtype, batch=2, length=length, prefix_len=8, backend=backend)[ours] == "chosen"
 
 
 def _common(one: list[int], other: list[int]) -> int:

@@ -77,9 +77,10 @@ class PrefixTrainer(Trainer):
             such as rows with images, and with args.remove_unused_columns=False rows of text too, with all their columns.
         padding_free: training steps of a causal model read rows one behind the other instead of padded ones, and what several
             begin with once (PaddingFreeCollator): the same loss and gradients from fewer tokens, which is what
-            num_input_tokens_seen then counts. None: on a CPU, where the C++ kernels serve the model, unless there are a
-            data_collator of yours, code of yours that reads batches (a loss, a step), an iterable data set, or dispatch_batches
-            in several processes.
+            num_input_tokens_seen then counts. None: where that was measured to be faster (on a CPU, where the C++ kernels
+            serve the model; on a GPU, where steps of several rows in bfloat16 are recorded), unless there are a data_collator
+            of yours, code of yours that reads batches (a loss, a step), an iterable data set, or dispatch_batches in several
+            processes.
         max_length: cuts the prompts of rows of text so that a row has no more tokens, and no row that is tokenised already;
             default, and at most: what the model has positions for.
         backend, prefix_window: as for attach_prefix.
@@ -170,8 +171,9 @@ class PrefixTrainer(Trainer):
             self._compiled = args.torch_compile or getattr(dynamo, "backend", DynamoBackend.NO) != DynamoBackend.NO
             self._padded_collator = self.data_collator
             self._padding_free_collator = partial(
-                padding_free_collator, model, compiled=self._compiled, slides=prefix_window == "peft", backend=backend
-            )
+                padding_free_collator, model, compiled=self._compiled, slides=prefix_window == "peft", backend=backend,
+                rows=args.per_device_train_batch_size, recorded=cuda_graphs,
+            )  # fmt: skip
             if padding_free:
                 self._padding_free()  # where it cannot be, the constructor says so
         except BaseException:

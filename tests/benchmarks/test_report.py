@@ -194,7 +194,7 @@ def test_whole_models_have_a_column_for_each_prefix_length():
         return {"run": run, "ways": {name.replace("_", " "): {"median": each} for name, each in times.items()}}
 
     whole = {"environment": GPU, "rows": [
-        row("train", 200, selected=0.5, accelerated=0.8, without_graphs=3.0, peft=2.0),
+        row("train", 200, selected=0.5, padded=0.625, accelerated=0.8, without_graphs=3.0, peft=2.0),
         row("train", 16, selected=1.0, peft=0.5) | {"in_trainer": {"selected": {"median": 1.5}, "peft": {"median": 3.0}}},
         row("generate", 16, selected=0.25, kept_graphs=0.2, peft=1.0), row("generate", 512, selected=0.1),
         {"key": "generate O", "failed": "no memory"},
@@ -203,6 +203,7 @@ def test_whole_models_have_a_column_for_each_prefix_length():
     assert [line for line in lines if "P=" in line or "M, " in line] == [
         "| whole models on a GPU: time, over PEFT | P=16 | P=200 |",
         "| a training step, M, 8 rows | 1000.0 ms, 0.5x | 500.0 ms, 4.0x |",
+        "| a training step, M, 8 rows, `padding_free=False` |  | 625.0 ms, 3.2x |",
         "| a training step, M, 8 rows, `accelerate_peft` |  | 800.0 ms, 2.5x |",
         "| a training step in `Trainer`, M, 8 rows | 1500.0 ms, 2.0x |  |",
         "| 128 new tokens, M, 64 rows | 250 ms, 4.0x |  |", "| 128 new tokens, M, 64 rows, `keep_graphs` | 200 ms, 5.0x |  |",

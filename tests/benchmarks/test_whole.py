@@ -11,6 +11,7 @@ import trainer_steps
 from bench_whole import Ours, OursGrowing, OursKept, Peft, generate, measure_run, random_inputs, random_model
 from cases import Model, Run
 from prefix_tuning import Prefix
+from prefix_tuning.padding_free import PaddingFreeCollator
 from support.models import random_prefix, tiny_model
 from support.tokenizer import tiny_tokenizer
 
@@ -46,13 +47,18 @@ def test_steps_in_trainer(family, monkeypatch):
     """PrefixTrainer's and PEFT's under Trainer, each on the rows of the batches in their order; the model is left as it was."""
     run, model, prefix, inputs = set_up("train", family)
     before, seen = {name: tensor.clone() for name, tensor in model.state_dict().items()}, []
-    collate = trainer_steps.PromptCompletionCollator.__call__
 
-    def noted(self, examples):
-        seen.append([len(row["input_ids"]) for row in examples])
-        return collate(self, examples)
+    def note(collator):
+        collate = collator.__call__
 
-    monkeypatch.setattr(trainer_steps.PromptCompletionCollator, "__call__", noted)
+        def noted(self, examples):
+            seen.append([len(row["input_ids"]) for row in examples])
+            return collate(self, examples)
+
+        monkeypatch.setattr(collator, "__call__", noted)
+
+    for collator in (trainer_steps.PromptCompletionCollator, PaddingFreeCollator):
+        note(collator)
     row = measure_run(run, model, prefix, inputs, seconds=0, rounds=1, trainer=True)
     for way in row["in_trainer"].values():
         assert way.get("median", 0) > 0, way

@@ -8,7 +8,7 @@ import torch
 from transformers import DynamicCache, EncoderDecoderCache, T5Config, T5EncoderModel
 from transformers.modeling_outputs import BaseModelOutput
 
-from prefix_tuning import Prefix, attach_prefix
+from prefix_tuning import Prefix, attach_prefix, attention
 from support.checkpointing import counted_attention, enable_checkpointing, train_with_checkpointing
 from support.encoder_decoders import FAMILIES, PARTS, labels, parts_of, source, tiny_encoder_decoder
 from support.expanded_prefix import expanded_prefix
@@ -262,6 +262,23 @@ def test_compiled_training_step_equals_eager():
         compiled = torch.compile(model.forward, backend="aot_eager", fullgraph=True)
         grads = torch.autograd.grad(compiled(**inputs).loss, list(prefix.parameters()))
     torch.testing.assert_close(grads, expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ("t5", "mt5"))
+def test_a_bias_lies_in_rows_of_a_multiple_of_eight(name, monkeypatch):
+    """From where a GPU reads it, also where its columns are no multiple; the keys of the encoder are up to 17."""
+    model, seen = tiny_encoder_decoder(name), []
+    real = attention.prefix_attention
+    monkeypatch.setattr(
+        attention, "prefix_attention", lambda *args, bias, **options: seen.append(bias) or real(*args, bias=bias, **options)
+    )
+    with attach_prefix(model, random_parts(model)), torch.no_grad():
+        for length in (1, 3, 8, 17):
+            model(input_ids=torch.ones(2, length, dtype=torch.long), decoder_input_ids=torch.ones(2, 4, dtype=torch.long))
+    seen = [bias for bias in seen if bias is not None]  # cross-attention has none
+    assert {bias.shape[-1] - PREFIX_LEN for bias in seen} == {1, 3, 4, 8, 17}
+    assert all(bias.stride(-1) == 1 for bias in seen)
+    assert all(bias.stride(-2) % 8 == 0 for bias in seen if bias.shape[-1] >= 2 * 8)
 
 
 def test_a_trainable_table_of_relative_positions_is_warned_of():

@@ -9,7 +9,8 @@ import torch
 from accelerate.state import AcceleratorState
 from torch.utils.data import IterableDataset
 
-from prefix_tuning import Prefix, PrefixedModel, PrefixTrainer, attach_prefix
+import prefix_kernels
+from prefix_tuning import Prefix, PrefixedModel, PrefixTrainer, attach_prefix, padding_free
 from prefix_tuning.data import IGNORED, PromptCompletionCollator, tokenize_rows
 from prefix_tuning.masks import mask_structure
 from prefix_tuning.padding_free import LEAST_SHARED, PaddingFreeCollator, padding_free_collator, shared_beginnings, why_padded
@@ -51,6 +52,16 @@ def test_a_beginning_is_computed_once():
     assert batch["cu_seqlens"].tolist() == [[0, 2, 2 + shared, 5 + shared, 7 + shared]]
     assert batch["parent"].tolist() == [[-1, -1, 1, 1]] and batch["max_seqlen"] == LEAST_SHARED
     assert "parent" not in PaddingFreeCollator()([example([*begin[:-1], 3, 50, 51], 2), example([*begin[:-1], 4, 60], 1)])
+
+
+def test_only_what_makes_a_step_smaller_is_shared():
+    """A step that is recorded has room for a rounded number of tokens, here of a multiple of `unit`."""
+    begin = list(range(10, 10 + LEAST_SHARED))
+    rows = [example([*begin, 3, 50, 51], 2), example([*begin, 3, 60], 1), example([4, 70], 1)]  # 23 tokens, or 15
+    for unit, tokens in ((1, 15), (8, 15), (16, 15), (24, 23), (64, 23)):
+        batch = PaddingFreeCollator(padded=lambda length, unit=unit: -(-length // unit) * unit)(rows)
+        assert batch["input_ids"].shape == (1, tokens) and ("parent" in batch) == (tokens == 15)
+    assert batch["input_ids"].tolist() == [[token for row in rows for token in row["input_ids"]]]
 
 
 def test_a_first_token_is_no_target():
@@ -108,6 +119,41 @@ def test_a_long_beginning_of_two_is_worth_more_than_a_short_one_of_three():
     assert shared_beginnings(rows) == [([0, 1], len(common) + len(long) - 1), ([2], 0)]
 
 
+@pytest.mark.parametrize("device", DEVICES, indirect=True)
+def test_which_models_are_trained_without_padding(device):
+    """Of those that can be: where it was measured to be faster."""
+    model = tiny_model("llama").to(device)
+    if device == "cpu":
+        chosen = padding_free_collator(model, None) is not None
+        assert chosen == (padding_free_collator(model, None, rows=1, recorded=False) is not None)
+        assert chosen == ("cpu" in prefix_kernels.available_backends())
+        assert padding_free_collator(model, None, backend="sdpa") is None
+        return
+    assert padding_free_collator(model, None) is None  # float32
+    assert padding_free_collator(model.half(), None) is None
+    model.bfloat16()
+    assert padding_free_collator(model, None).padded(20) == 24
+    assert padding_free_collator(model, None, rows=1) is None
+    assert padding_free_collator(model, None, recorded=False) is None
+    assert padding_free_collator(model, None, backend="sdpa") is None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_what_of_a_gpu_was_measured_to_be_faster(dtype, monkeypatch):
+    """As above, of a GPU that is not there."""
+    reasons = {"cpu": "no", "triton": "chosen"}
+    monkeypatch.setattr(padding_free, "explain_training", lambda *args, **options: reasons)
+    monkeypatch.setattr(padding_free, "is_spread", lambda model: model.spread)
+    model = SimpleNamespace(device=torch.device("cuda"), dtype=dtype, spread=False)
+    assert padding_free._is_faster(model, None, rows=2, recorded=True) == (dtype == torch.bfloat16)
+    assert not padding_free._is_faster(model, None, rows=1, recorded=True)
+    assert not padding_free._is_faster(model, None, rows=2, recorded=False)
+    reasons["triton"] = "no"
+    assert not padding_free._is_faster(model, None, rows=2, recorded=True)
+    reasons["triton"], model.spread = "chosen", True
+    assert not padding_free._is_faster(model, None, rows=2, recorded=True)
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_which_models_need_padding(name):
     reason = why_padded(tiny_model(name))
@@ -141,7 +187,7 @@ def test_the_step_is_that_of_padded_rows(family, device):
     model, tokenizer = tiny_model(family).to(device), tiny_tokenizer()
     prefix = random_prefix(model, PREFIX_LEN).to(device)
     examples = tokenize_rows(ALIKE, tokenizer)
-    padded, packed = PromptCompletionCollator(tokenizer)(examples), padding_free_collator(model, True)(examples)
+    padded, packed = PromptCompletionCollator(tokenizer)(examples), padding_free_collator(model, True, recorded=False)(examples)
     assert packed["input_ids"].numel() < padded["attention_mask"].sum() or "parent" not in packed
     assert ("parent" in packed) == (family in ("llama", "gpt2", "opt", "qwen3_moe", "deepseek_v3"))
     padded, packed = (
