@@ -120,10 +120,7 @@ def prefix_attention_forward(
         unseen = prefix_key.shape[-2] - prefix_bias.shape[-1]  # columns of a prefix that a bank was given since
         if unseen:
             prefix_bias = pad(prefix_bias, (0, unseen))
-        own_bias = position_bias.detach().expand(len(prefix_bias), -1, -1, -1)
-        columns = prefix_bias.shape[-1] + own_bias.shape[-1]
-        # In memory rows of a multiple of eight, which the Triton kernels read where they lie.
-        bias = torch.cat([prefix_bias, own_bias, own_bias[..., : -columns % 8]], dim=-1)[..., :columns]
+        bias = _side_by_side(prefix_bias, position_bias.detach())
     if mask.pack is not None:
         if bias is None and not (layer.slides and mask.window):
             prefix = prefix_key, prefix_value, prefix_lens
@@ -171,6 +168,16 @@ def _attend_in_packs(
         out, lse = out
         out = _through_sinks(out, lse.T, s_aux)
     return out.unflatten(0, (pack.batch, pack.length))
+
+
+def _side_by_side(prefix_bias: Tensor, own_bias: Tensor) -> Tensor:
+    """[batch or 1, heads, q_len, prefix_len + kv_len], in rows of a multiple of eight columns: the Triton kernels read these where
+    they lie. torch.cat would keep T5's order in memory, heads side by side."""
+    prefix_len = prefix_bias.shape[-1]
+    columns, dtype = prefix_len + own_bias.shape[-1], torch.promote_types(prefix_bias.dtype, own_bias.dtype)
+    bias = prefix_bias.new_empty(*prefix_bias.shape[:-1], -(-columns // 8) * 8, dtype=dtype)[..., :columns]
+    bias[..., :prefix_len], bias[..., prefix_len:] = prefix_bias, own_bias
+    return bias
 
 
 def _through_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
