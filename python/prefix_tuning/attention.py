@@ -171,8 +171,8 @@ def _attend_in_packs(
 
 
 def _side_by_side(prefix_bias: Tensor, own_bias: Tensor) -> Tensor:
-    """[batch or 1, heads, q_len, prefix_len + kv_len], in rows of a multiple of eight columns: the Triton kernels read these where
-    they lie. torch.cat would keep T5's order in memory, heads side by side."""
+    """[batch or 1, heads, q_len, prefix_len + kv_len], in rows of a multiple of eight columns: so Triton kernels read it where
+    it lies. torch.cat would keep T5's order in memory, heads side by side."""
     prefix_len = prefix_bias.shape[-1]
     columns, dtype = prefix_len + own_bias.shape[-1], torch.promote_types(prefix_bias.dtype, own_bias.dtype)
     bias = prefix_bias.new_empty(*prefix_bias.shape[:-1], -(-columns // 8) * 8, dtype=dtype)[..., :columns]
