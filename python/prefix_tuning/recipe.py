@@ -6,7 +6,6 @@ import dataclasses
 import math
 import shutil
 import statistics
-import time
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
+from torch import Tensor
 from transformers import (
     EarlyStoppingCallback,
     PreTrainedModel,
@@ -32,9 +31,11 @@ from prefix_tuning.data import each
 from prefix_tuning.explain import explain_training
 from prefix_tuning.files import check_writable, write_json
 from prefix_tuning.prefix import Prefix
+from prefix_tuning.run_callbacks import LossBar, StepClock, StepLosses
 from prefix_tuning.train import PrefixTrainer
 
 METRICS_FILE = "metrics.json"
+LOGGED_STEPS = 10  # together on a GPU: the host waits for what is logged
 
 
 @dataclass(frozen=True)
@@ -149,16 +150,17 @@ def train_prefix(
     settings, output = settings.resolved(), Path(output)
     arguments = check_run(model, output, settings, resume, overwrite, evaluate=eval_rows is not None)
     prefix = start_prefix(model, tokenizer, settings) if prefix is None else prefix
-    clock = _StepClock()
-    callbacks: list[TrainerCallback] = [clock]
+    clock, losses = StepClock(), StepLosses()
+    callbacks: list[TrainerCallback] = [clock, losses]
     if settings.patience:
         callbacks.append(EarlyStoppingCallback(settings.patience))
     if progress:
-        callbacks.append(_LossBar())
-    trainer = PrefixTrainer(
+        callbacks.append(LossBar())
+    trainer = _Trainer(
         model, prefix, arguments, train_dataset=rows, eval_dataset=eval_rows, processing_class=tokenizer,
         padding_free=settings.padding_free, max_length=settings.max_length, backend=settings.backend, callbacks=callbacks,
     )  # fmt: skip
+    trainer.step_losses = losses
     trainer.remove_callback(PrinterCallback)  # stands in for transformers' own bar, and writes to stdout
     try:
         check_writable(output)
@@ -254,6 +256,15 @@ def _check_output(output: Path, resume: bool, overwrite: bool) -> None:
         )
 
 
+class _Trainer(PrefixTrainer):
+    step_losses: StepLosses
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        loss = super().training_step(*args, **kwargs)
+        self.step_losses.add(loss)
+        return loss
+
+
 def _check_optimizer(checkpoint: Path, settings: TrainSettings) -> None:
     """ValueError where the optimiser of a checkpoint would go on with other numbers than the settings say."""
     file = checkpoint / OPTIMIZER_NAME
@@ -306,46 +317,11 @@ def _arguments(model: PreTrainedModel, output: Path, settings: TrainSettings, *,
         disable_tqdm=True,
         **{recompute: settings.gradient_checkpointing},
     )
+    if arguments.device.type != "cpu" and arguments.world_size == 1:  # else the losses of the others would be missing
+        arguments.logging_steps = LOGGED_STEPS
     if parameter.device.index and parameter.device != arguments.device:
         raise ValueError(
             f"device: the model is on {parameter.device}, but training runs on {arguments.device}; choose the GPU with "
             "CUDA_VISIBLE_DEVICES"
         )
     return arguments
-
-
-class _StepClock(TrainerCallback):
-    """Time spent in optimiser steps, without the evaluations and checkpoints between them."""
-
-    def __init__(self) -> None:
-        self.seconds, self.steps = 0.0, 0
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        self._begin = time.perf_counter()
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.seconds += time.perf_counter() - self._begin
-        self.steps += 1
-
-
-class _LossBar(TrainerCallback):
-    """A progress bar over the optimiser steps with the latest losses, in one line."""
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self._losses: dict[str, str] = {}
-        self._bar = tqdm(
-            total=state.max_steps, initial=state.global_step, desc="training", unit="step", dynamic_ncols=True,
-            disable=not state.is_world_process_zero,
-        )  # fmt: skip
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self._bar.update(state.global_step - self._bar.n)
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        shown = {name: f"{logs[name]:.3f}" for name in ("loss", "eval_loss") if name in (logs or {})}
-        if shown:
-            self._losses |= shown
-            self._bar.set_postfix(self._losses)
-
-    def on_train_end(self, args, state, control, **kwargs):
-        self._bar.close()

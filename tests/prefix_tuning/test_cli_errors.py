@@ -158,8 +158,8 @@ def test_an_interrupt_leaves_whole_files(run, tmp_path, monkeypatch):
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(prefix_tuning.recipe._StepClock, "on_step_begin", interrupted)
-        patched.setattr(prefix_tuning.recipe._StepClock, "on_step_end", lambda *args, **kwargs: None)
+        patched.setattr(prefix_tuning.recipe.StepClock, "on_step_begin", interrupted)
+        patched.setattr(prefix_tuning.recipe.StepClock, "on_step_end", lambda *args, **kwargs: None)
         status, out, err = train(run, tmp_path, "--steps", 9, "--save-steps", 2, "--quiet")
     assert status == 130 and not out and err.endswith("\nprefix-tuning train: interrupted\n")
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]
@@ -172,7 +172,7 @@ def test_an_interrupt_without_checkpoints_says_that_nothing_is_left(run, tmp_pat
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(prefix_tuning.recipe._StepClock, "on_step_begin", interrupted)
+    monkeypatch.setattr(prefix_tuning.recipe.StepClock, "on_step_begin", interrupted)
     status, out, err = train(run, tmp_path, "--steps", 9, "--quiet")
     message = "prefix-tuning train: interrupted; nothing was saved, --save-steps N keeps checkpoints"
     assert status == 130 and err.endswith(f"\n{message}\n")

@@ -175,7 +175,7 @@ def test_patience_ends_the_run(patience, tmp_path):
 def test_resuming(tmp_path, monkeypatch):
     """An interrupted run goes on to the same end, in the same words; a finished one is left as it is."""
     whole_prefix, whole = run(tmp_path / "whole", **SAVING)
-    step_end = recipe._StepClock.on_step_end
+    step_end = recipe.StepClock.on_step_end
 
     def interrupt(self, args, state, control, **kwargs):
         step_end(self, args, state, control, **kwargs)
@@ -184,7 +184,7 @@ def test_resuming(tmp_path, monkeypatch):
 
     model = tiny_model("llama")
     with monkeypatch.context() as patch:
-        patch.setattr(recipe._StepClock, "on_step_end", interrupt)
+        patch.setattr(recipe.StepClock, "on_step_end", interrupt)
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path / "cut", model, **SAVING)
     assert not hasattr(model.model.layers[0].self_attn, "layer_prefix"), "an interrupted run leaves the prefix attached"
@@ -196,6 +196,39 @@ def test_resuming(tmp_path, monkeypatch):
         assert {name: metrics[name] for name in same} == {name: whole[name] for name in same}
         for tensor, expected in zip(prefix.parameters(), whole_prefix.parameters(), strict=True):
             assert torch.equal(tensor, expected)
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, SAVING, SAVING | {"gradient_accumulation": 2, "steps": 9}], ids=("", "saved", "batches")
+)
+def test_losses_that_are_logged_together(changes, tmp_path, monkeypatch):
+    """As on a GPU, where the host waits for what is logged: one for each step all the same, also where a step saves."""
+    _, expected = run(tmp_path / "each", **changes)
+    steps_end, made = recipe.StepClock.on_step_end, recipe._arguments
+    monkeypatch.setattr(recipe, "_arguments", lambda *args, **options: set_logging(made(*args, **options), 5))
+
+    def set_logging(arguments, steps):
+        arguments.logging_steps = steps
+        return arguments
+
+    def check(name, **options):
+        _, metrics = run(tmp_path / name, **changes, **options)
+        torch.testing.assert_close(torch.tensor(metrics["losses"]), torch.tensor(expected["losses"]), atol=1e-4, rtol=0)
+        assert len(metrics["losses"]) == metrics["steps"] and metrics["eval_losses"] == expected["eval_losses"]
+
+    check("together")
+    if "save_steps" in changes:
+
+        def interrupt(self, args, state, control, **kwargs):
+            steps_end(self, args, state, control, **kwargs)
+            if state.global_step == changes["save_steps"] + 1:
+                raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(recipe.StepClock, "on_step_end", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                run(tmp_path / "cut", **changes)
+        check("cut", resume=True)
 
 
 def test_a_resumed_run_goes_on_with_its_own_learning_rate(tmp_path):
