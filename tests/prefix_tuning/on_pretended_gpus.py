@@ -15,13 +15,14 @@ from transformers import TrainerCallback
 
 from prefix_tuning import Prefix, PrefixBank, PrefixedModel, accelerate_peft, attach_prefix
 from prefix_tuning.generate import generate_texts
+from prefix_tuning.recipe import TrainSettings, train_prefix
 from support.emulated_graphs import READ_BY_THE_HOST, EmulatedGraph
 from support.encoder_decoders import source, tiny_encoder_decoder
 from support.generation import bank_of, padded
 from support.models import random_prefix, tiny_model
 from support.peft_models import peft_model
 from support.tokenizer import tiny_tokenizer
-from support.training import batch_of, losses, make_trainer
+from support.training import ROWS, batch_of, losses, make_trainer
 
 aten = torch.ops.aten
 NAMES = ["long", None, "short"]
@@ -194,6 +195,18 @@ def test_a_trainer_s_steps_wait_for_nothing(tmp_path, options):
     trainer.train()
     trainer.detach()
     assert not waits.found, waits.found
+
+
+def test_a_run_writes_down_the_loss_of_each_step(tmp_path):
+    """Which are read together here, in front of each checkpoint and after ten steps."""
+    settings = TrainSettings(prefix_len=5, hidden_size=8, steps=13, batch_size=4, save_steps=11)
+    losses = []
+    for device in ("cpu", "cuda"):
+        model = tiny_model("llama").to(device)
+        _, metrics = train_prefix(model, tiny_tokenizer(), ROWS, tmp_path / device, settings, progress=False)
+        losses.append(torch.tensor(metrics["losses"]))
+    assert losses[0].shape == (13,)
+    torch.testing.assert_close(*losses, atol=1e-3, rtol=0)
 
 
 @pytest.mark.parametrize("options", [{}, {"do_sample": True}, {"prefix_ids": NAMES}], ids=["greedy", "sampled", "bank"])
