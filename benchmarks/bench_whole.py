@@ -188,7 +188,7 @@ def last_logits(way: Ours | Peft, prompts: Tensor) -> Tensor:
 def makers(run: Run, model: nn.Module, prefix: Prefix) -> dict[str, Callable[[], Ours | Peft]]:
     """What is compared, ours first."""
     found: dict[str, Callable[[], Ours | Peft]] = {"selected": lambda: Ours(model, prefix)}
-    if run.what == "train" and (run.batch > 1 or model.device.type == "cpu"):
+    if run.what == "train" and padding_free_collator(model, None, rows=run.batch) is not None:
         found = {"selected": lambda: OursPaddingFree(model, prefix), "padded": found["selected"]}
     if model.device.type == "cuda" and run.what == "train":
         found["without graphs"] = lambda: Ours(model, prefix, cuda_graphs=False)

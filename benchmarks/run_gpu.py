@@ -52,6 +52,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.progress:
         return work(args)
+    if args.only != [""] and (args.stage == "tests" or not wanted(jobs(args.stage, args.dry_run), args.only)):
+        parser.error(f"--only: no row of the stage {args.stage} has {' or '.join(args.only)} in its key")
     if not (args.dry_run or torch.cuda.is_available()):
         print(f"{args.stage}: torch finds no GPU; --dry-run tries the stages without one")
         return 1

@@ -57,7 +57,7 @@ VARIANTS: dict[str, tuple[str, str, str] | None] = {  # file in csrc/cuda, its t
     "half as much read again": _constant("READ_AGAIN", "48 << 20", "24 << 20"),
     "twice as much read again": _constant("READ_AGAIN", "48 << 20", "96 << 20"),
     "every prefix shared": ("schedule.h", "if (!has_few_queries(z)) return", "return"),
-    "clusters of up to eight": ("schedule.h", "splits < LARGE_CLUSTER", "splits < FEW_CLUSTER"),
+    "clusters of up to eight": ("schedule.h", "splits < z.largest_cluster", "splits < FEW_CLUSTER"),
     "merged by the second kernel": ("schedule.h", "s.clustered = s.length == 0", "s.clustered = false"),
     "nine warps": ("tile_sizes.h", "FEW_WARPS = 11;", "FEW_WARPS = 9;"),
     "one tile": ("schedule.h", "ceil_div(units * unit_queries, 2)", "units * unit_queries"),

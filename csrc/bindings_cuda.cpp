@@ -100,7 +100,7 @@ std::tuple<Tensor, Tensor> decode(
 
   const int64_t prefixes = prefix_k.dim() == 3 ? 1 : prefix_k.size(0), prefix_len = prefix_k.size(-2);
   const Sizes sizes{batch, heads, k.size(1), q_len, k.size(2), head_dim, prefixes, prefix_len, window, multiprocessors(),
-                    causal, prefix_ids.has_value()};
+                    largest_cluster(), causal, prefix_ids.has_value()};
   DecodeCall call{};
   call.schedule = checked_schedule(sizes);
   call.q = tokens(q), call.k = tokens(k), call.v = tokens(v);
@@ -135,8 +135,8 @@ std::tuple<Tensor, Tensor> decode(
 int64_t values_of_parts(int64_t batch, int64_t heads, int64_t kv_heads, int64_t q_len, int64_t kv_len, int64_t head_dim,
                         int64_t prefixes, int64_t prefix_len, int64_t window, bool causal, bool bank) {
   if (batch == 0 || heads == 0 || q_len == 0) return 0;
-  const Sizes sizes{batch, heads, kv_heads, q_len, kv_len, head_dim, prefixes, prefix_len, window, multiprocessors(), causal,
-                    bank};
+  const Sizes sizes{batch, heads, kv_heads, q_len, kv_len, head_dim, prefixes, prefix_len, window, multiprocessors(),
+                    largest_cluster(), causal, bank};
   return part_values(checked_schedule(sizes), head_dim);
 }
 

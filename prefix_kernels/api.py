@@ -143,7 +143,8 @@ def workspace_bytes(
     Args: as for explain_backends.
 
     Returns:
-        {"forward": bytes, "backward": bytes}, upper bounds. Copies of tensors whose last stride is not 1 are not counted.
+        {"forward": bytes, "backward": bytes}, upper bounds. Copies of tensors whose last stride is not 1 are not counted, nor
+        that of a bias in which the columns of the prefix or of the keys begin at no multiple of 16 bytes ("triton").
 
     Raises:
         As prefix_attention. Nothing is computed.

@@ -128,7 +128,7 @@ def test_first_readme_examples_run(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "runs/mine/prefix/prefix.safetensors").exists()
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert "name : Aromi" in capsys.readouterr().out
-    for collator in ("PromptCompletionCollator(tokenizer)", "prefix_tuning.padding_free.PaddingFreeCollator()"):
+    for collator in ("PromptCompletionCollator(tokenizer)", "prefix_tuning.padding_free.padding_free_collator(model, True)"):
         trained = names["prefix"].layers()[0][0].detach().clone()
         source = "import prefix_tuning.padding_free\n" + loop.replace("PromptCompletionCollator(tokenizer)", collator)
         exec(compile(source, "README.md", "exec"), names)

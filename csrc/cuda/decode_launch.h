@@ -46,24 +46,23 @@ struct Abilities {
   bool early, large;
 };
 
-// Whether there are clusters of LARGE_CLUSTER, which have to be asked for.
+// Whether there are clusters of LARGE_CLUSTER, which have to be asked for; that this fails is no error.
 template <typename Element, int DIM>
-int ask_for_large_clusters(bool& large) {
-  large = false;
+bool has_large_clusters() {
   if constexpr (serves_few(DIM)) {
     const auto kernel = few_kernel<Element, DIM>;
-    const auto allowed = cudaFuncAttributeNonPortableClusterSizeAllowed;
-    if (const int error = cudaFuncSetAttribute(kernel, allowed, 1)) return error;
     cudaLaunchAttribute cluster{};
     cluster.id = cudaLaunchAttributeClusterDimension, cluster.val.clusterDim = {LARGE_CLUSTER, 1, 1};
     cudaLaunchConfig_t config{};
     config.gridDim = LARGE_CLUSTER, config.blockDim = FEW_WARPS * LANES, config.attrs = &cluster, config.numAttrs = 1;
     config.dynamicSmemBytes = sizeof(FewShared<DIM>);
     int clusters = 0;
-    large = !cudaOccupancyMaxActiveClusters(&clusters, kernel, &config) && clusters > 0;
-    (void)cudaGetLastError();
+    const bool asked = !cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) &&
+                       !cudaOccupancyMaxActiveClusters(&clusters, kernel, &config);
+    if (!asked) (void)cudaGetLastError();
+    return asked && clusters > 0;
   }
-  return cudaSuccess;
+  return false;
 }
 
 // Once on each device: dynamic shared memory beyond 48 KiB has to be asked for, and as much of it as there is, so that several
@@ -74,8 +73,10 @@ int prepare(Abilities& found) {
   int device;
   if (const int error = cudaGetDevice(&device)) return error;
   const uint64_t bit = uint64_t(1) << device % 64;
-  found = {bool(waiting & bit), bool(clustering & bit)};
-  if (device < 64 && prepared & bit) return cudaSuccess;
+  if (device < 64 && prepared & bit) {
+    found = {bool(waiting & bit), bool(clustering & bit)};
+    return cudaSuccess;
+  }
   const auto limit = cudaFuncAttributeMaxDynamicSharedMemorySize;
   if (const int error = cudaFuncSetAttribute(decode_kernel<Element, DIM>, limit, int(sizeof(SharedMemory<DIM>)))) return error;
   const auto carveout = cudaFuncAttributePreferredSharedMemoryCarveout;
@@ -85,7 +86,7 @@ int prepare(Abilities& found) {
   found = {code.ptxVersion >= 90, false};  // as in wait_for_kernel_before
   if (found.early) {
     waiting |= bit;
-    if (const int error = ask_for_large_clusters<Element, DIM>(found.large)) return error;
+    found.large = has_large_clusters<Element, DIM>();
     if (found.large) clustering |= bit;
   }
   prepared |= bit;

@@ -12,6 +12,12 @@ int multiprocessors() {
   return count;
 }
 
+int largest_cluster() {
+  int device, major;
+  if (cudaGetDevice(&device) || cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device)) return FEW_CLUSTER;
+  return major == 9 || major == 10 ? LARGE_CLUSTER : FEW_CLUSTER;
+}
+
 // Each in the file that compiles its dtype.
 int launch_bfloat16(const DecodeCall&, int head_dim, void* stream);
 int launch_float16(const DecodeCall&, int head_dim, void* stream);

@@ -8,4 +8,7 @@ namespace prefix_kernels::cuda {
 // Of the current device; 0 where it cannot be asked.
 int multiprocessors();
 
+// The most thread blocks that a cluster may have where everything else fits.
+int largest_cluster();
+
 }  // namespace prefix_kernels::cuda

@@ -32,7 +32,7 @@ constexpr int64_t MAX_SPLITS = 128;            // of each kind: bounds the memor
 constexpr int64_t MAX_GROUPED_PREFIXES = 1024;  // of a bank, counted in shared memory
 
 struct Sizes {
-  int64_t batch, heads, kv_heads, q_len, kv_len, head_dim, prefixes, prefix_len, window, multiprocessors;
+  int64_t batch, heads, kv_heads, q_len, kv_len, head_dim, prefixes, prefix_len, window, multiprocessors, largest_cluster;
   bool causal, bank;
 };
 
@@ -144,7 +144,8 @@ inline bool shares_prefix(const Sizes& z) {
 // they have in a cluster; 0: they would leave too much of the device idle. Clusters of more than two wait for each other where they
 // fill the device: measured, those of three and six took a fifth longer than the second kernel takes, and sixteen of eight half as
 // long again as eight of eight; those of sixteen pay where a warp of eight has more than two rounds of chunks. Assumed: LONG_BLOCK.
-inline int64_t few_cluster_of(int64_t row_items, int64_t columns, int64_t chunk, int64_t multiprocessors) {
+inline int64_t few_cluster_of(const Sizes& z, int64_t row_items, int64_t columns, int64_t chunk) {
+  const int64_t multiprocessors = z.multiprocessors;
   const auto fits = [&](int64_t splits) {
     const int64_t items = splits * row_items;
     if (splits == 4 && columns > splits * FEW_WARPS * chunk) return 4 * items <= 3 * multiprocessors;
@@ -152,9 +153,10 @@ inline int64_t few_cluster_of(int64_t row_items, int64_t columns, int64_t chunk,
     return (splits == 2 ? 1 : 2) * items <= multiprocessors;
   };
   int64_t splits = 1;
-  while (splits < LARGE_CLUSTER && columns > SHORT_ROW && columns >= 2 * splits * LEAST_COLUMNS && fits(2 * splits)) splits *= 2;
+  while (splits < z.largest_cluster && columns > SHORT_ROW && columns >= 2 * splits * LEAST_COLUMNS && fits(2 * splits)) splits *= 2;
   const int64_t items = splits * row_items;
-  return items <= multiprocessors && (3 * items >= multiprocessors || columns <= LONG_BLOCK * splits) ? splits : 0;
+  const bool enough = 3 * items >= multiprocessors || columns <= LONG_BLOCK * std::min<int64_t>(splits, FEW_CLUSTER);
+  return items <= multiprocessors && enough ? splits : 0;
 }
 
 // Blocks of work as long as there are columns worth an item, and no more than occupy the device.
@@ -194,7 +196,7 @@ inline Schedule schedule_of(const Sizes& z) {
     const int chunk = keys_of_few_chunk(z.head_dim);
     const int64_t length = ceil_div(z.prefix_len, chunk) + ceil_div(columns - z.prefix_len, chunk);
     const int64_t total = length * row_items, equal = ceil_div(total, slots);
-    const int64_t cluster = few_cluster_of(row_items, columns, chunk, z.multiprocessors);
+    const int64_t cluster = few_cluster_of(z, row_items, columns, chunk);
     if (cluster > 0) {
       s.splits = int(cluster);
     } else if (const int64_t items = row_items * s.splits;  // where whole items leave the last round of thread blocks idle

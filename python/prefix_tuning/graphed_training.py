@@ -101,7 +101,7 @@ class GraphedSteps:
             num_targets = count_targets(labels)
         if not num_targets:
             return None
-        (shape, masked), most = ((rows, length), "attention_mask" in inputs), rounded(num_targets, 8 if pack is None else 4)
+        (shape, masked), most = ((rows, length), "attention_mask" in inputs), rounded(num_targets)
         make_rows = partial(Rows, shape, device, masked)
         if pack is not None:
             longest = 1 << (pack.max_seqlen - 1).bit_length()
@@ -364,8 +364,8 @@ class _Replayed(torch.autograd.Function):
 def rounded(length: int, parts: int = 8) -> int:
     """`length` rounded up to a multiple of an eighth of the next power of two, so that at most a fifth is padding.
 
-    parts: another number in place of eight. Rows without padding come in more shapes than padded ones, so that of theirs what
-    costs little is rounded up to a quarter.
+    parts: another number in place of eight. Rows without padding come in more shapes than padded ones, so that their number,
+    which costs nothing, is rounded up to a quarter.
     """
     unit = max(8, (1 << (length - 1).bit_length()) // parts)
     return -(-length // unit) * unit

@@ -172,7 +172,7 @@ class PrefixTrainer(Trainer):
             self._padded_collator = self.data_collator
             self._padding_free_collator = partial(
                 padding_free_collator, model, compiled=self._compiled, slides=prefix_window == "peft", backend=backend,
-                rows=args.per_device_train_batch_size, recorded=cuda_graphs,
+                rows=args.per_device_train_batch_size,
             )  # fmt: skip
             if padding_free:
                 self._padding_free()  # where it cannot be, the constructor says so
@@ -233,7 +233,12 @@ class PrefixTrainer(Trainer):
 
     def _padding_free(self) -> PaddingFreeCollator | None:
         """What makes batches without padding, None for padded ones; by what holds when it is asked, as training begins."""
-        return self._padding_free_collator(allowed_by(self, self._padding_free_wanted))
+        return self._padding_free_collator(allowed_by(self, self._padding_free_wanted), recorded=self._is_recorded())
+
+    def _is_recorded(self) -> bool:
+        """Whether training steps on a GPU are to be recorded as CUDA graphs."""
+        recomputes = any(getattr(self.args, name, False) for name in ("activation_checkpointing", "gradient_checkpointing"))
+        return self.model.graphs is not None and not (self.args.fp16 or recomputes)
 
     def _counting(self, data_collator: DataCollator) -> DataCollator:
         """One that counts the targets of a causal model's batches before they go to a GPU, where the host would wait for it."""

@@ -6,7 +6,7 @@ import torch
 pytest.importorskip("triton")
 from prefix_kernels import api
 from prefix_kernels.backends.triton import launch, tile_sizes
-from prefix_kernels.backends.triton.rows import Tokens, bias_of, tokens
+from prefix_kernels.backends.triton.rows import MAX_TOKEN_STRIDE, Tokens, bias_of, tokens
 
 CPU = torch.device("cpu")
 
@@ -148,6 +148,8 @@ def test_a_bias_is_copied_where_its_columns_do_not_lie_in_vectors(dtype):
 
     whole = random(1, 4, 3, 4 * vector)
     longer = random(1, 4, 3, 5 * vector)
+    step = MAX_TOKEN_STRIDE + vector  # from query to query; offsets within a block of queries are 32 bit
+    far = torch.empty(3 * step, dtype=dtype).as_strided((1, 1, 3, 4 * vector), (0, 0, step, 1)).zero_()
     ends_early = random(12 * 2 * vector - vector + 2).as_strided((1, 4, 3, vector + 2), (0, 6 * vector, 2 * vector, 1))
     for kv_len, bias in (
         (3 * vector, whole), (4 * vector, longer), (4 * vector - 1, longer[..., :-1]),  # the last vector is in memory
@@ -160,15 +162,19 @@ def test_a_bias_is_copied_where_its_columns_do_not_lie_in_vectors(dtype):
         (vector + 1, 2, random(1, 4, 1, vector + 3)),
         (vector, 3 * vector, random(1, 4, 3, 4 * vector + 1)[..., 1:]),
         (vector, 3 * vector, random(12 * 4 * vector + 1)[1:].view(1, 4, 3, -1)),
-        (vector, 2, ends_early),
-        (3, 2, random(1, 4, 3, 1).expand(-1, -1, -1, 5)),
+        (vector, 2, ends_early), (vector, 3 * vector, far),
+        (3, 2, random(1, 4, 3, 1).expand(-1, -1, -1, 5)), (3, 2, random(1, 1, 3, 5).expand(2, 4, -1, -1)),
     ):  # fmt: skip
         copied = read(prefix_len, kv_len, bias)
         own_column = -(-prefix_len // vector) * vector
+        axes = zip(bias.shape[:-1], bias.stride()[:-1], strict=True)
+        assert copied.pointer.shape[:-1] == tuple(size if stride else 1 for size, stride in axes)
+        bias = bias.expand(2, 4, 3, -1)
         assert copied.pointer.data_ptr() != bias.data_ptr() and copied.pointer.data_ptr() % 16 == 0
         assert copied.pointer.shape[-1] % vector == 0 and all(stride % vector == 0 for stride in copied[1:])
-        assert torch.equal(copied.pointer[..., :prefix_len], bias[..., :prefix_len])
-        assert torch.equal(copied.pointer[..., own_column : own_column + kv_len], bias[..., prefix_len:])
+        values = copied.pointer.expand(2, 4, 3, -1)
+        assert torch.equal(values[..., :prefix_len], bias[..., :prefix_len])
+        assert torch.equal(values[..., own_column : own_column + kv_len], bias[..., prefix_len:])
 
 
 def test_a_bias_has_tiles_of_its_own_where_it_needs_them(monkeypatch):

@@ -105,6 +105,17 @@ def test_what_makes_another_kind():
     assert len(recorded._kinds) == 4 and all(type(found) is Recording for found in recorded._kinds.values())
 
 
+def test_a_bias_that_ends_with_its_memory_is_another_kind():
+    """It is copied, where one that lies alike but has memory behind it is read where it lies."""
+    tensors = [torch.randn(2, 2, 5, 16) for _ in range(3)] + [torch.randn(2, 4, 16) for _ in range(2)]
+    longer = torch.randn(5 * 12)
+    biases = [longer.as_strided((1, 1, 5, 9), (60, 60, 12, 1)), longer[:57].clone().as_strided((1, 1, 5, 9), (60, 60, 12, 1))]
+    for bias in biases * 3:
+        out, right = (prefix_attention(*tensors, bias=bias, backend=name) for name in ("triton", "reference"))
+        torch.testing.assert_close(out, right)
+    assert [type(found) for found in recorded._kinds.values()] == [Recording] * 2
+
+
 def test_a_bias_of_another_shape_is_another_kind():
     """Though its strides are the same: one for all rows, and one for each."""
     tensors = [tensor.detach() for tensor in make_inputs(Case("one head", **SHAPE | {"heads": 1})).tensors]

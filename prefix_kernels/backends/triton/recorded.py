@@ -15,7 +15,7 @@ from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from prefix_kernels.backends.triton.launch import on_device, thread
-from prefix_kernels.backends.triton.rows import Operand, Tokens
+from prefix_kernels.backends.triton.rows import Operand, Tokens, lies_in_vectors
 from prefix_kernels.problem import AttentionInputs
 
 MOST_KINDS = 1024  # that are remembered
@@ -103,7 +103,9 @@ def tensors_of(inputs: AttentionInputs) -> Sequence[Tensor | None]:
 def kind_of(inputs: AttentionInputs, given: Sequence[Tensor | None], *more: Hashable) -> Hashable:
     """What the host's work for a call depends on."""
     tensors = [None if t is None else (t.dtype, t.stride(), t.data_ptr() % 16) for t in given]
-    bias = None if inputs.bias is None else inputs.bias.shape  # which the problem does not have
+    bias = inputs.bias  # the problem does not have its shape
+    if bias is not None:
+        bias = bias.shape, lies_in_vectors(bias, inputs.prefix_k.shape[-2])
     return inputs.problem(), inputs.scale, inputs.q.device, bias, *tensors, *more
 
 

@@ -85,24 +85,30 @@ def bias_of(inputs: AttentionInputs, in_vectors: bool = False) -> tuple[Operand 
     bias, vector = inputs.bias if inputs.bias.stride(-1) == 1 else inputs.bias.contiguous(), 1
     if in_vectors:
         vector, prefix_len = VECTOR_BYTES // bias.itemsize, inputs.prefix_k.shape[-2]
-        bias = bias if _lies_in_vectors(bias, vector, prefix_len) else _put_in_vectors(bias, vector, prefix_len)
+        bias = bias if lies_in_vectors(bias, prefix_len) else _put_in_vectors(bias, vector, prefix_len)
     return _operand(bias, *bias.expand(*inputs.q.shape[:3], -1).stride()[:3]), vector
 
 
-def _lies_in_vectors(bias: Tensor, vector: int, prefix_len: int) -> bool:
-    """Whether the prefix's columns and the keys' begin at a multiple of `vector`, and the last vector is memory of the bias."""
-    sizes = list(zip(bias.shape, bias.stride(), strict=True))
+def lies_in_vectors(bias: Tensor, prefix_len: int) -> bool:
+    """Whether the columns of the prefix and of the keys begin at multiples of VECTOR_BYTES, the last of which is wholly memory of
+    the bias. Columns lie side by side."""
+    vector, sizes = VECTOR_BYTES // bias.itemsize, list(zip(bias.shape, bias.stride(), strict=True))
     strides = [stride for size, stride in sizes[:-1] if size > 1]
     if bias.data_ptr() % VECTOR_BYTES or any(number % vector for number in (prefix_len, *strides)):
         return False
+    if bias.ndim > 1 and bias.shape[-2] > 1 and bias.stride(-2) > MAX_TOKEN_STRIDE:
+        return False
     if bias.shape[-1] % vector == 0:
         return True
-    last = bias.storage_offset() + sum((size - 1) * stride for size, stride in sizes)
-    return (last // vector + 1) * vector <= bias.untyped_storage().nbytes() // bias.itemsize
+    last = sum((size - 1) * stride for size, stride in sizes)
+    return (last // vector + 1) * vector <= bias.untyped_storage().nbytes() // bias.itemsize - bias.storage_offset()
 
 
 def _put_in_vectors(bias: Tensor, vector: int, prefix_len: int) -> Tensor:
-    """A copy with columns between those of the prefix and the keys, and behind them, that nobody sees."""
+    """A copy with columns between those of the prefix and the keys, and behind them, that nobody sees; one entry along an axis
+    where all are the same."""
+    for axis in range(bias.ndim - 1):
+        bias = bias if bias.stride(axis) or bias.shape[axis] < 2 else bias.narrow(axis, 0, 1)
     own_column, keys = -(-prefix_len // vector) * vector, bias.shape[-1] - prefix_len
     padded = bias.new_empty(*bias.shape[:-1], own_column + -(-keys // vector) * vector)
     padded[..., :prefix_len] = bias[..., :prefix_len]

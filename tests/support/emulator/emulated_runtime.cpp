@@ -14,6 +14,7 @@ static struct {
 } settings;
 
 int multiprocessors() { return settings.multiprocessors; }
+int largest_cluster() { return settings.clusters ? LARGE_CLUSTER : FEW_CLUSTER; }
 
 int launch_decode(const DecodeCall& call, bool bfloat16, int head_dim, void*) {
   settings.failed = settings.decode(&call, bfloat16, head_dim, settings.clusters, settings.order);

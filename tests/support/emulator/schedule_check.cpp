@@ -120,7 +120,7 @@ static void check(const Schedule& s, std::mt19937& random) {
   HOLDS(s.splits == 1 || parts <= 2 * resident || (s.length > 0 && parts <= std::max<int64_t>(3 * s.blocks, row_items)));
   if (s.length > 0) check_continuous(s);
   // Clusters have no more thread blocks than every GPU takes, and of more than two leave a quarter of the device free.
-  HOLDS(!s.clustered || (s.few_warps > 0 && s.length == 0 && 1 < s.splits && s.splits <= LARGE_CLUSTER));
+  HOLDS(!s.clustered || (s.few_warps > 0 && s.length == 0 && 1 < s.splits && s.splits <= z.largest_cluster));
   HOLDS(!s.clustered || s.splits == 2 || 4 * row_items * s.splits <= 3 * z.multiprocessors);
   HOLDS(s.few_warps == 0 || (s.shared_splits == 0 && WARPS <= s.few_warps && s.few_warps <= FEW_WARPS));
   if (s.items() <= 3000) check_items(s);
@@ -141,7 +141,7 @@ int main() {
             for (const int64_t prefixes : {0, 1, 7, 2000})
               for (const int64_t window : {0, 100}) {
                 z = Sizes{batch, h, kv, q_len, kv_len, count % 3 ? 128 : 256, std::max<int64_t>(1, prefixes), prefix_len,
-                          window, count % 2 ? 132 : 7, count % 5 != 0, prefixes > 0};
+                          window, count % 2 ? 132 : 7, count % 3 ? LARGE_CLUSTER : FEW_CLUSTER, count % 5 != 0, prefixes > 0};
                 check(schedule_of(z), random);
                 ++count;
               }
