@@ -90,8 +90,8 @@ def bias_of(inputs: AttentionInputs, in_vectors: bool = False) -> tuple[Operand 
 
 
 def lies_in_vectors(bias: Tensor, prefix_len: int) -> bool:
-    """Whether the columns of the prefix and of the keys begin at multiples of VECTOR_BYTES, the last of which is wholly memory of
-    the bias. Columns lie side by side."""
+    """Whether the columns of the prefix and of the keys, which lie side by side, begin at multiples of VECTOR_BYTES, and the
+    last of these is wholly memory of the bias."""
     vector, sizes = VECTOR_BYTES // bias.itemsize, list(zip(bias.shape, bias.stride(), strict=True))
     strides = [stride for size, stride in sizes[:-1] if size > 1]
     if bias.data_ptr() % VECTOR_BYTES or any(number % vector for number in (prefix_len, *strides)):
