@@ -175,6 +175,13 @@ def test_only_some_rows_in_the_order_asked_for():
     assert run_gpu.wanted(every, [""]) == every
 
 
+@pytest.mark.parametrize(("stage", "text"), [("tests", "generate"), ("e2e", "no such row")])
+def test_only_rows_that_there_are(stage, text, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        run_gpu.main([str(tmp_path), stage, "--dry-run", "--only", text])
+    assert f"--only: no row of the stage {stage} has {text} in its key" in capsys.readouterr().err
+
+
 def test_a_row_goes_on_with_the_ways_it_does_not_have(tmp_path, monkeypatch):
     """After a crash, or the end of a stage's time, nothing is tried twice."""
     asked = []

@@ -138,6 +138,19 @@ def test_which_models_are_trained_without_padding(device):
     assert padding_free_collator(model, None, backend="sdpa") is None
 
 
+@pytest.mark.parametrize(
+    ("options", "changes", "expected"),
+    [({}, {}, True), ({"cuda_graphs": False}, {}, False), ({}, {CHECKPOINTING: True}, False), ({}, {"fp16": True}, False)],
+    ids=str,
+)
+def test_a_trainer_says_whether_its_steps_are_recorded(options, changes, expected, tmp_path):
+    trainer = make_trainer(tmp_path, options=options)
+    for name, value in changes.items():
+        setattr(trainer.args, name, value)
+    assert trainer._is_recorded() == expected
+    trainer.detach()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_what_of_a_gpu_was_measured_to_be_faster(dtype, monkeypatch):
     """As above, of a GPU that is not there."""
