@@ -101,12 +101,12 @@ class GraphedSteps:
             num_targets = count_targets(labels)
         if not num_targets:
             return None
-        (shape, masked), most = ((rows, length), "attention_mask" in inputs), rounded(num_targets)
+        shape, masked, most = (rows, length), "attention_mask" in inputs, rounded(num_targets, least=8 if pack is None else 64)
         make_rows = partial(Rows, shape, device, masked)
         if pack is not None:
             longest = 1 << (pack.max_seqlen - 1).bit_length()
             sequences = len(pack.cu_seqlens) - 1 - (labels.shape[1] - length) // longest  # those of what is left, rounded up
-            shape += rounded(sequences, 4), longest, pack.parent is not None
+            shape += rounded(sequences, 4, least=16), longest, pack.parent is not None
             make_rows, inputs = partial(_PackedRow, *shape[1:], device), {**inputs, "pack": pack}
         if teacher:
             check_teacher(num_targets, *teacher)
@@ -361,13 +361,13 @@ class _Replayed(torch.autograd.Function):
         return None, *(next(handed) if used else None for used in ctx.used)
 
 
-def rounded(length: int, parts: int = 8) -> int:
+def rounded(length: int, parts: int = 8, least: int = 8) -> int:
     """`length` rounded up to a multiple of an eighth of the next power of two, so that at most a fifth is padding.
 
-    parts: another number in place of eight. Rows without padding come in more shapes than padded ones, so that their number,
-    which costs nothing, is rounded up to a quarter.
+    parts, least: other numbers in place of eight, and of what it is a multiple at least. Rows without padding come in more shapes
+    than padded ones, so that of theirs what costs little is rounded up further.
     """
-    unit = max(8, (1 << (length - 1).bit_length()) // parts)
+    unit = max(least, (1 << (length - 1).bit_length()) // parts)
     return -(-length // unit) * unit
 
 
