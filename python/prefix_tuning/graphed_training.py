@@ -364,8 +364,8 @@ class _Replayed(torch.autograd.Function):
 def rounded(length: int, parts: int = 8, least: int = 8) -> int:
     """`length` rounded up to a multiple of an eighth of the next power of two, so that at most a fifth is padding.
 
-    parts, least: other numbers in place of eight, and of what it is a multiple at least. Rows without padding come in more shapes
-    than padded ones, so that of theirs what costs little is rounded up further.
+    parts, least: other numbers in place of eight, and of what it is a multiple at least. Rows without padding come in more
+    shapes than padded ones, so that of theirs what costs little is rounded up further.
     """
     unit = max(least, (1 << (length - 1).bit_length()) // parts)
     return -(-length // unit) * unit
