@@ -489,7 +489,7 @@ def test_batches_that_one_process_hands_out_are_padded(free, tmp_path):
     trainer = make_trainer(tmp_path, options={"padding_free": free}, max_steps=1, accelerator_config=config)
     trainer.train()
     assert trainer._padding_free() is not None
-    trainer.args = SimpleNamespace(world_size=2, accelerator_config=trainer.args.accelerator_config)
+    trainer.args = SimpleNamespace(world_size=2, accelerator_config=trainer.args.accelerator_config, fp16=False)
     if free:
         with pytest.raises(NotImplementedError, match="padding_free: several processes need .* without dispatch_batches"):
             trainer._padding_free()
