@@ -48,7 +48,7 @@ class TrainSettings:
         learning_rate: None is 1e-3 with an MLP, 3e-2 for keys and values that start from a text, 1e-3 from random.
         steps, epochs: optimiser steps, or passes over the rows; at most one of them, None for both: 3 passes.
         warmup: steps (1 or more) or their share (below 1, rounded up) in which the learning rate rises, from 0 in the first of
-            them; then it falls linearly. With steps=1 there is none.
+            them; then it falls linearly. A run of one step has none.
         padding_free: as for PrefixTrainer.
         save_steps: a checkpoint, and an evaluation where there are rows for it, every so many steps; 0: none.
         patience: stop after so many evaluations without a better loss; 0: never.
@@ -112,8 +112,7 @@ class TrainSettings:
         mlp = self.reparametrization or ("none" if init == "text" else "mlp")
         rate = self.learning_rate or (3e-2 if mlp == "none" and init == "text" else 1e-3)
         epochs = 3.0 if self.steps is None and self.epochs is None else self.epochs
-        warmup = 0.0 if self.steps == 1 and self.warmup < 1 else self.warmup
-        return dataclasses.replace(self, init=init, reparametrization=mlp, learning_rate=rate, epochs=epochs, warmup=warmup)
+        return dataclasses.replace(self, init=init, reparametrization=mlp, learning_rate=rate, epochs=epochs)
 
 
 def train_prefix(
@@ -258,6 +257,11 @@ def _check_output(output: Path, resume: bool, overwrite: bool) -> None:
 
 class _Trainer(PrefixTrainer):
     step_losses: StepLosses
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
+        if num_training_steps == 1 and self.args.warmup_steps < 1:  # it would be the warm-up, at a rate of 0
+            self.args.warmup_steps = 0
+        return super().create_scheduler(num_training_steps, optimizer)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         loss = super().training_step(*args, **kwargs)

@@ -239,9 +239,13 @@ def test_a_resumed_run_goes_on_with_its_own_learning_rate(tmp_path):
             run(tmp_path, resume=True, **SAVING | {name: value})
 
 
-def test_a_single_step_trains(tmp_path):
+@pytest.mark.parametrize(
+    "length", [{"steps": 1}, {"steps": None, "epochs": 1.0, "batch_size": len(ROWS)}], ids=("steps", "epochs")
+)
+def test_a_single_step_trains(length, tmp_path):
     start = start_prefix(tiny_model("llama"), tiny_tokenizer(), TrainSettings(init_text="a pub", prefix_len=4).resolved())
-    prefix, _ = run(tmp_path, init_text="a pub", prefix_len=4, steps=1)
+    prefix, metrics = run(tmp_path, init_text="a pub", prefix_len=4, **length)
+    assert metrics["steps"] == 1
     assert all((one - other).abs().max() > 1e-3 for one, other in zip(prefix.parameters(), start.parameters(), strict=True))
 
 
