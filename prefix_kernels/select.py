@@ -19,6 +19,7 @@ SMALL_CALL, LARGE_CALL = 2**26, 2**28  # bytes of memory traffic
 MOST_ROWS = 64
 # From which number of pairs of a query and a prefix column, of one head, torch's products by AMX outweigh its passes:
 AMX_PAIRS = 2**17
+DECODED_QUERIES = 8  # of a row, at most; ours are faster then
 # Why a backend comes before those after it.
 REASONS = {
     "cpu": "measured with AVX-512, else assumed: 1.6 to 8.2 times as fast as sdpa at the 112 points of benchmarks/results/cpu, "
@@ -88,7 +89,7 @@ def _has_amx() -> bool:
 
 def _amx_is_faster(problem: AttentionProblem) -> bool:
     """Whether torch's bfloat16 kernels, which use AMX, are faster than ours: benchmarks/results/cpu/amx.json, forward alone."""
-    if problem.dtype != torch.bfloat16 or problem.gradients or problem.q_len <= 8 or not _has_amx():
+    if problem.dtype != torch.bfloat16 or problem.gradients or problem.q_len <= DECODED_QUERIES or not _has_amx():
         return False
     hides = problem.has_key_mask or problem.has_key_lens or problem.has_bias or problem.window
     pairs = problem.batch * problem.q_len * problem.prefix_len

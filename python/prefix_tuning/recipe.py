@@ -256,6 +256,8 @@ def _check_output(output: Path, resume: bool, overwrite: bool) -> None:
 
 
 class _Trainer(PrefixTrainer):
+    """One whose run may be a single step, and which hands on the loss of each."""
+
     step_losses: StepLosses
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:

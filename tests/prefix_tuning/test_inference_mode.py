@@ -37,7 +37,7 @@ def test_a_prefix_that_is_switched_off_or_its_layers_were_made_there(reparametri
             attachment.enable(False)
             model(input_ids=ids(), labels=ids()).loss.backward()
         grads = [parameter.grad for parameter in model.parameters()]
-        torch.testing.assert_close(grads, expected, atol=5e-5, rtol=1e-5)  # embeddings add up in another order
+        torch.testing.assert_close(grads, expected, atol=5e-5, rtol=1e-5)  # with AVX-512 they round apart
 
 
 def test_an_encoder_decoder_with_one_part():
