@@ -17,9 +17,6 @@ WIDE_HEAD = 128  # above it sdpa comes before triton on a GPU, unless triton's k
 LONG_PREFIX, SHORT_PREFIX = 2048, 64  # columns
 SMALL_CALL, LARGE_CALL = 2**26, 2**28  # bytes of memory traffic
 MOST_ROWS = 64
-# From which number of pairs of a query and a prefix column, of one head, torch's products by AMX outweigh its passes:
-AMX_PAIRS = 2**17
-DECODED_QUERIES = 8  # of a row, at most; ours are faster then
 # Why a backend comes before those after it.
 REASONS = {
     "cpu": "measured with AVX-512, else assumed: 1.6 to 8.2 times as fast as sdpa at the 112 points of benchmarks/results/cpu, "
@@ -29,8 +26,7 @@ REASONS = {
     "operator for the host to call",
     "triton": "measured on an H200 (benchmarks/results/nvidia-h200): faster than sdpa in training in 16 bit, and than cuda in "
     "decoding of many rows behind longer prefixes",
-    "sdpa": "on a CPU with AMX it was measured to be faster forward in bfloat16, of many queries behind a long prefix; in "
-    "float32 it was measured to be twice as fast as triton forward on an H200; with heads of more than 128 it is "
+    "sdpa": "in float32 it was measured to be twice as fast as triton forward on an H200; with heads of more than 128 it is "
     "assumed to be faster, but for 16 bit on sm_90; on a CPU it copies nothing per row",
     "reference": "it is the only one left",
 }
@@ -71,29 +67,13 @@ def choose_backend(problem: AttentionProblem, backend: str | None) -> str:
 def preferred(problem: AttentionProblem) -> tuple[str, ...]:
     """The backends, the one that is fastest for this problem first."""
     first: tuple[str, ...] = ()
-    if problem.device == "cpu" and _amx_is_faster(problem):
-        first = ("sdpa",)
-    elif problem.device == "cuda" and max(problem.head_dim, problem.value_dim) > WIDE_HEAD:
+    if problem.device == "cuda" and max(problem.head_dim, problem.value_dim) > WIDE_HEAD:
         first = ("cuda", "triton", "sdpa") if load_backend("triton").fast_with_wide_heads(problem) else ("cuda", "sdpa")
     elif problem.device == "cuda" and problem.dtype == torch.float32 and problem.q_len > load_backend("cuda").MAX_QUERIES:
         first = ("sdpa",)  # triton's float32 products have no tensor cores
     elif problem.device == "cuda" and not _cuda_is_faster(problem):
         first = ("triton",)
     return (*first, *(name for name in BACKENDS if name not in first))
-
-
-@functools.cache
-def _has_amx() -> bool:
-    return getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
-
-
-def _amx_is_faster(problem: AttentionProblem) -> bool:
-    """Whether torch's bfloat16 kernels, which use AMX, are faster than ours: benchmarks/results/cpu/amx.json, forward alone."""
-    if problem.dtype != torch.bfloat16 or problem.gradients or problem.q_len <= DECODED_QUERIES or not _has_amx():
-        return False
-    hides = problem.has_key_mask or problem.has_key_lens or problem.has_bias or problem.window
-    pairs = problem.batch * problem.q_len * problem.prefix_len
-    return pairs >= AMX_PAIRS and not (hides or problem.has_prefix_ids or problem.varlen)
 
 
 def _cuda_is_faster(problem: AttentionProblem) -> bool:

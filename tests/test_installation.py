@@ -35,7 +35,7 @@ def test_the_extension_is_loaded_from_where_the_packages_are():
     q = torch.zeros(1, 1, 1, 16)
     prefix_kernels.prefix_attention(q, q, q, q[0], q[0], backend="cpu")
     assert [path for path in torch.ops.loaded_libraries if "prefix_kernels" in path] == [str(library)]
-    assert torch.ops.prefix_kernels_cpu.isa(None) in ("baseline", "avx2", "avx512")
+    assert torch.ops.prefix_kernels_cpu.isa(None) in ("baseline", "avx2", "avx512", "amx")
 
 
 def test_installed_version_is_the_declared_one():

@@ -7,6 +7,7 @@
 // With too few rows to fill vector lanes, lanes hold head_dim instead.
 #include "kernels.h"
 #include "softmax.h"
+#include "unit.h"
 
 namespace prefix_kernels::ISA {
 
@@ -14,7 +15,7 @@ namespace prefix_kernels::ISA {
 struct NarrowTile {
   alignas(64) float q[ROWS * MAX_DIM], acc[ROWS * MAX_DIM];
   alignas(64) float weights[ROWS][KEYS];
-  alignas(64) float keys[KEYS * MAX_DIM], values[KEYS * MAX_DIM];  // widened from 16 bit
+  VectorUnit::Keys keys;
   float m[ROWS], l[ROWS];
   TileRows rows;
 
@@ -37,10 +38,10 @@ struct NarrowTile {
         weigh(p, segment, at(segment.k, segment.k_first), segment.k.token, first, count);
         add_values(p, at(segment.v, segment.v_first), segment.v.token, count);
       } else {
-        const KeyTile k = widen(segment.k, segment.k_first, first, count, p.head_dim, keys);
-        weigh(p, segment, k.data, k.stride, first, count);
-        const KeyTile v = widen(segment.v, segment.v_first, first, count, p.value_dim, values);
-        add_values(p, v.data, v.stride, count);
+        keys.read(segment.k, segment.k_first, first, count, p.head_dim);
+        weigh(p, segment, keys.data, keys.stride, first, count);
+        keys.read(segment.v, segment.v_first, first, count, p.value_dim);
+        add_values(p, keys.data, keys.stride, count);
       }
       prefetch(segment.k, segment.k_first, next, std::min<int64_t>(KEYS, last - next), p.head_dim);
     }
@@ -143,8 +144,11 @@ static void write_partial(const Problem& p, const DecodePlan& plan, int64_t spli
   }
 }
 
-void decode_prefix(const Problem& p, const DecodePlan& plan, int64_t begin, int64_t end) {
-  AttendTile wide;
+template <typename Unit>
+static void decode_prefix_with(const Problem& p, const DecodePlan& plan, int64_t begin, int64_t end) {
+  [[maybe_unused]] const Unit unit{};
+  Attend<Unit> attend;
+  AttendTile<Unit> wide;
   NarrowTile narrow;
   for (int64_t task = begin; task < end; ++task) {
     const int64_t split = task % plan.splits, tile = task / plan.splits % plan.tiles, kv_head = task / plan.splits / plan.tiles;
@@ -162,14 +166,18 @@ void decode_prefix(const Problem& p, const DecodePlan& plan, int64_t begin, int6
       write_partial(p, plan, split, rows, narrow.acc, narrow.m, narrow.l);
     } else {
       wide.rows = rows;
-      wide.start(p);
-      wide.attend(p, prefix, first, last);
+      attend.start(p, wide);
+      attend.attend(p, &wide, 1, prefix, first, last);
       alignas(64) float m[ROWS], l[ROWS];
       for (int u = 0; u < 2; ++u) store(m + u * LANES, wide.state.m[u]), store(l + u * LANES, wide.state.l[u]);
-      transpose_columns(wide.acc, p.value_dim, rows.vectors(), wide.values);
-      write_partial(p, plan, split, rows, wide.values, m, l);
+      transpose_columns(wide.acc, p.value_dim, rows.vectors(), attend.buffer);
+      write_partial(p, plan, split, rows, attend.buffer, m, l);
     }
   }
+}
+
+void decode_prefix(const Problem& p, const DecodePlan& plan, int64_t begin, int64_t end) {
+  with_unit(p, [&]<typename Unit>() { decode_prefix_with<Unit>(p, plan, begin, end); });
 }
 
 void decode_own(const Problem& p, const DecodePlan& plan, int64_t begin, int64_t end) {

@@ -1,6 +1,12 @@
 // Chooses the kernels for the processor at run time.
 #include <cstring>
 
+#if defined(PREFIX_KERNELS_AMX)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include "kernels.h"
 
 namespace prefix_kernels {
@@ -19,6 +25,19 @@ DECLARE_KERNELS(baseline, 4)
 DECLARE_KERNELS(avx2, 8)
 DECLARE_KERNELS(avx512, 16)
 #endif
+#if defined(PREFIX_KERNELS_AMX)
+DECLARE_KERNELS(amx, 16)
+
+// Whether the processor multiplies bfloat16 by matrices, and Linux lets this process keep their registers.
+static bool has_amx() {
+  constexpr unsigned AMX_BF16 = 1u << 22, AMX_TILE = 1u << 24, AVX512_BF16 = 1u << 5;
+  constexpr int REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & AMX_BF16) || !(d & AMX_TILE)) return false;
+  if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a & AVX512_BF16)) return false;
+  return syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
+}
+#endif
 
 // The table of that name, null where the processor lacks the instructions. A null name asks for the best.
 static const Kernels* find_kernels(const char* name) {
@@ -28,6 +47,9 @@ static const Kernels* find_kernels(const char* name) {
   const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
                           __builtin_cpu_supports("avx512vl");
+#if defined(PREFIX_KERNELS_AMX)
+  if (has_avx512 && (!name || !std::strcmp(name, "amx")) && has_amx()) return &amx::table;
+#endif
   if (has_avx512 && (!name || !std::strcmp(name, "avx512"))) return &avx512::table;
   if (has_avx2 && (!name || !std::strcmp(name, "avx2"))) return &avx2::table;
 #endif

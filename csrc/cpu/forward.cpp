@@ -1,13 +1,15 @@
-// Forward pass: one task is a tile of query rows of one sequence and kv head. It meets the prefix, a parent's keys and its
+// Forward pass: one task is a tile of query rows of one sequence and kv head, of which a few go together. It meets the prefix, a parent's keys and its
 // own keys up to the diagonal, in one online softmax:
 //
 //     s_n = scale · q · k_n     out = Σ_n 2^(s_n − m) · v_n / l     lse = ln 2 · (m + log2 l)
 #include "kernels.h"
 #include "softmax.h"
+#include "unit.h"
 
 namespace prefix_kernels::ISA {
 
-static void write_outputs(const Problem& p, AttendTile& tile) {
+template <typename Unit>
+static void write_outputs(const Problem& p, AttendTile<Unit>& tile, float* buffer) {
   alignas(64) float l[ROWS], m[ROWS];
   for (int u = 0; u < tile.rows.vectors(); ++u) {
     const Vec total = tile.state.l[u];
@@ -15,32 +17,44 @@ static void write_outputs(const Problem& p, AttendTile& tile) {
     const Vec inverse = total == 0.0f ? Vec{} : 1.0f / total;
     for (int64_t d = 0; d < p.value_dim; ++d) store(tile.acc[d] + u * LANES, load(tile.acc[d] + u * LANES) * inverse);
   }
-  transpose_columns(tile.acc, p.value_dim, tile.rows.vectors(), tile.values);
+  transpose_columns(tile.acc, p.value_dim, tile.rows.vectors(), buffer);
   for (int r = 0; r < tile.rows.count; ++r) {
-    write_row(p.out, row_offset(p.out, tile.rows, r), p.value_dim, tile.values + r * p.value_dim);
+    write_row(p.out, row_offset(p.out, tile.rows, r), p.value_dim, buffer + r * p.value_dim);
     const int64_t at = p.lse_offset(*tile.rows.sequence[r], tile.rows.query[r], tile.rows.head[r]);
     p.lse[at] = log_sum_exp(m[r], l[r]);
   }
 }
 
-void forward(const Problem& p, const int64_t* tile_first, int64_t begin, int64_t end) {
-  AttendTile tile;
-  const int64_t tiles = tile_first[p.sequence_count];
-  for (int64_t task = begin; task < end; ++task) {
-    const int64_t kv_head = task / tiles, index = task % tiles;
-    const int64_t sequence = std::upper_bound(tile_first, tile_first + p.sequence_count + 1, index) - tile_first - 1;
+template <typename Unit>
+static void forward_with(const Problem& p, const int64_t* tile_first, int64_t begin, int64_t end) {
+  [[maybe_unused]] const Unit unit{};
+  Attend<Unit> attend;
+  AttendTile<Unit> tiles[GROUP];
+  int64_t sequence = 0;
+  for (int64_t task = begin; task < end;) {
+    while (tile_first[sequence + 1] * p.kv_heads <= task) ++sequence;
     const Sequence& s = p.sequences[sequence];
-    tile.rows.count = 0;
-    tile.rows.add(p, s, kv_head, (index - tile_first[sequence]) * ROWS);
-    tile.start(p);
+    const int64_t of_sequence = tile_first[sequence + 1] - tile_first[sequence];
+    const int64_t index = task - tile_first[sequence] * p.kv_heads, kv_head = index / of_sequence, tile = index % of_sequence;
+    const int64_t count = std::min({GROUP, end - task, of_sequence - tile});
+    for (int64_t i = 0; i < count; ++i) {
+      tiles[i].rows.count = 0;
+      tiles[i].rows.add(p, s, kv_head, (tile + i) * ROWS);
+      attend.start(p, tiles[i]);
+    }
     for (const Keys which : {Keys::prefix, Keys::parent, Keys::own}) {
       if (which == Keys::prefix && s.prefix < 0) continue;
       if (which == Keys::parent && s.parent < 0) continue;
-      set_visible(p, tile.rows, which);
-      tile.attend(p, segment_of(p, s, kv_head, which), 0, INT32_MAX);
+      for (int64_t i = 0; i < count; ++i) set_visible(p, tiles[i].rows, which);
+      attend.attend(p, tiles, count, segment_of(p, s, kv_head, which), 0, INT32_MAX);
     }
-    write_outputs(p, tile);
+    for (int64_t i = 0; i < count; ++i) write_outputs(p, tiles[i], attend.buffer);
+    task += count;
   }
+}
+
+void forward(const Problem& p, const int64_t* tile_first, int64_t begin, int64_t end) {
+  with_unit(p, [&]<typename Unit>() { forward_with<Unit>(p, tile_first, begin, end); });
 }
 
 }  // namespace prefix_kernels::ISA

@@ -68,6 +68,13 @@ inline void store(bfloat16* to, Vec v) {
 
 inline Vec max(Vec a, Vec b) { return a > b ? a : b; }
 
+// Whether a comparison holds in every lane.
+inline bool all(IntVec comparison) {
+  int32_t both = -1;
+  for (int i = 0; i < LANES; ++i) both &= comparison[i];
+  return both;
+}
+
 // Of all lanes; in double, because what it is used for is often a small difference of large sums.
 inline double sum(Vec v) {
   double total = 0.0;

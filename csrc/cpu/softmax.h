@@ -1,6 +1,6 @@
 // The online softmax of a tile: running maximum and sum of each query row, and the accumulator.
 //
-//     m' = max(m, max_n s_n)   α = 2^(m − m')   l' = α · l + Σ_n 2^(s_n − m')   acc' = α · acc + Σ_n 2^(s_n − m') · v_n
+//     m' ≥ max(m, max_n s_n) − SLACK   α = 2^(m − m')   l' = α · l + Σ_n 2^(s_n − m')   acc' = α · acc + Σ_n 2^(s_n − m') · v_n
 #pragma once
 
 #include <cmath>
@@ -9,8 +9,10 @@
 
 namespace prefix_kernels::ISA {
 
+constexpr float SLACK = 8.0f;  // in units of log2
+
 struct SoftmaxState {
-  Vec m[2] = {splat(-INF), splat(-INF)};  // maximum so far, in units of log2
+  Vec m[2] = {splat(-INF), splat(-INF)};  // about the maximum so far, in units of log2
   Vec l[2] = {};                          // Σ 2^(s − m)
 };
 
@@ -22,56 +24,91 @@ inline float log_sum_exp(float m, float l) {
   return l == 0.0f ? -INF : float((double(m) + std::log2(double(l))) * 0.693147180559945309);
 }
 
-// Everything that one tile of query rows needs while it meets its keys.
+// A tile of query rows and what it has seen so far.
+template <typename Unit>
 struct AttendTile {
-  alignas(64) float q[MAX_DIM][ROWS];
+  typename Unit::Columns q;
   alignas(64) float acc[MAX_DIM][ROWS];
-  alignas(64) float scores[KEYS][ROWS];
-  alignas(64) float keys[KEYS * MAX_DIM], values[KEYS * MAX_DIM];  // widened from 16 bit; also the rows on their way in and out
   SoftmaxState state;
   TileRows rows;
-  Shift unshifted;
+};
+
+constexpr int64_t GROUP = 4;  // tiles that meet keys one after the other, so that these are prepared once
+
+// What a group needs while it meets keys.
+template <typename Unit>
+struct Attend {
+  typename Unit::Keys keys, values;
+  typename Unit::template Weights<true, false> weights;
+  alignas(64) float scores[KEYS][ROWS];
+  alignas(64) float buffer[ROWS * MAX_DIM];  // rows on their way in and out
   BiasTile bias;
 
-  static_assert(ROWS <= KEYS);
-
-  void start(const Problem& p) {
-    state = SoftmaxState();
-    read_rows(p.q, rows, p.head_dim, keys);
-    transpose_rows(keys, p.head_dim, rows.vectors(), q);
-    std::fill_n(acc[0], p.value_dim * ROWS, 0.0f);
+  void start(const Problem& p, AttendTile<Unit>& tile) {
+    tile.state = SoftmaxState();
+    read_rows(p.q, tile.rows, p.head_dim, buffer);
+    tile.q.pack(buffer, p.head_dim, tile.rows.vectors());
+    std::fill_n(tile.acc[0], p.value_dim * ROWS, 0.0f);
   }
 
-  // Keys first … last of a segment; the tile's visible ranges must be set for it.
-  void attend(const Problem& p, const Segment& segment, int64_t first, int64_t last) {
-    first = std::max(first, rows.any_from), last = std::min(last, rows.any_to);
+  // Tiles meet keys first … last of one segment, whose visible ranges must be set in them. Keys are cut at multiples of KEYS, so
+  // that a tile's result does not depend on those it goes with.
+  void attend(const Problem& p, AttendTile<Unit>* tiles, int64_t tile_count, const Segment& segment, int64_t first,
+              int64_t last) {
+    int64_t from = last, to = first;
+    for (int64_t i = 0; i < tile_count; ++i)
+      from = std::min(from, tiles[i].rows.any_from), to = std::max(to, tiles[i].rows.any_to);
+    first += std::max<int64_t>(0, from - first) / KEYS * KEYS, last = std::min(last, to);
     for (; first < last; first += KEYS) {
       const int64_t count = std::min<int64_t>(KEYS, last - first);
-      const KeyTile k = widen(segment.k, segment.k_first, first, count, p.head_dim, keys);
-      compute_scores(p, rows, segment, first, count, k, q, unshifted, bias, scores, nullptr);
-      for (int u = 0; u < rows.vectors(); ++u) weigh(p, u, count);
-      const KeyTile v = widen(segment.v, segment.v_first, first, count, p.value_dim, values);
-      if (rows.vectors() == 2)
-        product<2, Left::columns>(p.value_dim, v.data, v.stride, scores[0], ROWS, acc[0], ROWS, count, true);
-      else
-        product<1, Left::columns>(p.value_dim, v.data, v.stride, scores[0], ROWS, acc[0], ROWS, count, true);
+      keys.read(segment.k, segment.k_first, first, count, p.head_dim);
+      values.read(segment.v, segment.v_first, first, count, p.value_dim);
+      values.transpose(count, p.value_dim);
+      for (int64_t i = 0; i < tile_count; ++i) {
+        const TileRows& rows = tiles[i].rows;
+        if (rows.any_from < first + count && first < rows.any_to)
+          meet(p, tiles[i], segment, first, std::min(count, rows.any_to - first));
+      }
     }
   }
 
  private:
-  // Scores of one vector of rows become weights 2^(s − m'); the accumulator is rescaled to m'.
-  void weigh(const Problem& p, int u, int64_t count) {
-    Vec m = state.m[u];
-    for (int64_t n = 0; n < count; ++n) m = max(m, load(scores[n] + u * LANES));
-    const Vec base = finite_maximum(m), alpha = exp2(state.m[u] - base);
-    Vec l = state.l[u] * alpha;
-    for (int64_t n = 0; n < count; ++n) {
-      const Vec weight = exp2(load(scores[n] + u * LANES) - base);
-      store(scores[n] + u * LANES, weight);
-      l += weight;
+  void meet(const Problem& p, AttendTile<Unit>& tile, const Segment& segment, int64_t first, int64_t count) {
+    const int vectors = tile.rows.vectors();
+    Unit::multiply(keys, count, tile.q, p.head_dim, vectors, scores);
+    const float factor = finish_scores(p, tile.rows, segment, first, count, bias, scores, nullptr);
+    weights.start(scores, count);
+    for (int u = 0; u < vectors; ++u) weigh(p, tile, u, count, factor);
+    Unit::add_weighted(values, count, weights, p.value_dim, vectors, tile.acc);
+  }
+
+  // Scores of one vector of rows become weights 2^(s − m). A row's m stays, and with it its accumulator, while no score is more
+  // than SLACK above it: neither weights nor sums come near the largest float.
+  void weigh(const Problem& p, AttendTile<Unit>& tile, int u, int64_t count, float factor) {
+    const Vec before = tile.state.m[u];
+    Vec top = splat(-INF), l{};
+    for (int64_t n = 0; n < count; ++n) top = max(top, load(scores[n] + u * LANES));
+    top = top * factor;
+    const IntVec stays = top <= before + SLACK;
+    const Vec m = stays ? before : max(before, top), base = finite_maximum(m);
+    const auto weight = [&](int64_t n) {
+      const Vec w = Unit::exp2(load(scores[n] + u * LANES) * factor - base);
+      l += w;
+      return w;
+    };
+    int64_t n = 0;
+    for (; n + 1 < count; n += 2) {
+      const Vec even = weight(n), odd = weight(n + 1);
+      weights.put(0, n, u, even, odd);
     }
-    state.m[u] = m, state.l[u] = l;
-    for (int64_t d = 0; d < p.value_dim; ++d) store(acc[d] + u * LANES, load(acc[d] + u * LANES) * alpha);
+    if (n < count) weights.put(0, n, u, weight(n), Vec{});
+    if (all(stays)) {
+      tile.state.l[u] += l;
+      return;
+    }
+    const Vec alpha = exp2(before - base);
+    tile.state.m[u] = m, tile.state.l[u] = tile.state.l[u] * alpha + l;
+    for (int64_t d = 0; d < p.value_dim; ++d) store(tile.acc[d] + u * LANES, load(tile.acc[d] + u * LANES) * alpha);
   }
 };
 

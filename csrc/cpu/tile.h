@@ -31,8 +31,11 @@ struct TileRows {
   // group innermost, so that neighbours stand at neighbouring positions.
   void add(const Problem& p, const Sequence& s, int64_t kv_head, int64_t first) {
     const int64_t group = p.group();
-    for (int64_t row = first; row < s.q_len * group && count < ROWS; ++row, ++count)
-      sequence[count] = &s, query[count] = row / group, head[count] = kv_head * group + row % group;
+    int64_t of_query = first / group, of_group = first % group;
+    for (int64_t row = first; row < s.q_len * group && count < ROWS; ++row, ++count) {
+      sequence[count] = &s, query[count] = of_query, head[count] = kv_head * group + of_group;
+      if (++of_group == group) ++of_query, of_group = 0;
+    }
   }
 };
 
@@ -101,22 +104,6 @@ inline void hide(const TileRows& rows, const bool* mask, int64_t first, int64_t 
       }
     }
   }
-}
-
-// Keys (or values) of a tile as float32: where they are, or widened into `buffer`.
-struct KeyTile {
-  const float* data;
-  int64_t stride;
-};
-
-inline KeyTile widen(const Strided& from, int64_t offset, int64_t first, int64_t count, int64_t dim, float* buffer) {
-  if (from.element == Element::float32)
-    return {static_cast<const float*>(from.data) + offset + first * from.token, from.token};
-  for (int64_t n = 0; n < count; ++n) {
-    const bfloat16* source = static_cast<const bfloat16*>(from.data) + offset + (first + n) * from.token;
-    for (int64_t d = 0; d < dim; d += LANES) store(buffer + n * dim + d, load(source + d));
-  }
-  return {buffer, dim};
 }
 
 // Asks for keys that will be read soon. With few query rows a kernel waits for memory most of the time, and the
@@ -218,26 +205,15 @@ struct BiasTile {
   }
 };
 
-// What is taken off each row's scores: in the backward pass its log-sum-exp in units of log2, as a sum of two floats,
-// because a rounding of it would be a relative error of the weights.
-struct Shift {
-  alignas(64) float most[ROWS] = {}, rest[ROWS] = {};
-};
-
-// scores[count][ROWS] of a tile of keys, in units of log2, less the shift; −inf where hidden. With a softcap, `slopes`
-// (unless null) becomes its derivative 1 − tanh² at each score. `bias` is written where the problem has one.
-inline void compute_scores(const Problem& p, const TileRows& rows, const Segment& segment, int64_t first, int64_t count,
-                           const KeyTile& keys, const float (*q)[ROWS], const Shift& shift, BiasTile& bias,
-                           float (*scores)[ROWS], float (*slopes)[ROWS]) {
-  if (rows.vectors() == 2)
-    product<2, Left::rows>(count, keys.data, keys.stride, q[0], ROWS, scores[0], ROWS, p.head_dim, false);
-  else
-    product<1, Left::rows>(count, keys.data, keys.stride, q[0], ROWS, scores[0], ROWS, p.head_dim, false);
-  const bool biased = p.bias.data;
-  if (biased) bias.read(p, rows, segment, first, count);
+// Products of queries with a tile of keys become scores[count][ROWS] of units of log2 by the factor that is returned; −inf where
+// hidden. With a softcap, `slopes` (unless null) becomes its derivative 1 − tanh² at each score. `bias` is written where the
+// problem has one.
+inline float finish_scores(const Problem& p, const TileRows& rows, const Segment& segment, int64_t first, int64_t count,
+                           BiasTile& bias, float (*scores)[ROWS], float (*slopes)[ROWS]) {
   const ScoreFactors factors(p);
-  for (int u = 0; u < rows.vectors(); ++u) {
-    const Vec most = load(shift.most + u * LANES), rest = load(shift.rest + u * LANES);
+  const bool biased = p.bias.data, as_they_are = !biased && !factors.softcap && factors.outer > 0.0f;
+  if (biased) bias.read(p, rows, segment, first, count);
+  for (int u = 0; u < rows.vectors() && !as_they_are; ++u)
     for (int64_t n = 0; n < count; ++n) {
       float* at = scores[n] + u * LANES;
       Vec s = load(at);
@@ -247,10 +223,10 @@ inline void compute_scores(const Problem& p, const TileRows& rows, const Segment
       }
       s *= factors.outer;
       if (biased) s += load(bias.of_key[n] + u * LANES) * float(LOG2E);
-      store(at, s - most - rest);
+      store(at, s);
     }
-  }
   hide(rows, segment.mask, first, count, scores);
+  return as_they_are ? factors.outer : 1.0f;
 }
 
 }  // namespace prefix_kernels::ISA

@@ -113,20 +113,6 @@ def test_wide_heads_prefer_stock_kernels_on_a_gpu():
     assert set(select.preferred(wide._replace(device="cuda"))) == set(select.BACKENDS)
 
 
-def test_long_prefills_in_bfloat16_prefer_stock_kernels_on_a_cpu_with_amx(monkeypatch):
-    inputs = make_inputs(Case("plain"), torch.bfloat16)
-    problem = prefix_kernels.api._dense_inputs(*(tensor.detach() for tensor in inputs.tensors)).problem()
-    problem = problem._replace(batch=8, q_len=64, kv_len=64, prefix_len=256)
-    for amx in (False, True):
-        monkeypatch.setattr(select, "_has_amx", lambda amx=amx: amx)
-        assert select.preferred(problem)[0] == ("sdpa" if amx else "cpu")
-    for change in (
-        {"prefix_len": 255}, {"gradients": True}, {"dtype": torch.float32}, {"q_len": 8, "prefix_len": 4096}, {"window": 3},
-        {"has_bias": True}, {"has_key_lens": True}, {"has_key_mask": True}, {"has_prefix_ids": True}, {"varlen": True},
-    ):  # fmt: skip
-        assert select.preferred(problem._replace(**change)) == select.BACKENDS, change
-
-
 def test_float32_prefers_stock_kernels_on_a_gpu_but_in_decoding():
     problem = prefix_kernels.api._dense_inputs(*make_inputs(Case("plain", q_len=9)).tensors).problem()._replace(device="cuda")
     assert select.preferred(problem)[0] == "sdpa"
