@@ -210,10 +210,16 @@ def environment(device: str) -> dict[str, Any]:
         "triton": _version("triton"),
         "transformers": _version("transformers"),
         "device": torch.cuda.get_device_name() if device == "cuda" else _cpu_name(),
-        "instructions": None if device == "cuda" else torch.backends.cpu.get_cpu_capability(),
+        "instructions": None if device == "cuda" else _instructions(),
         "cache_bytes": last_level_cache(device),
         "threads": torch.get_num_threads(),
     }
+
+
+def _instructions() -> str:
+    """The widest vectors of the processor, and AMX where it multiplies bfloat16 by matrices."""
+    amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
+    return torch.backends.cpu.get_cpu_capability() + (", AMX" if amx else "")
 
 
 def source_fingerprint(root: Path = ROOT) -> str:

@@ -31,7 +31,7 @@ def isa(request):
     torch.ops.prefix_kernels_cpu.isa(best)
 
 
-# Tiles hold 8, 16 or 32 query rows, of which four go together, and 64 keys; a decode step cuts a long prefix in ranges of 256 columns.
+# Tiles hold 8, 16 or 32 query rows, four go together; 64 keys; a decode step cuts a long prefix in ranges of 256 columns.
 TILES = (
     Case("several tiles", batch=1, q_len=75, kv_len=140, prefix_len=130),
     Case("several tiles, head_dim 80", q_len=150, kv_len=170, prefix_len=70, head_dim=80, value_dim=112),
