@@ -78,6 +78,15 @@ def test_bfloat16_is_widened_and_rounded_once(isa, case):
         assert torch.equal(lse.nan_to_num(7.0), wide_lse.nan_to_num(7.0))
 
 
+@pytest.mark.parametrize("isa", ISAS, indirect=True)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-3), (torch.bfloat16, 5e-2)], ids=str)
+def test_scores_that_grow_by_hundreds_from_key_to_key(isa, dtype, tolerance):
+    """Their maximum is followed in steps, which must not be too large."""
+    inputs = make_inputs(Case("growing", q_len=70, kv_len=150, prefix_len=130, scale=40.0), dtype)
+    out, expected = inputs.call(backend="cpu"), inputs.to(torch.float64).call(backend="reference")
+    torch.testing.assert_close(out.double(), expected, rtol=0, atol=tolerance)
+
+
 @pytest.mark.parametrize("isa", ["amx"], indirect=True)
 @pytest.mark.parametrize("case", [Case("plain"), Case("many rows", q_len=150, kv_len=150, prefix_len=70)], ids=str)
 def test_nan_stays_in_its_row_of_a_matrix_product(isa, case):
