@@ -175,6 +175,20 @@ def test_the_memory_efficient_kernel_gets_a_short_prefix_row_by_row(calls):
         assert rows.count(1) == passes_over_all_rows and rows.count(2) > 0
 
 
+@pytest.mark.parametrize(
+    "options", [{"bias": (0, 0, 0, 0)}, {"bias": (1, 0, 0, 0)}, {"window": 30, "first_key_position": 0}], ids=str
+)
+def test_a_masked_prefix_is_one_pass_but_for_gradients_of_a_long_one(calls, options):
+    case = Case("masked", batch=3, q_len=12, kv_len=12, **options)
+    for prefix_len, single_rows in ((4 * 12, 0), (4 * 12 + 1, 3)):
+        calls.clear()
+        compare(replace(case, prefix_len=prefix_len), *DTYPES["float32"], "sdpa")
+        rows = {
+            name: [call.query.shape[0] for call in calls if call.operator == name] for name in (EFFICIENT, EFFICIENT_BACKWARD)
+        }
+        assert set(rows[EFFICIENT]) == {3} and rows[EFFICIENT_BACKWARD].count(1) == single_rows
+
+
 CHUNK = Case("chunk", batch=2, heads=4, kv_heads=2, q_len=12, kv_len=20, head_dim=32, prefix_len=5)
 PREFIX_PASS = {
     "batch": ((1, 4, 24, 32), (1, 2, 5, 32), False), "expanded": ((2, 4, 12, 32), (2, 2, 5, 32), False),

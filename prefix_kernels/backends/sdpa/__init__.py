@@ -16,7 +16,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from prefix_kernels.backends.sdpa.passes import Pass, expands_prefix, plan
+from prefix_kernels.backends.sdpa.passes import Pass, expands_masked_prefix, expands_prefix, plan
 from prefix_kernels.backends.sdpa.stock import attend, attend_backward
 from prefix_kernels.problem import AttentionInputs, AttentionProblem, empty_token_major
 
@@ -49,9 +49,10 @@ def workspace_bytes(problem: AttentionProblem) -> tuple[int, int]:
     if problem.window or problem.has_key_mask or problem.has_key_lens or problem.has_bias or problem.varlen:
         rows = problem.batch if problem.has_key_mask or problem.has_key_lens or problem.has_bias else 1
         masks = 4 * wide * rows * problem.q_len * problem.kv_len
-        if problem.has_bias or problem.first_key_position is not None:
-            heads = problem.heads if problem.has_bias else 1
-            masks += 4 * wide * heads * problem.q_len * problem.prefix_len
+    masks_prefix = problem.has_bias or problem.first_key_position is not None
+    if masks_prefix:
+        heads = problem.heads if problem.has_bias else 1
+        masks += 4 * wide * problem.batch * heads * problem.q_len * problem.prefix_len
     padded = 0
     if problem.head_dim != problem.value_dim:  # the kernels want one for both
         dims, larger = problem.head_dim + problem.value_dim, 2 * max(problem.head_dim, problem.value_dim)
@@ -62,7 +63,9 @@ def workspace_bytes(problem: AttentionProblem) -> tuple[int, int]:
     backward = 5 * wide * queries + 4 * wide * (keys + prefix) + 6 * lse + masks + copies + wide * padded + scratch
     group, splits_keys = problem.heads // problem.kv_heads, problem.dtype.itemsize == 2
     heads = problem.heads if splits_keys else problem.kv_heads
-    if problem.device == "cuda" and expands_prefix(heads, problem.q_len, problem.prefix_len, splits_keys):
+    if masks_prefix and expands_masked_prefix(problem.q_len, problem.prefix_len):
+        backward += wide * problem.batch * prefix * (1 + 2 * group)
+    elif problem.device == "cuda" and expands_prefix(heads, problem.q_len, problem.prefix_len, splits_keys):
         # A row's dprefix, by head; the memory-efficient kernel wants the prefix by head, too.
         backward += size * problem.batch * prefix * (1 + group * (1 if splits_keys else 2))
     return forward, backward
@@ -201,7 +204,8 @@ def _sum_passes(inputs, passes, out, lse, grad_out, grad_lse, wanted) -> list[Te
         if one.prefix is not None:
             first, rows = 3, slice(one.prefix, one.prefix + 1)
             if dk.shape[0] > 1:  # expanded over the batch
-                dk, dv = (grad.sum(0, keepdim=True, dtype=torch.float32) for grad in (dk, dv))
+                dtype = torch.promote_types(dk.dtype, torch.float32)
+                dk, dv = (grad.sum(0, keepdim=True, dtype=dtype) for grad in (dk, dv))
         keys = (rows, slice(None), one.columns)
         values = (one.queries.unfold(dq, heads, q_len), dk, dv)
         for total, index, value in zip((sums[0], *sums[first : first + 2]), (queries, keys, keys), values, strict=True):

@@ -3,7 +3,8 @@
 The prefix is read by folding the batch, and the heads that share a kv head, into query rows,
 [1, kv_heads, group · batch · q_len, head_dim] against [1, kv_heads, prefix_len, head_dim]: it is never expanded, and its
 gradient is summed where the kernel sums over rows, in float32. Only a mask over the prefix (a bias, or a window that slides
-over it) forbids the folding; then each row is a pass of its own.
+over it) forbids the folding; then the prefix is expanded as a view, but for gradients of a long one, where each row is a pass
+of its own, since a row's dprefix takes memory.
 
 Where a CUDA kernel takes fewer kv heads than heads, the batch alone is folded, [1, heads, batch · q_len, head_dim]: of
 token-major memory that is a view. Its backward kernels give a block of keys of one head to one program (the memory-efficient
@@ -112,6 +113,11 @@ def expands_prefix(heads: int, q_len: int, prefix_len: int, splits_keys: bool = 
     return programs < EXPAND_BELOW and prefix_len <= EXPAND_UP_TO * q_len
 
 
+def expands_masked_prefix(q_len: int, prefix_len: int) -> bool:
+    """Whether the backward pass over a prefix with a mask expands it over the batch, rather than take row after row."""
+    return prefix_len <= EXPAND_UP_TO * q_len
+
+
 def _folded_heads(inputs: AttentionInputs, length: int, backward: bool) -> int | None:
     """Heads that the queries of a pass over the prefix are folded to; None: the prefix is expanded over the batch."""
     (heads, q_len), splits_keys = inputs.q.shape[1:3], takes_fewer_kv_heads(inputs.q, inputs.v)
@@ -129,18 +135,28 @@ def _prefix_passes(inputs: AttentionInputs, backward: bool) -> Iterator[Pass]:
         if inputs.bias is None and not slides:
             yield Pass(Selection(rows, fold=_folded_heads(inputs, length, backward)), prefix, columns)
             continue
-        for row in range(batch) if rows is None else rows.tolist():
-            mask = inputs.q.new_zeros((1, 1, 1, length))
-            if inputs.bias is not None:
-                bias_row = row if inputs.bias.shape[0] > 1 else 0
-                mask = inputs.bias[bias_row : bias_row + 1, ..., :length]
-            if slides:
-                fill = inputs.k.shape[2] if inputs.key_lens is None else inputs.key_lens[row].clamp(0, inputs.k.shape[2])
-                query = torch.arange(q_len, device=inputs.q.device)
-                position = length + inputs.first_key_position + query + (fill - q_len if inputs.causal else 0)
-                column = torch.arange(length, device=inputs.q.device)
-                mask = mask.masked_fill(column <= position[:, None] - inputs.window, -torch.inf)
-            yield Pass(Selection(slice(row, row + 1)), prefix, columns, mask=mask, hidden=_hidden(mask, False))
+        if rows is None and (not backward or expands_masked_prefix(q_len, length)):
+            selections = [slice(None)]
+        else:
+            selections = [slice(row, row + 1) for row in (range(batch) if rows is None else rows.tolist())]
+        for selected in selections:
+            mask = _prefix_mask(inputs, selected, length, slides)
+            queries = Selection() if selected == slice(None) else Selection(selected)
+            yield Pass(queries, prefix, columns, mask=mask, hidden=_hidden(mask, False))
+
+
+def _prefix_mask(inputs: AttentionInputs, rows: slice, length: int, slides: bool) -> Tensor:
+    """Of these rows over the prefix's columns, additive: [rows or 1, heads or 1, q_len or 1, length]."""
+    mask = inputs.q.new_zeros((1, 1, 1, length))
+    if inputs.bias is not None:
+        mask = inputs.bias[rows if inputs.bias.shape[0] > 1 else slice(None), ..., :length]
+    if not slides:
+        return mask
+    q_len, kv_len = inputs.q.shape[2], inputs.k.shape[2]
+    fill = kv_len if inputs.key_lens is None else inputs.key_lens[rows, None, None, None].clamp(0, kv_len)
+    query = torch.arange(q_len, device=inputs.q.device)[:, None]
+    position = length + inputs.first_key_position + query + (fill - q_len if inputs.causal else 0)  # [rows or 1, 1, q_len, 1]
+    return mask.masked_fill(torch.arange(length, device=inputs.q.device) <= position - inputs.window, -torch.inf)
 
 
 def _sequence_passes(inputs: AttentionInputs) -> tuple[AttentionInputs, list[Pass]]:
