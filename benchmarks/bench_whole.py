@@ -384,12 +384,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seconds-per-row", type=float, default=30.0, help="of timing")
     parser.add_argument("--rounds", type=int, default=5, help="of every way at least, however long they take")
     parser.add_argument("--threads", type=int, help="of torch; default: torch's own")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the model and its prefix")
     args = parser.parse_args(argv)
     if args.threads:
         torch.set_num_threads(args.threads)
     transformers.utils.logging.disable_progress_bar()
     results = measure.Results(args.output, measure.environment("cpu"))
-    model, tokenizer = load_model_and_tokenizer(device="cpu")
+    model, tokenizer = load_model_and_tokenizer(device="cpu", dtype=getattr(torch, args.dtype))
     runs = [run for run in RUNS if any(text in run.key for text in args.only)]
     for run in runs:
         if not results.done(run.key):

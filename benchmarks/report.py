@@ -119,9 +119,9 @@ def benchmarks_page() -> str:
 
     for index, results in enumerate(cpu_results(OPERATOR)):
         plotted = shown(RESULTS / "cpu", PLOTS.values()) if index == 0 else []
-        parts += [f"## Attention on a CPU{_threads(results)}", *plotted, tables.cpu_operator(results)]
+        parts += [f"## Attention on a CPU{_instructions_and_threads(results)}", *plotted, tables.cpu_operator(results)]
     for results in cpu_results(WHOLE):
-        parts += [f"## Whole models on a CPU{_threads(results)}", tables.whole_models(results)]
+        parts += [f"## Whole models on a CPU{_instructions_and_threads(results)}", tables.whole_models(results)]
     for folder in gpu_folders():
         for stage, (title, section) in GPU_STAGES.items():
             results = tables.load(folder / f"{stage}.json")
@@ -131,9 +131,9 @@ def benchmarks_page() -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _threads(results: dict[str, Any]) -> str:
-    count = results["environment"]["threads"]
-    return f", {count} thread{'s' if count != 1 else ''}"
+def _instructions_and_threads(results: dict[str, Any]) -> str:
+    instructions, count = (results["environment"][name] for name in ("instructions", "threads"))
+    return f" ({instructions}), {count} thread{'s' if count != 1 else ''}"
 
 
 def pictures() -> dict[Path, dict[str, Any]]:

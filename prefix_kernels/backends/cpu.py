@@ -1,4 +1,4 @@
-"""C++ kernels for the CPU (csrc/cpu): float32 and bfloat16, AVX2 and AVX-512 chosen at run time.
+"""C++ kernels for the CPU (csrc/cpu): float32 and bfloat16; AVX2, AVX-512 and, for bfloat16, AMX are chosen at run time.
 
 Query rows lie in vector lanes; the prefix, a parent's keys and the own keys are met in one online softmax. Where a step has
 few queries per row (decoding), the prefix is read once for the rows of the whole batch.

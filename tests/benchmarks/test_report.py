@@ -116,7 +116,7 @@ def test_sections_and_numbers(measured):
     page = (measured / "docs" / "benchmarks.md").read_text()
     titles = [line for line in page.splitlines() if line.startswith("## ")]
     assert titles == [
-        "## Attention on a CPU, 2 threads", "## Whole models on a CPU, 2 threads", "## Tests on Some GPU",
+        "## Attention on a CPU (AVX2), 2 threads", "## Whole models on a CPU (AVX2), 2 threads", "## Tests on Some GPU",
         "## Attention in training shapes on Some GPU", "## Decoding on Some GPU", "## Whole models on Some GPU",
     ]  # fmt: skip
     assert "Some CPU, 2 cores (AVX2), 2 threads; torch 2.13.0, transformers 5.24.0, Python 3.11.0; commit 0123456789ab" in page

@@ -151,7 +151,7 @@ def test_random_batches_have_e2es_lengths():
 
 def test_the_command(tmp_path, monkeypatch, capsys):
     model = tiny_model("llama", max_position_embeddings=512)
-    monkeypatch.setattr(bench_whole, "load_model_and_tokenizer", lambda device: (model, tiny_tokenizer()))
+    monkeypatch.setattr(bench_whole, "load_model_and_tokenizer", lambda device, dtype: (model, tiny_tokenizer()))
     output = tmp_path / "whole.json"
     runs = (Run(SHAPES["llama"], "train", 2, 4), Run(SHAPES["llama"], "generate", 2, 4, prompt_len=24, new_tokens=3))
     monkeypatch.setattr(bench_whole, "RUNS", runs)
