@@ -17,6 +17,7 @@ struct MatrixUnit {
   static constexpr int SIDE = 16, STEPS = 32;  // rows of a tile register, and lanes of a result; steps of a product
   static_assert(LANES == SIDE && ROWS == STEPS);
   static constexpr int OUTER_TILES = 4;
+  static constexpr float SLACK = 0.0f;  // the largest weight is 1, which is not rounded: where it is alone, an error would show
   using Pair = uint32_t;  // the earlier step in the low half
 
   static int64_t padded(int64_t n, int64_t to) { return (n + to - 1) / to * to; }

@@ -9,8 +9,6 @@
 
 namespace prefix_kernels::ISA {
 
-constexpr float SLACK = 8.0f;  // in units of log2
-
 struct SoftmaxState {
   Vec m[2] = {splat(-INF), splat(-INF)};  // about the maximum so far, in units of log2
   Vec l[2] = {};                          // Σ 2^(s − m)
@@ -51,15 +49,15 @@ struct Attend {
     std::fill_n(tile.acc[0], p.value_dim * ROWS, 0.0f);
   }
 
-  // Tiles meet keys first … last of one segment, whose visible ranges must be set in them. Keys are cut at multiples of KEYS, so
-  // that a tile's result does not depend on those it goes with.
+  // Tiles meet keys first … last of one segment, whose visible ranges must be set in them. Keys are cut at multiples of KEYS and
+  // read as far as they exist, so that a tile's result does not depend on those it goes with.
   void attend(const Problem& p, AttendTile<Unit>* tiles, int64_t tile_count, const Segment& segment, int64_t first,
               int64_t last) {
     int64_t from = last, to = first;
     for (int64_t i = 0; i < tile_count; ++i)
       from = std::min(from, tiles[i].rows.any_from), to = std::max(to, tiles[i].rows.any_to);
-    first += std::max<int64_t>(0, from - first) / KEYS * KEYS, last = std::min(last, to);
-    for (; first < last; first += KEYS) {
+    first += std::max<int64_t>(0, from - first) / KEYS * KEYS, last = std::min(last, segment.count), to = std::min(to, last);
+    for (; first < to; first += KEYS) {
       const int64_t count = std::min<int64_t>(KEYS, last - first);
       keys.read(segment.k, segment.k_first, first, count, p.head_dim);
       values.read(segment.v, segment.v_first, first, count, p.value_dim);
@@ -83,13 +81,13 @@ struct Attend {
   }
 
   // Scores of one vector of rows become weights 2^(s − m). A row's m stays, and with it its accumulator, while no score is more
-  // than SLACK above it: neither weights nor sums come near the largest float.
+  // than the unit's SLACK above it: neither weights nor sums come near the largest float.
   void weigh(const Problem& p, AttendTile<Unit>& tile, int u, int64_t count, float factor) {
     const Vec before = tile.state.m[u];
     Vec top = splat(-INF), l{};
     for (int64_t n = 0; n < count; ++n) top = max(top, load(scores[n] + u * LANES));
     top = top * factor;
-    const IntVec stays = top <= before + SLACK;
+    const IntVec stays = top <= before + Unit::SLACK;
     const Vec m = stays ? before : max(before, top), base = finite_maximum(m);
     const auto weight = [&](int64_t n) {
       const Vec w = Unit::exp2(load(scores[n] + u * LANES) * factor - base);

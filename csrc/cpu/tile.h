@@ -43,6 +43,7 @@ struct TileRows {
 struct Segment {
   Strided k, v;
   int64_t k_first, v_first;         // offset of key 0
+  int64_t count;                    // keys that exist
   int64_t bias_column;              // that of key 0
   const bool* mask = nullptr;       // [key], true where a key may be attended; null: all
 };
@@ -51,10 +52,11 @@ enum class Keys { prefix, parent, own };
 
 inline Segment segment_of(const Problem& p, const Sequence& s, int64_t kv_head, Keys which) {
   if (which == Keys::prefix)
-    return {p.prefix_k, p.prefix_v, p.prefix_k.offset(s.prefix, 0, kv_head), p.prefix_v.offset(s.prefix, 0, kv_head), 0};
+    return {p.prefix_k, p.prefix_v, p.prefix_k.offset(s.prefix, 0, kv_head), p.prefix_v.offset(s.prefix, 0, kv_head),
+            s.prefix_len, 0};
   const Sequence& owner = which == Keys::parent ? p.sequences[s.parent] : s;
   return {p.k, p.v, p.k.offset(owner.row, owner.first_key, kv_head), p.v.offset(owner.row, owner.first_key, kv_head),
-          p.prefix_len, p.key_mask ? p.key_mask + owner.row * p.key_mask_row : nullptr};
+          owner.kv_len, p.prefix_len, p.key_mask ? p.key_mask + owner.row * p.key_mask_row : nullptr};
 }
 
 // Sets what each row of the tile may see of its segment `which`.

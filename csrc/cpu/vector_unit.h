@@ -9,7 +9,8 @@
 namespace prefix_kernels::ISA {
 
 struct VectorUnit {
-  static constexpr int OUTER_TILES = 1;  // tiles of rows that add_outer takes together
+  static constexpr int OUTER_TILES = 1;    // tiles of rows that add_outer takes together
+  static constexpr float SLACK = 8.0f;     // of a running maximum, in units of log2
 
   static Vec exp2(Vec x) { return ISA::exp2(x); }
 

@@ -1,5 +1,7 @@
 """The C++ kernels: every instruction set on every case, sizes that cross tiles, threads, and what the backend refuses."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -10,6 +12,7 @@ from support.compare import DTYPES, compare, gradients, serves
 from support.inputs import Inputs, make_inputs
 
 pytestmark = pytest.mark.skipif("cpu" not in prefix_kernels.available_backends(), reason="the C++ kernels are not built")
+CPUINFO = Path("/proc/cpuinfo")
 ISAS = ("baseline", "avx2", "avx512", "amx")
 
 
@@ -99,6 +102,16 @@ def test_nan_stays_in_its_row_of_a_matrix_product(isa, case):
     assert torch.equal(out, expected)
 
 
+@pytest.mark.skipif(not CPUINFO.exists(), reason="Linux says what the processor has, this system does not")
+def test_the_widest_instruction_set_is_in_use():
+    """What the build leaves out, as for an old compiler, would be missed by its speed alone."""
+    flags = {flag for line in CPUINFO.read_text().splitlines() if line.startswith("flags") for flag in line.split()}
+    avx2 = {"avx2", "fma", "bmi2"}
+    avx512 = avx2 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
+    needed = {"amx": avx512 | {"avx512_bf16", "amx_tile", "amx_bf16"}, "avx512": avx512, "avx2": avx2, "baseline": set()}
+    assert torch.ops.prefix_kernels_cpu.isa() == next(name for name, of_it in needed.items() if of_it <= flags)
+
+
 def test_an_unknown_instruction_set_is_refused():
     with pytest.raises(RuntimeError, match="this processor cannot run mmx"):
         torch.ops.prefix_kernels_cpu.isa("mmx")
@@ -130,6 +143,21 @@ def test_any_number_of_threads(case, dtype):
         else:
             tolerance = max(1e-5, torch.finfo(dtype).eps)
             torch.testing.assert_close(first, other, rtol=tolerance, atol=tolerance)
+
+
+def test_what_is_not_finite_spreads_alike_with_any_number_of_threads():
+    """Tiles of queries go together as a thread's share of them allows, and read the same keys."""
+    inputs = make_inputs(Case("one head", batch=1, heads=3, kv_heads=1, q_len=120, kv_len=120), torch.bfloat16)
+    tensors = [tensor.detach().clone() for tensor in inputs.tensors]
+    tensors[2][0, 0, 30] = torch.nan
+    outs, threads = [], torch.get_num_threads()
+    try:
+        for count in (1, 8, 16):
+            torch.set_num_threads(count)
+            outs.append(Inputs(tuple(tensors), inputs.options).call(backend="cpu"))
+    finally:
+        torch.set_num_threads(threads)
+    assert outs[0].isnan().any() and all(torch.equal(out.nan_to_num(7.0), outs[0].nan_to_num(7.0)) for out in outs)
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,27 @@ LARGE = (
 
 UNEQUAL = (  # what the smaller dimension's tensors are padded to counts
     Case("values wider than keys", batch=8, q_len=1, kv_len=2000, head_dim=16, value_dim=256),
+    Case(
+        "values narrower than keys, bias",
+        batch=64,
+        q_len=1,
+        kv_len=20,
+        prefix_len=1500,
+        head_dim=64,
+        bias=(0, 0, 0, 0),
+        value_dim=32,
+    ),
+    Case(
+        "values narrower than keys, sliding prefix",
+        batch=64,
+        q_len=1,
+        kv_len=20,
+        prefix_len=1500,
+        head_dim=64,
+        value_dim=32,
+        window=30,
+        first_key_position=0,
+    ),
     Case("keys wider than values", batch=2, q_len=200, kv_len=400, head_dim=256, value_dim=16, causal=False),
 )
 

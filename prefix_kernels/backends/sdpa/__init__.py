@@ -49,7 +49,7 @@ def workspace_bytes(problem: AttentionProblem) -> tuple[int, int]:
     if problem.window or problem.has_key_mask or problem.has_key_lens or problem.has_bias or problem.varlen:
         rows = problem.batch if problem.has_key_mask or problem.has_key_lens or problem.has_bias else 1
         masks = 4 * wide * rows * problem.q_len * problem.kv_len
-    masks_prefix = problem.has_bias or problem.first_key_position is not None
+    masks_prefix, group = problem.has_bias or problem.first_key_position is not None, problem.heads // problem.kv_heads
     if masks_prefix:
         heads = problem.heads if problem.has_bias else 1
         masks += 4 * wide * problem.batch * heads * problem.q_len * problem.prefix_len
@@ -59,9 +59,11 @@ def workspace_bytes(problem: AttentionProblem) -> tuple[int, int]:
         queries, keys, prefix = (values * larger // dims for values in (queries, keys, prefix))
         padded = (queries + keys + prefix) // 2
     copies = size * (keys if problem.has_key_lens else 0) + (size * prefix if problem.prefix_dtype != problem.dtype else 0)
+    if masks_prefix and problem.device == "cuda":  # the memory-efficient kernel wants it by head
+        copies += wide * prefix * group
     forward = (size + 2 * wide) * queries + 6 * lse + masks + copies + size * padded + scratch
     backward = 5 * wide * queries + 4 * wide * (keys + prefix) + 6 * lse + masks + copies + wide * padded + scratch
-    group, splits_keys = problem.heads // problem.kv_heads, problem.dtype.itemsize == 2
+    splits_keys = problem.dtype.itemsize == 2
     heads = problem.heads if splits_keys else problem.kv_heads
     if masks_prefix and expands_masked_prefix(problem.q_len, problem.prefix_len):
         backward += wide * problem.batch * prefix * (1 + 2 * group)
@@ -126,12 +128,11 @@ def _all_see_something(inputs: AttentionInputs) -> bool:
     return all(option is None for option in hides) and kv_len >= (q_len if inputs.causal else 1)
 
 
-def _columns_of(inputs: AttentionInputs, one: Pass, q: Tensor) -> tuple[Tensor, Tensor]:
-    """The keys and values that a pass over q reads, as views."""
+def _columns_of(inputs: AttentionInputs, one: Pass) -> tuple[Tensor, Tensor]:
+    """The keys and values that a pass reads, as views: of each row of the batch, or one for all rows."""
     if one.prefix is None:
         return inputs.k[:, :, one.columns], inputs.v[:, :, one.columns]
-    prefix = inputs.prefix_k[one.prefix, None, :, one.columns], inputs.prefix_v[one.prefix, None, :, one.columns]
-    return tuple(tensor.expand(q.shape[0], -1, -1, -1) for tensor in prefix)
+    return inputs.prefix_k[one.prefix, None, :, one.columns], inputs.prefix_v[one.prefix, None, :, one.columns]
 
 
 def _merge_passes(inputs: AttentionInputs, passes: list[Pass]) -> tuple[Tensor, Tensor]:
@@ -140,7 +141,7 @@ def _merge_passes(inputs: AttentionInputs, passes: list[Pass]) -> tuple[Tensor, 
     merge = _merge if inputs.q.device.type == "cpu" else _merge_kernel() or _merge
     for one in passes if inputs.q.numel() else ():
         q = one.queries.take(inputs.q)
-        part, part_lse = attend(q, *_columns_of(inputs, one, q), one.mask, one.causal, inputs.scale)
+        part, part_lse = attend(q, *_columns_of(inputs, one), one.mask, one.causal, inputs.scale)
         part, part_lse = (one.queries.unfold(tensor, heads, q_len) for tensor in (part, part_lse))
         if one.hidden is not None:
             part_lse = part_lse.masked_fill(one.hidden, -torch.inf)
@@ -196,7 +197,7 @@ def _sum_passes(inputs, passes, out, lse, grad_out, grad_lse, wanted) -> list[Te
         take = one.queries.take
         q = take(inputs.q)
         dq, dk, dv = attend_backward(
-            take(grad_out), None if grad_lse is None else take(grad_lse), q, *_columns_of(inputs, one, q),
+            take(grad_out), None if grad_lse is None else take(grad_lse), q, *_columns_of(inputs, one),
             take(out), take(lse), one.mask, one.causal, inputs.scale,
         )  # fmt: skip
         queries = (one.queries.rows, slice(None), one.queries.positions)

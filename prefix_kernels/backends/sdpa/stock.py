@@ -53,7 +53,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, s
     """(out [batch, heads, q_len, value_dim], lse [batch, heads, q_len]) of one part.
 
     Args:
-        q: [batch, heads, q_len, head_dim]; k, v: [batch, kv_heads, n, ·]; none of the sizes is 0.
+        q: [batch, heads, q_len, head_dim]; k, v: [batch or 1, kv_heads, n, ·]; none of the sizes is 0.
         mask: additive, 4 axes that broadcast to [batch, heads, q_len, n], float32 or q's dtype (on CUDA the fast one).
         causal: query i sees keys j ≤ i; needs q_len = n.
 
@@ -64,6 +64,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, s
     q, scale = _positive_scale(q, scale)
     q, k, v = _same_dim(q, k, v)
     engine = engine_of(q, k, mask, backward=False)
+    k, v = _for_all_rows(q, *(_repeat_heads(q.shape[1], k, v) if engine == "efficient" else (k, v)))
     if engine == "cpu":
         out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)
     elif engine == "cudnn":
@@ -72,7 +73,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, s
     elif engine == "flash":
         out, lse = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, False, scale=scale)[:2]
     else:
-        q, k, v = (tensor.transpose(1, 2) for tensor in (q, *_repeat_heads(q.shape[1], k, v)))
+        q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
         bias = _efficient_bias(q, k, mask)
         out, lse = aten._efficient_attention_forward(
             q, k, v, bias, None, None, None, None, 0.0, int(causal), True, scale=scale
@@ -100,6 +101,7 @@ def attend_backward(
     q, k, v = _same_dim(q, k, v)
     grad_out, out = (_rows(tensor, q.shape[-1]) for tensor in (grad_out, out))
     engine = engine_of(q, k, mask, backward=True)
+    k, v = _for_all_rows(q, *(_repeat_heads(q.shape[1], k, v) if engine == "efficient" else (k, v)))
     if engine == "cpu":
         dq, dk, dv = aten._scaled_dot_product_flash_attention_for_cpu_backward(
             grad_out, q, k, v, out, lse.contiguous(), 0.0, causal, attn_mask=mask, scale=scale
@@ -112,8 +114,7 @@ def attend_backward(
                 no_dropout_state, no_dropout_state[:0], scale=scale,
             )  # fmt: skip
     else:
-        grad_out, out, q = (tensor.transpose(1, 2) for tensor in (grad_out, out, q))
-        k, v = (tensor.transpose(1, 2) for tensor in _repeat_heads(q.shape[2], k, v))
+        grad_out, out, q, k, v = (tensor.transpose(1, 2) for tensor in (grad_out, out, q, k, v))
         lse = pad(lse, (0, -lse.shape[-1] % _LSE_ALIGNMENT), value=torch.inf).contiguous()
         no_dropout_state = torch.zeros((), dtype=torch.int64, device=q.device)
         out = out.contiguous()  # the kernel takes its rows to be heads · value_dim apart, whatever its strides say
@@ -195,6 +196,11 @@ def _repeat_heads(heads: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     if k.shape[1] == heads:
         return k, v
     return k.repeat_interleave(heads // k.shape[1], 1), v.repeat_interleave(heads // k.shape[1], 1)
+
+
+def _for_all_rows(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values that all rows share, as views of q's batch: at the very end, so that nothing copies them for each row."""
+    return k.expand(q.shape[0], -1, -1, -1), v.expand(q.shape[0], -1, -1, -1)
 
 
 def _efficient_bias(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor | None:
