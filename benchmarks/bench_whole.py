@@ -59,7 +59,7 @@ BATCHES = 4  # of a training run, in turn
 LEARNING_RATE = 1e-3
 GROWING_ROWS = 64  # least for that way: with fewer it waits for the host alone, for seconds a call
 LOSS_LIMITS = {torch.float32: 1e-4, torch.bfloat16: 2e-2}  # relative, of each of two steps
-# ‖actual − expected‖ / ‖expected‖; in bfloat16 the logits of one row are off by up to 0.08 from float32's, whatever computes attention
+# ‖actual − expected‖ / ‖expected‖; in bfloat16 one row's logits are up to 0.08 from float32's, whatever computes attention
 LOGIT_LIMITS = {torch.float32: 1e-3, torch.bfloat16: 1e-1}
 TARGET_SHARE = 0.47  # of E2E's tokens
 
