@@ -1,5 +1,5 @@
-// Forward pass: one task is a tile of query rows of one sequence and kv head, of which a few go together. It meets the prefix, a parent's keys and its
-// own keys up to the diagonal, in one online softmax:
+// Forward pass: one task is a tile of query rows of one sequence and kv head; a few go together. It meets the prefix, a parent's
+// keys and its own keys up to the diagonal, in one online softmax:
 //
 //     s_n = scale · q · k_n     out = Σ_n 2^(s_n − m) · v_n / l     lse = ln 2 · (m + log2 l)
 #include "kernels.h"

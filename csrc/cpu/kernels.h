@@ -22,7 +22,7 @@ struct Kernels {
   const char* name;
   int64_t rows;   // query rows of a tile
   int64_t lanes;
-  // Tasks: (kv head, tile); tile_first [sequences + 1] counts the tiles of the sequences before.
+  // Tasks: (sequence, kv head, tile); tile_first [sequences + 1] counts the tiles of the sequences before.
   void (*forward)(const Problem&, const int64_t* tile_first, int64_t begin, int64_t end);
   // Tasks: (kv head, part).
   void (*backward)(const Problem&, const Gradients&, const Part* parts, int64_t part_count, int64_t begin, int64_t end);

@@ -1,5 +1,6 @@
 """An accelerated PeftModel's replayed training steps give the loss, logits and gradients of the steps as they are."""
 
+import itertools
 import copy
 import pickle
 
@@ -103,16 +104,17 @@ def test_dropout_is_drawn_anew_and_follows_the_modules_modes(device):
             module.p = 0.3
     batch = batch_of(4, 13, device=device)
 
-    def losses_of(steps):
-        return [step(model, batch)[0].loss.item() for _ in range(steps)]
+    def different_losses(steps):  # but for rounding: a step that is not recorded has other lengths
+        losses = sorted(step(model, batch)[0].loss.item() for _ in range(steps))
+        return 1 + sum(larger - smaller > 1e-5 for smaller, larger in itertools.pairwise(losses))
 
-    assert len(set(losses_of(4))) == 1
+    assert different_losses(4) == 1
     model.train()
-    assert len(set(losses_of(4))) == 4
+    assert different_losses(4) == 4
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.eval()
-    assert len(set(losses_of(4))) == 1
+    assert different_losses(4) == 1
     assert len(model._prefix_tuning._graphs._steps) == 3
 
 
