@@ -1,7 +1,7 @@
 """An accelerated PeftModel's replayed training steps give the loss, logits and gradients of the steps as they are."""
 
-import itertools
 import copy
+import itertools
 import pickle
 
 import pytest
