@@ -9,8 +9,8 @@
 namespace prefix_kernels::ISA {
 
 struct VectorUnit {
-  static constexpr int OUTER_TILES = 1;    // tiles of rows that add_outer takes together
-  static constexpr float SLACK = 8.0f;     // of a running maximum, in units of log2
+  static constexpr int OUTER_TILES = 1;  // tiles of rows that add_outer takes together
+  static constexpr float SLACK = 8.0f;   // of a running maximum, in units of log2
 
   static Vec exp2(Vec x) { return ISA::exp2(x); }
 
@@ -48,27 +48,23 @@ struct VectorUnit {
     float (*at)[ROWS];
     void start(float (*scores)[ROWS], int64_t) { at = scores; }
     // Those of keys n and n + 1 for vector u of the tile's rows; n is even.
-    void put(int, int64_t n, int u, Vec first, Vec second) { store(at[n] + u * LANES, first), store(at[n + 1] + u * LANES, second); }
+    void put(int, int64_t n, int u, Vec first, Vec second) {
+      store(at[n] + u * LANES, first), store(at[n + 1] + u * LANES, second);
+    }
     void clear(int) {}
   };
 
   // scores[count][ROWS] = keys · columns
   static void multiply(const Keys& keys, int64_t count, const Columns& columns, int64_t dim, int vectors,
                        float (*scores)[ROWS]) {
-    if (vectors == 2)
-      product<2, Left::rows>(count, keys.data, keys.stride, columns.at[0], ROWS, scores[0], ROWS, dim, false);
-    else
-      product<1, Left::rows>(count, keys.data, keys.stride, columns.at[0], ROWS, scores[0], ROWS, dim, false);
+    product_columns<Left::rows>(count, vectors * LANES, keys.data, keys.stride, columns.at[0], ROWS, scores[0], ROWS, dim, false);
   }
 
   // sums[dim][ROWS] += keysᵀ · weights[count][ROWS]
   template <bool OUTER>
   static void add_weighted(const Keys& keys, int64_t count, const Weights<true, OUTER>& weights, int64_t dim, int vectors,
                            float (*sums)[ROWS]) {
-    if (vectors == 2)
-      product<2, Left::columns>(dim, keys.data, keys.stride, weights.at[0], ROWS, sums[0], ROWS, count, true);
-    else
-      product<1, Left::columns>(dim, keys.data, keys.stride, weights.at[0], ROWS, sums[0], ROWS, count, true);
+    product_columns<Left::columns>(dim, vectors * LANES, keys.data, keys.stride, weights.at[0], ROWS, sums[0], ROWS, count, true);
   }
 
   // sums[count][dim] += weights[count][row_count] · rows
