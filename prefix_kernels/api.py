@@ -28,7 +28,7 @@ def prefix_attention(
     and by torch.autograd: neither forward-mode nor torch.func.grad.
 
     All tensors are on one device. Index tensors are int32 or int64. Their values are checked on the CPU; on CUDA, and where a
-    call is traced (torch.compile), they are never read: ids out of range count as −1, lengths are clamped. Under torch.autocast
+    call is traced (torch.compile), they are not read: ids out of range count as −1, lengths are clamped. Under torch.autocast
     q, k and v take its dtype. The same call on the same device gives the same bits.
 
     Args:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from prefix_kernels import BACKENDS
 from prefix_tuning.attached_configs import AttachedConfigs
 from prefix_tuning.attention import ATTENTION_NAME, LayerPrefix
 from prefix_tuning.bank import PrefixBank
@@ -406,8 +407,8 @@ def attach_prefix(
 
     Raises:
         NotImplementedError: a family or a request that is not served.
-        ValueError: a prefix of another shape, a model that already has a prefix, an unknown prefix_window; from the model's
-            calls: prefix_ids that fit neither bank nor batch.
+        ValueError: a prefix of another shape, a model that already has a prefix, an unknown prefix_window or backend; from the
+            model's calls: prefix_ids that fit neither bank nor batch.
         TypeError: `prefix` is neither a Prefix nor a PrefixBank, `model` no transformers model.
     """
     if not isinstance(prefix, (Prefix, PrefixBank)):
@@ -415,6 +416,8 @@ def attach_prefix(
     check_model(model)
     if prefix_window not in PREFIX_WINDOWS:
         raise ValueError(f"prefix_window: expected 'pinned' or 'peft', got {prefix_window!r}")
+    if backend not in (None, *BACKENDS):
+        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
     model = _without_adapters(getattr(model, "_orig_mod", model))  # what torch.compile wraps
     if any(hasattr(parameter, "device_mesh") for parameter in model.parameters()):  # a DTensor
         raise NotImplementedError("model: its weights are split over several processes, where a prefix is not served")

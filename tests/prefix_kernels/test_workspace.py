@@ -63,8 +63,11 @@ def taken(inputs, backend):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float32 prefix"])
 @pytest.mark.parametrize("case", CASES + LARGE + UNEQUAL, ids=str)
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_bound(backend, case, dtype):
+@pytest.mark.parametrize("backend", (*BACKENDS, "sdpa on mps"))
+def test_bound(elsewhere, backend, case, dtype):
+    backend, _, device = backend.partition(" on ")
+    if device:
+        elsewhere(device)
     inputs = make_inputs(case, *DTYPES[dtype])
     if not serves(backend, inputs):
         return

@@ -322,6 +322,8 @@ def test_wrong_calls_raise():
         attach_prefix(model, "prefix")
     with pytest.raises(ValueError, match="prefix_window: expected 'pinned' or 'peft', got 'x'"):
         attach_prefix(model, prefix, prefix_window="x")
+    with pytest.raises(ValueError, match="backend: expected one of cpu, cuda, triton, sdpa, reference, got 'x'"):
+        attach_prefix(model, prefix, backend="x")
     with pytest.raises(ValueError):
         attach_prefix(tiny_model("llama"), prefix)
     with pytest.raises(TypeError, match="model: got Linear, expected a transformers model"):

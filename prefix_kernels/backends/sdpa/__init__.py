@@ -1,4 +1,4 @@
-"""Stock torch kernels, composed exactly: a pass over the prefix, passes over the sequence, merged by log-sum-exp.
+"""Stock torch kernels, put together exactly: a pass over the prefix, passes over the sequence, merged by log-sum-exp.
 
     lse = log(exp(lse₁) + exp(lse₂))        out = out₁ + (out₂ − out₁) · sigmoid(lse₂ − lse₁)
 
@@ -16,8 +16,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from prefix_kernels.backends.sdpa.composed import SCORES
 from prefix_kernels.backends.sdpa.passes import Pass, expands_masked_prefix, expands_prefix, plan
-from prefix_kernels.backends.sdpa.stock import attend, attend_backward
+from prefix_kernels.backends.sdpa.stock import attend, attend_backward, composes
 from prefix_kernels.problem import AttentionInputs, AttentionProblem, empty_token_major
 
 KERNEL_SCRATCH = 2**20  # bytes a thread: torch's CPU kernel keeps a block of scores and one of outputs
@@ -25,12 +26,8 @@ KERNEL_SCRATCH = 2**20  # bytes a thread: torch's CPU kernel keeps a block of sc
 
 def why_not(problem: AttentionProblem) -> str | None:
     """Why this backend refuses a problem, or None."""
-    if problem.device not in ("cpu", "cuda"):
-        return f"torch's kernels return the log-sum-exp on cpu and cuda, not on {problem.device}"
     if problem.softcap is not None:
         return "torch's kernels know no softcap"
-    if problem.device == "cuda" and problem.dtype == torch.float64:
-        return "torch's CUDA kernels know no float64"
     if problem.device == "cuda" and (problem.has_prefix_ids or problem.varlen):
         return "a bank or packed sequences would need index values on the host"
     return None
@@ -39,8 +36,9 @@ def why_not(problem: AttentionProblem) -> str | None:
 def workspace_bytes(problem: AttentionProblem) -> tuple[int, int]:
     """Most bytes that the forward and the backward pass take besides what goes in and comes out.
 
-    What torch's kernels take themselves is counted as measured on the CPU; on CUDA it was not measured.
+    What torch's kernels take themselves is counted as measured on the CPU; on other devices it was not measured.
     """
+    composed = composes(problem.device, problem.dtype)
     size, wide = problem.dtype.itemsize, max(4, problem.dtype.itemsize)
     queries, keys, prefix = problem.query_values(), problem.key_values(), problem.prefix_values()
     lse = wide * problem.q_tokens * problem.heads
@@ -59,10 +57,14 @@ def workspace_bytes(problem: AttentionProblem) -> tuple[int, int]:
         queries, keys, prefix = (values * larger // dims for values in (queries, keys, prefix))
         padded = (queries + keys + prefix) // 2
     copies = size * (keys if problem.has_key_lens else 0) + (size * prefix if problem.prefix_dtype != problem.dtype else 0)
-    if masks_prefix and problem.device == "cuda":  # the memory-efficient kernel wants it by head
+    if masks_prefix and problem.device == "cuda" and not composed:  # the memory-efficient kernel wants it by head
         copies += wide * prefix * group
     forward = (size + 2 * wide) * queries + 6 * lse + masks + copies + size * padded + scratch
     backward = 5 * wide * queries + 4 * wide * (keys + prefix) + 6 * lse + masks + copies + wide * padded + scratch
+    if composed:
+        rows, columns = problem.q_tokens * problem.heads, max(problem.kv_len, problem.prefix_len)
+        scores = wide * min(rows * columns, max(SCORES, problem.batch * problem.heads * columns))
+        return forward + wide * (keys + prefix) + scores, backward + 2 * scores
     splits_keys = problem.dtype.itemsize == 2
     heads = problem.heads if splits_keys else problem.kv_heads
     if masks_prefix and expands_masked_prefix(problem.q_len, problem.prefix_len):
@@ -138,7 +140,8 @@ def _columns_of(inputs: AttentionInputs, one: Pass) -> tuple[Tensor, Tensor]:
 def _merge_passes(inputs: AttentionInputs, passes: list[Pass]) -> tuple[Tensor, Tensor]:
     heads, q_len = inputs.q.shape[1:3]
     out = lse = None
-    merge = _merge if inputs.q.device.type == "cpu" else _merge_kernel() or _merge
+    device = inputs.q.device.type
+    merge = _merge if device == "cpu" or composes(device, inputs.q.dtype) else _merge_kernel() or _merge
     for one in passes if inputs.q.numel() else ():
         q = one.queries.take(inputs.q)
         part, part_lse = attend(q, *_columns_of(inputs, one), one.mask, one.causal, inputs.scale)

@@ -9,6 +9,9 @@ engine_of says which. Forward cuDNN's was measured 1.1 (head_dim 64) to 1.8 time
 (benchmarks/results/nvidia-h200/engines.json). Backward it adds up dq in any order, so flash attention runs, told to add in one:
 at head_dim 128 cuDNN makes both passes 1.5 to 2.3 times as fast, any order saves flash attention up to 30 %. The CPU kernel,
 flash attention and cuDNN take fewer kv heads than heads as they are; the memory-efficient kernel needs them repeated.
+
+What has no such kernels (float64 on a GPU), or where we have not run them (GPUs that are not NVIDIA's), gets the products of
+composed.py.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from prefix_kernels.backends.sdpa import composed
 from prefix_kernels.problem import empty_token_major
 
 aten = torch.ops.aten
@@ -36,17 +40,25 @@ _SWITCH = threading.Lock()  # torch's deterministic switch is the process's
 
 
 def engine_of(q: Tensor, k: Tensor, mask: Tensor | None, backward: bool) -> str:
-    """The kernel of one part: "cpu", "cudnn", "flash" or "efficient". q and k as they go in, heads of one size."""
+    """The kernel of one part: "cpu", "cudnn", "flash", "efficient" or "composed". q and k as they go in, heads of one size."""
     if q.device.type == "cpu":
         return "cpu"
+    if composes(q.device.type, q.dtype):
+        return "composed"
     if mask is not None or not _takes_flash(q):
         return "efficient"
     return "flash" if backward or not _takes_cudnn(q, k) else "cudnn"
 
 
+def composes(device: str, dtype: torch.dtype) -> bool:
+    """Whether matrix products stand in for attention kernels."""
+    return device != "cpu" and (device != "cuda" or torch.version.hip is not None or dtype == torch.float64)
+
+
 def takes_fewer_kv_heads(q: Tensor, v: Tensor) -> bool:
     """Whether a part without a mask goes to a CUDA kernel that reads fewer kv heads than heads."""
-    return q.device.type != "cpu" and _takes_flash(q) and v.shape[-1] <= _FLASH_LARGEST_DIM
+    on_cuda = q.device.type != "cpu" and not composes(q.device.type, q.dtype)
+    return on_cuda and _takes_flash(q) and v.shape[-1] <= _FLASH_LARGEST_DIM
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
@@ -59,6 +71,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, s
 
     lse is meaningless where the mask hides every key (the kernels do not agree); the caller knows those rows.
     """
+    if engine_of(q, k, mask, backward=False) == "composed":
+        return composed.attend(q, k, v, mask, causal, scale)
     value_dim, dtype = v.shape[-1], q.dtype
     mask, (q, k, v) = _beside_mask(mask, q, k, v)
     q, scale = _positive_scale(q, scale)
@@ -91,6 +105,8 @@ def attend_backward(
     The kernels compute delta = rowsum(grad_out ∘ out) themselves. A gradient of lse enters as delta − grad_lse through one
     more value channel: v is 0 there, so no score sees it, out is 1 and grad_out is −grad_lse.
     """
+    if engine_of(q, k, mask, backward=True) == "composed":
+        return composed.attend_backward(grad_out, grad_lse, q, k, v, out, lse, mask, causal, scale)
     head_dim, value_dim, kv_heads = q.shape[-1], v.shape[-1], k.shape[1]
     mask, (q, k, v, out, grad_out) = _beside_mask(mask, q, k, v, out, grad_out)
     dq_factor = 1.0 if scale > 0 else scale
