@@ -24,8 +24,9 @@ EFFICIENT, EFFICIENT_BACKWARD = "_efficient_attention_forward", "_efficient_atte
 CUDA_DTYPES = [name for name in DTYPES if name != "float64"]
 
 
-def on(monkeypatch, capability=(9, 0)):
+def on(monkeypatch, capability=(9, 0), cudnn=91900):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: cudnn)
 
 
 @pytest.fixture
@@ -225,10 +226,22 @@ def test_choice_of_engine(monkeypatch, calls):
         calls.clear()
         run(Case("engine", **{"q_len": 64, "kv_len": 80, "prefix_len": 20} | change), "bfloat16")
         assert calls[0].operator == forward and calls[-3].operator == FLASH_BACKWARD
-    on(monkeypatch, (8, 9))
-    calls.clear()
-    run(Case("engine", q_len=64, kv_len=64), "bfloat16")
-    assert {call.operator for call in calls} == {FLASH, FLASH_BACKWARD}
+    for chip in (((8, 9), 91900), ((12, 0), 91900), ((9, 0), 91002), ((9, 0), None)):
+        on(monkeypatch, *chip)
+        calls.clear()
+        run(Case("engine", q_len=64, kv_len=64), "bfloat16")
+        assert {call.operator for call in calls} == {FLASH, FLASH_BACKWARD}
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)])
+def test_gradients_of_wide_heads_where_shared_memory_is_small(monkeypatch, calls, capability):
+    """Flash attention's backward pass has no room for 192 < head_dim <= 224 there, and raises."""
+    on(monkeypatch, capability)
+    small = capability in ((8, 6), (8, 9), (12, 0))
+    for head_dim, fits in ((192, True), (200, False), (224, False), (232, True)):
+        calls.clear()
+        run(Case("wide", head_dim=head_dim), "bfloat16")
+        assert {call.operator for call in calls} == {FLASH, FLASH_BACKWARD if fits or not small else EFFICIENT_BACKWARD}
 
 
 @pytest.mark.parametrize("engine", FORWARD_ENGINES)
@@ -286,6 +299,17 @@ def test_flash_attention_needs_compute_capability_8(monkeypatch, calls, capabili
     run(Case("plain"), "float16")
     expected = {FLASH, FLASH_BACKWARD} if capability >= (8, 0) else {EFFICIENT, EFFICIENT_BACKWARD}
     assert {call.operator for call in calls} == expected
+
+
+@pytest.mark.parametrize("options", [{}, {"padding": "left"}, {"bias": (1, 0, 0, 0)}, {"q_len": 1}], ids=str)
+def test_bfloat16_before_compute_capability_8(monkeypatch, calls, options):
+    """No kernel of torch's takes it there."""
+    on(monkeypatch, (7, 5))
+    monkeypatch.setattr(sdpa, "_merge_kernel", lambda: pytest.fail("Triton compiles for 8.0 and newer"))
+    compare(Case("old", **options), *DTYPES["bfloat16"], "sdpa")
+    assert not calls
+    compare(Case("old", **options), *DTYPES["float16"], "sdpa")
+    assert calls
 
 
 def test_flash_backward_adds_up_in_one_order(calls):

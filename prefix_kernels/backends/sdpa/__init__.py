@@ -38,7 +38,7 @@ def workspace_bytes(problem: AttentionProblem) -> tuple[int, int]:
 
     What torch's kernels take themselves is counted as measured on the CPU; on other devices it was not measured.
     """
-    composed = composes(problem.device, problem.dtype)
+    composed = composes(torch.device(problem.device), problem.dtype)
     size, wide = problem.dtype.itemsize, max(4, problem.dtype.itemsize)
     queries, keys, prefix = problem.query_values(), problem.key_values(), problem.prefix_values()
     lse = wide * problem.q_tokens * problem.heads
@@ -140,8 +140,8 @@ def _columns_of(inputs: AttentionInputs, one: Pass) -> tuple[Tensor, Tensor]:
 def _merge_passes(inputs: AttentionInputs, passes: list[Pass]) -> tuple[Tensor, Tensor]:
     heads, q_len = inputs.q.shape[1:3]
     out = lse = None
-    device = inputs.q.device.type
-    merge = _merge if device == "cpu" or composes(device, inputs.q.dtype) else _merge_kernel() or _merge
+    eager = inputs.q.device.type == "cpu" or composes(inputs.q.device, inputs.q.dtype)
+    merge = _merge if eager or torch.cuda.get_device_capability(inputs.q.device) < (8, 0) else _merge_kernel() or _merge
     for one in passes if inputs.q.numel() else ():
         q = one.queries.take(inputs.q)
         part, part_lse = attend(q, *_columns_of(inputs, one), one.mask, one.causal, inputs.scale)
@@ -180,7 +180,7 @@ def _merge(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> tuple[Te
 
 @functools.cache
 def _merge_kernel() -> Callable | None:
-    """_merge as one kernel on CUDA, where Triton is installed."""
+    """_merge as one kernel where Triton is installed, for GPUs that it compiles for."""
     if importlib.util.find_spec("triton") is None:
         return None
     from prefix_kernels.backends.sdpa.merge import merge

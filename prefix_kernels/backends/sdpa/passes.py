@@ -122,7 +122,7 @@ def _folded_heads(inputs: AttentionInputs, length: int, backward: bool) -> int |
     """Heads that the queries of a pass over the prefix are folded to; None: the prefix is expanded over the batch."""
     (heads, q_len), splits_keys = inputs.q.shape[1:3], takes_fewer_kv_heads(inputs.q, inputs.v)
     folded = heads if splits_keys and q_len > GROUP_UP_TO else inputs.k.shape[1]
-    if q_len <= GROUP_UP_TO or inputs.q.device.type == "cpu" or composes(inputs.q.device.type, inputs.q.dtype):
+    if q_len <= GROUP_UP_TO or inputs.q.device.type == "cpu" or composes(inputs.q.device, inputs.q.dtype):
         return folded
     return None if backward and expands_prefix(folded, q_len, length, splits_keys) else folded
 
@@ -135,7 +135,7 @@ def _prefix_passes(inputs: AttentionInputs, backward: bool) -> Iterator[Pass]:
         if inputs.bias is None and not slides:
             yield Pass(Selection(rows, fold=_folded_heads(inputs, length, backward)), prefix, columns)
             continue
-        together = composes(inputs.q.device.type, inputs.q.dtype) or not backward or expands_masked_prefix(q_len, length)
+        together = composes(inputs.q.device, inputs.q.dtype) or not backward or expands_masked_prefix(q_len, length)
         if rows is None and together:
             selections = [slice(None)]
         else:

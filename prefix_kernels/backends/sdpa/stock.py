@@ -10,8 +10,8 @@ engine_of says which. Forward cuDNN's was measured 1.1 (head_dim 64) to 1.8 time
 at head_dim 128 cuDNN makes both passes 1.5 to 2.3 times as fast, any order saves flash attention up to 30 %. The CPU kernel,
 flash attention and cuDNN take fewer kv heads than heads as they are; the memory-efficient kernel needs them repeated.
 
-What has no such kernels (float64 on a GPU), or where we have not run them (GPUs that are not NVIDIA's), gets the products of
-composed.py.
+What they do not take (float64, bfloat16 on GPUs before 8.0) goes to composed.py, and so does all on GPUs where we have not run
+them (all that are not NVIDIA's).
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ aten = torch.ops.aten
 
 CUDNN_FEWEST_QUERIES = 64  # assumed: less is decoding, where cuDNN would plan anew for every length of the cache
 
+_CUDNN_LEAST_VERSION = 91501
 _CUDNN_LARGEST_DIM = 128
 _FLASH_LARGEST_DIM = 256
 _CUDNN_LARGEST_TENSOR = 2**31  # elements, exclusive
@@ -43,22 +44,24 @@ def engine_of(q: Tensor, k: Tensor, mask: Tensor | None, backward: bool) -> str:
     """The kernel of one part: "cpu", "cudnn", "flash", "efficient" or "composed". q and k as they go in, heads of one size."""
     if q.device.type == "cpu":
         return "cpu"
-    if composes(q.device.type, q.dtype):
+    if composes(q.device, q.dtype):
         return "composed"
-    if mask is not None or not _takes_flash(q):
+    if mask is not None or not _takes_flash(q, backward):
         return "efficient"
     return "flash" if backward or not _takes_cudnn(q, k) else "cudnn"
 
 
-def composes(device: str, dtype: torch.dtype) -> bool:
+def composes(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether matrix products stand in for attention kernels."""
-    return device != "cpu" and (device != "cuda" or torch.version.hip is not None or dtype == torch.float64)
+    if device.type != "cuda" or torch.version.hip is not None:
+        return device.type != "cpu"
+    return dtype == torch.float64 or (dtype == torch.bfloat16 and torch.cuda.get_device_capability(device) < (8, 0))
 
 
 def takes_fewer_kv_heads(q: Tensor, v: Tensor) -> bool:
     """Whether a part without a mask goes to a CUDA kernel that reads fewer kv heads than heads."""
-    on_cuda = q.device.type != "cpu" and not composes(q.device.type, q.dtype)
-    return on_cuda and _takes_flash(q) and v.shape[-1] <= _FLASH_LARGEST_DIM
+    on_cuda = q.device.type != "cpu" and not composes(q.device, q.dtype)
+    return on_cuda and _takes_flash(q, backward=False) and v.shape[-1] <= _FLASH_LARGEST_DIM
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
@@ -166,19 +169,25 @@ def _positive_scale(q: Tensor, scale: float) -> tuple[Tensor, float]:
     return (q, scale) if scale > 0 else (q * scale, 1.0)
 
 
-def _takes_flash(q: Tensor) -> bool:
+def _takes_flash(q: Tensor, backward: bool) -> bool:
+    """On CUDA, by what torch's own choice excludes."""
     if q.dtype.itemsize != 2 or q.shape[-1] > _FLASH_LARGEST_DIM:
         return False
-    return torch.cuda.get_device_capability(q.device) >= (8, 0)
+    capability = torch.cuda.get_device_capability(q.device)
+    little_shared_memory = (8, 6) <= capability <= (8, 9) or capability[0] == 12
+    return capability >= (8, 0) and not (backward and little_shared_memory and 192 < q.shape[-1] <= 224)
 
 
 def _takes_cudnn(q: Tensor, k: Tensor) -> bool:
-    """Beside what flash attention takes. cuDNN refuses a single key; its causal mask starts top left, which is square here."""
+    """Beside what flash attention takes, where torch would choose it by itself: older versions read past sequences that are no
+    multiple of 128. cuDNN refuses a single key; its causal mask starts top left, which is square here."""
     if q.shape[-1] > _CUDNN_LARGEST_DIM or q.shape[2] < CUDNN_FEWEST_QUERIES or k.shape[2] == 1:
         return False
     if max(q.numel(), k.numel()) >= _CUDNN_LARGEST_TENSOR or max(q.shape[:2]) > 65535:
         return False
-    return torch.cuda.get_device_capability(q.device) >= (9, 0)
+    if (torch.backends.cudnn.version() or 0) < _CUDNN_LEAST_VERSION:
+        return False
+    return torch.cuda.get_device_capability(q.device)[0] in (9, 10)
 
 
 def _same_dim(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
