@@ -179,6 +179,7 @@ std::tuple<Tensor, Tensor> forward(
     out = empty<4>(q, {batch, heads, len, dim}, {len * row, dim, row, 1}, dtype);
     lse = empty<3>(q, {batch, heads, len}, {heads * len, len, 1}, float32);
   }
+  if (heads == 0) return {out, lse};
   const Call call = describe(q, k, v, prefix_k, prefix_v, key_mask, bias, key_lens, prefix_ids, prefix_lens, cu_seqlens_q,
                              cu_seqlens_k, parent, causal, scale, window, softcap, first_key_position, out, lse);
   const Problem& p = call.problem;
@@ -194,15 +195,16 @@ std::tuple<Tensor, Tensor> forward(
 }
 
 // Adds the slots beyond the bank to the prefix they belong to, in order.
-void add_slots(const Tensor& sums, const std::vector<int64_t>& prefix_of_slot, int64_t prefixes) {
-  float* data = static_cast<float*>(sums.data_ptr());
-  const int64_t heads = sums.size(1), per_head = sums.size(2) * sums.size(3);
-  if (int64_t(prefix_of_slot.size()) == prefixes || per_head == 0) return;
-  in_parallel(heads, double(sums.numel()), [&](int64_t begin, int64_t end) {
-    for (size_t slot = prefixes; slot < prefix_of_slot.size(); ++slot)
+void add_slots(const Tensor& sums, const Tensor& further, const std::vector<int64_t>& prefix_of_slot) {
+  const int64_t prefixes = sums.size(0), heads = sums.size(1), per_head = sums.size(2) * sums.size(3);
+  if (further.numel() == 0) return;
+  const float* from_slots = static_cast<const float*>(further.const_data_ptr());
+  float* to_prefixes = static_cast<float*>(sums.data_ptr());
+  in_parallel(heads, double(further.numel()), [&](int64_t begin, int64_t end) {
+    for (int64_t slot = 0; slot < further.size(0); ++slot)
       for (int64_t head = begin; head < end; ++head) {
-        const float* from = data + (int64_t(slot) * heads + head) * per_head;
-        float* to = data + (prefix_of_slot[slot] * heads + head) * per_head;
+        const float* from = from_slots + (slot * heads + head) * per_head;
+        float* to = to_prefixes + (prefix_of_slot[prefixes + slot] * heads + head) * per_head;
         for (int64_t i = 0; i < per_head; ++i) to[i] += from[i];
       }
   });
@@ -230,23 +232,22 @@ std::tuple<Tensor, Tensor> backward(
   const int64_t threads = torch::stable::get_num_threads();
   const int64_t wanted_parts = std::clamp<int64_t>((4 * threads + p.kv_heads - 1) / p.kv_heads, 1, 8);
   const BackwardParts plan = backward_parts(call.sequences, p.prefixes, wanted_parts);
-  const int64_t slots = int64_t(plan.prefix_of_slot.size());
-  auto sums = [&](bool wanted, int64_t dim) {
-    return torch::stable::new_zeros(q, {wanted ? slots : 0, p.kv_heads, p.prefix_len, dim}, ScalarType::Float);
+  const int64_t further = int64_t(plan.prefix_of_slot.size()) - p.prefixes;
+  auto zeros = [&](int64_t count, int64_t dim) {
+    return torch::stable::new_zeros(q, {count, p.kv_heads, p.prefix_len, dim}, ScalarType::Float);
   };
-  const Tensor sums_k = sums(wants_prefix_k, p.head_dim), sums_v = sums(wants_prefix_v, p.value_dim);
-  if (wants_prefix_k) g.dprefix_k = static_cast<float*>(sums_k.data_ptr());
-  if (wants_prefix_v) g.dprefix_v = static_cast<float*>(sums_v.data_ptr());
+  const Tensor sums_k = zeros(wants_prefix_k ? p.prefixes : 0, p.head_dim);
+  const Tensor sums_v = zeros(wants_prefix_v ? p.prefixes : 0, p.value_dim);
+  const Tensor further_k = zeros(wants_prefix_k ? further : 0, p.head_dim);
+  const Tensor further_v = zeros(wants_prefix_v ? further : 0, p.value_dim);
+  const auto data = [](const Tensor& tensor, bool wanted) { return wanted ? static_cast<float*>(tensor.data_ptr()) : nullptr; };
+  g.dprefix_k = data(sums_k, wants_prefix_k), g.further_k = data(further_k, wants_prefix_k);
+  g.dprefix_v = data(sums_v, wants_prefix_v), g.further_v = data(further_v, wants_prefix_v);
   const int64_t parts = int64_t(plan.parts.size());
   in_parallel(p.kv_heads * parts, 2.5 * all_flops(call),
               [&](int64_t begin, int64_t end) { kernels().backward(p, g, plan.parts.data(), parts, begin, end); });
-  auto without_slots = [&](const Tensor& all, bool wanted) {
-    if (!wanted) return all;
-    add_slots(all, plan.prefix_of_slot, p.prefixes);
-    Tensor whole = all;
-    return torch::stable::narrow(whole, 0, 0, p.prefixes);
-  };
-  return {without_slots(sums_k, wants_prefix_k), without_slots(sums_v, wants_prefix_v)};
+  add_slots(sums_k, further_k, plan.prefix_of_slot), add_slots(sums_v, further_v, plan.prefix_of_slot);
+  return {sums_k, sums_v};
 }
 
 std::string isa(std::optional<std::string> name) {

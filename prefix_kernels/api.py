@@ -29,7 +29,8 @@ def prefix_attention(
 
     All tensors are on one device. Index tensors are int32 or int64. Their values are checked on the CPU; on CUDA, and where a
     call is traced (torch.compile), they are not read: ids out of range count as −1, lengths are clamped. Under torch.autocast
-    q, k and v take its dtype. The same call on the same device gives the same bits.
+    q, k and v take its dtype. The same call on the same device, with as many threads, gives the same
+    bits.
 
     Args:
         q: [batch, heads, q_len, head_dim], float16, bfloat16, float32 or float64.
@@ -230,5 +231,7 @@ def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _run(inputs: AttentionInputs, backend: str | None, return_lse: bool) -> Tensor | tuple[Tensor, Tensor]:
     validate.check_call(backend, return_lse)
+    if backend is not None:
+        select.requested_backend(backend)
     out, lse = ops.run(inputs, backend, return_lse)
     return (out, lse) if return_lse else out

@@ -150,13 +150,25 @@ class _Recorded(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_out, grad_lse):
-        inputs, _, return_lse, out, lse, wanted = _saved(ctx)
+        inputs, backend, return_lse, out, lse, wanted = _saved(ctx)
         with torch.no_grad():
             grad_out = torch.zeros_like(out) if grad_out is None else grad_out
-            grads = _gradients(inputs, ctx.backend, out, lse, grad_out, grad_lse if return_lse else None, wanted)
+            grad_lse = grad_lse if return_lse else None
+            if _is_batched(grad_out) or _is_batched(grad_lse):
+                grads = attention_backward(grad_out, grad_lse, out, lse, wanted, *inputs, backend)
+                grads = [grad if needed else None for grad, needed in zip(grads, wanted, strict=True)]
+            else:
+                grads = _gradients(inputs, ctx.backend, out, lse, grad_out, grad_lse, wanted)
         if torch.is_grad_enabled():  # create_graph=True
             grads = _differentiable_once(grads, (*inputs.tensors, grad_out, grad_lse))
         return (*grads, *[None] * (_INPUT_COUNT - _DIFFERENTIABLE + 2))
+
+
+def _is_batched(grad: Tensor | None) -> bool:
+    """Whether it stands for several, as with is_grads_batched=True; torch runs an operator for one after the other."""
+    return grad is not None and (
+        torch._C._functorch.is_batchedtensor(grad) or torch._C._functorch.is_legacy_batchedtensor(grad)
+    )
 
 
 def _differentiable_once(grads: list[Tensor | None], sources: tuple[Tensor | None, ...]) -> list[Tensor | None]:

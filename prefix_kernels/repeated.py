@@ -42,13 +42,17 @@ def find(
             q.dtype, k.dtype, v.dtype, prefix_k.dtype, prefix_v.dtype,
             q.layout, k.layout, v.layout, prefix_k.layout, prefix_v.layout,
             type(q), type(k), type(v), type(prefix_k), type(prefix_v), *options, *map(type, options),
-            key_mask if key_mask is None else (type(key_mask), key_mask.shape, key_mask.dtype, key_mask.device),
-            bias if bias is None else (type(bias), bias.shape, bias.dtype, bias.device),
+            key_mask if key_mask is None else _look(key_mask),
+            bias if bias is None else _look(bias),
         )  # fmt: skip
         known = _kernels.get(kind, False)
         return (kind, None) if known is False else (None, known)
     except (AttributeError, RuntimeError, TypeError):  # a wrong call
         return None, None
+
+
+def _look(tensor: Tensor) -> tuple:
+    return type(tensor), tensor.shape, tensor.dtype, tensor.layout, tensor.device
 
 
 def remember(kind: tuple, inputs: AttentionInputs, backend: str | None) -> None:

@@ -132,9 +132,10 @@ static void write_dq(const Problem& p, const Gradients& g, Backward<Unit>& b, co
 
 static KeySums sums_of(const Problem& p, const Gradients& g, const Sequence& s, int64_t slot, int64_t kv_head, Keys which) {
   if (which == Keys::prefix) {
-    const int64_t at = (slot * p.kv_heads + kv_head) * p.prefix_len;
-    return {g.dprefix_k ? g.dprefix_k + at * p.head_dim : nullptr, g.dprefix_v ? g.dprefix_v + at * p.value_dim : nullptr,
-            p.head_dim, p.value_dim};
+    const bool further = slot >= p.prefixes;
+    const int64_t at = ((further ? slot - p.prefixes : slot) * p.kv_heads + kv_head) * p.prefix_len;
+    float *dk = further ? g.further_k : g.dprefix_k, *dv = further ? g.further_v : g.dprefix_v;
+    return {g.dprefix_k ? dk + at * p.head_dim : nullptr, g.dprefix_v ? dv + at * p.value_dim : nullptr, p.head_dim, p.value_dim};
   }
   const Sequence& owner = which == Keys::parent ? p.sequences[s.parent] : s;
   auto at = [&](const Strided& of) {
@@ -147,7 +148,7 @@ template <typename Unit>
 static void backward_with(const Problem& p, const Gradients& g, const Part* parts, int64_t part_count, int64_t begin,
                           int64_t end) {
   [[maybe_unused]] const Unit unit{};
-  Backward<Unit> b;
+  Backward<Unit>& b = scratch<Backward<Unit>>();
   for (int64_t task = begin; task < end; ++task) {
     const int64_t kv_head = task / part_count;
     const Part& part = parts[task % part_count];

@@ -147,9 +147,9 @@ static void write_partial(const Problem& p, const DecodePlan& plan, int64_t spli
 template <typename Unit>
 static void decode_prefix_with(const Problem& p, const DecodePlan& plan, int64_t begin, int64_t end) {
   [[maybe_unused]] const Unit unit{};
-  Attend<Unit> attend;
-  AttendTile<Unit> wide;
-  NarrowTile narrow;
+  Attend<Unit>& attend = scratch<Attend<Unit>>();
+  AttendTile<Unit>& wide = scratch<AttendTile<Unit>>();
+  NarrowTile& narrow = scratch<NarrowTile>();
   for (int64_t task = begin; task < end; ++task) {
     const int64_t split = task % plan.splits, tile = task / plan.splits % plan.tiles, kv_head = task / plan.splits / plan.tiles;
     TileRows rows;
@@ -181,7 +181,7 @@ void decode_prefix(const Problem& p, const DecodePlan& plan, int64_t begin, int6
 }
 
 void decode_own(const Problem& p, const DecodePlan& plan, int64_t begin, int64_t end) {
-  NarrowTile tile;
+  NarrowTile& tile = scratch<NarrowTile>();
   for (int64_t task = begin; task < end; ++task) {
     const int64_t kv_head = task % p.kv_heads;
     const Sequence& s = p.sequences[task / p.kv_heads];

@@ -6,6 +6,8 @@
 #include "softmax.h"
 #include "unit.h"
 
+#include <array>
+
 namespace prefix_kernels::ISA {
 
 template <typename Unit>
@@ -28,8 +30,8 @@ static void write_outputs(const Problem& p, AttendTile<Unit>& tile, float* buffe
 template <typename Unit>
 static void forward_with(const Problem& p, const int64_t* tile_first, int64_t begin, int64_t end) {
   [[maybe_unused]] const Unit unit{};
-  Attend<Unit> attend;
-  AttendTile<Unit> tiles[GROUP];
+  Attend<Unit>& attend = scratch<Attend<Unit>>();
+  auto& tiles = scratch<std::array<AttendTile<Unit>, GROUP>>();
   int64_t sequence = 0;
   for (int64_t task = begin; task < end;) {
     while (tile_first[sequence + 1] * p.kv_heads <= task) ++sequence;
@@ -46,7 +48,7 @@ static void forward_with(const Problem& p, const int64_t* tile_first, int64_t be
       if (which == Keys::prefix && s.prefix < 0) continue;
       if (which == Keys::parent && s.parent < 0) continue;
       for (int64_t i = 0; i < count; ++i) set_visible(p, tiles[i].rows, which);
-      attend.attend(p, tiles, count, segment_of(p, s, kv_head, which), 0, INT32_MAX);
+      attend.attend(p, tiles.data(), count, segment_of(p, s, kv_head, which), 0, INT32_MAX);
     }
     for (int64_t i = 0; i < count; ++i) write_outputs(p, tiles[i], attend.buffer);
     task += count;

@@ -59,15 +59,17 @@ struct Gradients {
   Strided dout, dq;
   Strided dk, dv;                  // float32, added to
   const float* dlse = nullptr;     // strides of lse; null: zero
-  float* dprefix_k = nullptr;      // float32 [slots, kv_heads, prefix_len, head_dim], added to
-  float* dprefix_v = nullptr;      // float32 [slots, kv_heads, prefix_len, value_dim], added to
+  float* dprefix_k = nullptr;      // float32 [prefixes, kv_heads, prefix_len, head_dim], added to
+  float* dprefix_v = nullptr;      // float32 [prefixes, kv_heads, prefix_len, value_dim], added to
+  float* further_k = nullptr;      // the same of the slots from `prefixes` on
+  float* further_v = nullptr;
 };
 
 // A share of the sequences whose gradients one task adds up: all have one prefix, and a child is in its parent's part.
 struct Part {
   const int64_t* sequences;
   int64_t count;
-  int64_t slot;  // where the gradient of their prefix is added up
+  int64_t slot;  // where the gradient of their prefix is added up: of a prefix, or one of those that are summed afterwards
 };
 
 }  // namespace prefix_kernels

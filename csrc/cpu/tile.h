@@ -6,6 +6,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cfloat>
 
 #include "problem.h"
 #include "product.h"
@@ -175,7 +176,7 @@ struct ScoreFactors {
   float inner, outer;
   bool softcap;
   explicit ScoreFactors(const Problem& p)
-      : inner(p.softcap > 0 ? float(p.scale / p.softcap) : 1.0f),
+      : inner(p.softcap > 0 ? float(std::clamp(p.scale / p.softcap, -double(FLT_MAX), double(FLT_MAX))) : 1.0f),
         outer(float((p.softcap > 0 ? p.softcap : p.scale) * LOG2E)), softcap(p.softcap > 0) {}
 };
 

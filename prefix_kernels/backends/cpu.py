@@ -52,9 +52,12 @@ def workspace_bytes(problem: AttentionProblem) -> tuple[int, int]:
     """Most bytes that the forward and the backward pass take besides what goes in and comes out."""
     indices = 8 * (6 * problem.batch + problem.prefixes + 2)  # int64 copies
     forward = indices
-    if problem.heads // problem.kv_heads * problem.q_len < MAX_LANES:  # partial results over the prefix
+    group, q_len = problem.heads // problem.kv_heads, problem.q_len
+    if problem.varlen:  # what is stated is a bound, and a shorter longest sequence may take more
+        q_len = min(q_len, (MAX_LANES - 1) // max(1, group))
+    if 0 < group * q_len < MAX_LANES:  # partial results over the prefix
         splits = min(max(1, MAX_PARTS // problem.kv_heads), max(1, problem.prefix_len // 256))
-        forward += 4 * splits * problem.batch * problem.heads * problem.q_len * (problem.value_dim + 2)
+        forward += 4 * splits * problem.batch * problem.heads * q_len * (problem.value_dim + 2)
     parts = min(-(-4 * torch.get_num_threads() // problem.kv_heads), MAX_PARTS)
     one_prefix = 4 * problem.kv_heads * problem.prefix_len * (problem.head_dim + problem.value_dim)
     backward = indices + (parts - 1) * one_prefix

@@ -30,7 +30,9 @@ def workspace_bytes(problem: AttentionProblem) -> tuple[int, int]:
     columns = problem.prefix_len + kv_len
     scores = rows * problem.heads * problem.q_len * columns
     concatenated = rows * problem.kv_heads * columns * (problem.head_dim + problem.value_dim)
-    queries = problem.query_values() if not problem.varlen else problem.heads * problem.q_len * problem.head_dim * 2
+    queries = (
+        problem.query_values() if not problem.varlen else problem.heads * problem.q_len * (problem.head_dim + problem.value_dim)
+    )
     forward = size * (5 * scores + 4 * concatenated + 2 * queries) + 4 * rows * problem.q_len * columns
     gradients = problem.query_values() + problem.key_values() + problem.prefix_values() if problem.varlen else 0
     return forward, forward + size * (3 * scores + 3 * concatenated + 3 * queries + problem.prefix_values() + gradients)

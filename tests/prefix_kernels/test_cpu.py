@@ -1,5 +1,7 @@
 """The C++ kernels: every instruction set on every case, sizes that cross tiles, threads, and what the backend refuses."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -143,6 +145,58 @@ def test_any_number_of_threads(case, dtype):
         else:
             tolerance = max(1e-5, torch.finfo(dtype).eps)
             torch.testing.assert_close(first, other, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("prefixes", [None, 2])
+def test_a_gradient_keeps_alive_nothing_but_itself(prefixes):
+    """Parts of a batch add up the prefix's gradient apart, the more the more threads there are."""
+    ids = None if prefixes is None else (0, 1) * 8
+    inputs, threads = (
+        make_inputs(Case("parts", batch=16, kv_heads=1, prefixes=prefixes, prefix_ids=ids)),
+        torch.get_num_threads(),
+    )
+    try:
+        torch.set_num_threads(16)
+        grads = run(inputs)[2:]
+    finally:
+        torch.set_num_threads(threads)
+    assert all(grad.untyped_storage().nbytes() == grad.nbytes for grad in grads)
+
+
+ON_A_SMALL_STACK = """
+import threading, torch
+from prefix_kernels import prefix_attention
+
+def calls():
+    for dtype in (torch.float32, torch.bfloat16):
+        for q_len in (1, 4, 128):
+            q = torch.randn(2, 4, q_len, 256, dtype=dtype, requires_grad=True)
+            k, prefix = torch.randn(2, 2, 128, 256, dtype=dtype), torch.randn(2, 64, 256, dtype=dtype, requires_grad=True)
+            bias = torch.randn(1, 4, q_len, 192)
+            prefix_attention(q, k, k, prefix, prefix, softcap=3.0, bias=bias, backend="cpu").sum().backward()
+
+torch.set_num_threads(1)
+threading.stack_size(128 * 1024)
+thread = threading.Thread(target=calls)
+thread.start()
+thread.join()
+"""
+
+
+def test_on_a_thread_with_a_small_stack():
+    subprocess.run([sys.executable, "-c", ON_A_SMALL_STACK], check=True, timeout=120)
+
+
+def test_no_heads():
+    q, k, prefix = torch.ones(2, 0, 3, 16), torch.ones(2, 2, 3, 16), torch.ones(2, 4, 16)
+    assert prefix_kernels.prefix_attention(q, k, k, prefix, prefix, backend="cpu").shape == q.shape
+
+
+@pytest.mark.parametrize("softcap", [1e-30, 1e30])
+def test_a_scale_and_a_softcap_whose_ratio_is_beyond_float32(softcap):
+    inputs = make_inputs(Case("extreme", scale=1e30, softcap=softcap), torch.bfloat16)
+    out = inputs.call(backend="cpu")
+    assert all(tensor.isfinite().all() for tensor in (out, *torch.autograd.grad(out.sum(), inputs.tensors)))
 
 
 def test_what_is_not_finite_spreads_alike_with_any_number_of_threads():

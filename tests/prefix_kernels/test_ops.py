@@ -103,6 +103,7 @@ def test_memory_order(backend, case):
     assert all(tensor.is_contiguous() for tensor in (lse, *grads[3:]))
     storages = [t.untyped_storage().data_ptr() for t in (*inputs.tensors, out, lse, *grads) if t.numel()]
     assert len(set(storages)) == len(storages)
+    assert all(t.untyped_storage().nbytes() == t.nbytes for t in (out, lse, *grads))  # keeps alive nothing but itself
 
 
 @of(COMPILED_CASES)
@@ -356,6 +357,18 @@ def test_reverse_mode_of_torch_func_is_refused():
     out = prefix_kernels.prefix_attention(q, *others)
     factor, grad = torch.ones(()), torch.func.grad(lambda factor: (prefix_kernels.prefix_attention(q, *others) * factor).sum())
     torch.testing.assert_close(grad(factor), out.sum())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradients_of_several_vectors_at_once(backend):
+    inputs = make_inputs(Case("plain"))
+    out, lse = inputs.call(backend=backend, return_lse=True)
+    many = [torch.randn(3, *tensor.shape) for tensor in (out, lse)]
+    for outputs, vectors in (((out, lse), many), ((out,), many[:1]), ((lse,), many[1:])):
+        batched = torch.autograd.grad(outputs, inputs.tensors, vectors, is_grads_batched=True, retain_graph=True)
+        for i in range(3):
+            grads = torch.autograd.grad(outputs, inputs.tensors, [vector[i] for vector in vectors], retain_graph=True)
+            assert all(torch.equal(several[i], grad) for several, grad in zip(batched, grads, strict=True))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -88,13 +88,14 @@ def test_other_options_are_other_kinds(whole_ways):
 @pytest.mark.parametrize(("wrong", "error"), [
     ({"causal": 1}, TypeError), ({"scale": True}, TypeError), ({"window": True}, TypeError), ({"softcap": True}, TypeError),
     ({"first_key_position": False}, TypeError), ({"return_lse": 0}, TypeError), ({"backend": 5}, TypeError),
-    ({"key_mask": torch.ones(3, 7)}, TypeError), ({"window": [1]}, TypeError), ({"backend": "sdp"}, ValueError),
+    ({"key_mask": torch.ones(3, 7)}, TypeError), ({"key_mask": torch.ones(3, 7).bool().to_sparse()}, TypeError),
+    ({"bias": torch.ones(3, 1, 2, 12).to_sparse()}, TypeError), ({"window": [1]}, TypeError), ({"backend": "sdp"}, ValueError),
 ])  # fmt: skip
 def test_what_is_wrong_stays_wrong(wrong, error):
-    """Also where it is equal to something right, as 1 is to True."""
+    """Also where it is equal to something right, as 1 is to True, or looks like it."""
     tensors = make()
     with torch.no_grad():
-        for right in ({}, {"scale": 1.0}, {"window": 1}, {"softcap": 1.0}, {"first_key_position": 0}, OPTIONS[-2]):
+        for right in ({}, {"scale": 1.0}, {"window": 1}, {"softcap": 1.0}, {"first_key_position": 0}, *OPTIONS[-3:]):
             prefix_attention(*tensors, **right)
         with pytest.raises(error, match=f"^{next(iter(wrong))}: "):
             prefix_attention(*tensors, **wrong)

@@ -58,6 +58,8 @@ def test_unknown_backends(monkeypatch, backend_calls):
             with pytest.raises(ValueError, match="^PREFIX_KERNELS_BACKEND: expected one of sdpa, reference, got 'flashy'"):
                 ask()
             ask(backend="reference")
+    with pytest.raises(ValueError, match="^backend: expected one of sdpa, reference, got 'flashy'"):
+        prefix_kernels.prefix_attention(*(tensor.to("meta") for tensor in inputs.tensors), backend="flashy")
     assert [call[0] for call in backend_calls] == ["reference"]
 
 

@@ -42,6 +42,8 @@ UNEQUAL = (  # what the smaller dimension's tensors are padded to counts
         window=30,
         first_key_position=0,
     ),
+    Case("packed, values wider than keys", seqlens_q=(900,), seqlens_k=(900,), head_dim=16, value_dim=256),
+    Case("a long prefix for few queries", batch=64, heads=8, kv_heads=8, q_len=1, kv_len=300, prefix_len=4000, head_dim=128),
     Case("keys wider than values", batch=2, q_len=200, kv_len=400, head_dim=256, value_dim=16, causal=False),
 )
 
@@ -78,6 +80,16 @@ def test_bound(elsewhere, backend, case, dtype):
         assert bytes_taken <= stated[name] + SMALL, name
         if case in LARGE:
             assert stated[name] <= LOOSE[backend] * bytes_taken + SCRATCH[backend], name
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("longest", [1, 2, 4, 64])
+def test_the_longest_sequence_may_be_shorter_than_stated(backend, longest):
+    inputs = make_inputs(Case("packed", seqlens_q=(1,) * 300 + (longest,), prefix_len=300, heads=8))
+    inputs.options["max_seqlen_q"] = 64
+    stated = prefix_kernels.workspace_bytes(*inputs.tensors, **inputs.options, backend=backend)
+    for name, bytes_taken in zip(("forward", "backward"), taken(inputs, backend), strict=True):
+        assert bytes_taken <= stated[name] + SMALL, name
 
 
 def test_it_answers_for_the_backend_that_would_run():

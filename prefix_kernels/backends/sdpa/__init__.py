@@ -56,6 +56,8 @@ def workspace_bytes(problem: AttentionProblem) -> tuple[int, int]:
         dims, larger = problem.head_dim + problem.value_dim, 2 * max(problem.head_dim, problem.value_dim)
         queries, keys, prefix = (values * larger // dims for values in (queries, keys, prefix))
         padded = (queries + keys + prefix) // 2
+    if problem.device == "cpu" and problem.dtype == torch.bfloat16:  # matrix units get keys and values in an order of their own
+        scratch += size * max(keys, prefix)
     copies = size * (keys if problem.has_key_lens else 0) + (size * prefix if problem.prefix_dtype != problem.dtype else 0)
     if masks_prefix and problem.device == "cuda" and not composed:  # the memory-efficient kernel wants it by head
         copies += wide * prefix * group

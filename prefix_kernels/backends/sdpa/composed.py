@@ -22,7 +22,7 @@ SCORES = 2**24  # of a block of query positions; assumed: 64 MB in float32 are e
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
     """As stock.attend."""
     rows, dtype = _Rows(q, k), torch.promote_types(q.dtype, torch.float32)
-    k, v = k.to(dtype), v.to(dtype)
+    k, v = _by_head(k, dtype), _by_head(v, dtype)
     out = empty_token_major(q, (*q.shape[:3], v.shape[-1]))
     lse = torch.empty(q.shape[:3], dtype=dtype, device=q.device)
     for queries, columns in _blocks(q, k, causal):
@@ -42,7 +42,7 @@ def attend_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """As stock.attend_backward, all three in float32 or float64; dk and dv have k's batch size."""
     rows, dtype = _Rows(q, k), torch.promote_types(q.dtype, torch.float32)
-    k, v = k.to(dtype), v.to(dtype)
+    k, v = _by_head(k, dtype), _by_head(v, dtype)
     dq, dk, dv = empty_token_major(q, tuple(q.shape), dtype), torch.zeros_like(k), torch.zeros_like(v)
     delta = (grad_out.to(dtype) * out).sum(-1)
     if grad_lse is not None:
@@ -57,6 +57,11 @@ def attend_backward(
         dk[:, :, columns] += dscores.transpose(2, 3) @ q_rows
         dq[:, :, queries] = rows.unfold(dscores @ k[:, :, columns]).mul_(scale)
     return dq, dk, dv
+
+
+def _by_head(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """As a batch of matrices, which products would otherwise make of it one by one."""
+    return tensor.to(dtype, memory_format=torch.contiguous_format).contiguous()
 
 
 def _blocks(q: Tensor, k: Tensor, causal: bool) -> Iterator[tuple[slice, slice]]:
