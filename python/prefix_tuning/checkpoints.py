@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 from transformers.trainer import TRAINER_STATE_NAME
 
 from prefix_tuning.prefix import Prefix
+
+logger = logging.getLogger(__name__)
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -27,7 +30,14 @@ def last_checkpoint(folder: Path) -> str:
 
 def load_checkpoint(prefix: Prefix, folder: str) -> None:
     """Reads the parameters of `prefix` from a checkpoint; ValueError where it holds a prefix of another kind or size."""
+    if not Path(folder).is_dir():
+        raise ValueError(f"resume_from_checkpoint: {folder} is no folder")
     saved = Prefix.load(folder)
+    if saved.base_model and Path(saved.base_model).name != Path(prefix.base_model).name:
+        logger.warning(
+            f"resume_from_checkpoint: the prefix in {folder} was trained for the model {saved.base_model}, this one is for "
+            f"{prefix.base_model}"
+        )
     kinds = ["with" if p.reparametrization is not None else "without" for p in (prefix, saved)]
     if kinds[0] != kinds[1]:
         raise ValueError(

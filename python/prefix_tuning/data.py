@@ -1,15 +1,18 @@
 """Rows of text into batches: reading files, tokenising with the loss on the target alone, padding.
 
-A row is {"prompt": str, "completion": str} or {"messages": [{"role", "content"}, ...]}. Prompt and completion are
+A row is {"prompt": str, "completion": str} or {"messages": [{"role", "content"}, ...]}, with "tools" for its chat template if
+that takes some. Prompt and completion are
 tokenised apart and joined as ids, and an end-of-text token follows: the model then trains on exactly the prompt ids that
 it is given when it generates, which tokenising the joined text would not promise.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +30,15 @@ from transformers import (
 
 from prefix_tuning.e2e import load_e2e, to_examples
 from prefix_tuning.files import open_text
-from prefix_tuning.prompts import chat_template, encode_conversation, encode_prompt, padding_id, render
+from prefix_tuning.prompts import (
+    chat_template,
+    check_text,
+    encode_conversation,
+    encode_prompt,
+    is_conversation,
+    padding_id,
+    render,
+)
 from prefix_tuning.task import Task
 
 IGNORED = -100  # the label of a token without loss
@@ -95,10 +106,11 @@ def check_row(row: Any, answered: bool = True) -> None:
         shown = sorted(map(str, row)) if isinstance(row, Mapping) else type(row).__name__
         wanted = " and ".join(f'"{name}"' for name in fields)
         raise ValueError(f'expected an object with {wanted}, or with "messages"; got {shown}')
-    if "messages" not in row:
+    if not is_conversation(row):
         for name in fields:
             if not isinstance(row[name], str):
                 raise ValueError(f"{name}: expected a string, got {type(row[name]).__name__}")
+            check_text(name, row[name])
         return
     messages = row["messages"]
     if not isinstance(messages, Sequence) or not all(
@@ -108,6 +120,11 @@ def check_row(row: Any, answered: bool = True) -> None:
     for turn in messages:
         if not isinstance(turn["content"], str | list) and not turn.get("tool_calls"):
             raise ValueError(f"messages: content of {turn['role']!r}: expected a string, got {turn['content']!r}")
+        if isinstance(turn["content"], str):
+            check_text(f"messages: content of {turn['role']!r}", turn["content"])
+    tools = row.get("tools")
+    if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, Mapping) for tool in tools)):
+        raise ValueError(f"tools: expected a list of objects, got {tools!r}")
     if answered and not any(turn["role"] == "assistant" for turn in messages):
         roles = ", ".join(repr(turn["role"]) for turn in messages) or "no turn"
         raise ValueError(f"messages: expected at least one assistant turn to learn from, got {roles}")
@@ -116,7 +133,7 @@ def check_row(row: Any, answered: bool = True) -> None:
 
 
 def _is_text(row: Any, fields: Sequence[str] = ("prompt", "completion")) -> bool:
-    return isinstance(row, Mapping) and ("messages" in row or set(fields) <= row.keys())
+    return isinstance(row, Mapping) and (is_conversation(row) or set(fields) <= row.keys())
 
 
 def each(rows: Any) -> Iterator[Any]:
@@ -130,15 +147,15 @@ def tokenize_example(
     """A row as {"input_ids", "labels"}, lists of one length; labels are −100 where there is no loss.
 
     prompt and completion: loss on the completion and the end-of-text token behind it. messages: loss on what the
-    assistant says, up to the end-of-text token that closes a turn. The first token of a row has no loss: nothing
-    predicts it. max_length cuts the prompt at its beginning and never the target.
+    assistant says, up to the end-of-text token that closes a turn, but for a first turn, which nothing asks for. The first
+    token of a row has no loss: nothing predicts it. max_length cuts the prompt at its beginning and never the target.
 
     Raises ValueError for a row that is none, a target that does not fit max_length with one token before it, a tokenizer
     without an end-of-text token, and messages where there is no chat template or one that rewrites earlier turns.
     """
     check_row(row)
-    if "messages" in row:
-        input_ids, labels = _tokenize_messages(row["messages"], tokenizer)
+    if is_conversation(row):
+        input_ids, labels = _tokenize_messages(row["messages"], tokenizer, row.get("tools"))
     else:
         if tokenizer.eos_token_id is None:
             raise ValueError("tokenizer: it has no end-of-text token (eos_token), which closes every completion")
@@ -169,7 +186,7 @@ def tokenize_pair(
     Raises ValueError for another row, a tokenizer without an end-of-text token and a completion longer than max_length.
     """
     check_row(row)
-    if "messages" in row:
+    if is_conversation(row):
         raise ValueError('messages: expected "prompt" and "completion" for an encoder-decoder')
     if tokenizer.eos_token_id is None:
         raise ValueError("tokenizer: it has no end-of-text token (eos_token), which closes every completion")
@@ -360,7 +377,7 @@ def without_idle_mask(batch: dict[str, Tensor], wait: bool = False) -> dict[str,
 
 
 def _tokenize_messages(
-    messages: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase
+    messages: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, tools: Sequence[Mapping[str, Any]] | None
 ) -> tuple[list[int], list[int]]:
     """Ids of a whole conversation, and labels on the assistant's turns.
 
@@ -368,25 +385,52 @@ def _tokenize_messages(
     an answer, and up to the turn's end must each be a beginning of the whole: what lies between is the turn.
     """
     if re.search(r"{%-?\s*generation\b", chat_template(tokenizer)):
-        encoded = render(messages, tokenizer, return_assistant_tokens_mask=True)
+        encoded = render(messages, tokenizer, tools=tools, return_assistant_tokens_mask=True)
         ids, said = list(encoded["input_ids"]), encoded["assistant_masks"]
         return ids, [token if spoken else IGNORED for token, spoken in zip(ids, said, strict=True)]
-    ids = encode_conversation(messages, tokenizer)
+    turns = [i for i, turn in enumerate(messages) if turn["role"] == "assistant" and i > 0]
+    ids = encode_conversation(messages, tokenizer, tools=tools)
+    places = _turn_places(ids, turns, partial(encode_conversation, tokenizer=tokenizer, tools=tools), messages)
+    if places is None:  # an opening and what follows it make one token
+        ids, places = _tokenize_apart(messages, turns, tokenizer, tools)
     labels = [IGNORED] * len(ids)
-    for i, turn in enumerate(messages):
-        if turn["role"] != "assistant":
-            continue
-        before = encode_conversation(messages[:i], tokenizer, add_generation_prompt=True)
-        after = encode_conversation(messages[: i + 1], tokenizer)
-        start, end = len(before), len(after)
-        if ids[:start] != before or ids[:end] != after:
-            raise ValueError(
-                "messages: the chat template writes earlier turns otherwise once later ones follow, or opens an answer with "
-                "what the turn itself has not (<think>), so the assistant's turns cannot be found; make one row of each turn, "
-                "or use a template with {% generation %}"
-            )
+    for start, end in places:
         turn_ids = ids[start:end]
         if tokenizer.eos_token_id in turn_ids:  # what follows the end of a turn is never generated
             end = start + turn_ids.index(tokenizer.eos_token_id) + 1
         labels[start:end] = ids[start:end]
     return ids, labels
+
+
+def _turn_places(
+    whole: Any, turns: Sequence[int], render_part: Callable[..., Any], messages: Sequence[Mapping[str, Any]]
+) -> list[tuple[int, int]] | None:
+    """Where each of these turns begins and ends in `whole`, ids or text of the messages that render_part gives of some of them
+    alike; None where those of the first messages are no beginning of it."""
+    places = []
+    for turn in turns:
+        before, after = render_part(messages[:turn], add_generation_prompt=True), render_part(messages[: turn + 1])
+        if whole[: len(before)] != before or whole[: len(after)] != after:
+            return None
+        places.append((len(before), len(after)))
+    return places
+
+
+def _tokenize_apart(messages, turns: Sequence[int], tokenizer, tools) -> tuple[list[int], list[tuple[int, int]]]:
+    """Ids of a conversation and the places of these turns, each of them and what lies between them tokenised by itself, so that
+    a turn stands behind the ids that it is asked for with. ValueError where the template's text has no such places."""
+    render_text = partial(render, tokenizer=tokenizer, tokenize=False, tools=tools)
+    text = render_text(messages)
+    spans = _turn_places(text, turns, render_text, messages)
+    if spans is None:
+        raise ValueError(
+            "messages: the chat template writes earlier turns otherwise once later ones follow, or opens an answer with "
+            "what the turn itself has not (<think>), so the assistant's turns cannot be found; make one row of each turn, "
+            "or use a template with {% generation %}"
+        )
+    ids: list[int] = []
+    ends = []
+    for begin, end in itertools.pairwise([0, *itertools.chain(*spans), len(text)]):
+        ids += tokenizer(text[begin:end], add_special_tokens=False)["input_ids"]
+        ends.append(len(ids))
+    return ids, list(zip(ends[0:-1:2], ends[1::2], strict=True))

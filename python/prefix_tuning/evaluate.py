@@ -18,8 +18,9 @@ from prefix_tuning.e2e import (
     slot_error_rate,
     to_examples,
 )
-from prefix_tuning.generate import Prompt, first_line, generate_texts
+from prefix_tuning.generate import first_line, generate_texts
 from prefix_tuning.loss import encoder_decoder_loss, target_loss
+from prefix_tuning.prompts import Prompt, is_conversation, prompt_of
 from prefix_tuning.row_limits import longest_row
 from prefix_tuning.shapes import check_int
 from prefix_tuning.task import Task, task_of
@@ -121,11 +122,11 @@ def _check_some(rows: Sequence[Mapping[str, Any]]) -> None:
 def split_row(row: Mapping[str, Any]) -> tuple[Prompt, str]:
     """What a row asks and what it answers; ValueError for what is no row or does not end with an answer."""
     check_row(row)
-    if "messages" not in row:
+    if not is_conversation(row):
         return row["prompt"], row["completion"]
-    *asked, answer = row["messages"]
+    *before, answer = row["messages"]
     if answer["role"] != "assistant":
         raise ValueError(f"messages: expected an assistant turn at the end to compare with, got {answer['role']!r}")
     if not isinstance(answer["content"], str):
         raise ValueError(f"messages: content of the last turn: expected a string to compare with, got {answer['content']!r}")
-    return asked, answer["content"]
+    return prompt_of({**row, "messages": before}), answer["content"]

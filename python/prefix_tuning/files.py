@@ -2,10 +2,11 @@
 
 import gzip
 import json
+import math
 import os
 import tempfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
@@ -15,9 +16,13 @@ from typing import Any, TextIO
 def replacing(path: str | os.PathLike) -> Iterator[Path]:
     """A temporary name in `path`'s folder to write to; it takes path's place where the block ends without an error.
 
-    The folder is created; after an error the temporary file is gone and what stood at `path` still stands.
+    The folder is created; after an error the temporary file is gone and what stood at `path` still stands. Of a link it is what
+    the link leads to; a device or a pipe is written to itself.
     """
-    path = Path(path)
+    path = Path(os.path.realpath(path))
+    if path.exists() and not path.is_file():
+        yield path
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=path.suffix)
     os.close(handle)
@@ -72,15 +77,28 @@ def open_text(path: str | os.PathLike) -> Iterator[TextIO]:
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:
-    """Writes `value` as indented JSON."""
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    """Writes `value` as indented JSON, with null for numbers that JSON has no words for (infinities and NaN)."""
+    _write_text(path, json.dumps(_json(value), indent=2, ensure_ascii=False) + "\n")
 
 
 def write_json_lines(path: str | os.PathLike, rows: list[Any]) -> None:
     """Writes one line of JSON for each row."""
-    with replacing(path) as temporary:
-        temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    _write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def _write_text(path: str | os.PathLike, text: str) -> None:
+    """As UTF-8, zipped where the name ends in .gz."""
+    opener = gzip.open if str(path).lower().endswith(".gz") else open
+    with replacing(path) as temporary, opener(temporary, "wt", encoding="utf-8") as file:
+        file.write(text)
+
+
+def _json(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _json(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_json(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _umask() -> int:

@@ -17,12 +17,10 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase, StaticCache
 from prefix_tuning import deferred_stops
 from prefix_tuning.graphed_decoding import GraphedDecoding, graphed
 from prefix_tuning.own_cache import CACHE, LEAST_REPLAYED
-from prefix_tuning.prompts import encode_prompt, padding_id
+from prefix_tuning.prompts import Prompt, encode_prompt, padding_id
 from prefix_tuning.row_limits import fitting, pair_limits
 from prefix_tuning.shapes import check_int
 from prefix_tuning.task import Task, task_of
-
-Prompt = str | Sequence[Mapping[str, Any]]
 
 MAX_NEW_TOKENS = 128
 CACHE_STEP = 128  # lengths of static caches are multiples of it, so that batches of similar prompts have one length
@@ -41,8 +39,8 @@ def generate_texts(
     in the prompts' order.
 
     Args:
-        prompts: texts, or conversations up to the answer (through the tokenizer's chat template), which encoder-decoders
-            do not take.
+        prompts: texts, or conversations up to the answer (through the tokenizer's chat template), lists of messages or
+            {"messages", "tools"}, which encoder-decoders do not take.
         special_tokens: whether texts get the tokenizer's beginning of a text; not where a prefix made of a text has it.
         cut_prompts: whether prompts that would not fit are cut, as in training: a causal model's at their beginning, an
             encoder's where the tokenizer truncates.
@@ -56,7 +54,7 @@ def generate_texts(
         raise TypeError(f"prompts: expected a list of texts or conversations, got the text {prompts!r}")
     prompts = list(prompts)
     for i, prompt in enumerate(prompts):
-        if isinstance(prompt, Mapping) or not isinstance(prompt, Sequence):
+        if "messages" not in prompt if isinstance(prompt, Mapping) else not isinstance(prompt, Sequence):
             raise TypeError(f"prompts[{i}]: expected a text or a conversation, got {prompt!r}")
     if task_of(model) is Task.ENCODER_DECODER:
         limit = pair_limits(model)[0] if cut_prompts else None

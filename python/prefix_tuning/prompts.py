@@ -5,8 +5,31 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+Prompt = str | Sequence[Mapping[str, Any]] | Mapping[str, Any]  # a text, messages, or {"messages", "tools"}
 
-def encode_prompt(prompt: str | Sequence[Mapping[str, Any]], tokenizer, *, special_tokens: bool = True) -> list[int]:
+
+def is_conversation(row: Mapping[str, Any]) -> bool:
+    """Whether a row has messages rather than prompt and completion; a table of both kinds has None for what a row has not."""
+    return row.get("messages") is not None
+
+
+def prompt_of(row: Mapping[str, Any]) -> Prompt:
+    """What a row of text, or of messages up to an answer, asks, with the tools that the answer may call."""
+    if not is_conversation(row):
+        return row["prompt"]
+    tools = row.get("tools")
+    return row["messages"] if tools is None else {"messages": row["messages"], "tools": tools}
+
+
+def check_text(name: str, text: str) -> None:
+    """ValueError for half of a surrogate pair, which JSON can write and no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{name}: expected text, got half of a surrogate pair at character {error.start + 1}") from None
+
+
+def encode_prompt(prompt: Prompt, tokenizer, *, special_tokens: bool = True) -> list[int]:
     """The ids a model is given before it answers: of a text, or of the messages of a conversation up to the answer.
 
     Args:
@@ -16,7 +39,9 @@ def encode_prompt(prompt: str | Sequence[Mapping[str, Any]], tokenizer, *, speci
     Raises ValueError for messages where the tokenizer has no chat template.
     """
     if not isinstance(prompt, str):
-        return encode_conversation(prompt, tokenizer, add_generation_prompt=True)
+        row = prompt if isinstance(prompt, Mapping) else {"messages": prompt}
+        return encode_conversation(row["messages"], tokenizer, tools=row.get("tools"), add_generation_prompt=True)
+    check_text("prompt", prompt)
     ids = list(tokenizer(prompt, add_special_tokens=special_tokens)["input_ids"])
     if special_tokens and ids and ids[-1] == tokenizer.eos_token_id:
         bare = tokenizer(prompt, add_special_tokens=False)["input_ids"]
@@ -52,11 +77,14 @@ def encode_beginning(messages: Sequence[Mapping[str, Any]], tokenizer) -> list[i
     return ids
 
 
-def render(messages: Sequence[Mapping[str, Any]], tokenizer, **options: Any) -> Mapping[str, list[int]]:
-    """What the tokenizer's chat template gives for a conversation; ValueError where it has none or does not take this one."""
+def render(
+    messages: Sequence[Mapping[str, Any]], tokenizer, tokenize: bool = True, **options: Any
+) -> Mapping[str, list[int]] | str:
+    """What the tokenizer's chat template gives for a conversation, ids and masks or, with tokenize=False, the text; ValueError
+    where it has none or does not take this one."""
     chat_template(tokenizer)
     try:
-        return tokenizer.apply_chat_template(list(messages), tokenize=True, return_dict=True, **options)
+        return tokenizer.apply_chat_template(list(messages), tokenize=tokenize, return_dict=tokenize, **options)
     except Exception as error:  # a template is a program of the model's authors; many refuse what they do not expect
         raise ValueError(f"messages: the chat template does not take this conversation: {error}") from error
 

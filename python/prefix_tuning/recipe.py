@@ -31,6 +31,7 @@ from prefix_tuning.data import each
 from prefix_tuning.explain import explain_training
 from prefix_tuning.files import check_writable, write_json
 from prefix_tuning.prefix import Prefix
+from prefix_tuning.prefix_files import CONFIG_FILE
 from prefix_tuning.run_callbacks import LossBar, StepClock, StepLosses
 from prefix_tuning.train import PrefixTrainer
 
@@ -88,7 +89,7 @@ class TrainSettings:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name}: expected more than 0, got {value}")
-        for name in ("warmup", "save_steps", "patience", "weight_decay", "max_grad_norm"):
+        for name in ("warmup", "save_steps", "patience", "weight_decay", "max_grad_norm", "seed"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}: expected at least 0, got {getattr(self, name)}")
         for name in ("epochs", "learning_rate", "warmup", "weight_decay"):
@@ -222,18 +223,10 @@ def check_run(
 
 
 def write_metrics(output: str | Path, metrics: Mapping[str, Any]) -> Path:
-    """Writes `output`/metrics.json, with null for numbers that JSON has no words for (infinities and NaN)."""
+    """Writes `output`/metrics.json."""
     path = Path(output) / METRICS_FILE
-    write_json(path, _json(metrics))
+    write_json(path, metrics)
     return path
-
-
-def _json(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {name: _json(part) for name, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [_json(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _check_output(output: Path, resume: bool, overwrite: bool) -> None:
@@ -247,7 +240,7 @@ def _check_output(output: Path, resume: bool, overwrite: bool) -> None:
         damaged = next((file for file in files if not zipfile.is_zipfile(file)), None)
         if damaged is not None:
             raise ValueError(f"resume: {damaged} is cut short or damaged; remove {damaged.parent} to go on from an earlier one")
-    held = ["checkpoints"] * bool(found) + ["prefix"] * (output / "prefix").exists()
+    held = ["checkpoints"] * bool(found) + ["prefix"] * (output / "prefix" / CONFIG_FILE).exists()
     if held and not resume and not overwrite:
         raise ValueError(
             f"output: {output} holds the {' and the '.join(held)} of an earlier run; resume that, overwrite it or take another "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any
 from prefix_tuning.data import check_row, first_object, is_e2e, parse_rows
 from prefix_tuning.e2e import linearize, load_e2e
 from prefix_tuning.files import open_text
-from prefix_tuning.generate import Prompt
+from prefix_tuning.prompts import Prompt, is_conversation, prompt_of
 
 DEFAULT_PREFIX = ""  # the name of the one prefix that is given without a name
 
@@ -52,9 +52,10 @@ def read_requests(path: str | None, prefixes: Collection[str]) -> tuple[list[Pro
         return prompts, [default] * len(prompts)
     with open_text(path) if path else nullcontext(sys.stdin) as file:
         lines = [line.rstrip("\r\n") for line in file]
+    lines[:1] = [line.removeprefix("\ufeff") for line in lines[:1]]  # a byte order mark, which open_text takes off a file
     if first_object(lines) or ".jsonl" in Path(source.lower()).suffixes:
         rows = parse_rows(lines, source, partial(_check_request, prefixes=prefixes))
-        prompts = [_asked(row["messages"]) if "messages" in row else row["prompt"] for row in rows]
+        prompts = [_unanswered(row) for row in rows]
         return prompts, [row.get("prefix", default) for row in rows]
     check_unnamed(prefixes, source)
     prompts = [line for line in lines if line.strip()]
@@ -65,7 +66,10 @@ def read_requests(path: str | None, prefixes: Collection[str]) -> tuple[list[Pro
 
 def answer_rows(prompts: Sequence[Prompt], names: Sequence[str | None] | None, texts: Sequence[str]) -> list[dict[str, Any]]:
     """What was asked and what was written, a row each, with the name of its prefix (null for none) where lines choose one."""
-    rows: list[dict[str, Any]] = [{"prompt" if isinstance(prompt, str) else "messages": prompt} for prompt in prompts]
+    rows: list[dict[str, Any]] = [
+        dict(prompt) if isinstance(prompt, Mapping) else {"prompt" if isinstance(prompt, str) else "messages": prompt}
+        for prompt in prompts
+    ]
     for row, name, text in zip(rows, names or [DEFAULT_PREFIX] * len(rows), texts, strict=True):
         row |= ({} if name == DEFAULT_PREFIX else {"prefix": name}) | {"text": text}
     return rows
@@ -78,18 +82,18 @@ def check_unnamed(prefixes: Collection[str], source: str) -> None:
 
 
 def parse_conversation(text: str) -> Prompt:
-    """The messages that `text` holds as JSON; ValueError for anything else."""
+    """The messages that `text` holds as JSON, less an answer at their end; ValueError for anything else."""
     try:
-        messages = json.loads(text)
+        row = {"messages": json.loads(text)}
     except (ValueError, RecursionError) as error:
         raise ValueError(f"--messages: not JSON: {error}") from None
-    if not (
-        isinstance(messages, list)
-        and messages
-        and all(isinstance(turn, dict) and {"role", "content"} <= turn.keys() for turn in messages)
-    ):
-        raise ValueError(f'--messages: expected a list of objects with "role" and "content", got {text}')
-    return messages
+    if row["messages"] is None:
+        raise ValueError('--messages: expected a list of objects with "role" and "content", got null')
+    try:
+        check_row(row, answered=False)
+    except ValueError as error:
+        raise ValueError(f"--{error}") from None
+    return _unanswered(row)
 
 
 def _check_request(row: Any, prefixes: Collection[str]) -> None:
@@ -101,6 +105,8 @@ def _check_request(row: Any, prefixes: Collection[str]) -> None:
         raise ValueError(f"prefix: expected null or the name of a --prefix NAME=FOLDER ({known}), got {name!r}")
 
 
-def _asked(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A conversation without its last turn where that is the assistant's: what there is to answer."""
-    return messages[:-1] if messages[-1]["role"] == "assistant" else messages
+def _unanswered(row: Mapping[str, Any]) -> Prompt:
+    """What a row asks: of a conversation all but its last turn where that is the assistant's."""
+    if is_conversation(row) and len(row["messages"]) > 1 and row["messages"][-1]["role"] == "assistant":
+        row = {**row, "messages": row["messages"][:-1]}
+    return prompt_of(row)

@@ -21,7 +21,7 @@ from prefix_tuning.attach import attach_prefix
 from prefix_tuning.data import check_row
 from prefix_tuning.generate import first_line, generate_ids, progress_bar
 from prefix_tuning.prefix import Prefix
-from prefix_tuning.prompts import encode_prompt
+from prefix_tuning.prompts import encode_prompt, is_conversation, prompt_of
 from prefix_tuning.row_limits import tokens_left
 from prefix_tuning.text_cache import evaluating
 
@@ -73,7 +73,7 @@ class SourceText:
 
 def with_text(row: Mapping[str, Any], text: str) -> dict[str, Any]:
     """The row with the text in front of its prompt, or of what its first message that is the user's says."""
-    if "messages" not in row:
+    if not is_conversation(row):
         return {**row, "prompt": f"{text}\n\n{row['prompt']}"}
     messages = [dict(turn) for turn in row["messages"]]
     asked = next((turn for turn in messages if turn["role"] == "user"), None)
@@ -128,7 +128,7 @@ def answered(
     for row in rows:
         if not _is_answered(row):
             answer = next(answers)
-            if "messages" in row:
+            if is_conversation(row):
                 row = {**row, "messages": [*row["messages"], {"role": "assistant", "content": answer.strip()}]}
             elif row["prompt"].endswith(ANSWER):  # a model that was taught no turns goes on with further questions
                 row = {**row, "completion": f" {first_line(answer)}"}
@@ -169,7 +169,7 @@ def _written(
         for chunk, alike in groupby(rows, key=lambda row: row["chunk"]):
             read = text.chunk(*chunk)
             prompts = [with_text(row, read) for row in alike]
-            encoded = [encode_prompt(row.get("messages") or row["prompt"], tokenizer) for row in prompts]
+            encoded = [encode_prompt(prompt_of(row), tokenizer) for row in prompts]
             longest = max(map(len, encoded)) + max_new_tokens + CLOSING
             if positions is not None and longest > positions:
                 raise ValueError(
@@ -187,4 +187,4 @@ def _written(
 
 
 def _is_answered(row: Mapping[str, Any]) -> bool:
-    return row["messages"][-1]["role"] == "assistant" if "messages" in row else "completion" in row
+    return row["messages"][-1]["role"] == "assistant" if is_conversation(row) else row.get("completion") is not None

@@ -4,7 +4,9 @@ import gzip
 import io
 import json
 import logging
+import os
 import re
+import threading
 
 import pytest
 import torch
@@ -64,7 +66,9 @@ def test_train_evaluate_generate(run, folder, form, tmp_path):
     assert status == 0, err
     scores = json.loads((tmp_path / "scores.json").read_text())
     expected = {"bleu", "slot_error", "slot_error_references"} if form == "e2e" else {"loss", "perplexity", "bleu"}
-    assert scores.keys() >= expected and len(scores["texts"]) == len(FILES[form]) == scores["rows"]
+    assert scores.keys() >= expected and len(scores["answers"]) == len(FILES[form]) == scores["rows"]
+    asked = {"rows": "prompt", "talks": "messages", "e2e": "mr"}[form]
+    assert all(answer.keys() >= {asked, "text"} for answer in scores["answers"])
     for name in expected:
         assert name.replace("_", " ") in out
 
@@ -151,8 +155,11 @@ def test_prompts_from_stdin_files_and_messages(run, folder, tmp_path, monkeypatc
         ["a", "b"], ["one", "two"], [messages], asked, tables, ["p", "q"], ["three"], [again], [ROWS[0]["prompt"]], ["four\n"],
         ["a\u2028b", "c\x0cd", "e"],
     ]  # fmt: skip
-    monkeypatch.setattr("sys.stdin", io.StringIO(json.dumps(ROWS[0])))
-    assert run("generate", "--model", "model")[0] == 0 and seen[-1] == [ROWS[0]["prompt"]]
+    for mark in ("", "\ufeff"):
+        monkeypatch.setattr("sys.stdin", io.StringIO(mark + json.dumps(ROWS[0])))
+        assert run("generate", "--model", "model")[0] == 0 and seen[-1] == [ROWS[0]["prompt"]]
+    assert run("generate", "--model", "model", "--messages", json.dumps(TALKS[0]["messages"]))[0] == 0
+    assert seen[-1] == [TALKS[0]["messages"][:-1]]  # as the same conversation in a file
 
 
 def test_texts_go_to_a_file(run, folder, tmp_path):
@@ -173,6 +180,25 @@ def test_texts_go_to_a_file(run, folder, tmp_path):
         else:
             assert asked == [{"prompt": row["prompt"]} for row in ROWS]
     assert [path.name for path in file.parent.iterdir()] == ["texts.jsonl"]
+
+
+def test_tools_go_along(run, folder, tmp_path, monkeypatch):
+    seen, row = [], TALKS[0] | {"tools": [{"name": "search"}]}
+    monkeypatch.setattr(cli, "generate_texts", lambda model, tokenizer, prompts, **options: seen.append(prompts) or ["text"])
+    (tmp_path / "tools.jsonl").write_text(json.dumps(row))
+    assert run("generate", "--model", "model", "--file", tmp_path / "tools.jsonl", "--output", tmp_path / "out.jsonl")[0] == 0
+    asked = {"messages": TALKS[0]["messages"][:-1], "tools": row["tools"]}
+    assert seen == [[asked]] and json.loads((tmp_path / "out.jsonl").read_text()) == asked | {"text": "text"}
+
+
+def test_texts_go_to_a_pipe(run, folder, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    read = []
+    reader = threading.Thread(target=lambda: read.append((tmp_path / "pipe").read_text()))
+    reader.start()
+    status = run("generate", "--model", "model", "--prompt", "p", "--max-new-tokens", 2, "--output", tmp_path / "pipe")[0]
+    reader.join(10)
+    assert status == 0 and json.loads(read[0])["prompt"] == "p" and (tmp_path / "pipe").is_fifo()
 
 
 def test_a_prefix_of_another_model_is_told(run, folder, tmp_path):

@@ -71,7 +71,7 @@ ERRORS = {
     "scores below a file": (("evaluate", "--file", "rows.jsonl", "--output", "rows.jsonl/x"), "rows.jsonl"),
     "training below a file": ((*TRAIN[:-1], "rows.jsonl/x"), "rows.jsonl"),
     "one message": (("generate", "--messages", '{"role": "user", "content": "hi"}'), "--messages: expected a list of objects"),
-    "no message": (("generate", "--messages", "[]"), "--messages: expected a list of objects"),
+    "no message": (("generate", "--messages", "[]"), "--messages: expected at least one turn, got none"),
     "message without role": (("generate", "--messages", '[{"content": "hi"}]'), "--messages: expected a list of objects"),
     "empty messages": (("generate", "--messages", ""), "--messages: not JSON"),
     "deep messages": (("generate", "--messages", "[" * 100_000), "--messages: not JSON"),
@@ -86,7 +86,7 @@ ERRORS = {
     "rows refused by the template": (
         (*TRAIN[:2], "talks.jsonl", *TRAIN[3:], "--model", "strict"), r"train_dataset: rows\[0\]: .*roles must alternate"
     ),
-    "content of no kind": (("generate", "--messages", '[{"role": "user", "content": 1}]'), "messages: the chat template"),
+    "content of no kind": (("generate", "--messages", '[{"role": "user", "content": 1}]'), "--messages: content of 'user'"),
     "temperature alone": (("generate", "--prompt", "p", "--temperature", "0.5"), "--temperature, --top-p: they need --sample"),
     "bytes": (("generate", "--file", "bytes.txt"), "bytes.txt: not a UTF-8 text file"),
     "no prompts": (("generate", "--file", "blank.txt"), "blank.txt: holds no prompts"),
@@ -97,6 +97,10 @@ ERRORS = {
     "output of training": ((*TRAIN[:-1], "rows.jsonl/x"), "--output: rows.jsonl/x: Not a directory"),
     "output of generation": (("generate", "--prompt", "p", "--output", "rows.jsonl/x"), "--output: rows.jsonl: File exists"),
     "folder for texts": (("generate", "--prompt", "p", "--output", "model"), "--output: expected .* got the folder model"),
+    "no name for texts": (("generate", "--prompt", "p", "--output", ""), "--output: expected a name, got an empty one"),
+    "no name for a run": ((*TRAIN[:-1], ""), "--output: expected a name, got an empty one"),
+    "seed": ((*TRAIN, "--seed", "-1"), "seed: expected at least 0, got -1"),
+    "an adapter of PEFT": (("generate", "--prefix", "adapter", "--prompt", "p"), "it is a PEFT adapter, of which"),
     "run for a prefix": (("generate", "--prefix", "run", "--prompt", "p"), "--prefix: run/.*; did you mean run/prefix"),
     "no folder": (("generate", "--model", "/no/such/folder", "--prompt", "p"), "--model /no/such/folder: no such folder"),
     "encoder": (("generate", "--model", "bert", "--prompt", "p"), "--model bert: bert is an encoder, expected a model that"),

@@ -16,7 +16,7 @@ from prefix_tuning.data import (
     tokenize_rows,
     without_idle_mask,
 )
-from prefix_tuning.prompts import encode_prompt
+from prefix_tuning.prompts import encode_prompt, prompt_of
 from support.tokenizer import CHAT_TEMPLATE, tiny_tokenizer
 
 ROW = {"prompt": "name : Aromi\n", "completion": "Aromi is a pub."}
@@ -148,19 +148,28 @@ def test_missing_files_and_folders_raise_what_the_system_says(tmp_path):
         ({"completion": "b", "x": 1}, "got .'completion', 'x'."),
         ({"prompt": None, "completion": "b"}, "prompt: expected a string, got NoneType"),
         ({"messages": "hi"}, "messages: expected a list of objects"),
-        ({"messages": None}, "messages: expected a list of objects"),
+        ({"messages": None}, 'expected an object with .*, or with "messages"'),
+        ({"messages": 3}, "messages: expected a list of objects"),
         ({"messages": [{"role": "user"}]}, 'messages: expected a list of objects with "role" and "content"'),
         ({"messages": ["hi"]}, "messages: expected a list of objects"),
         ({"messages": []}, "messages: expected at least one assistant turn"),
         ({"messages": [{"role": "user", "content": "hi"}]}, "messages: expected at least one assistant turn"),
         ({"messages": [{"role": "asistant", "content": "hi"}]}, "assistant turn to learn from, got 'asistant'"),
         ({"messages": [{"role": "assistant", "content": None}]}, "content of 'assistant': expected a string, got None"),
+        ({"messages": [{"role": "assistant", "content": "hi"}]}, "row: it has no token to learn from"),
+        ({"prompt": "a", "completion": "b\ud83d"}, "completion: expected text, got half of a surrogate pair at character 2"),
+        (
+            {"messages": [{"role": "assistant", "content": "\ud83d"}]},
+            "'assistant': expected text, got half of a surrogate pair",
+        ),
+        (CHAT | {"tools": "search"}, "tools: expected a list of objects, got 'search'"),
     ),
     ids=str,
 )
 def test_check_row_refuses(row, match):
-    with pytest.raises(ValueError, match=match):
-        check_row(row)
+    if "no token" not in match:
+        with pytest.raises(ValueError, match=match):
+            check_row(row)
     with pytest.raises(ValueError, match=match):
         tokenize_example(row, tiny_tokenizer(chat_template=CHAT_TEMPLATE))
 
@@ -270,6 +279,48 @@ def test_a_template_that_rewrites_turns_is_refused(template):
     tokenizer = tiny_tokenizer(chat_template=template)
     with pytest.raises(ValueError, match="the chat template writes earlier turns otherwise once later ones follow"):
         tokenize_example(CHAT, tokenizer)
+
+
+@pytest.mark.parametrize("contents", [("hello", "here"), ("he", "no"), ("no", "he")])
+def test_a_turn_that_makes_one_token_with_its_opening_stands_behind_the_ids_it_is_asked_for_with(contents):
+    """ "t" and "he" are "th" and "e" side by side."""
+    tokenizer = tiny_tokenizer(chat_template=CHAT_TEMPLATE.replace("': '", "': t'").replace("assistant: ", "assistant: t"))
+    messages = [dict(turn) for turn in CHAT["messages"]]
+    messages[2]["content"], messages[4]["content"] = contents
+    example = tokenize_example({"messages": messages}, tokenizer)
+    assert learnt(example, tokenizer) == "{}</s>|{}</s>".format(*contents)
+    asked = encode_prompt(messages[: 4 if contents[0] == "no" else 2], tokenizer)
+    assert example["input_ids"][: len(asked)] == asked
+    text = tokenizer.apply_chat_template(messages, tokenize=False)
+    assert tokenizer.decode(example["input_ids"]) == text
+
+
+def test_a_first_turn_that_nothing_asks_for_is_not_learnt():
+    tokenizer = tiny_tokenizer(chat_template=CHAT_TEMPLATE)
+    example = tokenize_example({"messages": CHAT["messages"][2:]}, tokenizer)
+    assert learnt(example, tokenizer) == "no</s>"
+
+
+TOOLS = [{"type": "function", "function": {"name": "search"}}]
+TOOL_TEMPLATE = "{% for tool in tools or [] %}{{ tool['function']['name'] + '\n' }}{% endfor %}"
+
+
+@pytest.mark.parametrize("template", (CHAT_TEMPLATE, GENERATION_TEMPLATE), ids=("prefixes", "generation"))
+def test_tools_reach_the_template(template):
+    tokenizer = tiny_tokenizer(chat_template=TOOL_TEMPLATE + template)
+    example, without = (tokenize_example(CHAT | tools, tokenizer) for tools in ({"tools": TOOLS}, {"tools": None}))
+    assert without == tokenize_example(CHAT, tokenizer)
+    assert tokenizer.decode(example["input_ids"]) == "search\n" + tokenizer.decode(without["input_ids"])
+    assert learnt(example, tokenizer) == learnt(without, tokenizer)
+    row = {"messages": CHAT["messages"][:-1], "tools": TOOLS}
+    asked = encode_prompt(row, tokenizer)
+    assert example["input_ids"][: len(asked)] == asked == encode_prompt(prompt_of(row), tokenizer)
+
+
+def test_what_a_table_of_both_kinds_has_not_is_none():
+    tokenizer = tiny_tokenizer(chat_template=CHAT_TEMPLATE)
+    rows = [CHAT | {"prompt": None, "completion": None, "tools": None}, ROW | {"messages": None, "tools": None}]
+    assert tokenize_rows(rows, tokenizer) == tokenize_rows([CHAT, ROW], tokenizer)
 
 
 @pytest.mark.parametrize("template", (CHAT_TEMPLATE, GENERATION_TEMPLATE), ids=("prefixes", "generation"))

@@ -2,9 +2,11 @@
 
 import gzip
 import json
+import math
 import os
 import stat
 import tempfile
+import threading
 
 import pytest
 
@@ -83,6 +85,38 @@ def test_json_and_json_lines(tmp_path):
     with pytest.raises(TypeError):
         write_json(tmp_path / "a.json", {1j})
     assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == value
+
+
+def test_numbers_without_words_in_json_are_null(tmp_path):
+    write_json(tmp_path / "a.json", {"loss": math.nan, "losses": [1.0, math.inf], "pair": (-math.inf,)})
+    assert json.loads((tmp_path / "a.json").read_text(), parse_constant=pytest.fail) == {
+        "loss": None, "losses": [1.0, None], "pair": [None]
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("write", (write_json, write_json_lines))
+def test_a_name_that_ends_in_gz_is_zipped(write, tmp_path):
+    write(tmp_path / "a.json.gz", ["Café"])
+    with open_text(tmp_path / "a.json.gz") as file:
+        assert json.loads(file.read()) in ("Café", ["Café"])
+
+
+def test_what_a_link_leads_to_is_replaced(tmp_path):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "link.json").symlink_to(tmp_path / "there" / "real.json")
+    for value in (1, 2):
+        write_json(tmp_path / "link.json", value)
+        assert (tmp_path / "link.json").is_symlink() and json.loads((tmp_path / "there" / "real.json").read_text()) == value
+
+
+def test_a_pipe_is_written_to(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    read = []
+    reader = threading.Thread(target=lambda: read.append((tmp_path / "pipe").read_text()))
+    reader.start()
+    write_json_lines(tmp_path / "pipe", ["a", "b"])
+    reader.join(10)
+    assert read == ['"a"\n"b"\n'] and stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
 
 
 @pytest.mark.parametrize("name", ("a.txt", "a.gz", "a.GZ"))

@@ -264,6 +264,11 @@ def test_resuming_and_overwriting_at_once(tmp_path):
         run(tmp_path, resume=True, overwrite=True)
 
 
+def test_an_empty_folder_where_a_prefix_was_to_be_is_no_earlier_run(tmp_path):
+    (tmp_path / "prefix").mkdir()
+    run(tmp_path)
+
+
 def test_checkpoints_missing_or_in_the_way(tmp_path):
     with pytest.raises(ValueError, match="resume: .*new holds no checkpoint to go on from"):
         run(tmp_path / "new", resume=True)

@@ -10,6 +10,7 @@ import torch
 from transformers import EarlyStoppingCallback, TrainerCallback
 
 from prefix_tuning import Prefix
+from prefix_tuning.checkpoints import load_checkpoint
 from prefix_tuning.data import tokenize_rows
 from support.models import tiny_model
 from support.prefixes import mlp_prefix
@@ -172,6 +173,22 @@ def test_resuming_with_another_prefix_is_refused_in_one_line(other, message, tmp
         trainer.train(resume_from_checkpoint=True)
     assert "\n" not in str(error.value)
     assert_prefixes_equal(prefix, start)
+
+
+def test_what_is_no_folder_is_no_checkpoint(tmp_path):
+    with pytest.raises(ValueError, match="^resume_from_checkpoint: latest is no folder$"):
+        load_checkpoint(Prefix.for_model(tiny_model("llama"), PREFIX_LEN), "latest")
+
+
+def test_a_checkpoint_of_another_model_is_told(tmp_path, caplog):
+    prefix = Prefix.for_model(tiny_model("llama"), PREFIX_LEN)
+    for name, told in (("some/model", False), ("a/model", False), ("some/other", True)):
+        prefix.base_model = name
+        prefix.save(tmp_path)
+        prefix.base_model = "/models/model"
+        caplog.clear()
+        load_checkpoint(prefix, str(tmp_path))
+        assert ("was trained for the model some/other, this one is for /models/model" in caplog.text) == told
 
 
 def test_early_stopping_and_the_best_prefix(tmp_path):

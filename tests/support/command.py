@@ -30,6 +30,7 @@ def fill(folder):
     random_prefix(model, 3).save(folder / "short")
     random_prefix(tiny_model("llama", num_hidden_layers=2)).save(folder / "other")
     random_prefix(model, 3).save(folder / "run" / "prefix")
+    random_prefix(model, 3).to_peft(folder / "adapter")
     for name, other in (("bert", tiny_encoder("bert", vocab_size=128)), ("gpt2", tiny_model("gpt2", pad_token_id=2))):
         other.save_pretrained(folder / name)
         tiny_tokenizer().save_pretrained(folder / name)
