@@ -72,7 +72,7 @@ class Attachment:
         self._bank = prefix if isinstance(prefix, PrefixBank) else None
         self._parts, every = tuple(prefix.parts), stacks(model)
         if any(hasattr(modules[0], "layer_prefix") for stack in every for modules in stack.attention.values()):
-            raise ValueError("model: it already has a prefix attached; detach that first")
+            raise ValueError("model: it already has a prefix attached; detach that first (detach_prefix(model))")
         self.stacks = [stack for stack in every if any(part in self._parts for part in stack.attention)]
         self._others = [stack for stack in every if stack not in self.stacks]
         slides, warned = prefix_window == "peft", set()
@@ -112,6 +112,7 @@ class Attachment:
 
     def _attach(self, replaced: Mapping[nn.Module, Mapping[str, Any]]) -> None:
         self._configs.insert()
+        self._change(self.model, prefix_attachment=self)
         for stack in self.stacks:
             for part, modules in stack.attention.items():
                 for module, layer in zip(modules, self._layers[part], strict=True):
@@ -433,6 +434,20 @@ def attach_prefix(
             )
         _place(prefix, every)
     return Attachment(model, prefix, backend, prefix_window)
+
+
+def detach_prefix(model: nn.Module) -> None:
+    """Undo attach_prefix where its Attachment is not at hand: nobody kept it, or it is that of a model this one is a copy of.
+
+    Raises ValueError for a model without a prefix attached.
+    """
+    check_model(model)
+    attachment = vars(_without_adapters(getattr(model, "_orig_mod", model))).get("prefix_attachment")
+    if attachment is None:
+        raise ValueError("model: it has no prefix attached")
+    if not isinstance(attachment.prefix, (Prefix, PrefixBank)):
+        raise ValueError("model: accelerate_peft has attached its adapter; restore_peft undoes that")
+    attachment.detach()
 
 
 def _without_adapters(model: nn.Module) -> nn.Module:

@@ -61,41 +61,35 @@ def check_heads_fit(model: nn.Module, heads: Mapping[str, Mapping[str, Tensor]])
 
 
 class AttachedHeads:
-    """The heads' parameters in place of the model's own, from insert() to remove(). What enters a head takes on its dtype."""
+    """The heads' parameters in front of the model's own, from insert() to remove(). What enters a head takes on its dtype.
+
+    They lie among the plain attributes of the model's modules, where these find them before their own. So what goes over the
+    parameters of a model, to convert, freeze, load or save them, meets the model's own alone.
+    """
 
     def __init__(self, model: nn.Module, heads: Mapping[str, Mapping[str, nn.Parameter]]):
         self._model, self._heads = model, heads
-        self._replaced: list[tuple[nn.Module, str, nn.Parameter]] = []
-        self._places: dict[nn.Module, torch.device] = {}  # of each head's parameters when they were inserted
+        self._covered: list[tuple[nn.Module, str]] = []
         self._hooks: list[RemovableHandle] = []
 
     def insert(self) -> None:
-        self._dtype = self._model.dtype
         for path, parameters in self._heads.items():
             head = self._model.get_submodule(path)
-            device = self._places[head] = execution_device(head)
             for name, parameter in parameters.items():
                 *inner, leaf = name.split(".")
                 module = head.get_submodule(".".join(inner))
-                self._replaced.append((module, leaf, module._parameters[leaf]))
-                parameter.data = parameter.data.to(device)
-                module._parameters[leaf] = parameter
-            first = next(iter(parameters.values()))
-            self._hooks.append(head.register_forward_pre_hook(partial(_cast_inputs, first), with_kwargs=True))
+                vars(module)[leaf] = parameter
+                self._covered.append((module, leaf))
+            before = partial(_before_forward, list(parameters.values()))
+            before(head, (), {})
+            self._hooks.append(head.register_forward_pre_hook(before, with_kwargs=True))
 
     def remove(self) -> None:
-        """The model's own again: where the model is by now and in its dtype, if it was moved or converted meanwhile."""
         for hook in self._hooks:
             hook.remove()
-        places, dtype = {head: next(head.parameters()).device for head in self._places}, self._model.dtype
-        for module, leaf, parameter in self._replaced:
-            module._parameters[leaf] = parameter
-        for head, device in places.items():
-            if device != self._places[head]:
-                head.to(device)
-            if dtype != self._dtype:
-                head.to(dtype)
-        self._hooks, self._replaced, self._places = [], [], {}
+        for module, leaf in self._covered:
+            vars(module).pop(leaf, None)
+        self._hooks, self._covered = [], []
 
 
 def _paths(model: nn.Module, name: str) -> Iterable[str]:
@@ -110,11 +104,17 @@ def _paths(model: nn.Module, name: str) -> Iterable[str]:
     return found
 
 
-def _cast_inputs(parameter: nn.Parameter, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    def cast(value):
-        floats = isinstance(value, Tensor) and value.is_floating_point() and value.dtype != parameter.dtype
-        return value.to(parameter.dtype) if floats else value
+def _before_forward(parameters: Sequence[nn.Parameter], head: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """The parameters go to where the head computes, which may have moved; what enters it takes on their dtype."""
+    first, device = parameters[0], execution_device(head)
+    if first.device != device:
+        for parameter in parameters:
+            parameter.data = parameter.data.to(device)
 
-    if torch.is_autocast_enabled(parameter.device.type):
+    def cast(value):
+        floats = isinstance(value, Tensor) and value.is_floating_point() and value.dtype != first.dtype
+        return value.to(first.dtype) if floats else value
+
+    if torch.is_autocast_enabled(first.device.type):
         return args, kwargs
     return tuple(map(cast, args)), {name: cast(value) for name, value in kwargs.items()}

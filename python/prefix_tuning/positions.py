@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -35,6 +35,9 @@ def sequence_positions(arguments: dict) -> Tensor:
     """
     tokens, cache = new_tokens(arguments), cache_of(arguments)
     q_len, mask = tokens.shape[1], arguments.get("attention_mask")
+    if isinstance(mask, Mapping):  # for each kind of layer; what generate made for a static cache knows the 2-D one
+        mask = next(iter(mask.values()), None)
+    mask = getattr(mask, "tokens", mask)
     seen = 0 if cache is None else cache.get_seq_length()  # a static one's is a tensor
     if not (isinstance(mask, Tensor) and mask.dim() == 2):
         return (torch.arange(q_len, device=tokens.device) + seen)[None]

@@ -224,6 +224,8 @@ class Prefix(nn.Module):
         if tokenizer is None and input_ids is None:
             raise ValueError(f"tokenizer: got None, expected the one for {names[0]}")
         if text is not None:
+            if not isinstance(text, str):
+                raise TypeError(f"text: got {type(text).__name__}, expected one text")
             input_ids = encode_prompt(text, tokenizer)
             if not input_ids:
                 raise ValueError(f"text: {text!r} has no tokens, expected one or more")

@@ -50,20 +50,22 @@ class PrefixIdsArgument:
     """
 
     def __init__(self, model: nn.Module, layers: nn.Module, bank: PrefixBank):
-        self._model = model
-        self._own = {name: value for name, value in vars(model).items() if name in ("forward", "generate")}
-        model.forward = _in_place_of(model.forward, partial(_forward, model.forward, layers is not model))
-        model.forward.__signature__ = _showing_prefix_ids(inspect.signature(model.forward.__wrapped__))
+        forward = _in_place_of(model.forward, partial(_forward, model.forward, layers is not model))
+        forward.__signature__ = _showing_prefix_ids(inspect.signature(model.forward))
+        self._set = {"forward": forward, "prefix_bank": bank}
         if hasattr(model, "generate"):
-            model.generate = _in_place_of(model.generate, partial(_generate, model, model.generate, bank))
-            model._get_candidate_generator = partial(_candidate_generator, model._get_candidate_generator, bank)
-        model.prefix_bank = bank
+            self._set["generate"] = _in_place_of(model.generate, partial(_generate, model, model.generate, bank))
+            self._set["_get_candidate_generator"] = partial(_candidate_generator, model._get_candidate_generator, bank)
+        self._model = model
+        self._own = {name: value for name, value in vars(model).items() if name in self._set}
+        vars(model).update(self._set)
 
     def remove(self) -> None:
-        for name in ("forward", "generate", "_get_candidate_generator", "prefix_bank"):
-            vars(self._model).pop(name, None)
-        for name, value in self._own.items():
-            setattr(self._model, name, value)
+        """What has been put in the place of an attribute since, as accelerate wraps forward, stays."""
+        for name, value in self._set.items():
+            if vars(self._model).get(name) is value:
+                del vars(self._model)[name]
+                vars(self._model).update({name: self._own[name]} if name in self._own else {})
 
 
 def row_ids(bank: PrefixBank, given: Any, rows: int, device: torch.device) -> Tensor:
@@ -108,6 +110,8 @@ def _in_place_of(method: Callable, patched: partial) -> partial:
 def _showing_prefix_ids(signature: inspect.Signature) -> inspect.Signature:
     added = inspect.Parameter("prefix_ids", inspect.Parameter.KEYWORD_ONLY, default=BANK_DEFAULT)
     *others, further = signature.parameters.values()
+    if further.kind is not inspect.Parameter.VAR_KEYWORD:
+        raise NotImplementedError("model: a bank is not served, as its forward takes no further arguments (prefix_ids)")
     return signature.replace(parameters=[*others, added, further])
 
 

@@ -20,7 +20,8 @@ CHUNK = 1024  # tokens run at once: beside the cache, memory grows with CHUNK ×
 
 
 def cached_layers(model: nn.Module, input_ids: Tensor | Sequence[int]) -> Layers:
-    """The keys and values that the model caches for the tokens, in eval mode; its modules' modes are put back.
+    """The keys and values that the model caches for the tokens, in eval mode and its own dtype, whatever torch.autocast says;
+    its modules' modes are put back.
 
     The tokens run in chunks over the model's own cache and no logits are computed, so that a text of 65536 tokens takes
     little more than its cache. Under LongRoPE it is one chunk: what positions are rotated by is decided for each call.
@@ -31,12 +32,13 @@ def cached_layers(model: nn.Module, input_ids: Tensor | Sequence[int]) -> Layers
     if list(part_shapes(model.config)) != ["decoder"]:
         raise NotImplementedError(f"model: the keys and values of a text are a causal model's, got {type(model).__name__}")
 
-    with torch.no_grad(), evaluating(model):
-        cache = _cache_of(model, ids[None].to(next(model.parameters()).device))
-    layers = [(layer.keys, layer.values) for layer in cache.layers]
-    modules = stacks(model)[0].attention["decoder"] if text_part(model.config).model_type in FAMILIES else []
-    if modules and hasattr(modules[0], "expand_kv"):  # latent attention caches what keys and values are made from
-        layers = [module.expand_kv(*latent) for module, latent in zip(modules, layers, strict=True)]
+    device = next(model.parameters()).device
+    with torch.no_grad(), torch.autocast(device.type, enabled=False), evaluating(model):
+        cache = _cache_of(model, ids[None].to(device))
+        layers = [(layer.keys, layer.values) for layer in cache.layers]
+        modules = stacks(model)[0].attention["decoder"] if text_part(model.config).model_type in FAMILIES else []
+        if modules and hasattr(modules[0], "expand_kv"):  # latent attention caches what keys and values are made from
+            layers = [module.expand_kv(*latent) for module, latent in zip(modules, layers, strict=True)]
     layers = [(key[0], value[0]) for key, value in layers]
     expected, found = model_shape(model.config), check_layers("decoder", layers)
     if found != (expected, len(ids)):

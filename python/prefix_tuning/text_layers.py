@@ -18,7 +18,7 @@ RECORDING = "prefix_tuning_recording"
 
 
 def computed_layers(model: nn.Module, input_ids: Sequence[int]) -> dict[str, Layers]:
-    """Of each part the keys and values for the tokens, in eval mode; the model is put back as it was.
+    """Of each part the keys and values for the tokens, in eval mode and the model's own dtype; the model is put back as it was.
 
     An encoder-decoder reads the tokens with its encoder and again with its decoder, which sees what the encoder made of them.
 
@@ -34,7 +34,7 @@ def computed_layers(model: nn.Module, input_ids: Sequence[int]) -> dict[str, Lay
     try:
         for config in configs.values():
             config._attn_implementation = RECORDING
-        with torch.no_grad(), evaluating(model):
+        with torch.no_grad(), torch.autocast(ids.device.type, enabled=False), evaluating(model):
             model.base_model(**arguments, return_dict=True)
         return {part: [module.recorded for module in found] for part, found in modules.items()}
     finally:

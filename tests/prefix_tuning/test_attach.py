@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import StaticCache
 
-from prefix_tuning import Prefix, PrefixBank, attach_prefix
+from prefix_tuning import Prefix, PrefixBank, accelerate_peft, attach_prefix, detach_prefix
 from prefix_tuning.attach import Attachment
 from support.capabilities import ids
 from support.checkpointing import enable_checkpointing
@@ -15,6 +15,7 @@ from support.encoder_decoders import tiny_encoder_decoder
 from support.generation import attach
 from support.image_text import tiny_wrapper
 from support.models import FAMILIES, random_prefix, tiny_model
+from support.peft_models import twins
 from support.reference import PastKeyValues
 
 PREFIX_LEN = 5
@@ -313,6 +314,31 @@ def test_on_a_gpu_inductor_compiles_a_training_step(family, dtype):
     outcomes = step(copy.deepcopy(model).float()), step(model), step(model, compiled=True)
     for wide, plain, compiled in zip(*outcomes, strict=True):
         assert (compiled - wide).norm() <= 2 * (plain - wide).norm() + 1e-4 * wide.norm()
+
+
+@pytest.mark.parametrize("kind", ["prefix", "bank"])
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_detached_by_the_model_alone(kind, wrapped):
+    model = tiny_model("llama")
+    outer = torch.compile(model, backend="eager") if wrapped else model
+    before, expected = set(vars(model)), model(ids()).logits
+    with pytest.raises(ValueError, match="model: it has no prefix attached"):
+        detach_prefix(outer)
+    attach(model, kind)
+    with pytest.raises(ValueError, match=r"already has a prefix attached; detach that first \(detach_prefix\(model\)\)"):
+        attach(model, kind)
+    detach_prefix(outer)
+    assert set(vars(model)) == before and torch.equal(model(ids()).logits, expected)
+    attach(model, kind)[0].detach()
+    with pytest.raises(ValueError, match="model: it has no prefix attached"):
+        detach_prefix(model)
+
+
+def test_an_accelerated_adapter_is_restored_instead():
+    _, model = twins(tiny_model("llama"), PREFIX_LEN)
+    accelerate_peft(model)
+    with pytest.raises(ValueError, match="model: accelerate_peft has attached its adapter; restore_peft undoes that"):
+        detach_prefix(model.base_model)
 
 
 def test_wrong_calls_raise():

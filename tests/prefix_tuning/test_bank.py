@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from transformers import GenerationConfig, LlamaForCausalLM, StaticCache
 
 from prefix_kernels import prefix_attention
@@ -525,3 +527,45 @@ def test_on_a_gpu_a_captured_graph_sees_a_prefix_that_is_added():
     chosen.copy_(bank.ids(["added", "short", "added"]))
     graph.replay()
     assert torch.equal(out, attend())
+
+
+class WithoutFurtherArguments(LlamaForCausalLM):
+    def forward(self, input_ids=None, labels=None):
+        return super().forward(input_ids=input_ids, labels=labels)
+
+
+def test_a_forward_without_further_arguments_is_refused():
+    model = WithoutFurtherArguments(tiny_model("llama").config).eval()
+    before = dict(vars(model))
+    with pytest.raises(NotImplementedError, match="model: a bank is not served, as its forward takes no further arguments"):
+        attach_prefix(model, PrefixBank({"a": prefix_of(model, 3, 0)}, default="a"))
+    assert vars(model).keys() == before.keys() and vars(model)["config"] is before["config"]
+    with attach_prefix(model, prefix_of(model, 3, 0)):
+        model(torch.tensor([[5, 6]]))
+
+
+@pytest.fixture
+def accelerator():
+    """One that wraps forward for autocast."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield Accelerator(mixed_precision="bf16", cpu=True)
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.parametrize("unwrap", [False, True])
+def test_what_wraps_forward_meanwhile_outlives_the_bank(unwrap, accelerator):
+    """Or is taken off for good."""
+    model, dtypes = tiny_model("llama"), []
+    model.lm_head.register_forward_hook(lambda module, inputs, output: dtypes.append(output.dtype))
+    bank, input_ids = PrefixBank({"a": prefix_of(model, 3, 0)}, default="a"), torch.tensor([[5, 6]])
+    expected = model(input_ids).logits
+    if unwrap:
+        prepared = accelerator.prepare(model)
+        with attach_prefix(model, bank):
+            accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
+        assert torch.equal(model(input_ids).logits, expected)
+    else:
+        with attach_prefix(model, bank):
+            prepared = accelerator.prepare(model)
+        prepared(input_ids)
+    assert dtypes[-1] == (torch.float32 if unwrap else torch.bfloat16)

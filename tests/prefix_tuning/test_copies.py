@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import LlamaForSequenceClassification
 
-from prefix_tuning import attach_prefix
+from prefix_tuning import attach_prefix, detach_prefix
 from support.encoder_decoders import PARTS, labels, source, tiny_encoder_decoder
 from support.generation import OPTIONS, attach, ids
 from support.models import random_prefix, tiny_model
@@ -33,6 +33,11 @@ def test_a_copy_calls_nothing_of_the_original(kind, way):
     ruin(model)
     assert torch.equal(copied(ids(), **chosen(2)).logits, logits)
     assert torch.equal(copied.generate(ids(), max_new_tokens=5, **OPTIONS, **chosen(2)), tokens)
+    detach_prefix(copied)
+    plain = tiny_model("llama")
+    assert torch.equal(copied(ids()).logits, plain(ids()).logits)
+    assert torch.equal(copied.generate(ids(), max_new_tokens=5, **OPTIONS), plain.generate(ids(), max_new_tokens=5, **OPTIONS))
+    attach(copied, kind)[0].detach()
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -216,6 +216,32 @@ def test_padding_of_the_decoders_input(model):
     torch.testing.assert_close(got[mask.bool()], expected[mask.bool()], **TOLERANCE)
 
 
+def test_a_padded_beginning_of_the_decoders_with_a_static_cache():
+    """generate hands T5Gemma's decoder no positions, and in place of the mask one made for the cache."""
+    model = tiny_encoder_decoder("t5gemma")
+    prefix, inputs = random_parts(model), source(model)
+    begin, mask = torch.tensor([[0, 0, 1, 7], [1, 5, 9, 11]]), torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
+    options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    with attach_prefix(model, prefix):
+        got, expected = (
+            model.generate(**inputs, decoder_input_ids=begin, decoder_attention_mask=mask, **options, **cache)
+            for cache in ({"cache_implementation": "static"}, {})
+        )
+        alone = model.generate(
+            **{name: value[:1] for name, value in inputs.items()}, decoder_input_ids=begin[:1, 2:], **options
+        )
+    assert torch.equal(got, expected) and torch.equal(got[:1, 2:], alone)
+
+
+def test_autocast_rounds_no_text():
+    for family in ("bart", "t5gemma"):
+        model, tokenizer = tiny_encoder_decoder(family), lambda text, **_: {"input_ids": [5, 6, 7]}
+        expected = Prefix.for_model(model, 3, init="text", text="name", tokenizer=tokenizer).state_dict()
+        with torch.autocast("cpu", torch.bfloat16):
+            got = Prefix.for_model(model, 3, init="text", text="name", tokenizer=tokenizer).state_dict()
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in got.items())
+
+
 def test_saved_parts_come_back(tmp_path):
     model = tiny_encoder_decoder("t5")
     prefix = random_parts(model, ("cross", "encoder"))

@@ -62,6 +62,19 @@ def test_from_text_runs_without_dropout_and_restores_every_mode(monkeypatch):
     assert [module.training for module in model.modules()] == modes
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2", "deepseek_v3"])
+def test_autocast_rounds_nothing(family):
+    model = tiny_model(family)
+
+    def made():
+        start = Prefix.for_model(model, 4, init="text", text="name", tokenizer=tiny_tokenizer())
+        return start.layers() + Prefix.from_text(model, None, input_ids=[5, 6, 7]).layers()
+
+    expected = made()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_layers(made(), expected, atol=0, rtol=0)
+
+
 @pytest.mark.parametrize(
     "options, match",
     (
@@ -71,6 +84,7 @@ def test_from_text_runs_without_dropout_and_restores_every_mode(monkeypatch):
         ({"text": "a", "tokenizer": None}, "tokenizer: got None, expected the one for text"),
         ({"messages": MESSAGES, "tokenizer": None}, "tokenizer: got None, expected the one for messages"),
         ({"text": ""}, "text: '' has no tokens, expected one or more"),
+        ({"text": ["a", "b"]}, "text: got list, expected one text"),
         ({"input_ids": []}, "of shape \\[0\\]"),
         ({"input_ids": [[5, 6], [7, 8]]}, "of shape \\[2, 2\\]"),
         ({"input_ids": [5.0]}, "got torch.float32"),
@@ -82,7 +96,7 @@ def test_from_text_runs_without_dropout_and_restores_every_mode(monkeypatch):
     ids=str,
 )
 def test_from_text_refuses(options, match):
-    with pytest.raises(ValueError, match=match):
+    with pytest.raises((TypeError, ValueError), match=match):
         Prefix.from_text(tiny_model("gpt2"), **{"tokenizer": tiny_tokenizer(), **options})
 
 

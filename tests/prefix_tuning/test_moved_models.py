@@ -83,12 +83,30 @@ def test_the_models_own_head_has_the_models_dtype():
     model = tiny_encoder("bert").bfloat16()
     inputs, prefix = inputs_of(model), Prefix.for_model(model, PREFIX_LEN)
     with attach_prefix(model, prefix):
-        assert {parameter.dtype for parameter in model.classifier.parameters()} == {torch.float32}
+        assert {model.classifier.weight.dtype, model.classifier.bias.dtype} == {torch.float32}
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     with attach_prefix(model, prefix):
         model.float()
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     assert logits_of(model(**inputs)).isfinite().all()
+
+
+def test_what_is_done_to_the_model_is_not_done_to_the_head_in_its_place(tmp_path):
+    model = tiny_encoder("bert")
+    inputs, prefix = inputs_of(model), Prefix.for_model(model, PREFIX_LEN)
+    with torch.no_grad():
+        for parameter in prefix.heads["classifier"].values():
+            parameter += 1 / 3
+    before, own = ({name: p.clone() for name, p in of.items()} for of in (prefix.state_dict(), model.state_dict()))
+    with attach_prefix(model, prefix):
+        model.requires_grad_(False)
+        model.load_state_dict({name: tensor / 2 for name, tensor in model.state_dict().items()})
+        model.bfloat16()
+        assert model.state_dict().keys() == own.keys()
+        model(**inputs).loss.backward()
+    assert all(parameter.grad.abs().max() > 0 for parameter in prefix.parameters())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in prefix.state_dict().items())
+    assert torch.equal(model.classifier.weight, (own["classifier.weight"] / 2).bfloat16())
 
 
 @pytest.mark.gpu
