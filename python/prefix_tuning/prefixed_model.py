@@ -62,10 +62,7 @@ class PrefixedModel(nn.Module):
         self.accepts_loss_kwargs = self.task is not Task.OWN_LOSS
         if self.task is Task.CAUSAL:
             self.loss_type = "ForCausalLM"  # Trainer counts labels from the second token on
-        trained = [parameter for parameter in prefix.parameters() if parameter.requires_grad]
         self.model = model.requires_grad_(False).eval()
-        for parameter in trained:  # those of a head stand in the model too
-            parameter.requires_grad_(True)
         self.prefix = prefix
         self.checkpointing: LayerCheckpointing | None = None
         self._needs_padding: str | None = None  # why, "" if it does not; None before it is asked

@@ -190,10 +190,7 @@ class PrefixTrainer(Trainer):
         """
         if self.attachment.switched_off:
             raise ValueError("attachment: the prefix is switched off; enable(True) comes before training")
-        trained = set(self.prefix.parameters())  # those of a head stand in the model too
-        for parameter in self.attachment.model.parameters():
-            if parameter.requires_grad and parameter not in trained:
-                parameter.requires_grad_(False)
+        self.attachment.model.requires_grad_(False)
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_checkpoint(Path(self.args.output_dir))
         self._forget_evaluation()
