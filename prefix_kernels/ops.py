@@ -150,15 +150,13 @@ class _Recorded(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_out, grad_lse):
-        inputs, backend, return_lse, out, lse, wanted = _saved(ctx)
+        inputs, _, return_lse, out, lse, wanted = _saved(ctx)
+        grad_out = torch.zeros_like(out) if grad_out is None else grad_out
+        if _is_batched(grad_out) or _is_batched(grad_lse):
+            return _backward(ctx, grad_out, grad_lse)
+        grad_lse = grad_lse if return_lse else None
         with torch.no_grad():
-            grad_out = torch.zeros_like(out) if grad_out is None else grad_out
-            grad_lse = grad_lse if return_lse else None
-            if _is_batched(grad_out) or _is_batched(grad_lse):
-                grads = attention_backward(grad_out, grad_lse, out, lse, wanted, *inputs, backend)
-                grads = [grad if needed else None for grad, needed in zip(grads, wanted, strict=True)]
-            else:
-                grads = _gradients(inputs, ctx.backend, out, lse, grad_out, grad_lse, wanted)
+            grads = _gradients(inputs, ctx.backend, out, lse, grad_out, grad_lse, wanted)
         if torch.is_grad_enabled():  # create_graph=True
             grads = _differentiable_once(grads, (*inputs.tensors, grad_out, grad_lse))
         return (*grads, *[None] * (_INPUT_COUNT - _DIFFERENTIABLE + 2))

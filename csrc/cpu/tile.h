@@ -6,7 +6,7 @@
 #pragma once
 
 #include <algorithm>
-#include <cfloat>
+#include <limits>
 
 #include "problem.h"
 #include "product.h"
@@ -173,10 +173,11 @@ inline void read_rows(const Strided& from, const TileRows& rows, int64_t dim, fl
 // What turns a product q · k into a score in units of log2: c · tanh(product · inner) · log2 e with a softcap c, or
 // product · outer.
 struct ScoreFactors {
+  static constexpr double LARGEST = std::numeric_limits<float>::max();
   float inner, outer;
   bool softcap;
   explicit ScoreFactors(const Problem& p)
-      : inner(p.softcap > 0 ? float(std::clamp(p.scale / p.softcap, -double(FLT_MAX), double(FLT_MAX))) : 1.0f),
+      : inner(p.softcap > 0 ? float(std::clamp(p.scale / p.softcap, -LARGEST, LARGEST)) : 1.0f),
         outer(float((p.softcap > 0 ? p.softcap : p.scale) * LOG2E)), softcap(p.softcap > 0) {}
 };
 

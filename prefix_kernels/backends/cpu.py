@@ -7,6 +7,7 @@ few queries per row (decoding), the prefix is read once for the rows of the whol
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,12 +26,23 @@ DIM_STEP, MAX_DIM = 16, 256  # head_dim and value_dim fill whole vectors; a tile
 def _missing() -> str | None:
     """Loads the library, once; the reason why it cannot be used, or None."""
     if not LIBRARY.exists():
+        if _installed() is not None:
+            return f"the C++ kernels are those of {_installed()}, which {LIBRARY.parent} hides: start Python in another folder"
         return f"the C++ kernels are not built (no {LIBRARY.name} beside the package); reinstall where a C++ compiler is found"
     try:
         torch.ops.load_library(LIBRARY)
     except OSError as error:
         return f"the C++ kernels in {LIBRARY} cannot be loaded: {error}"
     return None
+
+
+def _installed() -> Path | None:
+    """Another prefix_kernels, with kernels, that the current folder hides, as a clone does from which it was installed."""
+    try:
+        folder = Path(importlib.metadata.distribution("prefix-kernels").locate_file("prefix_kernels"))
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    return folder if folder.resolve() != LIBRARY.parent and (folder / LIBRARY.name).exists() else None
 
 
 def why_not(problem: AttentionProblem) -> str | None:
@@ -49,7 +61,8 @@ def why_not(problem: AttentionProblem) -> str | None:
 
 
 def workspace_bytes(problem: AttentionProblem) -> tuple[int, int]:
-    """Most bytes that the forward and the backward pass take besides what goes in and comes out."""
+    """Most bytes that the forward and the backward pass take besides what goes in and comes out, and beside the megabyte that
+    each thread keeps for its tiles."""
     indices = 8 * (6 * problem.batch + problem.prefixes + 2)  # int64 copies
     forward = indices
     group, q_len = problem.heads // problem.kv_heads, problem.q_len

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -234,6 +235,19 @@ def test_it_is_preferred_where_it_serves():
     assert serves("cpu", make_inputs(Case("plain")))
     inputs = make_inputs(Case("plain"))
     assert prefix_kernels.explain_backends(*inputs.tensors)["cpu"] == "chosen"
+
+
+@pytest.mark.parametrize("built", [False, True])
+def test_a_package_that_hides_an_installed_one_says_so(tmp_path, monkeypatch, built):
+    """As a clone does, for a Python that is started in it."""
+    (tmp_path / "prefix_kernels").mkdir()
+    if built:
+        (tmp_path / "prefix_kernels" / "_C.so").write_text("")
+    installed = SimpleNamespace(locate_file=lambda name: tmp_path / name)
+    monkeypatch.setattr(cpu.importlib.metadata, "distribution", lambda name: installed)
+    monkeypatch.setattr(cpu, "LIBRARY", tmp_path / "clone" / "_C.so")
+    hides = f"those of {tmp_path / 'prefix_kernels'}, which {tmp_path / 'clone'} hides: start Python in another folder"
+    assert (hides if built else "are not built") in cpu._missing.__wrapped__()
 
 
 @pytest.mark.parametrize(("content", "reason"), [(None, "are not built"), (b"no library", "cannot be loaded")])

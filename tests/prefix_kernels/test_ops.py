@@ -369,6 +369,9 @@ def test_gradients_of_several_vectors_at_once(backend):
         for i in range(3):
             grads = torch.autograd.grad(outputs, inputs.tensors, [vector[i] for vector in vectors], retain_graph=True)
             assert all(torch.equal(several[i], grad) for several, grad in zip(batched, grads, strict=True))
+    batched = torch.autograd.grad(out, inputs.tensors[:1], many[0], is_grads_batched=True, create_graph=True)
+    with pytest.raises(RuntimeError):
+        torch.autograd.grad(batched[0].sum(), inputs.tensors[:1])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -90,7 +90,7 @@ def plan(inputs: AttentionInputs, backward: bool = False) -> tuple[AttentionInpu
 
 
 def _row_groups(ids: Tensor | None, inputs: AttentionInputs) -> Iterator[tuple[int, Tensor | None, int]]:
-    """(prefix, its rows — None: all —, its length) for every prefix that a row uses. Reads ids, which lie on the CPU."""
+    """(prefix, its rows — None: all —, its length) for every prefix that a row uses. Reads ids, and waits for their device."""
     prefixes, _, prefix_len, _ = inputs.prefix_k.shape
     if ids is None:
         if prefix_len:

@@ -41,11 +41,9 @@ _SWITCH = threading.Lock()  # torch's deterministic switch is the process's
 
 
 def engine_of(q: Tensor, k: Tensor, mask: Tensor | None, backward: bool) -> str:
-    """The kernel of one part: "cpu", "cudnn", "flash", "efficient" or "composed". q and k as they go in, heads of one size."""
+    """The kernel of one part: "cpu", "cudnn", "flash" or "efficient". q and k as they go in, heads of one size."""
     if q.device.type == "cpu":
         return "cpu"
-    if composes(q.device, q.dtype):
-        return "composed"
     if mask is not None or not _takes_flash(q, backward):
         return "efficient"
     return "flash" if backward or not _takes_cudnn(q, k) else "cudnn"
@@ -74,7 +72,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, s
 
     lse is meaningless where the mask hides every key (the kernels do not agree); the caller knows those rows.
     """
-    if engine_of(q, k, mask, backward=False) == "composed":
+    if composes(q.device, q.dtype):
         return composed.attend(q, k, v, mask, causal, scale)
     value_dim, dtype = v.shape[-1], q.dtype
     mask, (q, k, v) = _beside_mask(mask, q, k, v)
@@ -108,7 +106,7 @@ def attend_backward(
     The kernels compute delta = rowsum(grad_out ∘ out) themselves. A gradient of lse enters as delta − grad_lse through one
     more value channel: v is 0 there, so no score sees it, out is 1 and grad_out is −grad_lse.
     """
-    if engine_of(q, k, mask, backward=True) == "composed":
+    if composes(q.device, q.dtype):
         return composed.attend_backward(grad_out, grad_lse, q, k, v, out, lse, mask, causal, scale)
     head_dim, value_dim, kv_heads = q.shape[-1], v.shape[-1], k.shape[1]
     mask, (q, k, v, out, grad_out) = _beside_mask(mask, q, k, v, out, grad_out)
