@@ -35,7 +35,7 @@ if MODE not in MODES:
 LEFT_OUT = """
 WARNING: prefix-kernels is built without its {what}: {error}.
 WARNING: It works, but more slowly. To build them later, with that put right, run in this folder
-WARNING:   PREFIX_KERNELS_BUILD={mode} pip install --no-deps --force-reinstall .
+WARNING:   PREFIX_KERNELS_BUILD={mode} pip install --no-deps --no-cache-dir --force-reinstall .
 WARNING: PREFIX_KERNELS_BUILD=none builds nothing and says nothing; cuda and cpu make a failure an error.
 """
 
@@ -171,6 +171,11 @@ class Build(build):
     """Always runs build_ext, which decides itself."""
 
     sub_commands = [(name, None if name == "build_ext" else needed) for name, needed in build.sub_commands]
+
+    def run(self):
+        for package in ("prefix_kernels", "prefix_tuning"):  # an earlier build's may have modules that are gone since
+            shutil.rmtree(Path(self.build_lib, package), ignore_errors=True)
+        super().run()
 
 
 class BdistWheel(bdist_wheel):

@@ -123,6 +123,16 @@ def test_build_of_nothing_says_nothing(tmp_path):
     assert libraries(tree / "prefix_kernels") == [] and not (tree / "build").exists()
 
 
+def test_build_drops_modules_that_are_gone(tmp_path):
+    tree = copy_tree(tmp_path / "tree")
+    gone = tree / "build" / "lib" / "prefix_tuning" / "gone.py"
+    gone.parent.mkdir(parents=True)
+    gone.write_text("")
+    built = run(sys.executable, "setup.py", "-q", "build", cwd=tree, PREFIX_KERNELS_BUILD="none")
+    assert built.returncode == 0, built.stdout
+    assert (gone.parent / "train.py").exists() and not gone.exists()
+
+
 @needs_compiler
 def test_build_for_cuda_needs_nvcc(tmp_path):
     tree = copy_tree(tmp_path / "tree")

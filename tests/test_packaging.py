@@ -90,7 +90,7 @@ def test_sdist_is_installed_as_pure_python_with_a_warning(sdist, tmp_path, missi
     installed = environment.install(sdist, **({"CXX": sys.executable} if lent else {}))  # any program: it is not called
     assert installed.returncode == 0, installed.stdout
     assert re.search(rf"WARNING: .*without its C\+\+ kernels, as pure Python: .*{re.escape(missing)}", installed.stdout)
-    assert "PREFIX_KERNELS_BUILD=cpu pip install --no-deps --force-reinstall ." in installed.stdout
+    assert "PREFIX_KERNELS_BUILD=cpu pip install --no-deps --no-cache-dir --force-reinstall ." in installed.stdout
     assert libraries(environment.site_packages / "prefix_kernels") == []
     if not lent:
         packages, loaded = called(environment, [None, "sdpa"])

@@ -20,7 +20,8 @@ from prefix_tuning.stacks import attention_kinds, part_shapes
 PACKAGES = ("prefix-kernels", "torch", "transformers", "accelerate", "triton", "sacrebleu", "matplotlib", "gguf")
 
 HOW_TO_BUILD = (
-    "with a C++ compiler, in this project's source folder: PREFIX_KERNELS_BUILD=cpu pip install --no-deps --force-reinstall ."
+    "with a C++ compiler, in this project's source folder: "
+    "PREFIX_KERNELS_BUILD=cpu pip install --no-deps --no-cache-dir --force-reinstall ."
 )
 
 

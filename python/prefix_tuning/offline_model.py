@@ -23,6 +23,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from prefix_tuning.encoder_families import ENCODERS
+from prefix_tuning.files import check_writable, let_others_read
 from prefix_tuning.multimodal_families import MULTIMODAL
 
 OFFLINE_MODEL = "SmolLM2-135M-Instruct"
@@ -40,7 +41,10 @@ def shipped_gguf() -> Path | None:
 def cache_folder() -> Path:
     """Where the converted model is kept: `$XDG_CACHE_HOME/prefix-tuning`, else `~/.cache/prefix-tuning`."""
     base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "prefix-tuning"
+    try:
+        return (Path(base) if base else Path.home() / ".cache") / "prefix-tuning"
+    except RuntimeError as error:  # a user without one
+        raise FileNotFoundError("there is no home folder for the cache; XDG_CACHE_HOME names another place") from error
 
 
 def offline_model_path() -> Path:
@@ -99,6 +103,11 @@ def _convert(gguf: Path, folder: Path) -> None:
     """Writes the model and tokenizer in `gguf` to `folder`, which appears complete or not at all."""
     if importlib.util.find_spec("gguf") is None:
         raise ImportError(f"reading {gguf.name} needs the package gguf. Install it with: {INSTALL_COMMAND}")
+    try:
+        check_writable(folder.parent)
+    except OSError as error:
+        place = f"{folder.parent}: {error.strerror}"
+        raise type(error)(f"the model is converted to a cache, {place}; XDG_CACHE_HOME names another place") from error
     model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     # The weights are plain float32 by now; what remains of the quantisation would forbid saving them.
     model.hf_quantizer = None
@@ -109,11 +118,12 @@ def _convert(gguf: Path, folder: Path) -> None:
     for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
         setattr(tokenizer, name, tokenizer.convert_ids_to_tokens(getattr(model.config, f"{name}_id")))
 
-    folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}.") as temporary:
         written = Path(temporary) / folder.name
         model.save_pretrained(written)
         tokenizer.save_pretrained(written)
+        for file in written.iterdir():
+            let_others_read(file)  # safetensors gives a file to its owner alone
         try:
             written.rename(folder)
         except OSError:  # another process may have converted the model in the meantime

@@ -1,6 +1,8 @@
 """The default base model: converted once from the shipped GGUF file, then an ordinary model in the user's cache."""
 
 import importlib.util
+import os
+import stat
 from types import SimpleNamespace
 
 import pytest
@@ -90,6 +92,40 @@ def test_a_failed_conversion_leaves_nothing(empty_cache, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         offline_model_path()
     assert list(empty_cache.iterdir()) == []
+
+
+def test_others_may_read_what_one_has_converted(empty_cache, monkeypatch):
+    def save_pretrained(folder):
+        folder.mkdir(exist_ok=True)
+        (folder / "model.safetensors").touch(0o600)
+
+    config = SimpleNamespace(bos_token_id=0, eos_token_id=0, pad_token_id=0, unk_token_id=0)
+    fake = SimpleNamespace(config=config, convert_ids_to_tokens=str, save_pretrained=save_pretrained)
+    for name in ("AutoModelForCausalLM", "AutoTokenizer"):
+        monkeypatch.setattr(getattr(offline_model, name), "from_pretrained", lambda *_, **__: fake)
+    before = os.umask(0o022)
+    try:
+        assert stat.S_IMODE((offline_model_path() / "model.safetensors").stat().st_mode) == 0o644
+    finally:
+        os.umask(before)
+
+
+def test_a_cache_that_cannot_be_written_to_is_told_before_the_conversion(monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.setattr(offline_model.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("converts"))
+    with pytest.raises(OSError, match="file/prefix-tuning: .*; XDG_CACHE_HOME names another place"):
+        offline_model_path()
+
+
+def test_without_a_home_folder(monkeypatch):
+    def home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(offline_model.Path, "home", home)
+    with pytest.raises(FileNotFoundError, match="there is no home folder for the cache; XDG_CACHE_HOME names another place"):
+        offline_model_path()
 
 
 @pytest.mark.parametrize(
