@@ -8,6 +8,7 @@ with a static cache on a GPU replays its steps.
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -24,21 +25,20 @@ from prefix_tuning.attached_configs import AttachedConfigs
 from prefix_tuning.attention import ATTENTION_NAME, LayerPrefix
 from prefix_tuning.bank import PrefixBank
 from prefix_tuning.deferred_stops import Watched
-from prefix_tuning.devices import execution_device
-from prefix_tuning.encoder_families import ENCODER_DECODERS
 from prefix_tuning.families import FAMILIES
 from prefix_tuning.graphed_decoding import GraphedDecoding
 from prefix_tuning.heads import AttachedHeads
 from prefix_tuning.masks import fitting_mask
 from prefix_tuning.own_cache import OwnCache
 from prefix_tuning.patched_attention import replacement
+from prefix_tuning.placing import place, place_bank
 from prefix_tuning.positions import cache_of, check_learned_positions, new_tokens, sequence_positions, shift_embeddings
 from prefix_tuning.prefix import Prefix
 from prefix_tuning.prefix_ids import BANK_DEFAULT, PrefixIdsArgument, row_ids, without_prefix_ids
 from prefix_tuning.relative_bias import prefix_bias
 from prefix_tuning.rotary_switch import dropping_cache
 from prefix_tuning.shapes import Layers, ModelShape, check_model
-from prefix_tuning.stacks import Stack, part_shapes, stacks, text_config
+from prefix_tuning.stacks import Stack, part_shapes, stacks
 
 PREFIX_WINDOWS = ("pinned", "peft")
 GIVEN_FUNCTIONS = ("_get_logits_processor", "_get_stopping_criteria")  # methods to which generate gives the caller's functions
@@ -102,6 +102,8 @@ class Attachment:
         self._hooks: list[RemovableHandle] = []
         # By part what the layers hold, where that is rounded to the model's dtype, and what it is rounded from.
         self._rounded: dict[str, tuple[list[Tensor], list[Tensor]]] = {}
+        # What layers hold for a backward pass that recomputes them, by stack and thread, during a pass without gradients.
+        self._kept: dict[tuple[int, int], list[tuple[LayerPrefix, Tensor, Tensor, int]]] = {}
         self._argument: PrefixIdsArgument | None = None
         self._decoding = GraphedDecoding(model, slides, self._recorded_state) if hasattr(model, "generate") else None
         try:
@@ -227,14 +229,17 @@ class Attachment:
         if not isinstance(self.prefix, Prefix):
             return (bool(self._hidden), self.prefix.generation), ()
         held = [layer for layers in self._layers.values() for layer in layers] if self.prefix.reparametrization is None else []
-        exact = [tensor for _, tensors in self._rounded.values() for tensor in tensors]
-        tensors = [tensor for layer in held for tensor in (layer.key, layer.value)] + exact
+        rounded = [tensor for pair in self._rounded.values() for tensors in pair for tensor in tensors]
+        tensors = [tensor for layer in held for tensor in (layer.key, layer.value)] + rounded
         return (bool(self._hidden), self.prefix.position_offset), tuple(tensor.data_ptr() for tensor in tensors)
 
     def _hooks_of(self, stack: Stack) -> list[RemovableHandle]:
         layers = (module for module in stack.module.modules() if isinstance(module, GradientCheckpointingLayer))
         before = partial(self._before_forward, stack, _argument_names(stack.module), next(layers, stack.module))
-        hooks = [stack.module.register_forward_pre_hook(before, with_kwargs=True)]
+        hooks = [
+            stack.module.register_forward_pre_hook(before, with_kwargs=True),
+            stack.module.register_forward_hook(partial(self._after_forward, stack)),
+        ]
         if stack.wrapper is not None:
             before = partial(self._before_wrapper, stack, _argument_names(stack.wrapper))
             hooks.append(stack.wrapper.register_forward_pre_hook(before, with_kwargs=True))
@@ -284,6 +289,7 @@ class Attachment:
                     with torch.inference_mode(False):  # else they could not be written again outside of that mode
                         rounded = [torch.empty_like(tensor, dtype=dtype) for tensor in exact]
                     self._rounded[part] = rounded, exact
+                if self._layers[part][0].key is not rounded[0]:
                     self._hold(part, list(zip(rounded[::2], rounded[1::2], strict=True)))
                 torch._foreach_copy_(*self._rounded[part])
         else:
@@ -328,8 +334,12 @@ class Attachment:
             )
         if self._hidden:
             offset = None
+        elif self._bank is not None:
+            offset = self._take_rows(stack, kwargs)
         else:
-            offset = self._take_prefix(stack, kwargs) if self._bank is None else self._take_rows(stack, kwargs)
+            if getattr(first_layer, "gradient_checkpointing", False) and not torch.is_grad_enabled():
+                self._keep(stack)
+            offset = self._take_prefix(stack, kwargs)
         if self._bank is None:
             for layer in self._layers[stack.self_attention]:
                 layer.position_offset = 0 if offset is None else offset
@@ -346,6 +356,16 @@ class Attachment:
             lens = width if layer.bank_layer is None else self._bank.lens_of(kwargs["prefix_ids"])[:, None, None]
             kwargs["prefix_bias"] = prefix_bias(stack.attention[stack.self_attention][0], kwargs, width, lens)
         return (), kwargs
+
+    def _keep(self, stack: Stack) -> None:
+        layers = [layer for part in stack.attention for layer in self._layers[part]]
+        held = [(layer, layer.key, layer.value, layer.position_offset) for layer in layers]
+        self._kept[id(stack), threading.get_ident()] = held
+
+    def _after_forward(self, stack: Stack, module: nn.Module, args: tuple, output: Any) -> None:
+        if self._kept:
+            for layer, *held in self._kept.pop((id(stack), threading.get_ident()), ()):
+                layer.key, layer.value, layer.position_offset = held
 
     def _take_prefix(self, stack: Stack, kwargs: dict) -> int:
         """The layers hold the prefix as it is now; returns where positions start behind it."""
@@ -424,7 +444,7 @@ def attach_prefix(
         raise NotImplementedError("model: its weights are split over several processes, where a prefix is not served")
     every = stacks(model)
     if isinstance(prefix, PrefixBank):
-        _place_bank(prefix, model, every)
+        place_bank(prefix, model, every)
     else:
         prefix.check_fits(model)
         fixed = next((s for s in every if s.positions == "fixed" and s.self_attention in prefix.parts), None)
@@ -432,7 +452,7 @@ def attach_prefix(
             raise NotImplementedError(
                 f"position_offset: {type(fixed.module).__name__} has its tokens always at 0, got {prefix.position_offset}"
             )
-        _place(prefix, every)
+        place(prefix, every)
     return Attachment(model, prefix, backend, prefix_window)
 
 
@@ -442,7 +462,10 @@ def detach_prefix(model: nn.Module) -> None:
     Raises ValueError for a model without a prefix attached.
     """
     check_model(model)
-    attachment = vars(_without_adapters(getattr(model, "_orig_mod", model))).get("prefix_attachment")
+    model = getattr(model, "_orig_mod", model)
+    if hasattr(model, "get_base_model"):  # a PeftModel
+        model = model.get_base_model()
+    attachment = vars(model).get("prefix_attachment")
     if attachment is None:
         raise ValueError("model: it has no prefix attached")
     if not isinstance(attachment.prefix, (Prefix, PrefixBank)):
@@ -461,34 +484,3 @@ def _without_adapters(model: nn.Module) -> nn.Module:
             "Prefix.from_peft makes it a prefix for the model inside, get_base_model()"
         )
     return model.get_base_model()
-
-
-def _place(prefix: Prefix, every: list[Stack]) -> None:
-    """Moves each layer's keys and values to where that layer computes."""
-    modules = {part: modules for stack in every for part, modules in stack.attention.items() if part in prefix.parts}
-    devices = {part: [execution_device(module) for module in layers] for part, layers in modules.items()}
-    prefix.to(next(iter(devices.values()))[0])
-    if prefix.reparametrization is None:
-        for part in devices:
-            for pair, device in zip(prefix.layers(part), devices[part], strict=True):
-                for parameter in pair:
-                    parameter.data = parameter.data.to(device)
-
-
-def _place_bank(bank: PrefixBank, model: nn.Module, every: list[Stack]) -> None:
-    """Moves each layer's tensors of a bank to where it computes; NotImplementedError for a model that cannot have one."""
-    attention = {part: modules for stack in every for part, modules in stack.attention.items()}
-    family = FAMILIES.get(text_config(model.config).model_type)
-    if (family is not None and not family.hands_on) or any(replacement(m) for modules in attention.values() for m in modules):
-        raise NotImplementedError(
-            f"model: a bank is not served, as {type(model).__name__} hands no further arguments to its attention modules"
-        )
-    pair = ENCODER_DECODERS.get(model.config.model_type)
-    if pair is not None and pair.own_generate:
-        name = type(model).__name__
-        raise NotImplementedError(f"model: a bank is not served, as generate of {name} goes through rows by itself")
-    bank.check_fits(model)
-    for stack in every:
-        if stack.positions == "embeddings" and stack.self_attention in bank.parts:
-            bank.let_rows_stand_alike(type(stack.module).__name__)
-    bank.to([execution_device(module) for part in bank.parts for module in attention[part]], model.dtype)

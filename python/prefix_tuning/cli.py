@@ -8,6 +8,7 @@ Where nobody reads stdout any more it ends in silence, with status 141 as a shel
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import random
 import re
@@ -54,6 +55,9 @@ USER_ERRORS = (ValueError, TypeError, OSError, ImportError, NotImplementedError)
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command with these arguments (default: the process's) and returns its exit status."""
+    for stream in (sys.stdout, sys.stderr):  # where the locale has no other characters than ASCII
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     args = _parser().parse_args(argv)
     if args.command != "doctor":
         logging.disable_progress_bar()  # of loading the weights

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
@@ -82,6 +83,8 @@ def is_e2e(path: str | Path) -> bool:
     """Whether the file has the form of the E2E data: a CSV file, or JSON lines whose first row has "mr" and "refs"."""
     if Path(path).name.lower().endswith((".csv", ".csv.gz")):
         return True
+    if not os.path.isfile(path) and os.path.exists(path):  # a pipe, of which the rows would be gone
+        return False
     with open_text(path) as file:
         return {"mr", "refs"} <= first_object(file).keys()
 
@@ -384,7 +387,7 @@ def _tokenize_messages(
     A template with {% generation %} marks them itself. Of any other, the conversation up to a turn, with the opening of
     an answer, and up to the turn's end must each be a beginning of the whole: what lies between is the turn.
     """
-    if re.search(r"{%-?\s*generation\b", chat_template(tokenizer)):
+    if re.search(r"{%-?\s*generation\b", chat_template(tokenizer, tools)):
         encoded = render(messages, tokenizer, tools=tools, return_assistant_tokens_mask=True)
         ids, said = list(encoded["input_ids"]), encoded["assistant_masks"]
         return ids, [token if spoken else IGNORED for token, spoken in zip(ids, said, strict=True)]
@@ -417,8 +420,8 @@ def _turn_places(
 
 
 def _tokenize_apart(messages, turns: Sequence[int], tokenizer, tools) -> tuple[list[int], list[tuple[int, int]]]:
-    """Ids of a conversation and the places of these turns, each of them and what lies between them tokenised by itself, so that
-    a turn stands behind the ids that it is asked for with. ValueError where the template's text has no such places."""
+    """Ids of a conversation and the places of these turns, each of them and what lies between tokenised by itself: the first
+    that merges stands behind the ids that it is asked for with. ValueError where the template's text has no such places."""
     render_text = partial(render, tokenizer=tokenizer, tokenize=False, tools=tools)
     text = render_text(messages)
     spans = _turn_places(text, turns, render_text, messages)

@@ -27,9 +27,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from prefix_tuning.attach import attach_prefix
 from prefix_tuning.checkpoints import checkpoints
 from prefix_tuning.data import IGNORED, PromptCompletionCollator, check_row, read_rows, tokenize_example
+from prefix_tuning.devices import execution_device
 from prefix_tuning.files import check_writable, write_json_lines
 from prefix_tuning.loss import distillation_loss, logits_at, targets_of
 from prefix_tuning.prefix import Prefix
+from prefix_tuning.prompts import check_text, encode_prompt, is_conversation, prompt_of
 from prefix_tuning.recipe import TrainSettings, check_run, start_prefix, train_prefix
 from prefix_tuning.row_limits import row_limit, tokens_left
 from prefix_tuning.self_study import SourceText, answered, behind, common_prefix, questions, with_text
@@ -104,6 +106,10 @@ def distill(
         raise NotImplementedError(f"model: a text is distilled into a prefix of a causal model, got {type(model).__name__}")
     if PartialState().num_processes > 1:
         raise NotImplementedError(f"processes: a text is distilled in one process, got {PartialState().num_processes}")
+    check_text("text", text)
+    prompts = None if prompts is None else list(prompts)
+    if not tokenizer.chat_template and tokenizer.eos_token_id is None:
+        raise ValueError("tokenizer: it has no end-of-text token (eos_token), which closes every completion")
     source = SourceText(text, tokenizer)
     if len(source) <= settings.prefix_len:
         raise ValueError(
@@ -211,7 +217,7 @@ def mean_divergence(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Mapping[str, Any]], batch_size: int = 8
 ) -> float:
     """Mean divergence of the model, with whatever is attached to it, from the teacher of the examples: nats a target."""
-    device, collator, total, tokens = next(model.parameters()).device, PromptCompletionCollator(tokenizer), 0.0, 0
+    device, collator, total, tokens = execution_device(model), PromptCompletionCollator(tokenizer), 0.0, 0
     with evaluating(model):
         for start in range(0, len(examples), batch_size):
             batch = collator(examples[start : start + batch_size])
@@ -238,7 +244,10 @@ def _conversations(
         for index, row in enumerate(prompts):
             try:
                 check_row(row, answered=False)
-            except ValueError as error:
+                json.dumps(row)
+                if not is_conversation(row) and not encode_prompt(prompt_of(row), tokenizer):
+                    raise ValueError(f"{row['prompt']!r} has no tokens, expected at least one")
+            except (TypeError, ValueError) as error:
                 raise ValueError(f"prompts[{index}]: {error}") from None
         rows = [{**row, "chunk": [0, len(text)]} for row in prompts]
     options |= {"max_new_tokens": settings.max_new_tokens, "progress": progress and "answering"}
@@ -257,9 +266,15 @@ def _read_conversations(file: Path, text: SourceText) -> list[dict[str, Any]]:
     """What an earlier run wrote; ValueError where that was about another text."""
     rows = read_rows(file)
     for index, row in enumerate(rows):
-        if row.get("text") != text.digest or not isinstance(row.get("held_out"), bool) or "chunk" not in row:
+        known = row.get("text") == text.digest and isinstance(row.get("held_out"), bool)
+        if not known or not _is_chunk(row.get("chunk"), len(text)):
             raise ValueError(f"resume: rows[{index}] of {file} is not of a run with this text")
     return rows
+
+
+def _is_chunk(value: Any, tokens: int) -> bool:
+    numbers = isinstance(value, list) and len(value) == 2 and all(type(place) is int for place in value)
+    return numbers and 0 <= value[0] < value[1] <= tokens
 
 
 def _check_top_k(model: nn.Module, top_k: int) -> None:
@@ -270,7 +285,7 @@ def _check_top_k(model: nn.Module, top_k: int) -> None:
 
 def _probabilities(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     """Of each labelled token of the batch what the model predicts, float32 [targets, vocabulary]."""
-    batch = {name: tensor.to(next(model.parameters()).device) for name, tensor in batch.items()}
+    batch = {name: tensor.to(execution_device(model)) for name, tensor in batch.items()}
     index, _ = targets_of(batch.pop("labels"))
     return logits_at(model, index, **batch).float().softmax(-1)
 

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from prefix_tuning.data import PromptCompletionCollator, check_row, pair_collator, tokenize_rows
+from prefix_tuning.devices import execution_device
 from prefix_tuning.e2e import (
     check_bleu,
     corpus_bleu,
@@ -100,7 +101,7 @@ def mean_loss(
     """
     _check_some(rows)
     check_int("batch_size", batch_size, at_least=1)
-    pairs, device = task_of(model) is Task.ENCODER_DECODER, next(model.parameters()).device
+    pairs, device = task_of(model) is Task.ENCODER_DECODER, execution_device(model)
     collate = pair_collator(tokenizer) if pairs else PromptCompletionCollator(tokenizer)
     loss_of = encoder_decoder_loss if pairs else target_loss
     examples = tokenize_rows(rows, tokenizer, longest_row(model, max_length), encoder_decoder=pairs)

@@ -19,17 +19,17 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
     The folder is created; after an error the temporary file is gone and what stood at `path` still stands. Of a link it is what
     the link leads to; a device or a pipe is written to itself.
     """
-    path = Path(os.path.realpath(path))
-    if path.exists() and not path.is_file():
-        yield path
+    if os.path.exists(path) and not os.path.isfile(path):
+        yield Path(path)
         return
+    path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=path.suffix)
     os.close(handle)
     temporary = Path(name)
     try:
         yield temporary
-        temporary.chmod(0o666 & ~_umask())  # mkstemp gives a file to its owner alone
+        let_others_read(temporary)  # mkstemp gives a file to its owner alone
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -49,7 +49,7 @@ def replacing_files(directory: str | os.PathLike, *names: str) -> Iterator[Path]
         for name in names:
             written = Path(temporary) / name
             if written.exists():
-                written.chmod(0o666 & ~_umask())  # safetensors gives a file to its owner alone
+                let_others_read(written)  # safetensors gives a file to its owner alone
                 os.replace(written, directory / name)
             else:
                 (directory / name).unlink(missing_ok=True)
@@ -89,7 +89,7 @@ def write_json_lines(path: str | os.PathLike, rows: list[Any]) -> None:
 def _write_text(path: str | os.PathLike, text: str) -> None:
     """As UTF-8, zipped where the name ends in .gz."""
     opener = gzip.open if str(path).lower().endswith(".gz") else open
-    with replacing(path) as temporary, opener(temporary, "wt", encoding="utf-8") as file:
+    with replacing(path) as temporary, opener(temporary, "wt", encoding="utf-8", errors="backslashreplace") as file:
         file.write(text)
 
 
@@ -101,7 +101,8 @@ def _json(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _umask() -> int:
+def let_others_read(path: Path) -> None:
+    """The mode of a file that is simply made: all that the umask leaves."""
     mask = os.umask(0)
     os.umask(mask)
-    return mask
+    path.chmod(0o666 & ~mask)

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerBase, StaticCache
 
 from prefix_tuning import deferred_stops
+from prefix_tuning.devices import execution_device
 from prefix_tuning.graphed_decoding import GraphedDecoding, graphed
 from prefix_tuning.own_cache import CACHE, LEAST_REPLAYED
 from prefix_tuning.prompts import Prompt, encode_prompt, padding_id
@@ -129,7 +130,7 @@ def generate_ids(
         return len(rows), math.ceil((len(encoded[rows[-1]]) + max_new_tokens) / CACHE_STEP) * CACHE_STEP
 
     answers: list[list[int]] = [[] for _ in encoded]
-    device = next(model.parameters()).device
+    device = execution_device(model)
     settings = _every_setting(config, own)
     with progress_bar(progress, len(encoded)) as bar, torch.random.fork_rng() if seed is not None else nullcontext():
         if seed is not None:

@@ -70,11 +70,11 @@ class GraphedDecoding:
     @contextmanager
     def kept(self) -> Iterator[None]:
         """As Attachment.keep_graphs."""
-        self._steps = _Steps(self)
+        before, self._steps = self._steps, _Steps(self)
         try:
             yield
         finally:
-            self._steps = None
+            self._steps = before
 
     def pool(self) -> cuda_graphs.Pool:
         """One memory for the graphs of all calls on a stream: the first graph, next to nothing, keeps it in between."""
@@ -148,10 +148,11 @@ class _Steps:
         tokens, mask = kwargs.get(f"{side}input_ids"), kwargs.get(f"{side}attention_mask")
         if tokens is None or tokens.shape[1] != 1 or torch.is_grad_enabled():
             return None
-        counted_by_python = mask is None or kwargs.get(f"{side}position_ids") is None
-        if counted_by_python and any(isinstance(layer, StaticSlidingWindowLayer) for layer in _layers(cache)):
-            return None
         arguments, kinds = dict(kwargs), mask if isinstance(mask, dict) else {None: mask}
+        if mask is None or kwargs.get(f"{side}position_ids") is None:  # Python counts positions, of padded rows by tokens
+            padded = any(getattr(kind, "tokens", None) is not None for kind in kinds.values())
+            if padded or any(isinstance(layer, StaticSlidingWindowLayer) for layer in _layers(cache)):
+                return None
         if all(isinstance(kind, MaskStructure) for kind in kinds.values()):
             kinds = {name: kind.unchanging(self._decoding.slides, tokens.device) for name, kind in kinds.items()}
             arguments[f"{side}attention_mask"] = kinds if isinstance(mask, dict) else kinds[None]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -174,8 +174,7 @@ class GraphedSteps:
         """What a step does that its arguments do not say: which modules train and so may drop out, which adapters are in use,
         where positions start. None where it would do more than a recorded one."""
         self._layers()
-        trained = {parameter for parameter in self._parameters if parameter.requires_grad}
-        others = trained and not trained.issubset(self.prefix.parameters())  # but for those of a head of the prefix's
+        others = any(parameter.requires_grad for parameter in self._parameters)
         checkpointed = any(module.gradient_checkpointing and module.training for module in self._checkpointed)
         if others or checkpointed or cuda_graphs.has_hooks(self._modules):
             return None
@@ -300,7 +299,7 @@ class _Step:
         self.autocast = partial(cuda_graphs.autocast, device, autocast)
         # Leaves of the graph's own over the same memory: the parameters may still be part of a step that ran as it was.
         self.leaves = {parameter: nn.Parameter(parameter.detach()) for parameter in trained}
-        self.stand_in = partial(_standing_in, self.leaves, prefix, layers)
+        self.stand_in = partial(_standing_in, self.leaves, (*prefix.modules(), *model.modules()), layers)
         with torch.cuda.device_of(trained[0]):  # which need not be the current one
             self.graph = cuda_graphs.Graph(self._run, pool)
 
@@ -372,23 +371,26 @@ def rounded(length: int, parts: int = 8, least: int = 8) -> int:
 
 
 @contextmanager
-def _standing_in(leaves: Mapping[nn.Parameter, nn.Parameter], prefix: nn.Module, layers: list[LayerPrefix]) -> Iterator[None]:
-    """Within, the leaves are the prefix's parameters."""
+def _standing_in(
+    leaves: Mapping[nn.Parameter, nn.Parameter], modules: Iterable[nn.Module], layers: list[LayerPrefix]
+) -> Iterator[None]:
+    """Within, the leaves are the prefix's parameters, those of a head also where they cover the model's (AttachedHeads)."""
     places = [
-        (module, name, parameter)
-        for module in prefix.modules()
-        for name, parameter in module.named_parameters(recurse=False)
-        if parameter in leaves
+        (where, name, parameter)
+        for module in modules
+        for where in (module._parameters, vars(module))
+        for name, parameter in where.items()
+        if isinstance(parameter, nn.Parameter) and parameter in leaves
     ]
     held = [(layer, layer.key, layer.value) for layer in layers]
     try:
-        for module, name, parameter in places:
-            setattr(module, name, leaves[parameter])
+        for where, name, parameter in places:
+            where[name] = leaves[parameter]
         for layer, key, value in held:
             layer.key, layer.value = leaves.get(key, key), leaves.get(value, value)
         yield
     finally:
-        for module, name, parameter in places:
-            setattr(module, name, parameter)
+        for where, name, parameter in places:
+            where[name] = parameter
         for layer, key, value in held:
             layer.key, layer.value = key, value

@@ -69,7 +69,7 @@ class AttachedHeads:
 
     def __init__(self, model: nn.Module, heads: Mapping[str, Mapping[str, nn.Parameter]]):
         self._model, self._heads = model, heads
-        self._covered: list[tuple[nn.Module, str]] = []
+        self._covered: list[tuple[nn.Module, str, torch.dtype]] = []  # and the own parameter's dtype
         self._hooks: list[RemovableHandle] = []
 
     def insert(self) -> None:
@@ -79,7 +79,7 @@ class AttachedHeads:
                 *inner, leaf = name.split(".")
                 module = head.get_submodule(".".join(inner))
                 vars(module)[leaf] = parameter
-                self._covered.append((module, leaf))
+                self._covered.append((module, leaf, module._parameters[leaf].dtype))
             before = partial(_before_forward, list(parameters.values()))
             before(head, (), {})
             self._hooks.append(head.register_forward_pre_hook(before, with_kwargs=True))
@@ -87,8 +87,11 @@ class AttachedHeads:
     def remove(self) -> None:
         for hook in self._hooks:
             hook.remove()
-        for module, leaf in self._covered:
+        for module, leaf, dtype in self._covered:
             vars(module).pop(leaf, None)
+            own = module._parameters[leaf]
+            if own.is_meta:  # accelerate has put away in its place what stood in front
+                own.data = own.data.to(dtype)
         self._hooks, self._covered = [], []
 
 

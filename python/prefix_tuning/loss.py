@@ -113,9 +113,12 @@ def divergences(logits: Tensor, teacher_ids: Tensor, teacher_probs: Tensor) -> T
     with torch.autocast(logits.device.type, enabled=False):
         log_probs = functional.log_softmax(logits.float(), dim=-1)
         ids, probs = teacher_ids.to(logits.device), teacher_probs.to(logits.device, torch.float32)
-        others = log_probs.scatter(1, ids, -torch.inf).logsumexp(1)
         left = (1 - probs.sum(1)).clamp(min=0)
-        named = torch.special.xlogy(probs, probs) - probs * log_probs.gather(1, ids)
+        named = log_probs.gather(1, ids)
+        rest = log_probs.scatter(1, ids, -torch.inf)
+        all_named = rest.max(1).values == -torch.inf  # of what the model has not ruled out
+        others = rest.masked_fill(all_named[:, None], 0).logsumexp(1).masked_fill(all_named, 0)
+        named = torch.special.xlogy(probs, probs) - torch.where(probs > 0, probs * named, 0)
         return named.sum(1) + torch.special.xlogy(left, left) - left * others
 
 

@@ -11,7 +11,7 @@ import inspect
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -24,6 +24,7 @@ from prefix_tuning.row_limits import tokens_left
 from prefix_tuning.shapes import Layers, ModelShape
 from prefix_tuning.stacks import part_shapes, text_config
 
+Model = TypeVar("Model", bound=nn.Module)
 STATE = "_prefix_tuning"  # where an accelerated PeftModel keeps its Acceleration
 PATCHED = ("forward", "generate", "disable_adapter", "prepare_inputs_for_generation")
 # Arguments that PEFT keeps from the model underneath, for these task types; for others token_type_ids.
@@ -38,7 +39,7 @@ class ActiveAdapter:
         self.parts = _expected(model)
         self._sharing = _sharing(model)
         self.generation = 0  # counts the tensors that were held
-        self._held: Layers | None = None
+        self._held: dict[str, Layers] = {}  # of the adapter by its name
 
     @property
     def position_offset(self) -> int:
@@ -49,17 +50,17 @@ class ActiveAdapter:
         return self._model.prompt_encoder[self._model.active_adapter]
 
     def layers(self, part: str) -> Layers:
-        """One evaluation of PEFT's encoder, split; while held, the same tensors each time."""
-        if self._held is not None:
-            return self._held
+        """One evaluation of PEFT's encoder, split; without gradients, of a held adapter, the same tensors each time."""
+        if self._held and not torch.is_grad_enabled() and self._model.active_adapter in self._held:
+            return self._held[self._model.active_adapter]
         config = self._model.active_peft_config
         shape = self.parts[part]
         layout = _layout(config, shape, self._sharing)
         embeddings = prompt_embeddings(self.reparametrization, config)
         if not torch.is_grad_enabled():
             embeddings = embeddings.to(self._model.base_model.dtype)  # once, as PEFT does; else each layer's call would
-        pairs = layout.split(embeddings)
-        if layout.shape == shape:
+        pairs = layout.split(embeddings)[: shape.layers]  # a decoder may be shallower than the encoder PEFT counts
+        if layout.seq2seq or layout.shape == shape:
             return pairs
         sizes = [shape.of(index) for index in range(shape.layers)]
         return [(k[:heads, :, :dim], v[:heads, :, :dim]) for (k, v), (heads, dim, _) in zip(pairs, sizes, strict=False)]
@@ -69,12 +70,13 @@ class ActiveAdapter:
         """Within the block the parameters stay as they are, as while generating: they are read once, layer by layer."""
         part = next(iter(self.parts))
         with torch.no_grad():
-            self._held = [(key.contiguous(), value.contiguous()) for key, value in self.layers(part)]
+            layers = [(key.contiguous(), value.contiguous()) for key, value in self.layers(part)]
+        self._held = {self._model.active_adapter: layers}
         self.generation += 1
         try:
             yield
         finally:
-            self._held = None
+            self._held = {}
 
 
 class Bound:
@@ -82,6 +84,16 @@ class Bound:
 
     def __init__(self, function: Callable, owner: Any):
         self.__func__, self.__self__ = function, owner  # where accelerate looks for them
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """That of PEFT's own method, by which a Trainer knows which columns of a data set the model takes."""
+        own = getattr(type(self.__self__), self.__func__.__name__.removeprefix("_"), None)
+        return inspect.signature(own.__get__(self.__self__) if own is not None else self.__func__.__get__(self.__self__))
+
+    @property
+    def __name__(self) -> str:
+        return self.__func__.__name__.removeprefix("_")
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.__func__(self.__self__, *args, **kwargs)
@@ -167,7 +179,7 @@ class Acceleration:
             self._attachment.enable(True)
 
 
-def accelerate_peft(peft_model: nn.Module, *, cuda_graphs: bool = True) -> nn.Module:
+def accelerate_peft(peft_model: Model, *, cuda_graphs: bool = True) -> Model:
     """Patches a PeftModel with a PREFIX_TUNING or CARTRIDGE adapter to compute its prefix by our attention.
 
     The same object comes back, with the same calls, parameters, state_dict and save_pretrained; adapters may be added and
@@ -187,7 +199,10 @@ def accelerate_peft(peft_model: nn.Module, *, cuda_graphs: bool = True) -> nn.Mo
         ValueError: it is accelerated already, its forward is replaced by another, or its model has a prefix attached; an
             adapter for another shape.
     """
-    from peft import PeftModel
+    try:
+        from peft import PeftModel
+    except ImportError as error:
+        raise ImportError("peft_model: expected a PeftModel, but peft is not installed (pip install peft)") from error
 
     if not isinstance(peft_model, PeftModel):
         raise TypeError(f"peft_model: expected a PeftModel, got {type(peft_model).__name__}")
@@ -208,7 +223,7 @@ def accelerate_peft(peft_model: nn.Module, *, cuda_graphs: bool = True) -> nn.Mo
     return peft_model
 
 
-def restore_peft(peft_model: nn.Module) -> nn.Module:
+def restore_peft(peft_model: Model) -> Model:
     """Undoes accelerate_peft: the same object, which computes bitwise what it computed before. ValueError if there is none."""
     if not isinstance(vars(peft_model).get(STATE), Acceleration):
         raise ValueError("peft_model: expected one that accelerate_peft returned")
@@ -231,6 +246,8 @@ def _sharing(model: nn.Module) -> int:
 def _layout(config, shape: ModelShape, sharing: int):
     """The layout of an adapter that must have the model's shape, or, as PEFT has it, all layers as the largest (Gemma 4)."""
     layout = adapter_layout(vars(config))
+    if layout.seq2seq and layout.shape.layers > shape.layers and layout.shape.of(0) == shape.of(0):
+        return layout
     if sharing or layout.shape != shape:
         largest = [max(sizes) for sizes in zip(*map(shape.of, range(shape.layers)), strict=True)]
         if layout.shape.layers != shape.layers + sharing or list(layout.shape.of(0)) != largest:

@@ -27,6 +27,15 @@ def cache_of(arguments: dict) -> Any:
     return arguments.get("cache", arguments.get("past_key_values"))  # renamed in transformers 5.24
 
 
+def token_mask(arguments: dict) -> Tensor | None:
+    """The mask [batch, tokens] of a call, also where generate has made others of it for a static cache; None for none."""
+    mask = arguments.get("attention_mask")
+    if isinstance(mask, Mapping):  # for each kind of layer
+        mask = next(iter(mask.values()), None)
+    mask = getattr(mask, "tokens", mask)
+    return mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+
+
 def sequence_positions(arguments: dict) -> Tensor:
     """Positions of the new tokens in their sequence, without the prefix: [batch or 1, q_len].
 
@@ -34,12 +43,9 @@ def sequence_positions(arguments: dict) -> Tensor:
     be as long as a static cache, with columns for tokens to come. Without one, counting starts at the cache's length.
     """
     tokens, cache = new_tokens(arguments), cache_of(arguments)
-    q_len, mask = tokens.shape[1], arguments.get("attention_mask")
-    if isinstance(mask, Mapping):  # for each kind of layer; what generate made for a static cache knows the 2-D one
-        mask = next(iter(mask.values()), None)
-    mask = getattr(mask, "tokens", mask)
+    q_len, mask = tokens.shape[1], token_mask(arguments)
     seen = 0 if cache is None else cache.get_seq_length()  # a static one's is a tensor
-    if not (isinstance(mask, Tensor) and mask.dim() == 2):
+    if mask is None:
         return (torch.arange(q_len, device=tokens.device) + seen)[None]
     positions, last = (mask.long().cumsum(-1) - 1).clamp(min=0).to(tokens.device), mask.shape[1] - q_len
     if isinstance(seen, Tensor):

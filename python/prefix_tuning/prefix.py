@@ -11,7 +11,8 @@ from dataclasses import asdict
 import torch
 from torch import Tensor, nn
 
-from prefix_tuning.heads import check_heads_fit, head_parameters
+from prefix_tuning.devices import execution_device
+from prefix_tuning.heads import HEAD_NAMES, check_heads_fit, head_parameters
 from prefix_tuning.peft_adapters import SEQ_2_SEQ, TASK_TYPES, read_adapter, write_adapter
 from prefix_tuning.prefix_files import read_prefix, write_prefix
 from prefix_tuning.prompts import encode_beginning, encode_prompt
@@ -147,7 +148,7 @@ class Prefix(nn.Module):
         if text is not None and init != "text":
             raise ValueError(f"text: given, but init is {init!r}; expected init='text' with it")
         check_served(model.config)
-        shapes, device = _shapes_of(model, parts), next(model.parameters()).device
+        shapes, device = _shapes_of(model, parts), execution_device(model)
         source: dict[str, Layers | MLPReparametrization] = {}
         if init == "text":
             if text is None or tokenizer is None:
@@ -327,6 +328,9 @@ class Prefix(nn.Module):
         if part not in ("decoder", "encoder"):
             raise ValueError(f"part: got {part!r}, expected 'decoder' or 'encoder'")
         layers, heads, base_model = read_adapter(source)
+        shapes = part_shapes(source.config) if isinstance(source, nn.Module) else {}
+        if "cross" in shapes:  # PEFT counts the encoder's layers, and the decoder may have fewer
+            layers = layers[: shapes[part].layers]
         return cls({part: layers}, heads=heads, base_model=base_model).to(device=device, dtype=dtype)
 
     def to_peft(self, directory: str | os.PathLike, *, task_type: str = "CAUSAL_LM") -> None:
@@ -336,10 +340,11 @@ class Prefix(nn.Module):
             task_type: PEFT's name for what the model does: CAUSAL_LM, SEQ_2_SEQ_LM, SEQ_CLS, …; it decides how PEFT applies the
                 prefix, which does not know its model. A head goes with it.
 
-        Raises ValueError for an unknown task_type and for CAUSAL_LM with an encoder's prefix, and NotImplementedError, before
-        anything is written, for what PEFT cannot express: more than the self-attention of a decoder, or of an encoder that
-        stands alone; positions that do not start at prefix_len; value_dim other than head_dim; layers that differ in shape;
-        and, for SEQ_2_SEQ_LM with an even number of layers, layers that differ where PEFT reads one stored layer for two.
+        Raises ValueError for an unknown task_type and for CAUSAL_LM with an encoder's prefix or a classifier's head, and
+        NotImplementedError, before anything is written, for what PEFT cannot express: more than the self-attention of a
+        decoder, or of an encoder that stands alone; positions that do not start at prefix_len; value_dim other than head_dim;
+        layers that differ in shape; and, for SEQ_2_SEQ_LM with an even number of layers, layers that differ where PEFT reads
+        one stored layer for two.
         """
         part, *others = self.parts
         if others or part == "cross" or (part == "encoder" and task_type == SEQ_2_SEQ):
@@ -353,6 +358,12 @@ class Prefix(nn.Module):
         if self.position_offset != self.prefix_len:
             raise NotImplementedError(
                 f"prefix: PEFT's positions start at prefix_len, {self.prefix_len}, got position_offset {self.position_offset}"
+            )
+        classifies = any(path.endswith(HEAD_NAMES) for path in self.heads)
+        if classifies and task_type in ("CAUSAL_LM", SEQ_2_SEQ):
+            expected = ", ".join(sorted({"SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"}))
+            raise ValueError(
+                f"task_type: got {task_type} for a prefix with {', '.join(self.heads)}, expected one of {expected}"
             )
         with torch.no_grad():
             write_adapter(directory, self.layers(part), self.heads, self.base_model, task_type)

@@ -49,9 +49,8 @@ def write_prefix(
         for index, pair in enumerate(pairs)
         for name, tensor in zip(("key", "value"), pair, strict=True)
     }
-    dtype = next(iter(tensors.values())).dtype  # heads stand in a model, which may have been converted meanwhile
     for module, parameters in heads.items():
-        tensors |= {f"head.{module}.{name}": value.detach().to("cpu", dtype, copy=True) for name, value in parameters.items()}
+        tensors |= {f"head.{module}.{name}": value.detach().to("cpu", copy=True) for name, value in parameters.items()}
     config = {"format": FORMAT, "format_version": FORMAT_VERSION, "library_version": library_version(), **description}
     if heads:
         config["heads"] = {

@@ -82,18 +82,18 @@ def render(
 ) -> Mapping[str, list[int]] | str:
     """What the tokenizer's chat template gives for a conversation, ids and masks or, with tokenize=False, the text; ValueError
     where it has none or does not take this one."""
-    chat_template(tokenizer)
+    chat_template(tokenizer, options.get("tools"))
     try:
         return tokenizer.apply_chat_template(list(messages), tokenize=tokenize, return_dict=tokenize, **options)
     except Exception as error:  # a template is a program of the model's authors; many refuse what they do not expect
         raise ValueError(f"messages: the chat template does not take this conversation: {error}") from error
 
 
-def chat_template(tokenizer) -> str:
-    """The tokenizer's chat template; ValueError where it has none."""
+def chat_template(tokenizer, tools: Sequence[Mapping[str, Any]] | None = None) -> str:
+    """The tokenizer's chat template, of several the one for tools where there are some; ValueError where it has none."""
     if not tokenizer.chat_template:
         raise ValueError("messages: the tokenizer has no chat template; give rows with prompt and completion instead")
-    return tokenizer.get_chat_template()
+    return tokenizer.get_chat_template(tools=tools)
 
 
 def padding_id(tokenizer) -> int:

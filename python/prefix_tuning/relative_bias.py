@@ -7,7 +7,7 @@ import warnings
 import torch
 from torch import Tensor, nn
 
-from prefix_tuning.positions import cache_of, new_tokens
+from prefix_tuning.positions import cache_of, new_tokens, token_mask
 
 
 def prefix_bias(attention: nn.Module, arguments: dict, width: int, prefix_lens: Tensor | int) -> Tensor:
@@ -31,8 +31,8 @@ def prefix_bias(attention: nn.Module, arguments: dict, width: int, prefix_lens: 
         prefix_lens = prefix_lens.to(table.weight.device)
     columns = torch.arange(width, device=table.weight.device) - prefix_lens  # [width], of a bank [batch, 1, width]
     queries = (torch.arange(new_tokens(arguments).shape[1], device=table.weight.device) + seen)[None]
-    mask = arguments.get("attention_mask")
-    if isinstance(mask, Tensor) and mask.dim() == 2 and (torch.compiler.is_compiling() or not bool(mask[:, 0].all())):
+    mask = token_mask(arguments)
+    if mask is not None and (torch.compiler.is_compiling() or not bool(mask[:, 0].all())):
         queries = queries - mask.to(queries.device, torch.uint8).argmax(-1)[:, None]
     buckets = attention._relative_position_bucket(
         columns - queries[:, :, None],

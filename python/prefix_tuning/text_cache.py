@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from prefix_tuning.devices import execution_device
 from prefix_tuning.families import FAMILIES, model_shape
 from prefix_tuning.multimodal_families import MULTIMODAL, text_part
 from prefix_tuning.shapes import Layers, check_layers
@@ -32,7 +33,7 @@ def cached_layers(model: nn.Module, input_ids: Tensor | Sequence[int]) -> Layers
     if list(part_shapes(model.config)) != ["decoder"]:
         raise NotImplementedError(f"model: the keys and values of a text are a causal model's, got {type(model).__name__}")
 
-    device = next(model.parameters()).device
+    device = execution_device(model)
     with torch.no_grad(), torch.autocast(device.type, enabled=False), evaluating(model):
         cache = _cache_of(model, ids[None].to(device))
         layers = [(layer.keys, layer.values) for layer in cache.layers]

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedConfig
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
+from prefix_tuning.devices import execution_device
 from prefix_tuning.shapes import Layers
 from prefix_tuning.stacks import stacks
 from prefix_tuning.text_cache import checked_ids, evaluating
@@ -26,7 +27,7 @@ def computed_layers(model: nn.Module, input_ids: Sequence[int]) -> dict[str, Lay
     """
     if model.main_input_name != "input_ids":
         raise NotImplementedError(f"init: the encoder of {type(model).__name__} reads {model.main_input_name}, not text")
-    ids, every = checked_ids(model, input_ids)[None].to(next(model.parameters()).device), stacks(model)
+    ids, every = checked_ids(model, input_ids)[None].to(execution_device(model)), stacks(model)
     arguments = {"input_ids": ids} if len(every) == 1 else {"input_ids": ids, "decoder_input_ids": ids, "use_cache": False}
     configs = {id(m.config): m.config for m in model.modules() if isinstance(getattr(m, "config", None), PreTrainedConfig)}
     before = {config_id: config._attn_implementation for config_id, config in configs.items()}

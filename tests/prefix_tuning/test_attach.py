@@ -338,7 +338,7 @@ def test_an_accelerated_adapter_is_restored_instead():
     _, model = twins(tiny_model("llama"), PREFIX_LEN)
     accelerate_peft(model)
     with pytest.raises(ValueError, match="model: accelerate_peft has attached its adapter; restore_peft undoes that"):
-        detach_prefix(model.base_model)
+        detach_prefix(model)
 
 
 def test_wrong_calls_raise():

@@ -111,6 +111,14 @@ ERRORS = {
 }  # fmt: skip
 
 
+def test_help_where_the_locale_has_no_other_characters_than_ascii():
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    for arguments in (["generate", "--help"], ["doctor"]):
+        command = [sys.executable, "-m", "prefix_tuning.cli", *arguments]
+        shown = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert shown.returncode == 0 and shown.stdout and not shown.stderr
+
+
 @pytest.mark.parametrize("name", ERRORS)
 def test_errors_are_one_line_and_status_2(run, folder, name):
     (folder / "bad.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a"}\n')

@@ -2,6 +2,8 @@
 
 import gzip
 import json
+import os
+import threading
 import zlib
 
 import pytest
@@ -315,6 +317,27 @@ def test_tools_reach_the_template(template):
     row = {"messages": CHAT["messages"][:-1], "tools": TOOLS}
     asked = encode_prompt(row, tokenizer)
     assert example["input_ids"][: len(asked)] == asked == encode_prompt(prompt_of(row), tokenizer)
+
+
+def test_of_several_templates_the_one_for_tools_counts():
+    """Of {% generation %} only one of them has."""
+    for names in (("default", "tool_use"), ("tool_use", "default")):
+        templates = dict(zip(names, (TOOL_TEMPLATE + CHAT_TEMPLATE, TOOL_TEMPLATE + GENERATION_TEMPLATE), strict=True))
+        tokenizer = tiny_tokenizer(chat_template=templates)
+        for tools in (TOOLS, None):
+            assert learnt(tokenize_example(CHAT | {"tools": tools}, tokenizer), tokenizer) == "hello</s>|no</s>"
+    tokenizer = tiny_tokenizer(chat_template={"tool_use": TOOL_TEMPLATE + CHAT_TEMPLATE, "rag": CHAT_TEMPLATE})
+    assert learnt(tokenize_example(CHAT | {"tools": TOOLS}, tokenizer), tokenizer) == "hello</s>|no</s>"
+
+
+def test_what_comes_through_a_pipe_is_read_once(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    lines = "".join(json.dumps(ROW | {"number": number}) + "\n" for number in range(2000))
+    writer = threading.Thread(target=lambda: (tmp_path / "pipe").write_text(lines))
+    writer.start()
+    rows = read_rows(tmp_path / "pipe")
+    writer.join(10)
+    assert [row["number"] for row in rows] == list(range(2000))
 
 
 def test_what_a_table_of_both_kinds_has_not_is_none():

@@ -11,7 +11,7 @@ from torch.nn import functional
 from prefix_tuning import Prefix, PrefixedModel, attach_prefix, cli, distill, row_limits
 from prefix_tuning.data import IGNORED, PromptCompletionCollator, tokenize_example
 from prefix_tuning.distill import DistillSettings, mean_divergence, teacher_examples
-from prefix_tuning.loss import distillation_loss
+from prefix_tuning.loss import distillation_loss, divergences
 from prefix_tuning.padding_free import padding_free_collator
 from prefix_tuning.self_study import SourceText, with_text
 from support.encoder_decoders import tiny_encoder_decoder
@@ -94,6 +94,20 @@ def test_the_divergence_is_that_of_the_teachers_distribution():
     every, ids = teacher.topk(127)
     loss, _ = distillation_loss(model, labels, ids, every, input_ids=input_ids)
     assert loss.item() == pytest.approx(functional.kl_div(logits.log_softmax(-1), teacher, reduction="sum").item(), rel=1e-5)
+
+
+def test_tokens_that_the_model_rules_out():
+    """All but those that the teacher names, whose probabilities add up to less than 1 in float32."""
+    logits = torch.full((2, 8), -torch.inf)
+    logits[:, :3] = torch.randn(2, 3)
+    logits[1, 3] = 0.5
+    logits.requires_grad_()
+    ids, probs = torch.tensor([[0, 1, 2]] * 2), torch.tensor([[0.5, 0.3, 0.2], [0.5, 0.3, 0.1]])
+    divergence = divergences(logits, ids, probs)
+    (grad,) = torch.autograd.grad(divergence.sum(), logits)
+    assert divergence.isfinite().all() and grad.isfinite().all() and (divergence >= -1e-6).all()
+    expected = functional.kl_div(logits[0, :3].log_softmax(-1), probs[0], reduction="sum")
+    torch.testing.assert_close(divergence[0], expected)
 
 
 def test_the_teacher_itself_diverges_by_nothing_and_has_no_gradient():
@@ -276,6 +290,8 @@ def test_without_training_nothing_is_gained(mlp, tmp_path):
         ({"chunk_tokens": 512}, {"prompts": []}, "prompts: expected at least one row, got none"),
         ({"chunk_tokens": 512}, {"prompts": [{"prompt": "p"}, {"foo": 1}]}, r"prompts\[1\]: expected an object with"),
         ({"chunk_tokens": 512}, {"prompts": [{"messages": []}]}, r"prompts\[0\]: messages: expected at least one turn"),
+        ({"chunk_tokens": 512}, {"prompts": [{"prompt": "p", "tags": {1}}]}, r"prompts\[0\]: Object of type set is not JSON"),
+        ({"chunk_tokens": 512}, {"prompts": [{"prompt": ""}]}, r"prompts\[0\]: '' has no tokens, expected at least one"),
     ],
     ids=str,
 )
@@ -284,6 +300,24 @@ def test_what_is_wrong_is_said_before_the_model_writes(changes, options, message
     with pytest.raises(ValueError, match=message):
         distill.distill(model, tokenizer, TEXT, tmp_path, dataclasses.replace(SMALL, **changes), progress=False, **options)
     assert not (tmp_path / "conversations.jsonl").exists()
+
+
+def test_prompts_may_be_made_one_by_one(tmp_path):
+    model, tokenizer = model_and_tokenizer()
+    prompts = ({"prompt": f"{letter} ?"} for letter in "abcd")
+    distill.distill(
+        model, tokenizer, TEXT, tmp_path, dataclasses.replace(SMALL, chunk_tokens=512), prompts=prompts, progress=False
+    )
+    assert len((tmp_path / "conversations.jsonl").read_text().splitlines()) == 4
+
+
+@pytest.mark.parametrize("chunk", [None, "x", [0], [0.5, 2], [5, 3], [-3, 4], [0, 10**6]], ids=str)
+def test_conversations_about_no_part_of_the_text_are_not_gone_on_with(chunk, tmp_path):
+    model, tokenizer = model_and_tokenizer()
+    row = PLAIN[0] | {"completion": "x", "text": SourceText(TEXT, tokenizer).digest, "held_out": False, "chunk": chunk}
+    (tmp_path / "conversations.jsonl").write_text(json.dumps(row))
+    with pytest.raises(ValueError, match=r"resume: rows\[0\] of .* is not of a run with this text"):
+        distill.distill(model, tokenizer, TEXT, tmp_path, SMALL, resume=True, progress=False)
 
 
 def test_a_template_that_answers_cannot_be_found_in_is_refused_first(tmp_path):

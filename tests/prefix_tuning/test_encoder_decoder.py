@@ -216,9 +216,10 @@ def test_padding_of_the_decoders_input(model):
     torch.testing.assert_close(got[mask.bool()], expected[mask.bool()], **TOLERANCE)
 
 
-def test_a_padded_beginning_of_the_decoders_with_a_static_cache():
-    """generate hands T5Gemma's decoder no positions, and in place of the mask one made for the cache."""
-    model = tiny_encoder_decoder("t5gemma")
+@pytest.mark.parametrize("family", ["t5gemma", "t5", "mt5"])
+def test_a_padded_beginning_of_the_decoders_with_a_static_cache(family):
+    """generate hands the decoder no positions, and in place of the mask one made for the cache."""
+    model = tiny_encoder_decoder(family)
     prefix, inputs = random_parts(model), source(model)
     begin, mask = torch.tensor([[0, 0, 1, 7], [1, 5, 9, 11]]), torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
     options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}

@@ -119,6 +119,20 @@ def test_a_pipe_is_written_to(tmp_path):
     assert read == ['"a"\n"b"\n'] and stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
 
 
+def test_a_pipe_without_a_name_is_written_to():
+    """As a shell's >(command), by the link that leads to it."""
+    read, write = os.pipe()
+    write_json_lines(f"/dev/fd/{write}", ["a"])
+    os.close(write)
+    with os.fdopen(read) as file:
+        assert file.read() == '"a"\n'
+
+
+def test_half_a_surrogate_is_written_as_json_has_it(tmp_path):
+    write_json_lines(tmp_path / "a.jsonl", [{"name": "\ud83d"}])
+    assert json.loads((tmp_path / "a.jsonl").read_text(encoding="utf-8")) == {"name": "\ud83d"}
+
+
 @pytest.mark.parametrize("name", ("a.txt", "a.gz", "a.GZ"))
 def test_open_text(name, tmp_path):
     content = "\ufeffCafé\r\nline\u2028two\n".encode()

@@ -253,6 +253,23 @@ def test_encoder_decoders(graphs, family, kind):
     assert graphs.replays == (0 if counted else 7), "where Python counts the positions, nothing can be replayed"
 
 
+@pytest.mark.parametrize("family", ("t5", "t5gemma"))
+def test_padded_beginnings_of_encoder_decoders(graphs, family):
+    """Their tokens tell the positions, and a recorded step would not see them."""
+    model = tiny_encoder_decoder(family)
+    config = model.get_decoder().config
+    if getattr(config, "layer_types", None):  # a window would keep the steps from being recorded
+        config.layer_types = ["full_attention"] * len(config.layer_types)
+    for layer in model.get_decoder().modules():
+        if hasattr(layer, "sliding_window"):
+            layer.sliding_window = None
+    begin, mask = torch.tensor([[0, 0, 1, 7], [1, 5, 9, 11]]), torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
+    call = padded(length=6) | {"decoder_input_ids": begin, "decoder_attention_mask": mask, "max_new_tokens": 9} | OPTIONS
+    with attach(model, "prefix")[0]:
+        expected = model.generate(**call, **STATIC, disable_compile=True)
+        assert torch.equal(model.generate(**call, **STATIC), expected)
+
+
 def test_lora_beside_a_prefix_and_a_prefix_of_peft(graphs):
     peft = pytest.importorskip("peft")
     call = padded() | {"max_new_tokens": 6} | OPTIONS

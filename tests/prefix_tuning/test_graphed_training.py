@@ -88,6 +88,23 @@ def test_steps_equal(device, family, mlp):
 
 
 @pytest.mark.parametrize("device", DEVICES, indirect=True)
+@pytest.mark.parametrize("mlp", (False, True), ids=("prefix", "reparametrised"))
+@pytest.mark.parametrize("module", ("lm_head", "norm"))
+def test_a_head_is_trained_in_every_step(device, module, mlp):
+    model = tiny_model("llama", tie_word_embeddings=False).to(device)
+    prefix = Prefix.for_model(model, 5, seed=0, reparametrization="mlp" if mlp else None, modules_to_save=[module])
+    with attach_prefix(model, prefix):
+        trained = PrefixedModel(model, prefix)
+        optimizer = torch.optim.AdamW(prefix.parameters(), lr=1e-2)
+        for number in range(4):
+            assert_step(trained, batch_of(2, 9, seed=number, device=device))
+            assert all(parameter.grad.abs().max() > 0 for parameter in prefix.parameters())
+            optimizer.step()
+        assert len(trained.graphs._steps) < 4 and trained.graphs._steps and not trained.graphs._refused
+    assert all(isinstance(parameter, torch.nn.Parameter) for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("device", DEVICES, indirect=True)
 def test_distillation_steps_equal(device):
     """With a teacher; one that names another number of tokens, and a step without one, are other steps."""
     model = tiny_model("llama").to(device)

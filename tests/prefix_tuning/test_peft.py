@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import LogitsProcessor
 
-from prefix_tuning import accelerate_peft, restore_peft
+from prefix_tuning import Prefix, accelerate_peft, attach_prefix, restore_peft
 from support.checkpointing import counted_attention, train_with_checkpointing
 from support.encoder_decoders import labels, source, tiny_encoder_decoder
 from support.encoders import tiny_encoder
@@ -294,6 +294,25 @@ def test_a_classifier_s_head(tmp_path):
         side.save_pretrained(tmp_path / name)
     first, second = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("peft", "ours"))
     assert all(torch.equal(first[name], second[name]) for name in first) and len(first) == 2
+
+
+@pytest.mark.parametrize(("name", "encoder", "decoder"), [("bart", 4, 2), ("bart", 5, 3), ("bart", 4, 3), ("t5", 4, 2)])
+def test_a_decoder_shallower_than_the_encoder(name, encoder, decoder):
+    """As distilled models for summaries have; PEFT counts the encoder's layers."""
+    sizes = {"num_layers": encoder, "num_decoder_layers": decoder, "d_kv": 8}
+    if name == "bart":
+        sizes = {"encoder_layers": encoder, "decoder_layers": decoder, "decoder_attention_heads": 4}
+    plain = tiny_encoder_decoder(name, **sizes)
+    rival, model = twins(plain, PREFIX_LEN, task_type="SEQ_2_SEQ_LM")
+    prefix = Prefix.from_peft(model)
+    accelerate_peft(model)
+    given = source(plain, side="right")
+    expected, got = (side(**given, labels=labels()) for side in (rival, model))
+    torch.testing.assert_close(got.logits, expected.logits, **TOLERANCE)
+    with attach_prefix(plain, prefix):
+        torch.testing.assert_close(plain(**given, labels=labels()).logits, expected.logits, **TOLERANCE)
+    assert_same_gradients(gradients(model, got.loss), gradients(rival, expected.loss))
+    assert torch.equal(model.generate(**given, max_new_tokens=6), rival.generate(**given, max_new_tokens=6))
 
 
 @pytest.mark.parametrize("layers", (3, 4))

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import LlamaForSequenceClassification
 
 from prefix_tuning import Prefix, attach_prefix
 from prefix_tuning.peft_adapters import AdapterLayout, write_adapter
@@ -194,6 +195,12 @@ def test_adapters_of_encoders_bring_their_heads(name, task, task_type, tmp_path)
     torch.testing.assert_close(logits_of(loaded(**inputs))[real], expected[real], **TOLERANCE)
     with pytest.raises(NotImplementedError, match="of the decoder's, got encoder for task_type SEQ_2_SEQ_LM"):
         prefix.to_peft(tmp_path / "wrong", task_type="SEQ_2_SEQ_LM")
+    scored = LlamaForSequenceClassification(tiny_model("llama").config).eval()
+    with pytest.raises(
+        ValueError, match="task_type: got CAUSAL_LM for a prefix with score, expected one of QUESTION_ANS, SEQ_CLS"
+    ):
+        Prefix.for_model(scored, 3).to_peft(tmp_path / "wrong")
+    assert not (tmp_path / "wrong").exists()
     types = "FEATURE_EXTRACTION, QUESTION_ANS, SEQ_CLS, TOKEN_CLS"
     with pytest.raises(ValueError, match=f"task_type: got CAUSAL_LM for an encoder's prefix, expected one of {types}"):
         prefix.to_peft(tmp_path / "wrong", task_type="CAUSAL_LM")

@@ -1,6 +1,7 @@
 """An accelerated PeftModel stays the object that it was: its adapters and files, copies, the way back. What is refused."""
 
 import copy
+import inspect
 import re
 import subprocess
 import sys
@@ -54,6 +55,48 @@ def test_adapters_are_switched_added_and_disabled(pair, family):
     for side in pair:
         side.delete_adapter("other")
     torch.testing.assert_close(model(input_ids=ids()).logits, rival(input_ids=ids()).logits, **TOLERANCE)
+
+
+@pytest.mark.parametrize("kind", ["flat", "projection"])
+def test_another_adapter_without_gradients_before_the_backward_pass(kind):
+    """As the reference of DPO runs: layers are recomputed with the prefix of the pass that is differentiated."""
+    found = []
+    for other in (False, True):
+        model = accelerate_peft(peft_model(tiny_model("llama"), **KINDS[kind])).train()
+        model.add_adapter("ref", peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=7))
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        loss = model(input_ids=ids(), labels=ids(), use_cache=False).loss
+        if other:
+            with torch.no_grad():
+                model.set_adapter("ref")
+                model(input_ids=ids(), use_cache=False)
+                model.set_adapter("default")
+        found.append(gradients(model, loss))
+    assert found[0] and all(torch.equal(found[1][name], grad) for name, grad in found[0].items() if grad is not None)
+
+
+def test_another_adapter_within_generate(pair):
+    """As two are contrasted; each has its own prefix."""
+    tokens = []
+    for model in pair:
+        torch.manual_seed(1)
+        model.add_adapter("anti", peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=PREFIX_LEN))
+        torch.nn.init.normal_(model.prompt_encoder["anti"].embedding.weight)
+
+        def contrast(seen, scores, model=model):
+            model.set_adapter("anti")
+            other = model(input_ids=seen).logits[:, -1]
+            model.set_adapter("default")
+            return 2 * scores - other
+
+        tokens.append(generated(model, logits_processor=[contrast], use_cache=True))
+    assert torch.equal(*tokens)
+
+
+@pytest.mark.parametrize("name", ["forward", "generate", "disable_adapter"])
+def test_methods_have_their_signatures(pair, name):
+    rival, model = (getattr(model, name) for model in pair)
+    assert inspect.signature(model) == inspect.signature(rival) and model.__name__ == rival.__name__
 
 
 def test_an_error_underneath_leaves_the_prefix_in_place(pair):

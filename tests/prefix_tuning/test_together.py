@@ -7,11 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from accelerate import cpu_offload
 from transformers import DynamicCache
 
 from prefix_kernels import prefix_attention
 from prefix_tuning import Prefix, accelerate_peft, attach_prefix
 from prefix_tuning.devices import execution_device
+from prefix_tuning.evaluate import mean_loss
+from prefix_tuning.generate import generate_texts
+from support.encoders import inputs_of, tiny_encoder
 from support.models import dispatched, random_prefix, tiny_model
 from support.peft_models import PREFIX_LEN, TOLERANCE, generated, ids, peft_model, twins
 from support.tokenizer import tiny_tokenizer
@@ -100,6 +104,32 @@ def test_weights_offloaded_to_disk(tmp_path):
     accelerated = peft_model(dispatched(model, tmp_path / "again", ("cpu", "disk", "disk")), PREFIX_LEN)
     accelerated.prompt_encoder.load_state_dict(rival.prompt_encoder.state_dict())
     torch.testing.assert_close(accelerate_peft(accelerated)(input_ids=ids()).logits, expected.logits, **TOLERANCE)
+
+
+def test_what_is_made_for_a_model_whose_weights_lie_elsewhere():
+    plain, tokenizer = tiny_model("llama"), tiny_tokenizer()
+    model = cpu_offload(copy.deepcopy(plain))
+    assert next(model.parameters()).is_meta
+    made = []
+    for one in (plain, model):
+        text = Prefix.from_text(one, tokenizer, "Be brief.\n")
+        start = Prefix.for_model(one, 4, init="text", text="a pub by the river", tokenizer=tokenizer)
+        drawn = Prefix.for_model(one, 4, seed=0)
+        with attach_prefix(one, text):
+            texts = generate_texts(one, tokenizer, ["a", "b c"], max_new_tokens=5)
+            loss = mean_loss(one, tokenizer, [{"prompt": "a", "completion": "b"}])
+        made.append((texts, loss, [tensor for prefix in (text, start, drawn) for tensor in prefix.parameters()]))
+    assert made[0][:2] == made[1][:2] and all(map(torch.equal, made[0][2], made[1][2]))
+
+
+def test_the_head_of_a_model_whose_weights_lie_elsewhere_is_its_own_again():
+    model = tiny_encoder("bert").bfloat16()
+    inputs, prefix = inputs_of(model), Prefix.for_model(model, PREFIX_LEN)
+    expected = model(**inputs).logits
+    model = cpu_offload(model)
+    with attach_prefix(model, prefix):
+        model(**inputs)
+    assert torch.equal(model(**inputs).logits, expected)
 
 
 def test_each_layer_s_prefix_comes_to_where_the_layer_computes(monkeypatch):

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from prefix_tuning import attach_prefix
+from prefix_tuning import PrefixedModel, attach_prefix
 from support.models import random_prefix, tiny_model
 from support.prefixes import mlp_prefix
 from support.training import (
@@ -40,6 +40,34 @@ def test_gradient_checkpointing_recomputes_layers_and_changes_nothing(family, re
     assert counts == expected
     assert losses(trainer) == pytest.approx(losses(plain), rel=1e-6)
     assert_prefixes_close(trainer.prefix, plain.prefix, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("between", ["model", "trained", "generate", "enable"])
+@pytest.mark.parametrize("make", [random_prefix, mlp_prefix])
+def test_a_pass_without_gradients_before_the_backward_pass_changes_nothing(make, between):
+    """Layers are recomputed with what the prefix was for the pass that is differentiated."""
+    ids, grads = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]]), []
+    for comes in (False, True):
+        model = tiny_model("llama")
+        prefix = make(model)
+        with attach_prefix(model, prefix) as attachment:
+            trained = PrefixedModel(model, prefix)
+            trained.activation_checkpointing_enable()
+            loss = trained.train()(input_ids=ids, labels=ids)["loss"]
+            with torch.no_grad():
+                if comes and between == "model":
+                    model(ids + 1)
+                elif comes and between == "trained":
+                    trained(input_ids=ids + 1, labels=ids)
+                elif comes and between == "generate":
+                    model.generate(ids, max_new_tokens=3, pad_token_id=0)
+                elif comes:
+                    attachment.enable(False)
+                    model(ids + 1)
+                    attachment.enable(True)
+            loss.backward()
+        grads.append([parameter.grad for parameter in prefix.parameters()])
+    assert all(torch.equal(*pair) for pair in zip(*grads, strict=True))
 
 
 def test_detach_undoes_gradient_checkpointing(tmp_path):
