@@ -26,6 +26,7 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build import build
 
 ROOT = Path(__file__).resolve().parent
+PACKAGES = {"prefix_kernels": "prefix_kernels", "prefix_tuning": "python/prefix_tuning"}
 LIBRARIES = ("_C.so", "_C_cuda.so")
 MODES = ("auto", "none", "cpu", "cuda")
 MODE = os.environ.get("PREFIX_KERNELS_BUILD") or "auto"
@@ -173,8 +174,10 @@ class Build(build):
     sub_commands = [(name, None if name == "build_ext" else needed) for name, needed in build.sub_commands]
 
     def run(self):
-        for package in ("prefix_kernels", "prefix_tuning"):  # an earlier build's may have modules that are gone since
-            shutil.rmtree(Path(self.build_lib, package), ignore_errors=True)
+        for package, source in PACKAGES.items():  # an earlier build's may have modules that are gone since
+            built = Path(self.build_lib, package)
+            if built.resolve() != ROOT / source:
+                shutil.rmtree(built, ignore_errors=True)
         super().run()
 
 
@@ -187,7 +190,7 @@ class BdistWheel(bdist_wheel):
 
 
 setup(
-    package_dir={"prefix_kernels": "prefix_kernels", "prefix_tuning": "python/prefix_tuning"},
+    package_dir=PACKAGES,
     packages=find_packages(include=["prefix_kernels", "prefix_kernels.*"]) + find_packages("python"),
     package_data={"": ["py.typed"]},
     cmdclass={"build": Build, "build_ext": BuildExt, "bdist_wheel": BdistWheel},

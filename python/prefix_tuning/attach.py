@@ -8,7 +8,6 @@ with a static cache on a GPU replays its steps.
 from __future__ import annotations
 
 import inspect
-import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -102,8 +101,8 @@ class Attachment:
         self._hooks: list[RemovableHandle] = []
         # By part what the layers hold, where that is rounded to the model's dtype, and what it is rounded from.
         self._rounded: dict[str, tuple[list[Tensor], list[Tensor]]] = {}
-        # What layers hold for a backward pass that recomputes them, by stack and thread, during a pass without gradients.
-        self._kept: dict[tuple[int, int], list[tuple[LayerPrefix, Tensor, Tensor, int]]] = {}
+        # By stack, during passes beside one that is to be differentiated: how many these are, and what the layers held before.
+        self._kept: dict[int, tuple[int, list[tuple[LayerPrefix, Tensor, Tensor, int]]]] = {}
         self._argument: PrefixIdsArgument | None = None
         self._decoding = GraphedDecoding(model, slides, self._recorded_state) if hasattr(model, "generate") else None
         try:
@@ -235,10 +234,11 @@ class Attachment:
 
     def _hooks_of(self, stack: Stack) -> list[RemovableHandle]:
         layers = (module for module in stack.module.modules() if isinstance(module, GradientCheckpointingLayer))
-        before = partial(self._before_forward, stack, _argument_names(stack.module), next(layers, stack.module))
+        first_layer = next(layers, stack.module)
+        before = partial(self._before_forward, stack, _argument_names(stack.module), first_layer)
         hooks = [
             stack.module.register_forward_pre_hook(before, with_kwargs=True),
-            stack.module.register_forward_hook(partial(self._after_forward, stack)),
+            stack.module.register_forward_hook(partial(self._after_forward, stack, first_layer), always_call=True),
         ]
         if stack.wrapper is not None:
             before = partial(self._before_wrapper, stack, _argument_names(stack.wrapper))
@@ -332,14 +332,12 @@ class Attachment:
                 f"attn_implementation: set to {module.config._attn_implementation!r} while a prefix is attached, which it "
                 "would not see; detach the prefix first"
             )
+        if self._is_beside(first_layer):
+            self._keep(stack)
         if self._hidden:
             offset = None
-        elif self._bank is not None:
-            offset = self._take_rows(stack, kwargs)
         else:
-            if getattr(first_layer, "gradient_checkpointing", False) and not torch.is_grad_enabled():
-                self._keep(stack)
-            offset = self._take_prefix(stack, kwargs)
+            offset = self._take_prefix(stack, kwargs) if self._bank is None else self._take_rows(stack, kwargs)
         if self._bank is None:
             for layer in self._layers[stack.self_attention]:
                 layer.position_offset = 0 if offset is None else offset
@@ -357,15 +355,27 @@ class Attachment:
             kwargs["prefix_bias"] = prefix_bias(stack.attention[stack.self_attention][0], kwargs, width, lens)
         return (), kwargs
 
+    def _is_beside(self, first_layer: nn.Module) -> bool:
+        """Whether a pass may come between another and its backward pass, which recomputes layers with what they then hold."""
+        differentiated = torch.is_grad_enabled() or torch.compiler.is_compiling() or self._bank is not None
+        return not differentiated and getattr(first_layer, "gradient_checkpointing", False)
+
     def _keep(self, stack: Stack) -> None:
         layers = [layer for part in stack.attention for layer in self._layers[part]]
         held = [(layer, layer.key, layer.value, layer.position_offset) for layer in layers]
-        self._kept[id(stack), threading.get_ident()] = held
+        passes, held = self._kept.get(id(stack), (0, held))
+        self._kept[id(stack)] = passes + 1, held
 
-    def _after_forward(self, stack: Stack, module: nn.Module, args: tuple, output: Any) -> None:
-        if self._kept:
-            for layer, *held in self._kept.pop((id(stack), threading.get_ident()), ()):
-                layer.key, layer.value, layer.position_offset = held
+    def _after_forward(self, stack: Stack, first_layer: nn.Module, module: nn.Module, args: tuple, output: Any) -> None:
+        """After a pass that ended, or ended in an error, beside another."""
+        if not self._kept or not self._is_beside(first_layer) or id(stack) not in self._kept:
+            return
+        passes, held = self._kept.pop(id(stack))
+        if passes > 1:
+            self._kept[id(stack)] = passes - 1, held
+            return
+        for layer, *before in held:
+            layer.key, layer.value, layer.position_offset = before
 
     def _take_prefix(self, stack: Stack, kwargs: dict) -> int:
         """The layers hold the prefix as it is now; returns where positions start behind it."""

@@ -56,7 +56,7 @@ USER_ERRORS = (ValueError, TypeError, OSError, ImportError, NotImplementedError)
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command with these arguments (default: the process's) and returns its exit status."""
     for stream in (sys.stdout, sys.stderr):  # where the locale has no other characters than ASCII
-        if isinstance(stream, io.TextIOWrapper):
+        if isinstance(stream, io.TextIOWrapper) and not stream.closed:
             stream.reconfigure(errors="backslashreplace")
     args = _parser().parse_args(argv)
     if args.command != "doctor":

@@ -69,7 +69,7 @@ class AttachedHeads:
 
     def __init__(self, model: nn.Module, heads: Mapping[str, Mapping[str, nn.Parameter]]):
         self._model, self._heads = model, heads
-        self._covered: list[tuple[nn.Module, str, torch.dtype]] = []  # and the own parameter's dtype
+        self._covered: list[tuple[nn.Module, str, torch.dtype, bool]] = []  # and the own parameter's dtype and requires_grad
         self._hooks: list[RemovableHandle] = []
 
     def insert(self) -> None:
@@ -79,7 +79,8 @@ class AttachedHeads:
                 *inner, leaf = name.split(".")
                 module = head.get_submodule(".".join(inner))
                 vars(module)[leaf] = parameter
-                self._covered.append((module, leaf, module._parameters[leaf].dtype))
+                own = module._parameters[leaf]
+                self._covered.append((module, leaf, own.dtype, own.requires_grad))
             before = partial(_before_forward, list(parameters.values()))
             before(head, (), {})
             self._hooks.append(head.register_forward_pre_hook(before, with_kwargs=True))
@@ -87,11 +88,12 @@ class AttachedHeads:
     def remove(self) -> None:
         for hook in self._hooks:
             hook.remove()
-        for module, leaf, dtype in self._covered:
+        for module, leaf, dtype, requires_grad in self._covered:
             vars(module).pop(leaf, None)
             own = module._parameters[leaf]
             if own.is_meta:  # accelerate has put away in its place what stood in front
                 own.data = own.data.to(dtype)
+                own.requires_grad_(requires_grad)
         self._hooks, self._covered = [], []
 
 

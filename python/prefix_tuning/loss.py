@@ -108,6 +108,9 @@ def check_teacher(targets: int, teacher_ids: Tensor, teacher_probs: Tensor) -> N
         raise ValueError(f"teacher_ids, teacher_probs: expected [{targets}, k], one row for each target, got {shapes}")
 
 
+ROUNDING = 1e-5  # of a sum of probabilities in float32
+
+
 def divergences(logits: Tensor, teacher_ids: Tensor, teacher_probs: Tensor) -> Tensor:
     """float32 [targets]: the divergence from the teacher of each row of logits [targets, vocabulary]."""
     with torch.autocast(logits.device.type, enabled=False):
@@ -116,8 +119,9 @@ def divergences(logits: Tensor, teacher_ids: Tensor, teacher_probs: Tensor) -> T
         left = (1 - probs.sum(1)).clamp(min=0)
         named = log_probs.gather(1, ids)
         rest = log_probs.scatter(1, ids, -torch.inf)
-        all_named = rest.max(1).values == -torch.inf  # of what the model has not ruled out
-        others = rest.masked_fill(all_named[:, None], 0).logsumexp(1).masked_fill(all_named, 0)
+        all_named = rest.max(1).values == -torch.inf  # of what the model has not ruled out; what is left may be rounding alone
+        others = rest.masked_fill(all_named[:, None], 0).logsumexp(1)
+        others = torch.where(all_named, torch.where(left < ROUNDING, 0.0, -torch.inf), others)
         named = torch.special.xlogy(probs, probs) - torch.where(probs > 0, probs * named, 0)
         return named.sum(1) + torch.special.xlogy(left, left) - left * others
 

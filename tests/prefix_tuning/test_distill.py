@@ -108,6 +108,7 @@ def test_tokens_that_the_model_rules_out():
     assert divergence.isfinite().all() and grad.isfinite().all() and (divergence >= -1e-6).all()
     expected = functional.kl_div(logits[0, :3].log_softmax(-1), probs[0], reduction="sum")
     torch.testing.assert_close(divergence[0], expected)
+    assert divergences(logits[:1], ids[:1], probs[:1] / 2).item() == torch.inf  # what is left the model rules out
 
 
 def test_the_teacher_itself_diverges_by_nothing_and_has_no_gradient():

@@ -126,10 +126,11 @@ def test_the_head_of_a_model_whose_weights_lie_elsewhere_is_its_own_again():
     model = tiny_encoder("bert").bfloat16()
     inputs, prefix = inputs_of(model), Prefix.for_model(model, PREFIX_LEN)
     expected = model(**inputs).logits
-    model = cpu_offload(model)
+    model = cpu_offload(model.requires_grad_(False))
     with attach_prefix(model, prefix):
         model(**inputs)
     assert torch.equal(model(**inputs).logits, expected)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
 def test_each_layer_s_prefix_comes_to_where_the_layer_computes(monkeypatch):

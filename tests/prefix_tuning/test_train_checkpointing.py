@@ -44,11 +44,12 @@ def test_gradient_checkpointing_recomputes_layers_and_changes_nothing(family, re
 
 @pytest.mark.parametrize("between", ["model", "trained", "generate", "enable"])
 @pytest.mark.parametrize("make", [random_prefix, mlp_prefix])
-def test_a_pass_without_gradients_before_the_backward_pass_changes_nothing(make, between):
+@pytest.mark.parametrize("family", ["llama", "llama4_temperature"])
+def test_a_pass_without_gradients_before_the_backward_pass_changes_nothing(family, make, between):
     """Layers are recomputed with what the prefix was for the pass that is differentiated."""
     ids, grads = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]]), []
     for comes in (False, True):
-        model = tiny_model("llama")
+        model = tiny_model(family)
         prefix = make(model)
         with attach_prefix(model, prefix) as attachment:
             trained = PrefixedModel(model, prefix)
@@ -68,6 +69,30 @@ def test_a_pass_without_gradients_before_the_backward_pass_changes_nothing(make,
             loss.backward()
         grads.append([parameter.grad for parameter in prefix.parameters()])
     assert all(torch.equal(*pair) for pair in zip(*grads, strict=True))
+
+
+def test_a_pass_that_failed_leaves_nothing_behind():
+    model = tiny_model("llama")
+    prefix, ids = random_prefix(model), torch.tensor([[5, 6, 7]])
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    expected = model(ids).logits
+    with attach_prefix(model, prefix) as attachment, torch.no_grad():
+        with pytest.raises(RuntimeError):
+            model(ids, position_ids=torch.zeros(1, 2, dtype=torch.long))
+        assert not attachment._kept
+        attachment.enable(False)
+        for _ in range(2):
+            torch.testing.assert_close(model(ids).logits, expected)
+
+
+def test_compiled_where_checkpointing_is_on():
+    model = tiny_model("llama")
+    ids = torch.tensor([[5, 6, 7]])
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    with attach_prefix(model, random_prefix(model)), torch.no_grad():
+        expected = model(ids, use_cache=False).logits
+        compiled = torch.compile(model, fullgraph=True, backend="eager")
+        torch.testing.assert_close(compiled(ids, use_cache=False).logits, expected)
 
 
 def test_detach_undoes_gradient_checkpointing(tmp_path):
