@@ -97,7 +97,8 @@ def backward(
         names = ("q", "k", "v", "prefix_k", "prefix_v")
         dense = dense._replace(**{name: getattr(dense, name).float() for name in names})
         out, grad_out = out.float(), grad_out.float()
-    elif dense.q.device.type != "cpu":  # as out lies; folding one that lies otherwise would copy it once more
+    elif dense.q.device.type != "cpu" and not composes(dense.q.device, dense.q.dtype):
+        # As out lies; folding one that lies otherwise would copy it once more.
         grad_out = grad_out.transpose(1, 2).contiguous().transpose(1, 2)
     if not _all_see_something(dense):
         nothing_visible = lse == -torch.inf
