@@ -322,7 +322,8 @@ class Attachment:
         """Shift the positions behind the prefix; evaluate a reparametrisation, once."""
         kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
         if "attention_mask" in kwargs and kwargs.get("input_features") is None:
-            kwargs["attention_mask"] = fitting_mask(kwargs["attention_mask"], new_tokens(kwargs))
+            chunked = getattr(module.config, "attention_chunk_size", None) is not None
+            kwargs["attention_mask"] = fitting_mask(kwargs["attention_mask"], new_tokens(kwargs), chunked)
         asked = kwargs.get("output_attentions")
         if module.config.output_attentions if asked is None else asked:
             raise NotImplementedError("output_attentions: attention weights are never built; detach the prefix to see them")

@@ -116,28 +116,18 @@ def prefix_attention_forward(
         prefix_key, prefix_value = prefix_key.to(query.device), prefix_value.to(query.device)
     if prefix_key.dtype is not dtype and (prefix_key.dtype is not torch.float32 or dtype is torch.float64):
         prefix_key, prefix_value = prefix_key.to(dtype), prefix_value.to(dtype)
-    if layer.relative:
-        unseen = prefix_key.shape[-2] - prefix_bias.shape[-1]  # columns of a prefix that a bank was given since
-        if unseen:
-            prefix_bias = pad(prefix_bias, (0, unseen))
-        bias = _side_by_side(prefix_bias, position_bias.detach())
     if mask.pack is not None:
-        if bias is None and not (layer.slides and mask.window):
+        if not layer.relative and bias is None and not (layer.slides and mask.window):
             prefix = prefix_key, prefix_value, prefix_lens
             return _attend_in_packs(layer, query, key, value, *prefix, mask, scaling, softcap, s_aux, prefix_ids), None
-        mask = mask.unpacked()
-    if layer.slides:
-        prefix_len = prefix_key.shape[-2]
-        own_len = prefix_len
-        if prefix_lens is not None:
-            own_len = layer.prefix.lens_of(prefix_ids)[:, None]
-        positions = kwargs.get("position_ids")
-        positions = None if positions is None else positions - layer.offset(prefix_ids)
-        first_key_position, mask_bias = mask.sliding(prefix_len, own_len, positions, query.shape[2], key.shape[2], query.device)
-    else:
-        first_key_position, mask_bias = None, None if mask.bias is None else mask.bias_over(prefix_key.shape[-2])
-    if mask_bias is not None:
-        bias = mask_bias if bias is None else bias + mask_bias
+        mask = mask.once("unpacked", mask.unpacked)
+    first_key_position = None
+    if bias is not None or mask.bias is not None or layer.relative or layer.slides:
+        lengths, ids = (query.shape[2], key.shape[2], prefix_key.shape[-2]), (kwargs.get("position_ids"), prefix_ids)
+        biases = (bias, prefix_bias, position_bias) if layer.relative else (bias,)
+        first_key_position, bias = mask.once(
+            (lengths, dtype), lambda: _bias(layer, mask, query, lengths, *ids, *biases), *biases
+        )
     out = prefix_attention(
         query, key, value, prefix_key, prefix_value, causal=mask.causal, scale=scaling, key_mask=mask.key_mask,
         key_lens=mask.key_lens, window=mask.window, softcap=softcap, bias=bias,
@@ -170,14 +160,35 @@ def _attend_in_packs(
     return out.unflatten(0, (pack.batch, pack.length))
 
 
-def _side_by_side(prefix_bias: Tensor, own_bias: Tensor) -> Tensor:
-    """[batch or 1, heads, q_len, prefix_len + kv_len], in rows of a multiple of eight columns: so Triton kernels read it where
-    it lies. torch.cat would keep T5's order in memory, heads side by side."""
-    prefix_len = prefix_bias.shape[-1]
-    columns, dtype = prefix_len + own_bias.shape[-1], torch.promote_types(prefix_bias.dtype, own_bias.dtype)
-    bias = prefix_bias.new_empty(*prefix_bias.shape[:-1], -(-columns // 8) * 8, dtype=dtype)[..., :columns]
-    bias[..., :prefix_len], bias[..., prefix_len:] = prefix_bias, own_bias
-    return bias
+def _bias(
+    layer: LayerPrefix, mask: MaskStructure, query: Tensor, lengths: tuple[int, int, int], position_ids: Tensor | None,
+    prefix_ids: Tensor | None, bias: Tensor | None, prefix_bias: Tensor | None = None, position_bias: Tensor | None = None,
+) -> tuple[int | None, Tensor | None]:  # fmt: skip
+    """prefix_attention's first_key_position and bias: all that is added to scores together.
+
+    Args:
+        lengths: q_len, kv_len, prefix_len.
+    """
+    q_len, kv_len, prefix_len = lengths
+    if prefix_bias is not None:
+        unseen = prefix_len - prefix_bias.shape[-1]  # columns of a prefix that a bank was given since
+        own_bias = position_bias.detach().expand(len(prefix_bias), -1, -1, -1)
+        bias = torch.cat([pad(prefix_bias, (0, unseen)), own_bias], dim=-1)
+    dtype = query.dtype if bias is None else torch.float32  # of the sum
+    if layer.slides:
+        own_len = prefix_len if layer.bank_layer is None else layer.prefix.lens_of(prefix_ids)[:, None]
+        positions = None if position_ids is None else position_ids - layer.offset(prefix_ids)
+        first, mask_bias = mask.sliding(prefix_len, own_len, positions, q_len, kv_len, dtype, query.device)
+    else:
+        first, mask_bias = None, mask.bias_over(prefix_len, dtype)
+    if mask_bias is not None:
+        bias = mask_bias if bias is None else bias + mask_bias
+    return first, None if bias is None else _in_rows_of_eight(bias)
+
+
+def _in_rows_of_eight(bias: Tensor) -> Tensor:
+    """The same bias in rows of a multiple of eight columns, head by head: so Triton kernels read it where it lies."""
+    return pad(bias.contiguous(), (0, -bias.shape[-1] % 8))[..., : bias.shape[-1]]
 
 
 def _through_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from typing import Any
 
@@ -315,7 +315,7 @@ def _described(value: Any, tensors: list[Tensor]) -> Hashable | None:
 def _items(value: Any) -> list[tuple[Any, Any]] | None:
     """The names and values in a structure of a step's arguments or outputs; None for anything else."""
     if isinstance(value, MaskStructure):
-        return list(vars(value).items())
+        return [(part.name, getattr(value, part.name)) for part in fields(value) if part.init]
     if isinstance(value, dict):
         return list(value.items())
     return list(enumerate(value)) if type(value) in (list, tuple) else None

@@ -5,11 +5,11 @@ Registered as transformers' mask function for our attention; the model hands its
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,6 +26,8 @@ from transformers.masking_utils import (
 
 from prefix_tuning.packs import Pack, current_pack, taken_apart
 
+T = TypeVar("T")
+
 
 @dataclass(eq=False)
 class MaskStructure:
@@ -39,7 +41,8 @@ class MaskStructure:
     key_mask: Tensor | None = None  # bool [batch, kv_len]
     key_lens: Tensor | None = None  # int [batch]: the fill of a static cache
     key_offset: int | Tensor = 0  # absolute index of the first key, for a window that slides over the prefix
-    bias: Tensor | None = None  # float32 [batch or 1, heads or 1, q_len, kv_len], for every other pattern
+    # [batch or 1, heads or 1, q_len, kv_len], for every other pattern: bool, True where a query may attend, or added to scores.
+    bias: Tensor | None = None
     chunk: int | None = None  # the bias is one of chunks of that many tokens
     local: int | None = None  # the bias is one of a causal window of that many tokens, and of packed rows or the like
     opaque: bool = False  # whether the bias is one of such a window could not be seen
@@ -47,6 +50,20 @@ class MaskStructure:
     starts: Tensor | None = None  # int [batch]: the index of each row's first real token
     pack: Pack | None = None  # the sequences that causality and window are meant within
     ndim: int = 4
+    _made: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False)  # by once; no copy has it
+
+    def once(self, what: Hashable, make: Callable[[], T], *made_of: Tensor | None) -> T:
+        """What make() gives, made once for all layers of a forward pass: each pass has masks of its own (fitting_mask).
+
+        Args:
+            made_of: objects that may differ from layer to layer; held, lest others get their ids.
+        """
+        if torch.compiler.is_compiling():
+            return make()
+        key = what, *map(id, made_of)
+        if key not in self._made:
+            self._made[key] = make(), made_of
+        return self._made[key][0]
 
     @property
     def shape(self) -> tuple[None, None, None, None]:
@@ -86,7 +103,7 @@ class MaskStructure:
 
     def unpacked(self) -> MaskStructure:
         """The same mask with a bias over all pairs of tokens in place of the pack."""
-        return MaskStructure(causal=False, bias=_hiding(self.pack.hidden(self.window)), local=self.window)
+        return MaskStructure(causal=False, bias=~self.pack.hidden(self.window), local=self.window)
 
     def unchanging(self, slides: bool, device: torch.device) -> MaskStructure:
         """The same mask of tensors that keep their shapes from one step with a static cache to the next.
@@ -101,13 +118,19 @@ class MaskStructure:
             offset = torch.full((), offset, device=device)
         return replace(self, key_offset=offset, tokens=None, starts=self._starts())
 
-    def bias_over(self, prefix_len: int) -> Tensor | None:
-        """The bias with prefix_len columns of 0 in front: the prefix is visible to every query."""
-        return None if self.bias is None else pad(self.bias, (prefix_len, 0))
+    def bias_over(self, prefix_len: int, dtype: torch.dtype) -> Tensor | None:
+        """What is added to scores, with prefix_len columns of 0 in front: every query sees the prefix. In dtype where that is
+        exact, else float32."""
+        if self.bias is None:
+            return None
+        if self.bias.dtype == torch.bool:
+            return pad(_hiding(~self.bias, dtype), (prefix_len, 0))
+        return pad(self.bias.to(dtype if self.bias.dtype == dtype else torch.float32), (prefix_len, 0))
 
     def sliding(
-        self, prefix_len: int, own_len: int | Tensor, positions: Tensor | None, q_len: int, kv_len: int, device: torch.device
-    ) -> tuple[int | None, Tensor | None]:
+        self, prefix_len: int, own_len: int | Tensor, positions: Tensor | None, q_len: int, kv_len: int, dtype: torch.dtype,
+        device: torch.device,
+    ) -> tuple[int | None, Tensor | None]:  # fmt: skip
         """How a prefix slides out of sight, as under PEFT: prefix_attention's first_key_position, and its bias.
 
         The prefix stands right before each row's first real token: padding in front of that counts to no window or chunk.
@@ -115,30 +138,31 @@ class MaskStructure:
         Args:
             own_len: how long each row's prefix is, [batch, 1], or all of them.
             positions: of the queries in their sequences, [batch or 1, q_len], which packed rows need.
+            dtype: of the scores.
         """
         if self.opaque and prefix_len:
             raise NotImplementedError("prefix_window: 'peft' is not served by torch.compile for masks that a model composes")
         window = self.local or (self.window if self.causal else None)
         stays = self.chunk is None and (window is None or self._within_window(window, prefix_len, kv_len))
         if stays or prefix_len == 0:
-            return None, self.bias_over(prefix_len)
+            return None, self.bias_over(prefix_len, dtype)
         columns = torch.arange(prefix_len, device=device)
         if self.chunk is None and self.bias is not None:
             if positions is None:
                 raise NotImplementedError("prefix_window: 'peft' is not served for packed rows under this model's window")
-            return None, self.bias_over(prefix_len) + _slid_out(own_len + positions, columns, window, kv_len)
+            return None, self.bias_over(prefix_len, dtype) + _slid_out(own_len + positions, columns, window, kv_len, dtype)
         starts = self._starts()
         if self.chunk is None and starts is None and not isinstance(self.key_offset, Tensor):
-            return self.key_offset, self.bias_over(prefix_len)
+            return self.key_offset, self.bias_over(prefix_len, dtype)
         exists = kv_len if self.key_lens is None else self.key_lens[:, None]
         first = own_len + self.key_offset - (0 if starts is None else starts[:, None])
         queries = torch.arange(-q_len, 0, device=device)[None] + exists + first
         if self.chunk is None:
-            return None, _slid_out(queries, columns, window, kv_len)
+            return None, _slid_out(queries, columns, window, kv_len, dtype)
         keys = torch.arange(kv_len, device=device)[None] + first
         columns = torch.cat([columns.expand(len(keys), -1), keys], dim=-1)
         other = (queries // self.chunk)[:, :, None] != (columns // self.chunk)[:, None]
-        return None, _hiding(other)[:, None]
+        return None, _hiding(other, dtype)[:, None]
 
     def _within_window(self, window: int, prefix_len: int, kv_len: int) -> bool:
         """Whether the first column of a prefix can be seen from all tokens there can be."""
@@ -152,15 +176,15 @@ class MaskStructure:
         return None if starts.device.type == "cpu" and not torch.compiler.is_compiling() and not starts.any() else starts
 
 
-def _slid_out(queries: Tensor, columns: Tensor, window: int, kv_len: int) -> Tensor:
+def _slid_out(queries: Tensor, columns: Tensor, window: int, kv_len: int, dtype: torch.dtype) -> Tensor:
     """The bias that hides what of a prefix lies outside of the window of queries that stand at [batch or 1, q_len]."""
     hidden = queries[:, :, None] - columns >= window
-    return pad(_hiding(hidden), (0, kv_len))[:, None]
+    return pad(_hiding(hidden, dtype), (0, kv_len))[:, None]
 
 
-def _hiding(hidden: Tensor) -> Tensor:
-    """The bias, float32, that hides the scores where `hidden` is True."""
-    return torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device).masked_fill(hidden, -torch.inf)
+def _hiding(hidden: Tensor, dtype: torch.dtype) -> Tensor:
+    """The bias that hides the scores where `hidden` is True."""
+    return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill(hidden, -torch.inf)
 
 
 _idle_mask: ContextVar[Tensor | None] = ContextVar("idle_mask", default=None)
@@ -253,15 +277,18 @@ def mask_structure(
     return replace(dense, local=_window_in(whole_function) if composed else local_size, key_offset=kv_offset)
 
 
-def fitting_mask(mask: Any, tokens: Tensor) -> Any:
+def fitting_mask(mask: Any, tokens: Tensor, chunked: bool) -> Any:
     """A call's mask for its tokens [batch, q_len, …]: what generate has made for a static cache, one mask or a dict of them, is
-    brought to where they are. ValueError for a 2-D mask that cannot be theirs."""
+    this call's own and where they are; a 4-D one is structure, if no layer's attention is chunked (there transformers computes
+    with it). ValueError for a 2-D mask that cannot be theirs."""
     if mask is None:
         return None
     if isinstance(mask, dict):
-        return {name: fitting_mask(one, tokens) for name, one in mask.items()}
+        return {name: fitting_mask(one, tokens, chunked) for name, one in mask.items()}
     if isinstance(mask, MaskStructure):
-        return mask if mask.device in (None, tokens.device) else mask.to(tokens.device)
+        return replace(mask) if mask.device in (None, tokens.device) else mask.to(tokens.device)
+    if isinstance(mask, Tensor) and mask.dim() == 4 and not chunked:
+        return dense_structure(mask)
     rows, length = tokens.shape[:2]
     if isinstance(mask, Tensor) and mask.dim() == 2 and (mask.shape[0] not in (1, rows) or mask.shape[1] < length):
         raise ValueError(
@@ -272,10 +299,10 @@ def fitting_mask(mask: Any, tokens: Tensor) -> Any:
 
 
 def dense_structure(mask: Tensor) -> MaskStructure:
-    """A 4-D mask, bool (True: may attend) or additive, as structure."""
-    if mask.dtype == torch.bool:
-        mask = _hiding(~mask)
-    return MaskStructure(causal=False, bias=mask.float().detach())
+    """A 4-D mask, bool (True: may attend) or additive, as structure; one entry along an axis where all are the same."""
+    for axis in (0, 1):
+        mask = mask if mask.stride(axis) or mask.shape[axis] < 2 else mask.narrow(axis, 0, 1)
+    return MaskStructure(causal=False, bias=mask.detach())
 
 
 def _fill(batch_size, q_length, kv_length, q_offset, kv_offset, device) -> Tensor | None:

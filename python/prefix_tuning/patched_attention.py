@@ -24,10 +24,9 @@ def bloom_forward(module, hidden_states, residual, alibi, attention_mask, layer_
     query, key, value = module._reshape(module.query_key_value(hidden_states))
     if layer_past is not None:
         key, value = layer_past.update(key, value, module.layer_idx)
-    slopes = alibi_slopes(module.num_heads, hidden_states.device)
     out, _ = prefix_attention_forward(
         module, query, key, value, attention_mask, scaling=module.inv_norm_factor, dropout=_rate(module.attention_dropout),
-        bias=alibi_bias(slopes, attention_mask, key, module.layer_prefix.key, hidden_states.dtype),
+        bias=alibi_bias(attention_mask, key, module.layer_prefix.key, hidden_states.dtype, module.num_heads),
     )  # fmt: skip
     return dropout(module.dense(out.flatten(2)), module.hidden_dropout, module.training) + residual, None
 
@@ -42,8 +41,10 @@ def falcon_forward(
         key, value = layer_past.update(key, value, module.layer_idx)
     bias = None
     if module.config.alibi:
-        slopes = alibi_slopes(module.num_heads, hidden_states.device).bfloat16()
-        bias = alibi_bias(slopes, attention_mask, key, module.layer_prefix.key, hidden_states.dtype) * module.inv_norm_factor
+        bias = alibi_bias(
+            attention_mask, key, module.layer_prefix.key, hidden_states.dtype, module.num_heads, torch.bfloat16,
+            module.inv_norm_factor,
+        )  # fmt: skip
     out, _ = prefix_attention_forward(
         module, query, key, value, attention_mask, scaling=module.inv_norm_factor, bias=bias,
         dropout=_rate(module.attention_dropout) if module.config.alibi else 0.0,
@@ -59,11 +60,10 @@ def mpt_forward(module, hidden_states, position_bias, attention_mask=None, **kwa
     query, key, value = (t.unflatten(2, (module.n_heads, module.head_dim)).transpose(1, 2) for t in qkv.chunk(3, dim=2))
     if cache is not None:
         key, value = cache.update(key, value, module.layer_idx)
-    slopes = alibi_slopes(module.n_heads, hidden_states.device)
     out, _ = prefix_attention_forward(
         module, query, key, value, attention_mask, scaling=module.softmax_scale,
         dropout=module.attn_dropout_p if module.training else 0.0,
-        bias=alibi_bias(slopes, attention_mask, key, module.layer_prefix.key, torch.float32),
+        bias=alibi_bias(attention_mask, key, module.layer_prefix.key, torch.float32, module.n_heads),
     )  # fmt: skip
     return module.out_proj(out.flatten(2)), None
 
@@ -71,7 +71,7 @@ def mpt_forward(module, hidden_states, position_bias, attention_mask=None, **kwa
 def gpt_neo_attn(module, query, key, value, attention_mask=None):
     if module.attention_type == "local":
         mask = dense_structure(attention_mask) if isinstance(attention_mask, Tensor) else attention_mask
-        attention_mask = replace(mask, causal=True, window=module.config.window_size)
+        attention_mask = mask.once("local", partial(replace, mask, causal=True, window=module.config.window_size))
     return _attn(module, query, key, value, attention_mask, scaling=1.0)
 
 
@@ -124,22 +124,31 @@ def alibi_slopes(heads: int, device: torch.device) -> Tensor:
     return slopes if count == heads else torch.cat([slopes[1::2], slopes[::2]])[:heads]
 
 
-def alibi_bias(slopes: Tensor, mask: MaskStructure, key: Tensor, prefix_key: Tensor, dtype: torch.dtype) -> Tensor:
+def alibi_bias(
+    mask: MaskStructure, key: Tensor, prefix_key: Tensor, dtype: torch.dtype, heads: int,
+    slope_dtype: torch.dtype = torch.float32, factor: float = 1.0,
+) -> Tensor:  # fmt: skip
     """ALiBi's bias with the prefix right in front of each row's first real token, float32 [batch or 1, heads, 1, P + kv_len].
 
     Args:
-        dtype: the one to which the family rounds it.
+        dtype, slope_dtype: those to which the family rounds it and its slopes.
+        factor: by which it is multiplied after that.
     """
     if isinstance(mask, Tensor) or mask.bias is not None or mask.pack is not None:
         raise NotImplementedError("attention_mask: dense masks and packed rows are not served with ALiBi")
     prefix_len, kv_len = prefix_key.shape[-2], key.shape[-2]
-    if mask.key_mask is None:
-        positions = torch.arange(prefix_len + kv_len, device=key.device)[None]
-    else:
-        keys = (mask.key_mask.cumsum(-1) - 1).clamp(min=0) + prefix_len
-        prefix = torch.arange(prefix_len, device=key.device).expand(len(keys), -1)
-        positions = torch.cat([prefix, keys], dim=-1)
-    return (slopes[:, None, None] * positions[:, None, None]).to(dtype).float()
+
+    def bias() -> Tensor:
+        if mask.key_mask is None:
+            positions = torch.arange(prefix_len + kv_len, device=key.device)[None]
+        else:
+            keys = (mask.key_mask.cumsum(-1) - 1).clamp(min=0) + prefix_len
+            prefix = torch.arange(prefix_len, device=key.device).expand(len(keys), -1)
+            positions = torch.cat([prefix, keys], dim=-1)
+        slopes = alibi_slopes(heads, key.device).to(slope_dtype)[:, None, None]
+        return (slopes * positions[:, None, None]).to(dtype).float() * factor
+
+    return mask.once(("alibi", prefix_len, kv_len), bias)
 
 
 def _attn(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask, scaling: float) -> tuple[Tensor, None]:
