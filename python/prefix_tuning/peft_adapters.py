@@ -95,13 +95,14 @@ def prompt_embeddings(encoder: nn.Module, config) -> Tensor:
     return encoder.embedding.weight
 
 
-def read_adapter(source: str | os.PathLike | nn.Module) -> tuple[Layers, Heads, str]:
+def read_adapter(source: str | os.PathLike | nn.Module, revision: str | None = None) -> tuple[Layers, Heads, str]:
     """The layers of an adapter, (key, value) [kv_heads, prefix_len, head_dim] each, the modules that were trained with it
     (its modules_to_save) and the name of its base model.
 
     Args:
         source: a folder or hub repository that PEFT's save_pretrained wrote, or a PeftModel, of which the active adapter is
             read.
+        revision: branch, tag or commit of a hub repository; None: its main branch.
 
     Raises FileNotFoundError, ValueError naming the file, NotImplementedError for an adapter of another kind.
     """
@@ -109,7 +110,7 @@ def read_adapter(source: str | os.PathLike | nn.Module) -> tuple[Layers, Heads, 
         return _active_adapter(source)
     directory = Path(source)
     if not directory.is_dir():
-        directory = download(str(source), [CONFIG_FILE, TENSORS_FILE, PICKLED_FILE])
+        directory = download(str(source), [CONFIG_FILE, TENSORS_FILE, PICKLED_FILE], revision)
     file = directory / CONFIG_FILE
     if not file.is_file():
         below = sorted(str(found.parent) for found in directory.glob(f"*/{CONFIG_FILE}"))

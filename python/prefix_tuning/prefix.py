@@ -303,6 +303,7 @@ class Prefix(nn.Module):
         source: str | os.PathLike | nn.Module,
         *,
         part: str | None = None,
+        revision: str | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> Prefix:
@@ -316,6 +317,7 @@ class Prefix(nn.Module):
             source: a folder or hub repository that PEFT wrote, or a PeftModel, whose active adapter is copied.
             part: "decoder" or "encoder", whose self-attention it is for. None: that of the PeftModel's model; from files, which
                 do not tell an encoder such as BERT from a causal model, "decoder".
+            revision: branch, tag or commit of a hub repository; None: its main branch.
             device, dtype: where it goes and what it is converted to; None: as it is, from files on the CPU.
 
         Raises FileNotFoundError or ValueError naming the file or the argument, NotImplementedError for other kinds of adapters.
@@ -327,7 +329,7 @@ class Prefix(nn.Module):
             part = "encoder" if encoder else "decoder"
         if part not in ("decoder", "encoder"):
             raise ValueError(f"part: got {part!r}, expected 'decoder' or 'encoder'")
-        layers, heads, base_model = read_adapter(source)
+        layers, heads, base_model = read_adapter(source, revision)
         shapes = part_shapes(source.config) if isinstance(source, nn.Module) else {}
         if "cross" in shapes:  # PEFT counts the encoder's layers, and the decoder may have fewer
             layers = layers[: shapes[part].layers]

@@ -117,7 +117,8 @@ def test_from_the_hub(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *args, **kwargs: asked.append((args, kwargs)) or tmp_path)
     assert Prefix.from_peft("someone/adapter").prefix_len == PREFIX_LEN
     names = ["adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"]
-    assert asked == [(("someone/adapter",), {"revision": None, "allow_patterns": names})]
+    Prefix.from_peft("someone/adapter", revision="v2")
+    assert asked == [(("someone/adapter",), {"revision": revision, "allow_patterns": names}) for revision in (None, "v2")]
 
 
 # Sequence-to-sequence
