@@ -26,7 +26,9 @@ from prefix_tuning.stacks import attention_kinds, sees_later_tokens, stacks
 from prefix_tuning.task import Task, task_of
 
 LEAST_SHARED = 8  # tokens that are worth a sequence of their own; assumed
-_READ_BATCHES = ("compute_loss", "training_step", "_prepare_inputs", "get_batch_samples")  # methods of Trainer
+# Methods of Trainer that read batches.
+TRAINING_METHODS = ("compute_loss", "training_step", "_prepare_inputs", "get_batch_samples")
+EVALUATION_METHODS = ("compute_loss", "prediction_step", "_prepare_inputs", "evaluation_loop")
 _COMPILED = "it is compiled, and traced code cannot ask where its rows begin"
 
 
@@ -141,9 +143,9 @@ def is_dispatched(trainer: Trainer) -> bool:
     return trainer.args.world_size > 1 and (streamed or bool(trainer.args.accelerator_config.dispatch_batches))
 
 
-def has_own_code(trainer: Trainer) -> bool:
-    """Whether code of the user's own reads the training batches."""
-    modules = (getattr(getattr(trainer, name), "__module__", "") for name in _READ_BATCHES)
+def has_own_code(trainer: Trainer, methods: Sequence[str] = TRAINING_METHODS) -> bool:
+    """Whether code of the user's own reads the batches: a loss, or one of these methods."""
+    modules = (getattr(getattr(trainer, name), "__module__", "") for name in methods)
     return trainer.compute_loss_func is not None or any(
         module.partition(".")[0] not in ("transformers", "prefix_tuning") for module in modules
     )

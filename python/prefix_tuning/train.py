@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import inspect
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,7 @@ import torch
 from accelerate.utils import DynamoBackend
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import (
     DataCollator,
     PreTrainedModel,
@@ -33,6 +33,7 @@ from prefix_tuning.data import default_collator, tokenized, without_idle_mask
 from prefix_tuning.devices import is_spread
 from prefix_tuning.loss import count_targets
 from prefix_tuning.padding_free import (
+    EVALUATION_METHODS,
     PaddingFreeCollator,
     allowed_by,
     asked_for,
@@ -75,12 +76,12 @@ class PrefixTrainer(Trainer):
         processing_class: the tokenizer.
         data_collator: by default the one that pads for the model's task. One of yours gets rows that are not text as they are,
             such as rows with images, and with args.remove_unused_columns=False rows of text too, with all their columns.
-        padding_free: training steps of a causal model read rows one behind the other instead of padded ones, and what several
-            begin with once (PaddingFreeCollator): the same loss and gradients from fewer tokens, which is what
-            num_input_tokens_seen then counts. None: where that was measured to be faster (on a CPU, where the C++ kernels
-            serve the model; on a GPU, where steps of several rows in bfloat16 are recorded), unless there are a data_collator
-            of yours, code of yours that reads batches (a loss, a step), an iterable data set, or dispatch_batches in several
-            processes.
+        padding_free: training steps of a causal model, and evaluations without compute_metrics, read rows one behind the other
+            instead of padded ones, and what several begin with once (PaddingFreeCollator): the same loss and gradients from
+            fewer tokens, which is what num_input_tokens_seen then counts. None: where that was measured to be faster (on a CPU,
+            where the C++ kernels serve the model; on a GPU, where steps of several rows in bfloat16 are recorded), unless there
+            are a data_collator of yours, code of yours that reads batches (a loss, a step), an iterable data set, or
+            dispatch_batches in several processes.
         max_length: cuts the prompts of rows of text so that a row has no more tokens, and no row that is tokenised already;
             default, and at most: what the model has positions for.
         backend, prefix_window: as for attach_prefix.
@@ -220,11 +221,17 @@ class PrefixTrainer(Trainer):
         raise NotImplementedError("hyperparameter_search: make a prefix and a PrefixTrainer for each trial")
 
     def get_train_dataloader(self) -> DataLoader:
-        padded = self.data_collator
-        if padded is self._padded_collator:  # nobody has set another one
-            self.data_collator = self._padding_free() or self._counting(padded)
-        try:
+        with self._collating(lambda: self._padding_free() or self._counting(self.data_collator)):
             return super().get_train_dataloader()
+
+    @contextmanager
+    def _collating(self, collator: Callable[[], DataCollator]) -> Iterator[None]:
+        """Within, data_collator is another one, if nobody has set one of theirs."""
+        padded = self.data_collator
+        if padded is self._padded_collator:
+            self.data_collator = collator()
+        try:
+            yield
         finally:
             self.data_collator = padded
 
@@ -244,7 +251,18 @@ class PrefixTrainer(Trainer):
         return partial(_counted, data_collator) if counts and plain else data_collator
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        return super().get_eval_dataloader(self._tokenized("eval_dataset", eval_dataset, self.processing_class))
+        dataset = self._tokenized("eval_dataset", eval_dataset, self.processing_class)
+        with self._collating(lambda: self._padding_free_evaluation(dataset) or self.data_collator):
+            return super().get_eval_dataloader(dataset)
+
+    def _padding_free_evaluation(self, dataset: Any) -> PaddingFreeCollator | None:
+        """As _padding_free, for an evaluation: of the loss alone, where Trainer does not count rows by the batches."""
+        dataset = self.eval_dataset if dataset is None else dataset
+        dataset = self.eval_dataset[dataset] if isinstance(dataset, str) else dataset
+        reads = self.compute_metrics is not None or has_own_code(self, EVALUATION_METHODS)
+        if reads or isinstance(dataset, IterableDataset) or is_dispatched(self):
+            return None
+        return self._padding_free_collator(self._padding_free_wanted, recorded=False)
 
     def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
         return super().get_test_dataloader(self._tokenized("test_dataset", test_dataset, self.processing_class))
