@@ -22,7 +22,7 @@ import importlib.util
 import random
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from torch import Tensor, nn
 import measure
 import prefix_kernels
 from attention_row import finish
-from cases import E2E_LENGTHS, Case, Model, Run
+from cases import E2E_LENGTHS, SMOLLM2_MODEL, Case, Model, Run
 from demo import DATA, INIT_TEXT
 from device_profile import device_profile
 from prefix_kernels.select import choose_backend
@@ -47,7 +47,7 @@ from prefix_tuning.prefixed_model import PrefixedModel
 from trainer_steps import examples_of, trainer_seconds
 
 OUTPUT = Path(__file__).parent / "results" / "cpu" / "whole.json"
-SMOLLM2 = Model(OFFLINE_MODEL, "llama", 30, 576, 9, 3, 64, 1536, 49152)
+SMOLLM2 = replace(SMOLLM2_MODEL, name=OFFLINE_MODEL)
 GENERATED = ((8, 128), (8, 512), (32, 512), *((b, p) for p in (16, 512, 2048) for b in (1, 8, 64) if (b, p) != (8, 512)))
 FEWER_TOKENS = {(64, 2048): 8}  # PEFT copies 6 GB for each
 RUNS = (
@@ -197,9 +197,8 @@ def makers(run: Run, model: nn.Module, prefix: Prefix) -> dict[str, Callable[[],
         if run.batch >= GROWING_ROWS:
             found["growing cache"] = lambda: OursGrowing(model, prefix)
         found["kept graphs"] = lambda: OursKept(model, prefix, run.prompt_len + run.new_tokens)
-    else:
-        if prefix_kernels.available_backends()[0] != "sdpa":
-            found["sdpa"] = lambda: Ours(model, prefix, "sdpa")
+    elif prefix_kernels.available_backends()[0] != "sdpa":
+        found["sdpa"] = lambda: Ours(model, prefix, "sdpa")
     if run.what == "train":
         found["accelerated"] = lambda: Accelerated(model, prefix)
     return found | {"peft": lambda: Peft(model, prefix)}

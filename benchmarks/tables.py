@@ -1,4 +1,4 @@
-"""Results as Markdown: one function for each section of docs/benchmarks.md, and the README's table of CPU speed."""
+"""Results as Markdown: one function for each section of docs/benchmarks.md, and the README's tables of CPU and GPU speed."""
 
 from __future__ import annotations
 
@@ -116,8 +116,11 @@ def losses(rows: list[Row]) -> str:
             below.append(f"- {_loss(row)}")
         elif ratio < goal:
             missed.append(f"- {_loss(row)}, goal {goal:.1f}x")
-    text = "Points below 1.0x:\n\n" + "\n".join(below) if below else "No point is below 1.0x."
-    return text + ("\n\nPoints below a higher goal of theirs:\n\n" + "\n".join(missed) if missed else "")
+    return _below_one(below) + ("\n\nPoints below a higher goal of theirs:\n\n" + "\n".join(missed) if missed else "")
+
+
+def _below_one(items: list[str]) -> str:
+    return "Points below 1.0x:\n\n" + "\n".join(items) if items else "No point is below 1.0x."
 
 
 def _loss(row: Row) -> str:
@@ -204,9 +207,8 @@ def gpu_operator(results: dict[str, Any]) -> str:
         parts.append(f"Measured ceilings: {flops:.0f} TFLOP/s (matrix product), {copy:.2f} TB/s (copy, read and written).")
     head = ("point", "ours, µs", "TFLOP/s", "of the ceilings: FLOP, bytes", "MiB above inputs: ours, peft", "best rival, µs")
     below = [f"- {row['key']}: {ratio_text(row.get('ratio'))}" for row in rows if (row.get("ratio") or 0) < 1]
-    lost = "Points below 1.0x:\n\n" + "\n".join(below) if below else "No point is below 1.0x."
     lines = table((*head, "ratio"), [_gpu_line(row, top) for row in rows])
-    return "\n\n".join(filter(None, [*parts, lines, lost, break_even(rows)]))
+    return "\n\n".join(filter(None, [*parts, lines, _below_one(below), break_even(rows)]))
 
 
 def _gpu_line(row: Row, top: Row | None) -> Sequence[str]:
@@ -283,10 +285,7 @@ def readme_cpu(operator: dict[str, Any], whole: dict[str, Any] | None) -> str:
             found = [(row, case_of(row)) for row in operator_rows(operator, direction) if row["ratio"]]
             rows = [row for row, case in found if case.dtype == dtype and belongs(case)]
             if rows:
-                worst = min(rows, key=lambda row: row["ratio"])
-                mean = geometric_mean(row["ratio"] for row in rows)
-                place = f"{worst['ratio']:.2f}x (P={case_of(worst).prefix_len}, over {worst['best_rival']})"
-                lines.append((f"{title}, {dtype}, {len(rows)} points", _mean_over(rows, "peft"), f"{mean:.2f}x", place))
+                lines.append(_mean_and_worst(f"{title}, {dtype}", rows, lambda row: f"P={case_of(row).prefix_len}"))
     for row in whole["rows"] if whole else []:
         if (ratio := over(row, "peft")) is not None:
             threads = whole["environment"]["threads"]
@@ -294,6 +293,12 @@ def readme_cpu(operator: dict[str, Any], whole: dict[str, Any] | None) -> str:
     head = ("speed on a CPU, geometric means", "over PEFT's way", "over the best rival", "worst point")
     named = _commits({"attention": operator, "whole models": whole})
     return f"{table(head, lines)}\n\n{environment_line(operator['environment'])}{named}"
+
+
+def _mean_and_worst(title: str, rows: list[Row], name: Callable[[Row], str]) -> Sequence[str]:
+    worst, mean = min(rows, key=lambda row: row["ratio"]), geometric_mean(row["ratio"] for row in rows)
+    place = f"{worst['ratio']:.2f}x ({name(worst)}, over {worst['best_rival']})"
+    return f"{title}, {len(rows)} points", _mean_over(rows, "peft"), f"{mean:.2f}x", place
 
 
 def _commits(parts: dict[str, dict[str, Any] | None]) -> str:
@@ -315,10 +320,7 @@ def readme_gpu(operator: dict[str, Any], decode: dict[str, Any] | None, whole: d
         found = [row for row in (results or {"rows": []})["rows"] if row.get("complete") and row.get("ratio")]
         rows = [row for row in found if belongs(case_of(row))]
         if rows:
-            worst = min(rows, key=lambda row: row["ratio"])
-            place = f"{worst['ratio']:.2f}x ({worst['key']}, over {worst['best_rival']})"
-            mean = geometric_mean(row["ratio"] for row in rows)
-            lines.append((f"{title}, {len(rows)} points", _mean_over(rows, "peft"), f"{mean:.2f}x", place))
+            lines.append(_mean_and_worst(title, rows, lambda row: row["key"]))
     head = ("speed on a GPU, geometric means", "over PEFT's way", "over the best rival", "worst point")
     named = _commits({"attention in training": operator, "decoding": decode, "whole models": whole})
     parts = [table(head, lines), *([_whole_by_prefix(whole)] if whole else [])]

@@ -29,8 +29,7 @@ def prefix_attention(
 
     All tensors are on one device. Index tensors are int32 or int64. Their values are checked on the CPU; on CUDA, and where a
     call is traced (torch.compile), they are not read: ids out of range count as −1, lengths are clamped. Under torch.autocast
-    q, k and v take its dtype. The same call on the same device, with as many threads, gives the same
-    bits.
+    q, k and v take its dtype. The same call on the same device, with the same number of threads, gives the same bits.
 
     Args:
         q: [batch, heads, q_len, head_dim], float16, bfloat16, float32 or float64.

@@ -1,4 +1,4 @@
-"""Calls like an earlier one, but for the values of their tensors: what was checked and chosen then holds.
+"""Calls like an earlier one, except for the values of their tensors: what was checked and chosen then holds.
 
 The layers of a model make one such call after another. Where rows are few, checking, describing and choosing anew would take
 longer than the kernel, all the more as the model's products between two layers drive the code for it out of the caches.

@@ -27,7 +27,7 @@ REASONS = {
     "triton": "measured on an H200 (benchmarks/results/nvidia-h200): faster than sdpa in training in 16 bit, and than cuda in "
     "decoding of many rows behind longer prefixes",
     "sdpa": "in float32 it was measured to be twice as fast as triton forward on an H200; with heads of more than 128 it is "
-    "assumed to be faster, but for 16 bit on sm_90; elsewhere it copies nothing per row",
+    "assumed to be faster, except for 16 bit on sm_90; elsewhere it copies nothing per row",
     "reference": "it is the only one left",
 }
 

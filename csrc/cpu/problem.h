@@ -10,7 +10,7 @@ namespace prefix_kernels {
 
 enum class Element : int32_t { float32, bfloat16 };
 
-// Element (sequence, token, head, 0) lies at data + row · sequence + token · token + head · head.
+// A tensor by its strides: element (row, token, head, 0) lies at data + offset(row, token, head).
 struct Strided {
   void* data = nullptr;
   Element element = Element::float32;

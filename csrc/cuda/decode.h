@@ -9,7 +9,7 @@ namespace prefix_kernels::cuda {
 
 constexpr float LOG2_E = 1.4426950408889634f;
 
-// Element (row, head, token, 0) lies at data + row · row_index + head · head_index + token · token_index; 16-bit elements.
+// A tensor of 16-bit elements by its strides of a row, a head and a token; the last axis has stride 1.
 struct Tokens {
   const void* data;
   int64_t row, head, token;

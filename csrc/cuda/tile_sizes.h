@@ -11,11 +11,14 @@ constexpr int MAX_SLOTS = WARPS * WARP_QUERIES;    // queries of one thread bloc
 constexpr int CHUNK = 16;                          // keys that a warp meets at a time
 constexpr int VECTOR = 8;                          // 16-bit elements in 16 bytes
 
-// Sizes for one head_dim; 64 keys of 256 would not fit the shared memory of a GPU for desktops (99 KiB).
+// Of a block; 64 keys of 256 would not fit the shared memory of a GPU for desktops (99 KiB).
+constexpr int keys_of_block(int64_t dim) { return dim <= 128 ? 64 : 32; }
+
+// Sizes for one head_dim.
 template <int DIM>
 struct TileSizes {
   static_assert(DIM % 16 == 0 && DIM <= 256, "a product takes 16 dimensions at a time");
-  static constexpr int KEYS = DIM <= 128 ? 64 : 32;    // of a block
+  static constexpr int KEYS = keys_of_block(DIM);
   static constexpr int PITCH = DIM + VECTOR;           // an odd number of vectors: ldmatrix meets no bank twice
   static constexpr int SUM_PITCH = DIM + 8;            // floats; rows 8 banks apart
   static constexpr int VECTORS = DIM / VECTOR;         // of a token
@@ -31,8 +34,6 @@ constexpr int FEW_CLUSTER = 8;  // thread blocks that merge what they have in sh
 constexpr int LARGE_CLUSTER = 16;  // where a GPU has that many multiprocessors side by side
 constexpr int keys_of_few_chunk(int64_t dim) { return int(CHUNK * 128 / dim); }  // 4 KiB of keys
 constexpr bool serves_few(int64_t dim) { return dim == 64 || dim == 128; }
-
-constexpr int keys_of_block(int64_t dim) { return dim <= 128 ? 64 : 32; }
 
 // Thread blocks of a multiprocessor that registers are kept for. Measured: with three at 128 it reads a row's own keys 8 % slower.
 constexpr int blocks_on_multiprocessor(int64_t dim) { return dim <= 96 ? 3 : 2; }

@@ -106,7 +106,7 @@ def backward(
     """Gradients of q, k, v, prefix_k, prefix_v; one that is not wanted is neither computed nor allocated."""
     q, k, v = (
         empty_token_major(tensor, tuple(tensor.shape), dtype) if needed else None
-        for tensor, needed, dtype in zip(inputs.tensors[:3], wanted, (None, torch.float32, torch.float32), strict=False)
+        for tensor, needed, dtype in zip(inputs.tensors[:3], wanted[:3], (None, torch.float32, torch.float32), strict=True)
     )
     for added_to in (k, v):
         if added_to is not None:

@@ -57,8 +57,7 @@ def backward(
     if not inputs.varlen:
         grads = _dense_backward(inputs, out, lse, grad_out, grad_lse)
     else:
-        tensors = (inputs.q, inputs.k, inputs.v, inputs.prefix_k, inputs.prefix_v)
-        grads = [torch.zeros_like(tensor, dtype=_compute_dtype(inputs)) for tensor in tensors]
+        grads = [torch.zeros_like(tensor, dtype=_compute_dtype(inputs)) for tensor in inputs.tensors]
         for queries, keys, row in _sequences(inputs):
             sequence = _one_sequence(inputs, queries, keys, row)
             row_grads = _dense_backward(
@@ -210,7 +209,7 @@ def _dense_backward(
     weights = _weights(scores, group(lse))
     delta = (grad_out * group(out)).sum(-1)
     if grad_lse is not None:
-        delta = delta - torch.where(lse == -torch.inf, 0.0, grad_lse).to(dtype).unflatten(1, (kv_heads, -1))
+        delta = delta - group(torch.where(lse == -torch.inf, 0.0, grad_lse))
     dscores = weights * (torch.einsum("bhgqd,bhkd->bhgqk", grad_out, values) - delta[..., None])
     if slope is not None:
         dscores = dscores * slope

@@ -29,6 +29,7 @@ from prefix_tuning.graphed_decoding import GraphedDecoding
 from prefix_tuning.heads import AttachedHeads
 from prefix_tuning.masks import fitting_mask
 from prefix_tuning.own_cache import OwnCache
+from prefix_tuning.passes_beside import PassesBeside
 from prefix_tuning.patched_attention import replacement
 from prefix_tuning.placing import place, place_bank
 from prefix_tuning.positions import cache_of, check_learned_positions, new_tokens, sequence_positions, shift_embeddings
@@ -49,17 +50,17 @@ class PrefixSource(Protocol):
     Attributes:
         parts: the shape of each part it has.
         position_offset: where the positions of the sequence start.
-        generation: how often layers() has begun to give other tensors; a Prefix is not asked for it.
         reparametrization: what produces the keys and values; None where layers() gives the same tensors every time.
-        layers: of each layer the key [kv_heads, prefix_len, head_dim] and the value [kv_heads, prefix_len, value_dim]; called
-            once per forward pass where something produces them.
+        generation: counts how often layers() switched to other tensors. Read of sources other than Prefix.
     """
 
     parts: Mapping[str, ModelShape]
     position_offset: int
     reparametrization: nn.Module | None
 
-    def layers(self, part: str) -> Layers: ...
+    def layers(self, part: str) -> Layers:
+        """Key [kv_heads, prefix_len, head_dim] and value [kv_heads, prefix_len, value_dim] of each layer; called once per
+        forward pass where something produces them."""
 
 
 class Attachment:
@@ -101,8 +102,7 @@ class Attachment:
         self._hooks: list[RemovableHandle] = []
         # By part what the layers hold, where that is rounded to the model's dtype, and what it is rounded from.
         self._rounded: dict[str, tuple[list[Tensor], list[Tensor]]] = {}
-        # By stack, during passes beside one that is to be differentiated: how many these are, and what the layers held before.
-        self._kept: dict[int, tuple[int, list[tuple[LayerPrefix, Tensor, Tensor, int]]]] = {}
+        self._passes_beside = PassesBeside()
         self._argument: PrefixIdsArgument | None = None
         self._decoding = GraphedDecoding(model, slides, self._recorded_state) if hasattr(model, "generate") else None
         try:
@@ -333,8 +333,8 @@ class Attachment:
                 f"attn_implementation: set to {module.config._attn_implementation!r} while a prefix is attached, which it "
                 "would not see; detach the prefix first"
             )
-        if self._is_beside(first_layer):
-            self._keep(stack)
+        if self._bank is None:
+            self._passes_beside.begin(stack, first_layer, (layer for part in stack.attention for layer in self._layers[part]))
         if self._hidden:
             offset = None
         else:
@@ -356,27 +356,8 @@ class Attachment:
             kwargs["prefix_bias"] = prefix_bias(stack.attention[stack.self_attention][0], kwargs, width, lens)
         return (), kwargs
 
-    def _is_beside(self, first_layer: nn.Module) -> bool:
-        """Whether a pass may come between another and its backward pass, which recomputes layers with what they then hold."""
-        differentiated = torch.is_grad_enabled() or torch.compiler.is_compiling() or self._bank is not None
-        return not differentiated and getattr(first_layer, "gradient_checkpointing", False)
-
-    def _keep(self, stack: Stack) -> None:
-        layers = [layer for part in stack.attention for layer in self._layers[part]]
-        held = [(layer, layer.key, layer.value, layer.position_offset) for layer in layers]
-        passes, held = self._kept.get(id(stack), (0, held))
-        self._kept[id(stack)] = passes + 1, held
-
     def _after_forward(self, stack: Stack, first_layer: nn.Module, module: nn.Module, args: tuple, output: Any) -> None:
-        """After a pass that ended, or ended in an error, beside another."""
-        if not self._kept or not self._is_beside(first_layer) or id(stack) not in self._kept:
-            return
-        passes, held = self._kept.pop(id(stack))
-        if passes > 1:
-            self._kept[id(stack)] = passes - 1, held
-            return
-        for layer, *before in held:
-            layer.key, layer.value, layer.position_offset = before
+        self._passes_beside.end(stack, first_layer)
 
     def _take_prefix(self, stack: Stack, kwargs: dict) -> int:
         """The layers hold the prefix as it is now; returns where positions start behind it."""
@@ -450,7 +431,12 @@ def attach_prefix(
         raise ValueError(f"prefix_window: expected 'pinned' or 'peft', got {prefix_window!r}")
     if backend not in (None, *BACKENDS):
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
-    model = _without_adapters(getattr(model, "_orig_mod", model))  # what torch.compile wraps
+    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+        raise ValueError(
+            "model: its PEFT adapter is a prefix or prompt already; accelerate_peft serves one that PEFT trained, and "
+            "Prefix.from_peft makes it a prefix for the model inside, get_base_model()"
+        )
+    model = _inner_model(model)
     if any(hasattr(parameter, "device_mesh") for parameter in model.parameters()):  # a DTensor
         raise NotImplementedError("model: its weights are split over several processes, where a prefix is not served")
     every = stacks(model)
@@ -473,10 +459,7 @@ def detach_prefix(model: nn.Module) -> None:
     Raises ValueError for a model without a prefix attached.
     """
     check_model(model)
-    model = getattr(model, "_orig_mod", model)
-    if hasattr(model, "get_base_model"):  # a PeftModel
-        model = model.get_base_model()
-    attachment = vars(model).get("prefix_attachment")
+    attachment = vars(_inner_model(model)).get("prefix_attachment")
     if attachment is None:
         raise ValueError("model: it has no prefix attached")
     if not isinstance(attachment.prefix, (Prefix, PrefixBank)):
@@ -484,14 +467,7 @@ def detach_prefix(model: nn.Module) -> None:
     attachment.detach()
 
 
-def _without_adapters(model: nn.Module) -> nn.Module:
-    """The transformers model in a PeftModel: LoRA and its like work beside a prefix, another prefix does not."""
-    config = getattr(model, "active_peft_config", None)
-    if config is None:
-        return model
-    if config.is_prompt_learning:
-        raise ValueError(
-            "model: its PEFT adapter is a prefix or prompt already; accelerate_peft serves one that PEFT trained, and "
-            "Prefix.from_peft makes it a prefix for the model inside, get_base_model()"
-        )
-    return model.get_base_model()
+def _inner_model(model: nn.Module) -> nn.Module:
+    """The transformers model in what torch.compile wraps, or in a PeftModel: LoRA and its like work beside a prefix."""
+    model = getattr(model, "_orig_mod", model)
+    return model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -21,7 +21,7 @@ NO_PREFIX = -1
 
 @dataclass(eq=False)
 class BankStorage:
-    """The tensors of a bank. Prefixes are written into them; where they are to be others, so is the whole storage.
+    """The tensors of a bank. Prefixes are written in place; when larger tensors are needed, the whole storage is replaced.
 
     Attributes:
         keys, values: of each layer [capacity, kv_heads, max_prefix_len, dim], on the layer's device; one part's layers behind
@@ -227,7 +227,7 @@ class PrefixBank:
                 _check_alike(module, name, int(self.storage.position_offsets[slot]))
             self._alike = module
 
-    def to(self, devices: Sequence[torch.device], dtype: torch.dtype) -> None:
+    def place(self, devices: Sequence[torch.device], dtype: torch.dtype) -> None:
         """Brings each layer's tensors to its device, by new tensors where any is elsewhere."""
         with self._lock:
             if (self.devices, self.storage.keys[0].dtype) != (tuple(devices), dtype):

@@ -89,7 +89,7 @@ def _distill_options(parser: argparse.ArgumentParser) -> None:
     add("--chunk-tokens", type=int, default=defaults.chunk_tokens, help="of the text, read at a time")
     add("--max-new-tokens", type=int, default=defaults.max_new_tokens, help="longest answer")
     add("--top-k", type=int, default=defaults.top_k, help="probabilities that are kept of each token of an answer")
-    add("--held-out", type=float, default=defaults.held_out, help="share of the conversations that is measured instead")
+    add("--held-out", type=float, default=defaults.held_out, help="share of the conversations to measure on, not to train on")
     add("--lr", dest="learning_rate", type=float, default=3e-2, help="highest learning rate")
     _step_options(parser, defaults)
 

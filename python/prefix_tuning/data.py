@@ -1,9 +1,9 @@
 """Rows of text into batches: reading files, tokenising with the loss on the target alone, padding.
 
-A row is {"prompt": str, "completion": str} or {"messages": [{"role", "content"}, ...]}, with "tools" for its chat template if
-that takes some. Prompt and completion are
-tokenised apart and joined as ids, and an end-of-text token follows: the model then trains on exactly the prompt ids that
-it is given when it generates, which tokenising the joined text would not promise.
+A row is {"prompt": str, "completion": str} or {"messages": [{"role", "content"}, ...]}, with "tools" beside the messages if
+the chat template takes them. Prompt and completion are tokenised separately and their ids joined, followed by an end-of-text
+token. So the model trains on exactly the prompt ids it gets when it generates, which tokenising the joined text would not
+guarantee.
 """
 
 from __future__ import annotations
@@ -30,9 +30,10 @@ from transformers import (
 )
 
 from prefix_tuning.e2e import load_e2e, to_examples
-from prefix_tuning.files import open_text
+from prefix_tuning.files import json_lines, open_text
 from prefix_tuning.prompts import (
     chat_template,
+    check_closes_texts,
     check_text,
     encode_conversation,
     encode_prompt,
@@ -62,16 +63,10 @@ def read_rows(path: str | Path, check: Callable[[Any], None] | None = None) -> l
 def parse_rows(lines: Iterable[str], source: str | Path, check: Callable[[Any], None]) -> list[dict[str, Any]]:
     """The rows that lines of JSON hold, blank ones left out; ValueError naming the source and the line, as for read_rows."""
     rows = []
-    for line, text in enumerate(lines, 1):
-        if not text.strip():
-            continue
+    for line, row in json_lines(lines, source):
         try:
-            row = json.loads(text)
             check(row)
-        except json.JSONDecodeError as error:
-            at = f"at character {error.pos + 1}"
-            raise ValueError(f"{source}, line {line}: not JSON: {error.msg}, {at}; expected one object a line") from None
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             raise ValueError(f"{source}, line {line}: {error}") from None
         rows.append(row)
     if not rows:
@@ -150,7 +145,7 @@ def tokenize_example(
     """A row as {"input_ids", "labels"}, lists of one length; labels are −100 where there is no loss.
 
     prompt and completion: loss on the completion and the end-of-text token behind it. messages: loss on what the
-    assistant says, up to the end-of-text token that closes a turn, but for a first turn, which nothing asks for. The first
+    assistant says, up to the end-of-text token that closes a turn, except for a first turn, which nothing asks for. The first
     token of a row has no loss: nothing predicts it. max_length cuts the prompt at its beginning and never the target.
 
     Raises ValueError for a row that is none, a target that does not fit max_length with one token before it, a tokenizer
@@ -160,8 +155,7 @@ def tokenize_example(
     if is_conversation(row):
         input_ids, labels = _tokenize_messages(row["messages"], tokenizer, row.get("tools"))
     else:
-        if tokenizer.eos_token_id is None:
-            raise ValueError("tokenizer: it has no end-of-text token (eos_token), which closes every completion")
+        check_closes_texts(tokenizer)
         prompt = encode_prompt(row["prompt"], tokenizer)
         target = [*tokenizer(row["completion"], add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
         input_ids, labels = prompt + target, [IGNORED] * len(prompt) + target
@@ -191,8 +185,7 @@ def tokenize_pair(
     check_row(row)
     if is_conversation(row):
         raise ValueError('messages: expected "prompt" and "completion" for an encoder-decoder')
-    if tokenizer.eos_token_id is None:
-        raise ValueError("tokenizer: it has no end-of-text token (eos_token), which closes every completion")
+    check_closes_texts(tokenizer)
     input_ids = list(tokenizer(row["prompt"], truncation=max_length is not None, max_length=max_length)["input_ids"])
     labels = list(tokenizer(text_target=row["completion"])["input_ids"])
     if not labels or labels[-1] != tokenizer.eos_token_id:

@@ -37,8 +37,8 @@ def begin(cache: Cache | None) -> None:
 
 
 def expect(cache: Cache, device: torch.device) -> None:
-    """The call of generate with this cache, which is being prepared, defers its stop checks, if the cache can be as it would be
-    without that.
+    """Lets the call of generate that is being prepared with this cache defer its stop checks, if the step too many can be
+    undone in the cache.
 
     Args:
         cache: a static one.

@@ -31,7 +31,7 @@ from prefix_tuning.devices import execution_device
 from prefix_tuning.files import check_writable, write_json_lines
 from prefix_tuning.loss import distillation_loss, logits_at, targets_of
 from prefix_tuning.prefix import Prefix
-from prefix_tuning.prompts import check_text, encode_prompt, is_conversation, prompt_of
+from prefix_tuning.prompts import check_closes_texts, check_text, encode_prompt, is_conversation, prompt_of
 from prefix_tuning.recipe import TrainSettings, check_run, start_prefix, train_prefix
 from prefix_tuning.row_limits import row_limit, tokens_left
 from prefix_tuning.self_study import SourceText, answered, behind, common_prefix, questions, with_text
@@ -108,8 +108,8 @@ def distill(
         raise NotImplementedError(f"processes: a text is distilled in one process, got {PartialState().num_processes}")
     check_text("text", text)
     prompts = None if prompts is None else list(prompts)
-    if not tokenizer.chat_template and tokenizer.eos_token_id is None:
-        raise ValueError("tokenizer: it has no end-of-text token (eos_token), which closes every completion")
+    if not tokenizer.chat_template:
+        check_closes_texts(tokenizer)
     source = SourceText(text, tokenizer)
     if len(source) <= settings.prefix_len:
         raise ValueError(

@@ -107,10 +107,11 @@ def _devices() -> list[str]:
 def _compiled_kernels() -> list[str]:
     reasons = _reasons("cpu", torch.float32, batch=1, q_len=1, kv_len=1)  # a call that they serve: it loads them
     on_gpu = _gpu_kernels() if torch.cuda.is_available() else []
-    loaded = [path for path in torch.ops.loaded_libraries if Path(path).parent.name == "prefix_kernels"]
-    if loaded:
-        return [*(f"loaded from {path}" for path in loaded), f"instruction set: {torch.ops.prefix_kernels_cpu.isa()}", *on_gpu]
-    return [*(reason for reason in reasons if reason.startswith("cpu ")), "to build them: " + HOW_TO_BUILD]
+    loaded = [f"loaded from {path}" for path in torch.ops.loaded_libraries if Path(path).parent.name == "prefix_kernels"]
+    if "cpu" in available_backends():
+        return [*loaded, f"instruction set: {torch.ops.prefix_kernels_cpu.isa()}", *on_gpu]
+    refused = [reason for reason in reasons if reason.startswith("cpu ")]
+    return [*loaded, *(on_gpu if loaded else ()), *refused, "to build them: " + HOW_TO_BUILD]
 
 
 def _gpu_kernels() -> list[str]:

@@ -8,7 +8,6 @@ share of slots a text leaves out.
 from __future__ import annotations
 
 import csv
-import json
 import re
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,7 +17,7 @@ from statistics import median
 from typing import Any, TextIO
 
 from prefix_tuning.e2e_phrasings import NAME_VARIANTS, PHRASINGS
-from prefix_tuning.files import open_text
+from prefix_tuning.files import json_lines, open_text
 
 # Slot of the data set -> attribute of the linearised prompt (Li & Liang 2021, arXiv:2101.00190), in the prompt's order.
 ATTRIBUTES = {
@@ -93,13 +92,7 @@ def load_e2e(path: str | Path) -> list[dict[str, Any]]:
 
 
 def _json_rows(file: TextIO, path: Path) -> Iterator[tuple[int, str, list[str]]]:
-    for line, text in enumerate(file, 1):
-        if not text.strip():
-            continue
-        try:
-            row = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {line}: not JSON: {error.msg}, at character {error.pos + 1}") from None
+    for line, row in json_lines(file, path):
         if not isinstance(row, dict) or not isinstance(row.get("refs"), list) or "mr" not in row:
             raise ValueError(f'{path}, line {line}: expected an object with "mr" and a list "refs"')
         yield line, row["mr"], row["refs"]

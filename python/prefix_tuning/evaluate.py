@@ -25,6 +25,7 @@ from prefix_tuning.prompts import Prompt, is_conversation, prompt_of
 from prefix_tuning.row_limits import longest_row
 from prefix_tuning.shapes import check_int
 from prefix_tuning.task import Task, task_of
+from prefix_tuning.text_cache import evaluating
 
 
 def evaluate_e2e(
@@ -94,7 +95,7 @@ def mean_loss(
     batch_size: int = 8,
     max_length: int | None = None,
 ) -> tuple[float, int]:
-    """Mean cross-entropy over all target tokens of the rows, and their number.
+    """Mean cross-entropy over all target tokens of the rows, in eval mode, and their number.
 
     Args:
         max_length: tokens of a row, at most as many as the model has positions for; a longer prompt loses its beginning.
@@ -107,7 +108,7 @@ def mean_loss(
     examples = tokenize_rows(rows, tokenizer, longest_row(model, max_length), encoder_decoder=pairs)
     examples.sort(key=lambda example: len(example["input_ids"]))
     total, tokens = 0.0, 0
-    with torch.no_grad():
+    with torch.no_grad(), evaluating(model):
         for start in range(0, len(examples), batch_size):
             batch = collate(examples[start : start + batch_size])
             loss, count, *_ = loss_of(model, **{name: tensor.to(device) for name, tensor in batch.items()})

@@ -6,7 +6,7 @@ import math
 import os
 import tempfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
@@ -74,6 +74,21 @@ def open_text(path: str | os.PathLike) -> Iterator[TextIO]:
             yield file
     except (UnicodeDecodeError, gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ValueError(f"{path}: not a UTF-8 text file: {error}") from None
+
+
+def json_lines(lines: Iterable[str], source: str | os.PathLike) -> Iterator[tuple[int, Any]]:
+    """The number and the value of each line of JSON, blank ones left out; ValueError naming the source and the line."""
+    for number, text in enumerate(lines, 1):
+        if not text.strip():
+            continue
+        try:
+            value = json.loads(text)
+        except json.JSONDecodeError as error:
+            at = f"at character {error.pos + 1}"
+            raise ValueError(f"{source}, line {number}: not JSON: {error.msg}, {at}; expected one object a line") from None
+        except RecursionError as error:
+            raise ValueError(f"{source}, line {number}: {error}") from None
+        yield number, value
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:

@@ -22,7 +22,7 @@ NOT_MADE = {"past_key_values", "cache"}  # the outputs that it leaves out
 class GraphedOutputs(GraphedSteps):
     """The recorded calls of a frozen causal model with labels.
 
-    outputs() gives what the model would, but for the cache, which training has no use for. Only the loss has a gradient: a
+    outputs() gives what the model would, except for the cache, which training has no use for. Only the loss has a gradient: a
     backward pass that reaches the logits raises NotImplementedError.
     """
 

@@ -105,17 +105,15 @@ class GraphedSteps:
         make_rows = partial(Rows, shape, device, masked)
         if pack is not None:
             longest = 1 << (pack.max_seqlen - 1).bit_length()
-            sequences = len(pack.cu_seqlens) - 1 - (labels.shape[1] - length) // longest  # those of what is left, rounded up
+            sequences = len(pack.cu_seqlens) - 1 + -(-(length - labels.shape[1]) // longest)  # and those of the unused rest
             shape += rounded(sequences, 4, least=16), longest, pack.parent is not None
             make_rows, inputs = partial(_PackedRow, *shape[1:], device), {**inputs, "pack": pack}
+        kept, what = 0, partial(_TargetLoss, (rows, length), most, device)
         if teacher:
             check_teacher(num_targets, *teacher)
             kept = teacher[0].shape[1]
-            step = self._step(
-                (*shape, masked, most, kept, modes), make_rows, partial(_Divergence, (rows, length), most, kept, device)
-            )
-        else:
-            step = self._step((*shape, masked, most, modes), make_rows, partial(_TargetLoss, (rows, length), most, device))
+            what = partial(_Divergence, (rows, length), most, kept, device)
+        step = self._step((*shape, masked, most, kept, modes), make_rows, what)
         if step is None:
             return None
         step.load(inputs, labels, *teacher)
@@ -361,10 +359,10 @@ class _Replayed(torch.autograd.Function):
 
 
 def rounded(length: int, parts: int = 8, least: int = 8) -> int:
-    """`length` rounded up to a multiple of an eighth of the next power of two, so that at most a fifth is padding.
+    """`length` rounded up to a multiple of 1 / parts of the next power of two, or of `least` where that is more.
 
-    parts, least: other numbers in place of eight, and of what it is a multiple at least. Rows without padding come in more
-    shapes than padded ones, so that of theirs what costs little is rounded up further.
+    By default at most a fifth of lengths above 32 is padding. Rows without padding come in more shapes than padded ones, so
+    callers round what costs little there more coarsely.
     """
     unit = max(least, (1 << (length - 1).bit_length()) // parts)
     return -(-length // unit) * unit

@@ -63,8 +63,8 @@ def check_heads_fit(model: nn.Module, heads: Mapping[str, Mapping[str, Tensor]])
 class AttachedHeads:
     """The heads' parameters in front of the model's own, from insert() to remove(). What enters a head takes on its dtype.
 
-    They lie among the plain attributes of the model's modules, where these find them before their own. So what goes over the
-    parameters of a model, to convert, freeze, load or save them, meets the model's own alone.
+    They are set as plain attributes, which Python finds before a module's registered parameters. So code that walks the model's
+    parameters, to convert, freeze, load or save them, sees only the model's own.
     """
 
     def __init__(self, model: nn.Module, heads: Mapping[str, Mapping[str, nn.Parameter]]):

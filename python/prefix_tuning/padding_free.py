@@ -152,7 +152,7 @@ def has_own_code(trainer: Trainer, methods: Sequence[str] = TRAINING_METHODS) ->
 
 
 def padding_free_collator(
-    model: nn.Module, wanted: bool | None, *, compiled: bool = False, slides: bool = False, backend: str | None = None,
+    model: nn.Module, wanted: bool | None = True, *, compiled: bool = False, slides: bool = False, backend: str | None = None,
     rows: int = 2, recorded: bool = True,
 ) -> PaddingFreeCollator | None:  # fmt: skip
     """What makes the batches of a model's training, None for padded ones.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 
-def heads_of(tensor: Tensor, rank: int, ranks: int) -> Tensor:
+def heads_of_rank(tensor: Tensor, rank: int, ranks: int) -> Tensor:
     """The keys or values of one process under tensor parallelism, [prefix_len, heads, dim], from [kv_heads, prefix_len, dim].
 
     As in vLLM ranks share the heads out in order; where there are fewer heads than ranks each has one, neighbours the same.

@@ -18,7 +18,7 @@ from torch import nn
 
 from prefix_tuning.attach import Attachment
 from prefix_tuning.graphed_outputs import GraphedOutputs
-from prefix_tuning.peft_adapters import adapter_layout, prompt_embeddings
+from prefix_tuning.peft_adapters import AdapterLayout, adapter_layout, prompt_embeddings
 from prefix_tuning.positions import cache_of
 from prefix_tuning.row_limits import tokens_left
 from prefix_tuning.shapes import Layers, ModelShape
@@ -80,7 +80,7 @@ class ActiveAdapter:
 
 
 class Bound:
-    """A function as a method of an object, pickled as what it is: a MethodType is by its name, which finds the class's own."""
+    """A bound method that is pickled with its function: a MethodType is pickled by name, which would find the class's own."""
 
     def __init__(self, function: Callable, owner: Any):
         self.__func__, self.__self__ = function, owner  # where accelerate looks for them
@@ -243,7 +243,7 @@ def _sharing(model: nn.Module) -> int:
     return getattr(text_config(model.base_model.config), "num_kv_shared_layers", 0)
 
 
-def _layout(config, shape: ModelShape, sharing: int):
+def _layout(config, shape: ModelShape, sharing: int) -> AdapterLayout:
     """The layout of an adapter that must have the model's shape, or, as PEFT has it, all layers as the largest (Gemma 4)."""
     layout = adapter_layout(vars(config))
     if layout.seq2seq and layout.shape.layers > shape.layers and layout.shape.of(0) == shape.of(0):

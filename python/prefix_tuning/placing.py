@@ -41,4 +41,4 @@ def place_bank(bank: PrefixBank, model: nn.Module, every: list[Stack]) -> None:
     for stack in every:
         if stack.positions == "embeddings" and stack.self_attention in bank.parts:
             bank.let_rows_stand_alike(type(stack.module).__name__)
-    bank.to([execution_device(module) for part in bank.parts for module in attention[part]], model.dtype)
+    bank.place([execution_device(module) for part in bank.parts for module in attention[part]], model.dtype)

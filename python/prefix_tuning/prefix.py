@@ -115,7 +115,7 @@ class Prefix(nn.Module):
     ) -> Prefix:
         """A new, trainable prefix for a transformers model, on the model's device.
 
-        position_offset is prefix_len, for an encoder-decoder 0: its tokens stand where they stand without a prefix.
+        position_offset is prefix_len; for an encoder-decoder it is 0: its tokens keep the positions they have without a prefix.
 
         Args:
             init: "text": the keys and values which the model gives to the tokens of `text` at the positions 0 … prefix_len − 1,
@@ -153,6 +153,8 @@ class Prefix(nn.Module):
         if init == "text":
             if text is None or tokenizer is None:
                 raise ValueError(f"{'text' if text is None else 'tokenizer'}: init='text' needs it, got None")
+            if not isinstance(text, str):
+                raise TypeError(f"text: got {type(text).__name__}, expected one text")
             ids = tokenizer(text, add_special_tokens=False)["input_ids"]
             if not ids:
                 raise ValueError(f"text: {text!r} has no tokens, expected one or more")
@@ -207,7 +209,7 @@ class Prefix(nn.Module):
         Exactly one of text, messages and input_ids gives the text; prefix_len is its number of tokens.
 
         Args:
-            text: tokenised with the tokenizer's special tokens, but for one that closes it. Where that adds a beginning-of-text
+            text: tokenised with the tokenizer's special tokens, except a closing one. Where that adds a beginning-of-text
                 token it is the prefix's first, so tokenise the rows with add_special_tokens=False.
             messages: a conversation, through the tokenizer's chat template, without a generation prompt. Of the whole
                 conversation through the template, a row is what follows the first prefix_len tokens. Turns that the template

@@ -50,7 +50,7 @@ class PrefixedModel(nn.Module):
         cuda_graphs: on a GPU a training step of a causal model is replayed as a CUDA graph where it can be (GraphedSteps). The
             model's own code then runs for new shapes of batches alone; with forward hooks of others it always does.
 
-    Raises ValueError for a model that has not this prefix attached, when it is made and when it is called.
+    Raises ValueError, when made and when called, for a model that this prefix is not attached to.
     """
 
     def __init__(self, model: PreTrainedModel, prefix: Prefix, cuda_graphs: bool = True):
@@ -149,8 +149,10 @@ class PrefixedModel(nn.Module):
         teacher = () if teacher_ids is None else (teacher_ids, teacher_probs)
         if (teacher_ids is None) != (teacher_probs is None) or (teacher and self.task is not Task.CAUSAL):
             raise ValueError("teacher_ids, teacher_probs: expected both or neither, and both for a causal model alone")
-        if self.task is Task.CAUSAL and labels is not None and "logits_to_keep" not in inputs:
-            shape = new_tokens(inputs).shape[:2]
+        if self.task is Task.CAUSAL and labels is not None:
+            rows, length = new_tokens(inputs).shape[:2]
+            kept = inputs.get("logits_to_keep", 0)  # how many of the last tokens, 0: all; or the indices of some
+            shape = (rows, len(kept) if isinstance(kept, Tensor) else min(kept or length, length))
             if labels.shape != shape:
                 raise ValueError(f"labels: expected one for each token, {list(shape)}, got {list(labels.shape)}")
         with nullcontext() if self.checkpointing is None else self.checkpointing.active():

@@ -96,6 +96,12 @@ def chat_template(tokenizer, tools: Sequence[Mapping[str, Any]] | None = None) -
     return tokenizer.get_chat_template(tools=tools)
 
 
+def check_closes_texts(tokenizer) -> None:
+    """ValueError for a tokenizer without an end-of-text token."""
+    if tokenizer.eos_token_id is None:
+        raise ValueError("tokenizer: it has no end-of-text token (eos_token), which closes every completion")
+
+
 def padding_id(tokenizer) -> int:
     """What fills up rows: the tokenizer's token for that, else the one that ends texts, else 0."""
     return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from prefix_tuning.engine_checks import VLLM_VERSION, check_version
-from prefix_tuning.offline_model import OFFLINE_MODEL, offline_model_path
+from prefix_tuning.offline_model import OFFLINE_MODEL, is_offline, offline_model_path
 from prefix_tuning.requests import DEFAULT_PREFIX
 from prefix_tuning.served_prefixes import ServedPrefixes
 
@@ -41,7 +40,7 @@ def serve(
         raise ValueError("--prefix: got none, expected NAME=FOLDER; without a prefix vllm serve does the same")
     run = _server()
     own = []
-    if model is None or (model == OFFLINE_MODEL and not Path(model).exists()):
+    if is_offline(model):
         model = str(offline_model_path())
         own = ["--served-model-name", OFFLINE_MODEL]
     try:

@@ -88,8 +88,8 @@ class PrefixTrainer(Trainer):
         cuda_graphs: as for PrefixedModel.
         others: as for Trainer.
 
-    Under torchrun processes share the steps by DDP: a step is one of their batches together. An evaluation gives what one
-    process gives with batches of that size, but for rows that fill up the last batch. A model that accelerate spreads over
+    Under torchrun processes share the steps by DDP: a step is one batch of each of them. An evaluation gives what one process
+    gives with batches of that size, except for rows that fill up the last batch. A model that accelerate spreads over
     devices (device_map) stays where it is, in one process. Callbacks get a PrefixedModel as `model`; what can generate is its
     attribute model.
 
@@ -98,7 +98,7 @@ class PrefixTrainer(Trainer):
     for batches with an attention mask that hides more than padding on the right, and in the rest of an epoch that is resumed.
 
     A checkpoint holds the prefix with its reparametrisation, and the state of optimiser, schedule and random numbers:
-    train(resume_from_checkpoint=…) goes on as if never interrupted, but for the order of rows under group_by_length and
+    train(resume_from_checkpoint=…) goes on as if never interrupted, except for the order of rows under group_by_length and
     dispatch_batches, which Trainer does not restore. save_model writes the prefix alone, for Prefix.load.
 
     Raises ValueError or TypeError for wrong arguments; NotImplementedError for args, and for a launcher of accelerate, that

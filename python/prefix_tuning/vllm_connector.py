@@ -21,7 +21,7 @@ from vllm.distributed.parallel_state import get_tensor_model_parallel_rank, get_
 from vllm.logger import init_logger
 
 from prefix_tuning.engine_checks import check_engine, check_version, layer_numbers
-from prefix_tuning.paged_cache import heads_of, slots
+from prefix_tuning.paged_cache import heads_of_rank, slots
 from prefix_tuning.prefix import Prefix
 from prefix_tuning.served_prefixes import ServedPrefixes, asks_for_prefix, check_servable
 
@@ -163,7 +163,8 @@ class PrefixConnector(KVConnectorBase_V1):
                 raise ValueError(f"prefix {name}: {folder} has changed since the engine was started")
             with torch.no_grad():
                 self._tensors[name] = [
-                    tuple(heads_of(tensor, rank, ranks).to(self._device, dtype) for tensor in pair) for pair in prefix.layers()
+                    tuple(heads_of_rank(tensor, rank, ranks).to(self._device, dtype) for tensor in pair)
+                    for pair in prefix.layers()
                 ]
 
     def bind_connector_metadata(self, connector_metadata: Step) -> None:

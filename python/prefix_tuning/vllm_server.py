@@ -104,8 +104,9 @@ def run(prefixes: ServedPrefixes, arguments: Sequence[str]) -> None:
         if getattr(args, name, None) not in (None, wanted):
             raise ValueError(f"--{name.replace('_', '-')}: not served together with prefixes, got {getattr(args, name)}")
     names = args.served_model_name or [args.model]
-    for taken in {*names, *(module.name for module in args.lora_modules or ())} & prefixes.lengths.keys():
-        raise ValueError(f"--prefix: got the name {taken}, expected another, as a model or adapter has it")
+    taken = {*names, *(module.name for module in args.lora_modules or ())} & prefixes.lengths.keys()
+    if taken:
+        raise ValueError(f"--prefix: got the name {min(taken)}, expected another, as a model or adapter has it")
     args.kv_transfer_config = KVTransferConfig(**prefixes.kv_transfer_config())
     served = [LoRAModulePath(name=name, path=folder) for name, folder in prefixes.folders.items()]
     args.lora_modules = [*(args.lora_modules or ()), *served]

@@ -507,7 +507,7 @@ def test_on_a_gpu_rows_equal_each_alone_and_no_id_is_read():
 def test_on_a_gpu_a_captured_graph_sees_a_prefix_that_is_added():
     model = tiny_model("llama").cuda()
     bank = PrefixBank(prefixes_of(model), capacity=4, max_prefix_len=8)
-    bank.to([torch.device("cuda", 0)] * len(bank.devices), torch.float32)
+    bank.place([torch.device("cuda", 0)] * len(bank.devices), torch.float32)
     q, k, v = (torch.randn(3, heads, 5, 16, device="cuda") for heads in (4, 2, 2))
     chosen = bank.ids(NAMES)
 

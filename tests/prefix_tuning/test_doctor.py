@@ -70,6 +70,17 @@ def test_kernels_that_are_not_compiled(tmp_path):
     assert remedy.startswith("to build them: ") and "PREFIX_KERNELS_BUILD=cpu pip install" in remedy
 
 
+def test_kernels_that_are_compiled_for_a_gpu_alone(tmp_path):
+    tree = copy_tree(tmp_path)
+    code = (
+        "import torch, prefix_kernels; from pathlib import Path; from prefix_tuning import doctor; "
+        "torch.ops.loaded_libraries.add(str(Path(prefix_kernels.__file__).with_name('_C_cuda.so'))); print(doctor.report())"
+    )
+    shown = run(sys.executable, "-c", code, cwd=tree, PYTHONPATH=f"{tree}:{tree / 'python'}")
+    loaded, reason, remedy = sections(shown.stdout)["compiled kernels"]
+    assert loaded.startswith("loaded from ") and reason.startswith("cpu ") and remedy.startswith("to build them: ")
+
+
 def test_every_backend_is_chosen_or_has_a_reason(report):
     assert report["backends on this machine"] == [", ".join(available_backends()) + " (in order of preference)"]
     for kind in ("training, batch 8", "decoding, batch 8"):

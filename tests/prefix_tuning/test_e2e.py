@@ -121,6 +121,7 @@ def test_load_groups_references_in_order(tmp_path):
         ("bad.jsonl", '{"mr": 3, "refs": ["A."]}', "bad.jsonl, line 1: text: expected a str, got int"),
         ("bad.jsonl", '{"mr": "name[A]", "refs": ["A.", " "]}', "bad.jsonl, line 1: expected non-empty reference"),
         ("bad.jsonl", '{"mr": "name[A]", "refs": []}', "bad.jsonl, line 1: expected non-empty reference"),
+        ("bad.jsonl", "[" * 100_000, "bad.jsonl, line 1: maximum recursion depth exceeded"),
         ("bad.jsonl", "", "bad.jsonl: holds no rows"),
         ("bad.csv", "mr,text\nname[A],A.\n", "bad.csv, line 1: a .csv is read as E2E data, with the columns mr and ref"),
         ("bad.csv", "mr,ref\nname[A],A.\nname[B]\n", "bad.csv, line 3: expected non-empty reference"),

@@ -136,6 +136,12 @@ def test_a_loss_too_large_for_a_perplexity(written, monkeypatch):
     assert scores["perplexity"] == math.inf and scores["loss"] == 800.0
 
 
+def test_mean_loss_is_without_dropout():
+    model = tiny_model("gpt2", embd_pdrop=0.5)
+    expected = mean_loss(model, tiny_tokenizer(), ROWS)
+    assert mean_loss(model.train(), tiny_tokenizer(), ROWS) == expected and model.training
+
+
 @pytest.mark.parametrize("call", (evaluate_rows, mean_loss))
 def test_no_rows_are_refused(call):
     with pytest.raises(ValueError, match="rows: expected at least one row"):

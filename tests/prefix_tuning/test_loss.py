@@ -123,8 +123,12 @@ def test_labels_that_are_not_the_tokens_are_refused():
             for options in ({}, {"return_logits": True}):
                 with pytest.raises(ValueError, match=r"labels: expected one for each token, \[2, 4\], got"):
                     trained(input_ids=ids, labels=labels, **options)
-        kept = trained(input_ids=ids, labels=ids[:, -2:], logits_to_keep=2, return_logits=True)["loss"]
-        torch.testing.assert_close(kept, model(input_ids=ids, labels=ids[:, -2:], logits_to_keep=2).loss)
+        for options in ({}, {"return_logits": True}):
+            kept = trained(input_ids=ids, labels=ids[:, -2:], logits_to_keep=2, **options)["loss"]
+            torch.testing.assert_close(kept, model(input_ids=ids, labels=ids[:, -2:], logits_to_keep=2).loss)
+        for kept, options in ((2, {}), (2, {"return_logits": True}), (torch.tensor([1, 3]), {})):
+            with pytest.raises(ValueError, match=r"labels: expected one for each token, \[2, 2\], got \[2, 4\]"):
+                trained(input_ids=ids, labels=ids, logits_to_keep=kept, **options)
         for name in ("use_cache", "return_dict"):
             with pytest.raises(ValueError, match=f"{name}: expected none, a training step says it itself; got True"):
                 trained(input_ids=ids, labels=ids, **{name: True})

@@ -87,6 +87,7 @@ def test_text_prefix_is_float32_beside_a_half_model():
         ({"text": "words"}, ValueError, "text: given, but init is 'random'"),
         ({"init": "text", "tokenizer": tiny_tokenizer()}, ValueError, "text: init='text' needs it, got None"),
         ({"init": "text", "text": "words"}, ValueError, "tokenizer: init='text' needs it, got None"),
+        ({"init": "text", "text": ["words"], "tokenizer": tiny_tokenizer()}, TypeError, "text: got list, expected one text"),
         ({"init": "text", "text": "", "tokenizer": tiny_tokenizer(bos=True)}, ValueError, "text: '' has no tokens"),
         (
             {"init": "text", "text": "words", "tokenizer": tiny_tokenizer(), "prefix_len": 65},

@@ -8,7 +8,7 @@ import torch
 
 from prefix_tuning import Prefix
 from prefix_tuning.engine_checks import check_engine, check_version, layer_numbers
-from prefix_tuning.paged_cache import heads_of, slots
+from prefix_tuning.paged_cache import heads_of_rank, slots
 from prefix_tuning.served_prefixes import PART_NAMES, ServedPrefixes, asks_for_prefix, without_placeholders
 from support.encoder_decoders import tiny_encoder_decoder
 from support.models import random_prefix, tiny_model
@@ -177,13 +177,13 @@ def test_outputs_lose_their_placeholders():
 def test_ranks_share_heads_as_vllm_does(kv_heads, ranks, expected):
     tensor = torch.randn(kv_heads, 5, 3)
     for rank, heads in enumerate(expected):
-        shard = heads_of(tensor, rank, ranks)
+        shard = heads_of_rank(tensor, rank, ranks)
         assert shard.is_contiguous() and torch.equal(shard, tensor[heads].transpose(0, 1))
 
 
 def test_heads_that_do_not_divide():
     with pytest.raises(ValueError, match="tensor_parallel_size: got 2, expected a divisor or a multiple of 3"):
-        heads_of(torch.randn(3, 5, 3), 0, 2)
+        heads_of_rank(torch.randn(3, 5, 3), 0, 2)
 
 
 def test_slots():

@@ -79,7 +79,7 @@ def test_a_pass_that_failed_leaves_nothing_behind():
     with attach_prefix(model, prefix) as attachment, torch.no_grad():
         with pytest.raises(RuntimeError):
             model(ids, position_ids=torch.zeros(1, 2, dtype=torch.long))
-        assert not attachment._kept
+        assert not attachment._passes_beside
         attachment.enable(False)
         for _ in range(2):
             torch.testing.assert_close(model(ids).logits, expected)

@@ -194,8 +194,7 @@ def _merge_kernel() -> Callable | None:
 def _sum_passes(inputs, passes, out, lse, grad_out, grad_lse, wanted) -> list[Tensor | None]:
     """The five gradients, each the sum of what the passes give."""
     want_q, want_keys, want_prefix = wanted[0], any(wanted[1:3]), any(wanted[3:5])
-    tensors = (inputs.q, inputs.k, inputs.v, inputs.prefix_k, inputs.prefix_v)
-    sums = [_Sum(tensor) if needed else None for tensor, needed in zip(tensors, wanted, strict=True)]
+    sums = [_Sum(tensor) if needed else None for tensor, needed in zip(inputs.tensors, wanted, strict=True)]
     heads, q_len = inputs.q.shape[1:3]
     for one in passes if inputs.q.numel() else ():
         if not (want_q or (want_keys if one.prefix is None else want_prefix)):

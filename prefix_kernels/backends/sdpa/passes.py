@@ -3,7 +3,7 @@
 The prefix is read by folding the batch, and the heads that share a kv head, into query rows,
 [1, kv_heads, group · batch · q_len, head_dim] against [1, kv_heads, prefix_len, head_dim]: it is never expanded, and its
 gradient is summed where the kernel sums over rows, in float32. Only a mask over the prefix (a bias, or a window that slides
-over it) forbids the folding; then all rows read the one prefix (a view), but for gradients of a long one, where each row is a
+over it) forbids the folding; then all rows read the one prefix (a view), except for gradients of a long one, where each row is a
 pass of its own, since a row's dprefix takes memory.
 
 Where a CUDA kernel takes fewer kv heads than heads, the batch alone is folded, [1, heads, batch · q_len, head_dim]: of
@@ -164,12 +164,13 @@ def _sequence_passes(inputs: AttentionInputs) -> tuple[AttentionInputs, list[Pas
     q_len, kv_len = inputs.q.shape[2], inputs.k.shape[2]
     fill = None  # int [batch], where rows differ or may differ
     if inputs.key_lens is not None:
-        fill = inputs.key_lens.clamp(0, kv_len)
-        if fill.device.type == "cpu" and bool((fill == fill[:1]).all()):
-            kv_len, fill = int(fill[0]) if fill.numel() else 0, None
-        if fill is not None or (inputs.causal and q_len > kv_len):  # ragged, or queries that stand before the first key
-            fill = inputs.key_lens.clamp(0, inputs.k.shape[2])
-            kv_len = inputs.k.shape[2]
+        lens = inputs.key_lens.clamp(0, kv_len)
+        alike = lens.device.type == "cpu" and bool((lens == lens[:1]).all())
+        length = int(lens[0]) if alike and lens.numel() else 0
+        if alike and not (inputs.causal and q_len > length):
+            kv_len = length
+        else:  # ragged, or queries that stand before the first key
+            fill = lens
             past = (torch.arange(kv_len, device=fill.device) >= fill[:, None])[:, None, :, None]
             inputs = inputs._replace(k=inputs.k.masked_fill(past, 0), v=inputs.v.masked_fill(past, 0))
     if kv_len == 0:
