@@ -18,7 +18,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from logging import LogRecord
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import PartialState
@@ -50,6 +50,7 @@ from prefix_tuning.requests import (
     read_requests,
 )
 
+Settings = TypeVar("Settings", bound=TrainSettings)
 USER_ERRORS = (ValueError, TypeError, OSError, ImportError, NotImplementedError)
 
 
@@ -124,7 +125,7 @@ def distill(args: argparse.Namespace) -> None:
     _write_run(args, metrics, {"conversations": metrics["conversations"], **measured})
 
 
-def _settings(kind: type[TrainSettings], args: argparse.Namespace, **further: Any) -> TrainSettings:
+def _settings(kind: type[Settings], args: argparse.Namespace, **further: Any) -> Settings:
     _check_named(args.output)
     settings = kind(**{name: getattr(args, name) for name in kind.__dataclass_fields__ if hasattr(args, name)}, **further)
     settings.resolved()  # says what is wrong before the model is loaded

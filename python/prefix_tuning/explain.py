@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
+from transformers import PretrainedConfig
 
 from prefix_kernels import explain_backends
 from prefix_tuning.shapes import ModelShape
@@ -23,15 +26,16 @@ def explain_training(
     )  # fmt: skip
 
 
-def heads_of(config) -> int:
+def heads_of(config: PretrainedConfig) -> int:
     """Heads of a text layer; of an encoder-decoder, the decoder's."""
     config = text_config(config)
     return getattr(config, "decoder_attention_heads", None) or config.num_attention_heads
 
 
 def explain_attention(
-    device, dtype, prefix_dtype, shape: ModelShape, *, heads, batch, q_len, kv_len, prefix_len, layer=0, bias=False, **options
-) -> dict[str, str]:
+    device: torch.device | str, dtype: torch.dtype, prefix_dtype: torch.dtype, shape: ModelShape, *, heads: int, batch: int,
+    q_len: int, kv_len: int, prefix_len: int, layer: int = 0, bias: bool = False, **options: Any,
+) -> dict[str, str]:  # fmt: skip
     """The same for one call with layer `layer`'s sizes.
 
     Args:

@@ -316,7 +316,9 @@ def dense_structure(mask: Tensor) -> MaskStructure:
     return MaskStructure(causal=False, bias=mask.detach())
 
 
-def _fill(batch_size, q_length, kv_length, q_offset, kv_offset, device) -> Tensor | None:
+def _fill(
+    batch_size: int, q_length: int, kv_length: int, q_offset: int | Tensor, kv_offset: int | Tensor, device: torch.device | None
+) -> Tensor | None:
     """How many of the kv_length keys exist, [batch] on the device, where they may be fewer than kv_length."""
     exists = q_offset + q_length - kv_offset
     if not isinstance(exists, Tensor):

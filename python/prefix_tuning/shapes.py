@@ -5,6 +5,7 @@ from __future__ import annotations
 import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -113,19 +114,19 @@ def mimo_shape(config) -> ModelShape:
     return replace(shape, kv_heads=kv_heads, value_dim=config.v_head_dim)
 
 
-def check_int(name: str, value, at_least: int) -> None:
+def check_int(name: str, value: Any, at_least: int) -> None:
     if not isinstance(value, numbers.Integral) or isinstance(value, bool):
         raise TypeError(f"{name}: got {value!r}, expected an int")
     if value < at_least:
         raise ValueError(f"{name}: got {value}, expected at least {at_least}")
 
 
-def check_model(model) -> None:
+def check_model(model: Any) -> None:
     if not (isinstance(model, nn.Module) and hasattr(model, "config")):
         raise TypeError(f"model: got {type(model).__name__}, expected a transformers model")
 
 
-def check_dtype(dtype) -> None:
+def check_dtype(dtype: Any) -> None:
     if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise TypeError(f"dtype: got {dtype!r}, expected a floating torch.dtype such as torch.float32")
 

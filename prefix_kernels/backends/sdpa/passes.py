@@ -3,8 +3,8 @@
 The prefix is read by folding the batch, and the heads that share a kv head, into query rows,
 [1, kv_heads, group · batch · q_len, head_dim] against [1, kv_heads, prefix_len, head_dim]: it is never expanded, and its
 gradient is summed where the kernel sums over rows, in float32. Only a mask over the prefix (a bias, or a window that slides
-over it) forbids the folding; then all rows read the one prefix (a view), except for gradients of a long one, where each row is a
-pass of its own, since a row's dprefix takes memory.
+over it) forbids the folding; then all rows read the one prefix (a view), except for gradients of a long one, where each row is
+a pass of its own, since a row's dprefix takes memory.
 
 Where a CUDA kernel takes fewer kv heads than heads, the batch alone is folded, [1, heads, batch · q_len, head_dim]: of
 token-major memory that is a view. Its backward kernels give a block of keys of one head to one program (the memory-efficient
