@@ -118,8 +118,8 @@ class Run:
 
 
 def cpu_cases() -> list[Case]:
-    """12 heads of 64, with 12 and 4 kv heads: training shapes in both directions, then decoding over a cache of 128; at last
-    decoding of single rows and over a longer cache, where sharing saves least."""
+    """12 heads of 64, with 12 and 4 kv heads: training shapes in both directions; decoding over a cache of 128, then of single
+    rows and over a longer cache, where sharing saves least; at last float16, and heads that fill no whole vectors."""
     kinds = list(itertools.product((12, 4), (16, 128, 512, 2048), ("float32", "bfloat16")))
     train = [
         Case("12 heads", 8, 12, kv_heads, 64, length, length, prefix_len, dtype, backward)
@@ -137,7 +137,16 @@ def cpu_cases() -> list[Case]:
         for batch, cache in ((1, 128), (1, 1024), (8, 1024), (32, 1024))
         for prefix_len in (16, 128, 512, 2048)
     ]
-    return train + decode + least
+    others = [
+        Case(model, batch, *heads, q_len, 128, prefix_len, dtype, backward)
+        for dtype, model, heads in (
+            ("float16", "12 heads", (12, 4, 64)), ("float32", "heads of 100", (32, 32, 100)),
+            ("bfloat16", "heads of 100", (32, 32, 100)),
+        )
+        for batch, q_len, backward in ((4, 128, False), (4, 128, True), (1, 1, False), (8, 1, False))
+        for prefix_len in (16, 512)
+    ]  # fmt: skip
+    return train + decode + least + others
 
 
 GPT2_MEDIUM = ("GPT-2 medium", 16, 16, 64)  # model, heads, kv heads, head_dim

@@ -78,7 +78,8 @@ def grid(rows: list[Row]) -> str:
     lines: dict[tuple, dict[int, str]] = {}
     for row in rows:
         case = case_of(row)
-        heads = f"{case.heads}/{case.kv_heads}" + (", bias" if case.bias else "")
+        width = f" of {case.head_dim}" if case.head_dim != 64 else ""
+        heads = f"{case.heads}/{case.kv_heads}{width}" + (", bias" if case.bias else "")
         place = (case.dtype, f"{case.batch}", f"{case.kv_len}", heads)
         lines.setdefault(place, {})[case.prefix_len] = ratio_text(row.get("ratio"))
     head = ("dtype", "batch", "keys" if case_of(rows[0]).decode else "length", "heads", *(f"P={length}" for length in lengths))
@@ -281,7 +282,7 @@ def readme_cpu(operator: dict[str, Any], whole: dict[str, Any] | None) -> str:
     ]
     lines = []
     for title, direction, belongs in kinds:
-        for dtype in ("float32", "bfloat16"):
+        for dtype in ("float32", "bfloat16", "float16"):
             found = [(row, case_of(row)) for row in operator_rows(operator, direction) if row["ratio"]]
             rows = [row for row, case in found if case.dtype == dtype and belongs(case)]
             if rows:

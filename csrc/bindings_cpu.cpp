@@ -25,10 +25,15 @@ using torch::stable::Tensor;
 using MaybeTensor = std::optional<Tensor>;
 
 Strided strided(const Tensor& tensor, int64_t row, int64_t token, int64_t head) {
-  const bool is_float32 = tensor.scalar_type() == ScalarType::Float;
-  STD_TORCH_CHECK(is_float32 || tensor.scalar_type() == ScalarType::BFloat16, "expected float32 or bfloat16");
-  return {tensor.data_ptr(), is_float32 ? Element::float32 : Element::bfloat16, row, token, head};
+  const ScalarType type = tensor.scalar_type();
+  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half,
+                  "expected float32, bfloat16 or float16");
+  const Element in_16_bit = type == ScalarType::BFloat16 ? Element::bfloat16 : Element::float16;
+  return {tensor.data_ptr(), type == ScalarType::Float ? Element::float32 : in_16_bit, row, token, head, tensor.size(-1)};
 }
+
+// Kernels see rows of whole vectors.
+int64_t whole(int64_t dim) { return (dim + 15) / 16 * 16; }
 
 // [batch, heads, len, dim], or [tokens, heads, dim] where varlen
 Strided rows(const Tensor& tensor, bool varlen) {
@@ -91,7 +96,7 @@ Call describe(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& p
     p.key_mask = static_cast<const bool*>(mask.const_data_ptr()), p.key_mask_row = mask.stride(0);
   }
   if (bias) p.bias = broadcast(call.readable(*bias));
-  p.heads = q.size(1), p.kv_heads = k.size(1), p.head_dim = q.size(varlen ? 2 : 3), p.value_dim = v.size(varlen ? 2 : 3);
+  p.heads = q.size(1), p.kv_heads = k.size(1), p.head_dim = whole(q.size(-1)), p.value_dim = whole(v.size(-1));
   p.prefixes = prefix_k.dim() == 3 ? 1 : prefix_k.size(0), p.prefix_len = prefix_k.size(-2);
   p.causal = causal, p.scale = scale, p.softcap = softcap;
   p.window = window, p.first_key_position = first_key_position;

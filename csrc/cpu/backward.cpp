@@ -127,7 +127,7 @@ template <typename Unit>
 static void write_dq(const Problem& p, const Gradients& g, Backward<Unit>& b, const BackwardTile<Unit>& t) {
   transpose_columns(t.dq, p.head_dim, t.rows.vectors(), b.q_buffer);
   for (int r = 0; r < t.rows.count; ++r)
-    write_row(g.dq, row_offset(g.dq, t.rows, r), p.head_dim, b.q_buffer + r * p.head_dim);
+    write_row(g.dq, row_offset(g.dq, t.rows, r), b.q_buffer + r * p.head_dim);
 }
 
 static KeySums sums_of(const Problem& p, const Gradients& g, const Sequence& s, int64_t slot, int64_t kv_head, Keys which) {

@@ -2,7 +2,7 @@
 // its own keys. Two passes over the same online softmax:
 //
 //     decode_prefix   tiles of rows of several sequences × ranges of prefix columns → partial (accumulator, m, l)
-//     decode_own      merges the partial results of a sequence, goes on with its own keys, writes out and lse
+//     decode_own      a sequence's own keys, and its partial results merged → out, lse
 //
 // With too few rows to fill vector lanes, lanes hold head_dim instead.
 #include "kernels.h"
@@ -31,17 +31,17 @@ struct NarrowTile {
     for (; first < last; first += KEYS) {
       const int64_t count = std::min<int64_t>(KEYS, last - first), next = first + KEYS;
       prefetch(segment.v, segment.v_first, first, count, p.value_dim);
-      if (segment.k.element == Element::bfloat16 && rows.count == 1) {  // widened as they are read
-        const auto at = [&](const Strided& of, int64_t offset) {
-          return static_cast<const bfloat16*>(of.data) + offset + first * of.token;
-        };
-        weigh(p, segment, at(segment.k, segment.k_first), segment.k.token, first, count);
-        add_values(p, at(segment.v, segment.v_first), segment.v.token, count);
-      } else {
+      if (segment.k.element == Element::float32) {
+        attend_in_place<float>(p, segment, first, count);
+      } else if (rows.count > 1) {  // widened once for all
         keys.read(segment.k, segment.k_first, first, count, p.head_dim);
-        weigh(p, segment, keys.data, keys.stride, first, count);
+        weigh(p, segment, keys.data, keys.stride, p.head_dim, first, count);
         keys.read(segment.v, segment.v_first, first, count, p.value_dim);
-        add_values(p, keys.data, keys.stride, count);
+        add_values(p, keys.data, keys.stride, p.value_dim, count);
+      } else if (segment.k.element == Element::bfloat16) {
+        attend_in_place<bfloat16>(p, segment, first, count);
+      } else {
+        attend_in_place<float16>(p, segment, first, count);
       }
       prefetch(segment.k, segment.k_first, next, std::min<int64_t>(KEYS, last - next), p.head_dim);
     }
@@ -60,22 +60,31 @@ struct NarrowTile {
 
  private:
   template <typename T>
-  void weigh(const Problem& p, const Segment& segment, const T* k, int64_t stride, int64_t first, int64_t count) {
-    for (int r = 0; r < rows.count; ++r) weigh_row(p, segment, r, k, stride, first, count);
+  void attend_in_place(const Problem& p, const Segment& segment, int64_t first, int64_t count) {
+    const auto at = [&](const Strided& of, int64_t offset) { return static_cast<const T*>(of.data) + offset + first * of.token; };
+    weigh(p, segment, at(segment.k, segment.k_first), segment.k.token, segment.k.size, first, count);
+    add_values(p, at(segment.v, segment.v_first), segment.v.token, segment.v.size, count);
+  }
+
+  // `dim` numbers of each key are read; where that is less than head_dim the queries' others are 0.
+  template <typename T>
+  void weigh(const Problem& p, const Segment& segment, const T* k, int64_t stride, int64_t dim, int64_t first, int64_t count) {
+    for (int r = 0; r < rows.count; ++r) weigh_row(p, segment, r, k, stride, dim, first, count);
   }
 
   template <typename T>
-  void add_values(const Problem& p, const T* v, int64_t stride, int64_t count) {
-    product_columns<Left::rows>(rows.count, p.value_dim, weights[0], KEYS, v, stride, acc, p.value_dim, count, true);
+  void add_values(const Problem& p, const T* v, int64_t stride, int64_t dim, int64_t count) {
+    product_columns<Left::rows>(rows.count, dim, weights[0], KEYS, v, stride, acc, p.value_dim, count, true);
   }
 
   // Scores of one row with `count` keys, as weights 2^(s − m').
   template <typename T>
-  void weigh_row(const Problem& p, const Segment& segment, int r, const T* k, int64_t stride, int64_t first, int64_t count) {
+  void weigh_row(const Problem& p, const Segment& segment, int r, const T* k, int64_t stride, int64_t dim, int64_t first,
+                 int64_t count) {
     float* w = weights[r];
     Vec top = splat(m[r]);
     for (int64_t n = 0; n < count; n += LANES) {
-      const Vec product = dot(k + n * stride, stride, std::min<int64_t>(LANES, count - n), q + r * p.head_dim, p.head_dim);
+      const Vec product = dot(k + n * stride, stride, std::min<int64_t>(LANES, count - n), q + r * p.head_dim, dim);
       const Vec s = visible(p, segment, r, product, first + n, first + count);
       store(w + n, s);
       top = max(top, s);
@@ -98,14 +107,17 @@ struct NarrowTile {
   template <typename T>
   static Vec dot(const T* keys, int64_t stride, int64_t count, const float* row, int64_t dim) {
     Vec parts[LANES] = {};
-    if (count == LANES) {
-      for (int64_t d = 0; d < dim; d += LANES) {
-        const Vec q = load(row + d);
+    int64_t d = 0;
+    for (; d + LANES <= dim; d += LANES) {
+      const Vec q = load(row + d);
+      if (count == LANES)
         for (int i = 0; i < LANES; ++i) parts[i] += load(keys + i * stride + d) * q;
-      }
-    } else {
-      for (int64_t i = 0; i < count; ++i)
-        for (int64_t d = 0; d < dim; d += LANES) parts[i] += load(keys + i * stride + d) * load(row + d);
+      else
+        for (int64_t i = 0; i < count; ++i) parts[i] += load(keys + i * stride + d) * q;
+    }
+    if (d < dim) {
+      const Vec q = load(row + d);
+      for (int64_t i = 0; i < count; ++i) parts[i] += load(keys + i * stride + d, dim - d) * q;
     }
     transpose(parts);
     Vec s = parts[0];
@@ -159,7 +171,7 @@ static void decode_prefix_with(const Problem& p, const DecodePlan& plan, int64_t
     set_visible(p, rows, Keys::prefix);
     const Segment prefix = segment_of(p, *rows.sequence[0], kv_head, Keys::prefix);
     const int64_t first = split * plan.split_len, last = first + plan.split_len;
-    if (rows.count < LANES / 2) {
+    if (!Unit::fills_tile(rows.count, p.head_dim)) {
       narrow.rows = rows;
       narrow.start(p);
       narrow.attend(p, prefix, first, last);
@@ -180,24 +192,39 @@ void decode_prefix(const Problem& p, const DecodePlan& plan, int64_t begin, int6
   with_unit(p, [&]<typename Unit>() { decode_prefix_with<Unit>(p, plan, begin, end); });
 }
 
-void decode_own(const Problem& p, const DecodePlan& plan, int64_t begin, int64_t end) {
+template <typename Unit>
+static void decode_own_with(const Problem& p, const DecodePlan& plan, int64_t begin, int64_t end) {
+  [[maybe_unused]] const Unit unit{};
+  Attend<Unit>& attend = scratch<Attend<Unit>>();
+  AttendTile<Unit>& wide = scratch<AttendTile<Unit>>();
   NarrowTile& tile = scratch<NarrowTile>();
   for (int64_t task = begin; task < end; ++task) {
     const int64_t kv_head = task % p.kv_heads;
     const Sequence& s = p.sequences[task / p.kv_heads];
     tile.rows.count = 0;
     tile.rows.add(p, s, kv_head, 0);
-    tile.start(p);
+    const auto meet = [&](TileRows& rows, const auto& attend_to) {
+      for (const Keys which : {Keys::parent, Keys::own}) {
+        if (which == Keys::parent && s.parent < 0) continue;
+        set_visible(p, rows, which);
+        attend_to(segment_of(p, s, kv_head, which));
+      }
+    };
+    if (Unit::fills_tile(tile.rows.count, p.head_dim)) {
+      wide.rows = tile.rows;
+      attend.start(p, wide);
+      meet(wide.rows, [&](const Segment& segment) { attend.attend(p, &wide, 1, segment, 0, INT32_MAX); });
+      for (int u = 0; u < 2; ++u) store(tile.m + u * LANES, wide.state.m[u]), store(tile.l + u * LANES, wide.state.l[u]);
+      transpose_columns(wide.acc, p.value_dim, wide.rows.vectors(), tile.acc);
+    } else {
+      tile.start(p);
+      meet(tile.rows, [&](const Segment& segment) { tile.attend(p, segment, 0, INT32_MAX); });
+    }
     for (int64_t split = 0; s.prefix >= 0 && split < plan.splits; ++split)
       for (int r = 0; r < tile.rows.count; ++r) {
         const float* from = partial_of(p, plan, split, tile.rows, r);
         tile.merge(p, r, from, from[p.value_dim], from[p.value_dim + 1]);
       }
-    for (const Keys which : {Keys::parent, Keys::own}) {
-      if (which == Keys::parent && s.parent < 0) continue;
-      set_visible(p, tile.rows, which);
-      tile.attend(p, segment_of(p, s, kv_head, which), 0, INT32_MAX);
-    }
     if (task + 1 < end) {
       const Sequence& next = p.sequences[(task + 1) / p.kv_heads];
       const Segment own = segment_of(p, next, (task + 1) % p.kv_heads, Keys::own);
@@ -207,10 +234,14 @@ void decode_own(const Problem& p, const DecodePlan& plan, int64_t begin, int64_t
       float* acc = tile.acc + r * p.value_dim;
       const float inverse = tile.l[r] == 0.0f ? 0.0f : 1.0f / tile.l[r];
       for (int64_t d = 0; d < p.value_dim; d += LANES) store(acc + d, load(acc + d) * inverse);
-      write_row(p.out, row_offset(p.out, tile.rows, r), p.value_dim, acc);
+      write_row(p.out, row_offset(p.out, tile.rows, r), acc);
       p.lse[p.lse_offset(s, tile.rows.query[r], tile.rows.head[r])] = log_sum_exp(tile.m[r], tile.l[r]);
     }
   }
+}
+
+void decode_own(const Problem& p, const DecodePlan& plan, int64_t begin, int64_t end) {
+  with_unit(p, [&]<typename Unit>() { decode_own_with<Unit>(p, plan, begin, end); });
 }
 
 }  // namespace prefix_kernels::ISA

@@ -18,6 +18,7 @@ struct MatrixUnit {
   static_assert(LANES == SIDE && ROWS == STEPS);
   static constexpr int OUTER_TILES = 4;
   static constexpr float SLACK = 0.0f;  // the largest weight is 1, which is not rounded: where it is alone, an error would show
+  static bool fills_tile(int rows, int64_t) { return rows > 1; }
   using Pair = uint32_t;  // the earlier step in the low half
 
   static int64_t padded(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
@@ -90,7 +91,7 @@ struct MatrixUnit {
     alignas(64) bfloat16 buffer[KEYS * MAX_DIM], columns[MAX_DIM][KEYS];
 
     void read(const Strided& from, int64_t offset, int64_t first, int64_t count, int64_t dim) {
-      if (from.element == Element::bfloat16 && dim % STEPS == 0 && count % SIDE == 0) {
+      if (from.element == Element::bfloat16 && from.size == dim && dim % STEPS == 0 && count % SIDE == 0) {
         data = static_cast<const bfloat16*>(from.data) + offset + first * from.token, stride = from.token;
         return;
       }

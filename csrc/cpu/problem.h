@@ -8,13 +8,14 @@
 
 namespace prefix_kernels {
 
-enum class Element : int32_t { float32, bfloat16 };
+enum class Element : int32_t { float32, bfloat16, float16 };
 
 // A tensor by its strides: element (row, token, head, 0) lies at data + offset(row, token, head).
 struct Strided {
   void* data = nullptr;
   Element element = Element::float32;
   int64_t row = 0, token = 0, head = 0;
+  int64_t size = 0;  // of the last axis, which kernels see filled up with zeros to whole vectors
 
   int64_t offset(int64_t row_index, int64_t token_index, int64_t head_index) const {
     return row_index * row + token_index * token + head_index * head;

@@ -1,5 +1,5 @@
 // The one matrix product that everything is made of. The right factor and the result lie in vectors, the left factor is
-// read where it is and broadcast, so that nothing is ever packed. The right factor may be bfloat16, widened as it is read.
+// read where it is and broadcast, so that nothing is ever packed. The right factor may be of 16 bit, widened as it is read.
 #pragma once
 
 #include "simd.h"
@@ -11,9 +11,22 @@ enum class Left { rows, columns };
 
 constexpr int64_t CHAIN = 8;  // products added up one by one before they join the sum: shorter chains round less
 
+// A right factor with so many lanes in each step, fewer than a vector has; the others are 0.
+template <typename T>
+struct FewLanes {
+  const T* at;
+  int64_t count;
+  FewLanes operator+(int64_t offset) const { return {at + offset, count}; }
+};
+
+template <typename T>
+inline Vec load(const FewLanes<T>& from) {
+  return load(from.at, from.count);
+}
+
 // c[m][lanes] (+)= Σ_step a(m, step) · b[step][lanes] for M rows m and VECTORS vectors of lanes.
 template <int M, int VECTORS, Left LEFT, typename Right>
-inline __attribute__((always_inline)) void product_block(const float* a, int64_t a_stride, const Right* b, int64_t b_stride,
+inline __attribute__((always_inline)) void product_block(const float* a, int64_t a_stride, Right b, int64_t b_stride,
                                                          float* c, int64_t c_stride, int64_t steps, bool add) {
   Vec sums[M][VECTORS];
   for (int m = 0; m < M; ++m)
@@ -39,7 +52,7 @@ inline __attribute__((always_inline)) void product_block(const float* a, int64_t
 
 // The same for any number of rows: blocks of M, then of M / 2, …, 1.
 template <int VECTORS, Left LEFT, int M = BLOCK, typename Right>
-inline void product(int64_t rows, const float* a, int64_t a_stride, const Right* b, int64_t b_stride, float* c,
+inline void product(int64_t rows, const float* a, int64_t a_stride, Right b, int64_t b_stride, float* c,
                     int64_t c_stride, int64_t steps, bool add) {
   int64_t m = 0;
   for (; m + M <= rows; m += M) {
@@ -53,14 +66,21 @@ inline void product(int64_t rows, const float* a, int64_t a_stride, const Right*
   }
 }
 
-// The same where the result has `columns` of lanes, a multiple of LANES.
+// The same where the right factor has `columns` of lanes, and the result as many vectors as these take.
 template <Left LEFT, typename Right>
 inline void product_columns(int64_t rows, int64_t columns, const float* a, int64_t a_stride, const Right* b,
                             int64_t b_stride, float* c, int64_t c_stride, int64_t steps, bool add) {
   int64_t column = 0;
   for (; column + 2 * LANES <= columns; column += 2 * LANES)
     product<2, LEFT>(rows, a, a_stride, b + column, b_stride, c + column, c_stride, steps, add);
-  if (column < columns) product<1, LEFT>(rows, a, a_stride, b + column, b_stride, c + column, c_stride, steps, add);
+  if (column + LANES <= columns) {
+    product<1, LEFT>(rows, a, a_stride, b + column, b_stride, c + column, c_stride, steps, add);
+    column += LANES;
+  }
+  if (column < columns) {
+    const FewLanes<Right> rest{b + column, columns - column};
+    product<1, LEFT>(rows, a, a_stride, rest, b_stride, c + column, c_stride, steps, add);
+  }
 }
 
 }  // namespace prefix_kernels::ISA

@@ -4,6 +4,9 @@
 #include <cstdint>
 #include <cstring>
 #include <utility>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
 
 namespace prefix_kernels::ISA {
 
@@ -20,6 +23,9 @@ typedef int32_t IntVec __attribute__((vector_size(4 * LANES)));
 typedef uint32_t BitVec __attribute__((vector_size(4 * LANES)));
 typedef uint16_t HalfVec __attribute__((vector_size(2 * LANES)));
 using bfloat16 = uint16_t;  // its bits
+struct float16 {
+  uint16_t bits;
+};
 
 constexpr float INF = __builtin_inff();
 constexpr double LOG2E = 1.4426950408889634;
@@ -47,8 +53,48 @@ inline Vec load(const bfloat16* from) {
   return bits<Vec>(__builtin_convertvector(half, BitVec) << 16);
 }
 
-inline float to_float(float x) { return x; }
-inline float to_float(bfloat16 x) { return bits<float>(uint32_t(x) << 16); }
+// Where there is no instruction: the same sign, and a magnitude whose exponent has another bias.
+inline Vec load(const float16* from) {
+#if defined(__AVX512F__)
+  return bits<Vec>(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))));
+#elif defined(__F16C__)
+  return bits<Vec>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+#else
+  HalfVec half;
+  std::memcpy(&half, from, sizeof half);
+  const BitVec u = __builtin_convertvector(half, BitVec), magnitude = (u & 0x7fff) << 13;
+  const BitVec special = magnitude >= 0x0f800000 ? BitVec{} + 0x7f800000 : BitVec{};  // infinities and NaN
+  return bits<Vec>(bits<BitVec>(bits<Vec>(magnitude) * 0x1p112f) | special | (u & 0x8000) << 16);
+#endif
+}
+
+// The first `count` numbers, none where that is negative, then zeros. What lies behind them is not read.
+template <typename T>
+inline Vec load(const T* from, int64_t count) {
+  T some[LANES] = {};
+  if (count > 0) std::memcpy(some, from, (count < LANES ? count : LANES) * sizeof(T));
+  return load(some);
+}
+
+#if defined(__AVX512F__)
+inline uint16_t first_lanes(int64_t count) { return count >= LANES ? 0xffff : count > 0 ? (1 << count) - 1 : 0; }
+
+inline Vec load(const float* from, int64_t count) { return bits<Vec>(_mm512_maskz_loadu_ps(first_lanes(count), from)); }
+
+inline Vec load(const bfloat16* from, int64_t count) {
+  const HalfVec half = bits<HalfVec>(_mm256_maskz_loadu_epi16(first_lanes(count), from));
+  return bits<Vec>(__builtin_convertvector(half, BitVec) << 16);
+}
+
+inline Vec load(const float16* from, int64_t count) {
+  return bits<Vec>(_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first_lanes(count), from)));
+}
+#elif defined(__AVX2__)
+inline Vec load(const float* from, int64_t count) {
+  const IntVec lanes = {0, 1, 2, 3, 4, 5, 6, 7}, first = lanes < splat(int32_t(count));
+  return bits<Vec>(_mm256_maskload_ps(from, bits<__m256i>(first)));
+}
+#endif
 
 inline IntVec load(const int32_t* from) {
   IntVec v;
@@ -64,6 +110,31 @@ inline void store(bfloat16* to, Vec v) {
   u = v == v ? (u + 0x7fff + ((u >> 16) & 1)) >> 16 : (u >> 16) | 0x40;
   const HalfVec half = __builtin_convertvector(u, HalfVec);
   std::memcpy(to, &half, sizeof half);
+}
+
+// Rounds to nearest even, past the largest number to infinity; NaN stays NaN.
+inline void store(float16* to, Vec v) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtps_ph(bits<__m512>(v), _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__F16C__)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph(bits<__m256>(v), _MM_FROUND_TO_NEAREST_INT));
+#else
+  const BitVec u = bits<BitVec>(v), magnitude = u & 0x7fffffff;
+  BitVec normal = (magnitude - 0x38000000 + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+  normal = normal > 0x7c00 ? BitVec{} + 0x7c00 : normal;
+  const BitVec subnormal = bits<BitVec>(bits<Vec>(magnitude) + 0.5f) - 0x3f000000;  // the sum's last bit is 2^-24
+  BitVec rounded = magnitude < 0x38800000 ? subnormal : normal;
+  rounded = magnitude > 0x7f800000 ? BitVec{} + 0x7e00 : rounded;
+  const HalfVec half = __builtin_convertvector(rounded | ((u >> 16) & 0x8000), HalfVec);
+  std::memcpy(to, &half, sizeof half);
+#endif
+}
+
+template <typename T>
+inline void store(T* to, Vec v, int64_t count) {
+  T some[LANES];
+  store(some, v);
+  std::memcpy(to, some, count * sizeof(T));
 }
 
 inline Vec max(Vec a, Vec b) { return a > b ? a : b; }

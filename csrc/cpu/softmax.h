@@ -58,7 +58,9 @@ struct Attend {
       from = std::min(from, tiles[i].rows.any_from), to = std::max(to, tiles[i].rows.any_to);
     first += std::max<int64_t>(0, from - first) / KEYS * KEYS, last = std::min(last, segment.count), to = std::min(to, last);
     for (; first < to; first += KEYS) {
-      const int64_t count = std::min<int64_t>(KEYS, last - first);
+      const int64_t count = std::min<int64_t>(KEYS, last - first), next = first + KEYS;
+      const bool waits = tile_count == 1;  // for memory: there is little work a key
+      if (waits) prefetch(segment.v, segment.v_first, first, count, p.value_dim);
       keys.read(segment.k, segment.k_first, first, count, p.head_dim);
       values.read(segment.v, segment.v_first, first, count, p.value_dim);
       values.transpose(count, p.value_dim);
@@ -67,6 +69,7 @@ struct Attend {
         if (rows.any_from < first + count && first < rows.any_to)
           meet(p, tiles[i], segment, first, std::min(count, rows.any_to - first));
       }
+      if (waits && next < to) prefetch(segment.k, segment.k_first, next, std::min<int64_t>(KEYS, last - next), p.head_dim);
     }
   }
 

@@ -119,20 +119,32 @@ inline void prefetch(const Strided& from, int64_t offset, int64_t first, int64_t
   }
 }
 
-// One query row as float32.
-inline void read_row(const Strided& from, int64_t offset, int64_t dim, float* to) {
-  for (int64_t d = 0; d < dim; d += LANES) {
-    const Vec v = from.element == Element::float32 ? load(static_cast<const float*>(from.data) + offset + d)
-                                                   : load(static_cast<const bfloat16*>(from.data) + offset + d);
-    store(to + d, v);
-  }
+// Numbers as float32, filled up with zeros to `dim`.
+template <typename T>
+inline void read_numbers(const T* from, int64_t size, int64_t dim, float* to) {
+  int64_t d = 0;
+  for (; d + LANES <= size; d += LANES) store(to + d, load(from + d));
+  for (; d < dim; d += LANES) store(to + d, load(from + d, size - d));
 }
 
-inline void write_row(const Strided& to, int64_t offset, int64_t dim, const float* row) {
-  for (int64_t d = 0; d < dim; d += LANES) {
-    if (to.element == Element::float32) store(static_cast<float*>(to.data) + offset + d, load(row + d));
-    else store(static_cast<bfloat16*>(to.data) + offset + d, load(row + d));
-  }
+template <typename T>
+inline void write_numbers(T* to, int64_t size, const float* from) {
+  int64_t d = 0;
+  for (; d + LANES <= size; d += LANES) store(to + d, load(from + d));
+  if (d < size) store(to + d, load(from + d), size - d);
+}
+
+// One query row.
+inline void read_row(const Strided& from, int64_t offset, int64_t dim, float* to) {
+  if (from.element == Element::float32) read_numbers(static_cast<const float*>(from.data) + offset, from.size, dim, to);
+  else if (from.element == Element::bfloat16) read_numbers(static_cast<const bfloat16*>(from.data) + offset, from.size, dim, to);
+  else read_numbers(static_cast<const float16*>(from.data) + offset, from.size, dim, to);
+}
+
+inline void write_row(const Strided& to, int64_t offset, const float* row) {
+  if (to.element == Element::float32) write_numbers(static_cast<float*>(to.data) + offset, to.size, row);
+  else if (to.element == Element::bfloat16) write_numbers(static_cast<bfloat16*>(to.data) + offset, to.size, row);
+  else write_numbers(static_cast<float16*>(to.data) + offset, to.size, row);
 }
 
 inline int64_t row_offset(const Strided& of, const TileRows& rows, int r) {
@@ -184,13 +196,9 @@ struct ScoreFactors {
 // The bias of row r and LANES keys from `key` on; 0 past `end`.
 inline Vec bias_of(const Problem& p, const TileRows& rows, int r, const Segment& segment, int64_t key, int64_t end) {
   const int64_t at = row_offset(p.bias, rows, r) + segment.bias_column + key;
-  alignas(64) float tail[LANES] = {};
-  const auto read = [&](const auto* from) {
-    if (key + LANES <= end) return load(from);
-    for (int64_t n = 0; n < end - key; ++n) tail[n] = to_float(from[n]);
-    return load(tail);
-  };
+  const auto read = [&](const auto* from) { return key + LANES <= end ? load(from) : load(from, end - key); };
   if (p.bias.element == Element::float32) return read(static_cast<const float*>(p.bias.data) + at);
+  if (p.bias.element == Element::float16) return read(static_cast<const float16*>(p.bias.data) + at);
   return read(static_cast<const bfloat16*>(p.bias.data) + at);
 }
 

@@ -12,6 +12,9 @@ struct VectorUnit {
   static constexpr int OUTER_TILES = 1;  // tiles of rows that add_outer takes together
   static constexpr float SLACK = 8.0f;   // of a running maximum, in units of log2
 
+  // Whether a tile of ROWS is worth it for so few. Measured: with AVX-512 where they fill half of a vector.
+  static bool fills_tile(int rows, int64_t dim) { return rows > LANES / 2 - (dim <= 64); }
+
   static Vec exp2(Vec x) { return ISA::exp2(x); }
 
   // Rows of queries (or of dout) as a right factor [dim][ROWS].
@@ -34,7 +37,7 @@ struct VectorUnit {
 
     void read(const Strided& from, int64_t offset, int64_t first, int64_t count, int64_t dim) {
       data = buffer, stride = dim;
-      if (from.element == Element::float32)
+      if (from.element == Element::float32 && from.size == dim)
         data = static_cast<const float*>(from.data) + offset + first * from.token, stride = from.token;
       else
         for (int64_t n = 0; n < count; ++n) read_row(from, offset + (first + n) * from.token, dim, buffer + n * dim);

@@ -1,4 +1,4 @@
-"""C++ kernels for the CPU (csrc/cpu): float32 and bfloat16; AVX2, AVX-512 and, for bfloat16, AMX are chosen at run time.
+"""C++ kernels for the CPU (csrc/cpu): float32 and 16 bit; AVX2, AVX-512 and, for bfloat16, AMX are chosen at run time.
 
 Query rows lie in vector lanes; the prefix, a parent's keys and the own keys are met in one online softmax. Where a step has
 few queries per row (decoding), the prefix is read once for the rows of the whole batch.
@@ -17,9 +17,9 @@ from torch import Tensor
 from prefix_kernels.problem import AttentionInputs, AttentionProblem, empty_token_major
 
 LIBRARY = Path(__file__).resolve().parents[1] / "_C.so"
-DTYPES = (torch.float32, torch.bfloat16)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_LANES, MAX_PARTS = 16, 8  # as in csrc: vector lanes, and shares of a pass over one prefix
-DIM_STEP, MAX_DIM = 16, 256  # head_dim and value_dim fill whole vectors; a tile of 256 fits the cache
+DIM_STEP, MAX_DIM = 16, 256  # kernels see heads filled up to whole vectors; a tile of 256 fits the cache
 
 
 @functools.cache
@@ -50,14 +50,19 @@ def why_not(problem: AttentionProblem) -> str | None:
     if problem.device != "cpu":
         return f"it runs on the CPU, the tensors are on {problem.device}"
     if problem.dtype not in DTYPES:
-        return f"it serves float32 and bfloat16, got {problem.dtype}"
+        return f"it serves float32, bfloat16 and float16, got {problem.dtype}"
     if problem.prefix_dtype not in DTYPES:
-        return f"it serves prefixes in float32 and bfloat16, got {problem.prefix_dtype}"
+        return f"it serves prefixes in float32, bfloat16 and float16, got {problem.prefix_dtype}"
     for name in ("head_dim", "value_dim"):
         dim = getattr(problem, name)
-        if dim % DIM_STEP or not 0 < dim <= MAX_DIM:
-            return f"it serves multiples of {DIM_STEP} up to {MAX_DIM} as {name}, got {dim}"
+        if not 0 < dim <= MAX_DIM:
+            return f"it serves up to {MAX_DIM} as {name}, got {dim}"
     return _missing()
+
+
+def _whole(dim: int) -> int:
+    """Numbers in a row of gradients that are added up: whole vectors."""
+    return -(-dim // DIM_STEP) * DIM_STEP
 
 
 def workspace_bytes(problem: AttentionProblem) -> tuple[int, int]:
@@ -70,13 +75,14 @@ def workspace_bytes(problem: AttentionProblem) -> tuple[int, int]:
         q_len = min(q_len, (MAX_LANES - 1) // max(1, group))
     if 0 < group * q_len < MAX_LANES:  # partial results over the prefix
         splits = min(max(1, MAX_PARTS // problem.kv_heads), max(1, problem.prefix_len // 256))
-        forward += 4 * splits * problem.batch * problem.heads * q_len * (problem.value_dim + 2)
+        forward += 4 * splits * problem.batch * problem.heads * q_len * (_whole(problem.value_dim) + 2)
     parts = min(-(-4 * torch.get_num_threads() // problem.kv_heads), MAX_PARTS)
-    one_prefix = 4 * problem.kv_heads * problem.prefix_len * (problem.head_dim + problem.value_dim)
-    backward = indices + (parts - 1) * one_prefix
-    if problem.dtype != torch.float32:  # dk and dv are summed in float32
-        backward += 4 * problem.key_values()
-    if problem.prefix_dtype != torch.float32:
+    dims = _whole(problem.head_dim) + _whole(problem.value_dim)
+    one_prefix = 4 * problem.kv_heads * problem.prefix_len * dims
+    backward, filled_up = indices + (parts - 1) * one_prefix, dims != problem.head_dim + problem.value_dim
+    if problem.dtype != torch.float32 or filled_up:  # dk and dv are summed in float32
+        backward += 4 * problem.k_tokens * problem.kv_heads * dims
+    if problem.prefix_dtype != torch.float32 or filled_up:
         backward += problem.prefixes * one_prefix
     return forward, backward
 
@@ -104,9 +110,10 @@ def backward(
     inputs: AttentionInputs, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None, wanted: tuple[bool, ...]
 ) -> tuple[Tensor | None, ...]:
     """Gradients of q, k, v, prefix_k, prefix_v; one that is not wanted is neither computed nor allocated."""
-    q, k, v = (
-        empty_token_major(tensor, tuple(tensor.shape), dtype) if needed else None
-        for tensor, needed, dtype in zip(inputs.tensors[:3], wanted[:3], (None, torch.float32, torch.float32), strict=True)
+    q = empty_token_major(inputs.q, tuple(inputs.q.shape)) if wanted[0] else None
+    k, v = (
+        empty_token_major(tensor, (*tensor.shape[:-1], _whole(tensor.shape[-1])), torch.float32) if needed else None
+        for tensor, needed in zip(inputs.tensors[1:3], wanted[1:3], strict=True)
     )
     for added_to in (k, v):
         if added_to is not None:
@@ -117,7 +124,10 @@ def backward(
     )  # fmt: skip
     dtypes = (inputs.q.dtype,) * 3 + (inputs.prefix_k.dtype,) * 2
     grads = (q, k, v, prefix_k, prefix_v)
-    return tuple(grad.to(dtype) if needed else None for grad, dtype, needed in zip(grads, dtypes, wanted, strict=True))
+    return tuple(
+        grad[..., : tensor.shape[-1]].to(dtype) if needed else None
+        for grad, tensor, dtype, needed in zip(grads, inputs.tensors, dtypes, wanted, strict=True)
+    )
 
 
 def _index(tensor: Tensor | None) -> Tensor | None:

@@ -146,7 +146,8 @@ class PrefixBank:
                 capacity = 2 * self.capacity if len(self._slots) == self.capacity else self.capacity
                 length = max(self.max_prefix_len, prefix.prefix_len)
                 self._allocate(capacity, length, self.devices, self.storage.keys[0].dtype)
-            slot = next(slot for slot in range(self.capacity) if slot not in self._slots.values())
+            taken = set(self._slots.values())
+            slot = next(slot for slot in range(self.capacity) if slot not in taken)
             with torch.no_grad():
                 for layer, (key, value) in enumerate(_layers_of(prefix, self.parts)):
                     self.storage.keys[layer][slot, :, : prefix.prefix_len].copy_(key)
