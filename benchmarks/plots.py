@@ -36,7 +36,7 @@ HEADING = 150  # characters in a line of it
 def series(results: dict[str, Any], direction: str) -> dict[str, Any] | None:
     """What one plot of lines shows: for each panel and rival, lines of [prefix length, ratio]; None without rows.
 
-    Panels are dtypes on a CPU; on a GPU, where all but a few points are bfloat16, kinds of heads.
+    Panels are dtypes on a CPU, of heads of 64; on a GPU, where all but a few points are bfloat16, kinds of heads.
     """
     panel_and_label = _of_cpu if results["environment"]["instructions"] else _of_gpu
     lines: dict[str, dict[str, dict[str, list]]] = {}
@@ -53,7 +53,9 @@ def series(results: dict[str, Any], direction: str) -> dict[str, Any] | None:
     return {"title": DIRECTIONS[direction], "environment": environment_line(results["environment"]), "lines": lines}
 
 
-def _of_cpu(case: Case) -> tuple[str, str]:
+def _of_cpu(case: Case) -> tuple[str, str] | None:
+    if case.dtype == "float16" or case.head_dim != 64:
+        return None
     size = f"{case.batch} rows, cache {case.kv_len}" if case.decode else f"length {case.q_len}"
     return case.dtype, f"{case.heads}/{case.kv_heads} heads, {size}"
 
