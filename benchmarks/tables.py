@@ -273,13 +273,17 @@ def _profiles(rows: Sequence[Row]) -> list[str]:
 
 def readme_cpu(operator: dict[str, Any], whole: dict[str, Any] | None) -> str:
     """The README's table of CPU speed: geometric means and the worst point of each kind."""
-    kinds: list[tuple[str, str, Callable[[Case], bool]]] = [
-        ("forward", "forward", lambda case: True),
-        ("forward and gradients", "forward+backward", lambda case: True),
-        ("decoding, 1 row", "decode", lambda case: case.batch == 1),
-        ("decoding, 8 rows", "decode", lambda case: case.batch == 8),
-        ("decoding, 32 rows", "decode", lambda case: case.batch == 32),
-    ]
+
+    def heads_of(dim: int, rows: int | None = None) -> Callable[[Case], bool]:
+        return lambda case: case.head_dim == dim and rows in (None, case.batch)
+
+    kinds = [
+        ("forward", "forward", heads_of(64)), ("forward and gradients", "forward+backward", heads_of(64)),
+        ("decoding, 1 row", "decode", heads_of(64, 1)), ("decoding, 8 rows", "decode", heads_of(64, 8)),
+        ("decoding, 32 rows", "decode", heads_of(64, 32)), ("heads of 100, forward", "forward", heads_of(100)),
+        ("heads of 100, forward and gradients", "forward+backward", heads_of(100)),
+        ("heads of 100, decoding", "decode", heads_of(100)),
+    ]  # fmt: skip
     lines = []
     for title, direction, belongs in kinds:
         for dtype in ("float32", "bfloat16", "float16"):

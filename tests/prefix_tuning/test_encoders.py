@@ -93,7 +93,7 @@ def test_a_head_is_trained_saved_and_loaded_with_the_prefix(family, task, tmp_pa
         alone = logits_of(model(**inputs))
         attachment.enable(True)
         assert torch.equal(logits_of(model(**inputs)), trained)
-    assert torch.equal(logits_of(model(**inputs)), alone)
+    torch.testing.assert_close(logits_of(model(**inputs)), alone)
     assert losses[-1] < losses[0] - 0.1
     assert_same_weights(model, state)
     prefix.save(tmp_path)

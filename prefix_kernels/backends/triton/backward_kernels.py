@@ -93,12 +93,12 @@ def backward(
         grad_out = readable(grad_out)  # else a copy would stand between the launches
     grads = [
         empty_token_major(tensor, tuple(tensor.shape)) if needed else None
-        for tensor, needed in zip(inputs.tensors[:3], wanted[:3], strict=True)
+        for tensor, needed in zip((inputs.q, inputs.k, inputs.v), wanted, strict=False)
     ]
     dq, dk, dv = (None if grad is None else tokens(grad, varlen) for grad in grads)
     query_side = {"grad_out": tokens(grad_out, varlen), "lse": scalars(lse, varlen)}
     for_delta = {"out": tokens(out, varlen), "grad_lse": None if grad_lse is None else scalars(grad_lse, varlen)}
-    # dq leaves delta behind, except for float32: there one more tile spills.
+    # dq leaves delta behind, but for float32: there one more tile spills.
     if dq is None or call.problem.dtype == torch.float32:
         query_side["delta"] = _delta(call, **for_delta, **query_side)
         for_delta = {"out": None, "grad_lse": None}

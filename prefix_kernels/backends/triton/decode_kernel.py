@@ -297,8 +297,8 @@ def forward(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
     problem, plan = call.problem, plan_of(call.problem, call.tile("decode"))
     out = empty_token_major(q, (*q.shape[:3], inputs.v.shape[-1]))
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
-    part_values = plan.part_values(problem)
-    parts = q.new_empty(part_values, dtype=torch.float32) if part_values else None
+    values = plan.part_values(problem)
+    parts = q.new_empty(values, dtype=torch.float32) if values else None
     q, k, v, prefix_k, prefix_v = call.tensors
     call.launch(
         decode_kernel, plan.tile, plan.programs, q=q, k=k, v=v, prefix_k=prefix_k, prefix_v=prefix_v, bias=call.bias,
