@@ -15,13 +15,9 @@ from prefix_tuning.masks import mask_structure
 from prefix_tuning.padding_free import LEAST_SHARED, PaddingFreeCollator, padding_free_collator, shared_beginnings, why_padded
 from support.models import MODELS, WITH_STATE, random_prefix, tiny_model
 from support.tokenizer import tiny_tokenizer
-from support.training import CHECKPOINTING, DEVICES, PREFIX_LEN, ROWS, make_trainer, trained
+from support.training import ALIKE, CHECKPOINTING, DEVICES, PREFIX_LEN, ROWS, make_trainer, trained
 
 TOLERANCE = {"atol": 2e-5, "rtol": 1e-4}
-SYSTEM = "in one line\n"
-ALIKE = [{**row, "prompt": SYSTEM + row["prompt"]} for row in ROWS[::3]] + [
-    {"prompt": SYSTEM + ROWS[0]["prompt"], "completion": "A pub, Aromi."}, {"prompt": "name : x\n", "completion": "x"},
-]  # fmt: skip
 
 
 def example(ids, targets):

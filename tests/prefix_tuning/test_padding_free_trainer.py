@@ -11,12 +11,7 @@ from prefix_tuning.data import PromptCompletionCollator, tokenize_rows
 from prefix_tuning.recipe import TrainSettings, train_prefix
 from support.models import random_prefix, tiny_model
 from support.tokenizer import tiny_tokenizer
-from support.training import CHECKPOINTING, ROWS, arguments, losses, make_trainer, trained
-
-SYSTEM = "in one line\n"
-ALIKE = [{**row, "prompt": SYSTEM + row["prompt"]} for row in ROWS[::3]] + [
-    {"prompt": SYSTEM + ROWS[0]["prompt"], "completion": "A pub, Aromi."}, {"prompt": "name : x\n", "completion": "x"},
-]  # fmt: skip
+from support.training import ALIKE, CHECKPOINTING, ROWS, arguments, losses, make_trainer, trained
 
 
 @pytest.mark.parametrize("changes", ({}, {"gradient_accumulation_steps": 2}, {CHECKPOINTING: True}, {"bf16": True}), ids=str)

@@ -25,6 +25,11 @@ CHECKPOINTING = next(
     field.name for field in dataclasses.fields(TrainingArguments)
     if field.name in ("activation_checkpointing", "gradient_checkpointing")
 )  # fmt: skip
+# Rows of which some begin alike.
+SYSTEM = "in one line\n"
+ALIKE = [{**row, "prompt": SYSTEM + row["prompt"]} for row in ROWS[::3]] + [
+    {"prompt": SYSTEM + ROWS[0]["prompt"], "completion": "A pub, Aromi."}, {"prompt": "name : x\n", "completion": "x"},
+]  # fmt: skip
 
 
 def batch_of(rows, length, seed=0, device="cpu"):
