@@ -38,9 +38,12 @@ def load_backend(name: str) -> ModuleType:
     return importlib.import_module(f"prefix_kernels.backends.{name}")
 
 
+_VARIABLE = os.environ.encodekey("PREFIX_KERNELS_BACKEND")
+
+
 def variable() -> str | None:
-    """PREFIX_KERNELS_BACKEND, None where it is not set or empty."""
-    return os.environ.get("PREFIX_KERNELS_BACKEND") or None
+    """PREFIX_KERNELS_BACKEND, None where it is not set or empty. Each call asks, and os.environ takes a microsecond to say no."""
+    return None if _VARIABLE not in os.environ._data else os.environ["PREFIX_KERNELS_BACKEND"] or None
 
 
 def requested_backend(backend: str | None) -> str | None:

@@ -4,8 +4,11 @@
 //     decode_prefix   tiles of rows of several sequences × ranges of prefix columns → partial (accumulator, m, l)
 //     decode_own      a sequence's own keys, and its partial results merged → out, lse
 //
+// Where no sequences share a prefix and it is not cut (no splits), decode_own meets it as well.
+//
 // With too few rows to fill vector lanes, lanes hold head_dim instead.
 #include "kernels.h"
+#include "pairs.h"
 #include "softmax.h"
 #include "unit.h"
 
@@ -16,11 +19,13 @@ struct NarrowTile {
   alignas(64) float q[ROWS * MAX_DIM], acc[ROWS * MAX_DIM];
   alignas(64) float weights[ROWS][KEYS];
   VectorUnit::Keys keys;
+  alignas(64) bfloat16 first_q[MAX_DIM];  // row 0 of q, where that is bfloat16
   float m[ROWS], l[ROWS];
   TileRows rows;
 
   void start(const Problem& p) {
     read_rows(p.q, rows, p.head_dim, q);
+    if (p.q.element == Element::bfloat16) write_numbers(first_q, p.head_dim, q);
     std::fill_n(acc, rows.count * p.value_dim, 0.0f);
     std::fill_n(m, ROWS, -INF), std::fill_n(l, ROWS, 0.0f);
   }
@@ -39,7 +44,7 @@ struct NarrowTile {
         keys.read(segment.v, segment.v_first, first, count, p.value_dim);
         add_values(p, keys.data, keys.stride, p.value_dim, count);
       } else if (segment.k.element == Element::bfloat16) {
-        attend_in_place<bfloat16>(p, segment, first, count);
+        attend_bfloat16(p, segment, first, count);
       } else {
         attend_in_place<float16>(p, segment, first, count);
       }
@@ -60,16 +65,38 @@ struct NarrowTile {
 
  private:
   template <typename T>
+  static const T* numbers(const Strided& of, int64_t offset, int64_t first) {
+    return static_cast<const T*>(of.data) + offset + first * of.token;
+  }
+
+  template <typename T>
   void attend_in_place(const Problem& p, const Segment& segment, int64_t first, int64_t count) {
-    const auto at = [&](const Strided& of, int64_t offset) { return static_cast<const T*>(of.data) + offset + first * of.token; };
-    weigh(p, segment, at(segment.k, segment.k_first), segment.k.token, segment.k.size, first, count);
-    add_values(p, at(segment.v, segment.v_first), segment.v.token, segment.v.size, count);
+    weigh(p, segment, numbers<T>(segment.k, segment.k_first, first), segment.k.token, segment.k.size, first, count);
+    add_values(p, numbers<T>(segment.v, segment.v_first, first), segment.v.token, segment.v.size, count);
+  }
+
+  // A single row.
+  void attend_bfloat16(const Problem& p, const Segment& segment, int64_t first, int64_t count) {
+#if defined(__AVX512BF16__)
+    if (p.q.element == Element::bfloat16) {
+      const bfloat16* k = numbers<bfloat16>(segment.k, segment.k_first, first);
+      weigh_row(p, segment, 0, first, count, [&](int64_t n, auto keys) {
+        return dot_pairs(k + n * segment.k.token, segment.k.token, keys, first_q, segment.k.size);
+      });
+      const bfloat16* v = numbers<bfloat16>(segment.v, segment.v_first, first);
+      return add_value_pairs(v, segment.v.token, segment.v.size, count, weights[0], acc);
+    }
+#endif
+    attend_in_place<bfloat16>(p, segment, first, count);
   }
 
   // `dim` numbers of each key are read; where that is less than head_dim the queries' others are 0.
   template <typename T>
   void weigh(const Problem& p, const Segment& segment, const T* k, int64_t stride, int64_t dim, int64_t first, int64_t count) {
-    for (int r = 0; r < rows.count; ++r) weigh_row(p, segment, r, k, stride, dim, first, count);
+    for (int r = 0; r < rows.count; ++r)
+      weigh_row(p, segment, r, first, count, [&](int64_t n, auto keys) {
+        return dot(k + n * stride, stride, keys, q + r * p.head_dim, dim);
+      });
   }
 
   template <typename T>
@@ -77,20 +104,20 @@ struct NarrowTile {
     product_columns<Left::rows>(rows.count, dim, weights[0], KEYS, v, stride, acc, p.value_dim, count, true);
   }
 
-  // Scores of one row with `count` keys, as weights 2^(s − m').
-  template <typename T>
-  void weigh_row(const Problem& p, const Segment& segment, int r, const T* k, int64_t stride, int64_t dim, int64_t first,
-                 int64_t count) {
+  // Scores of one row with `count` keys, as weights 2^(s − m'). products(n, keys) are those with keys n … n + keys.
+  template <typename Products>
+  void weigh_row(const Problem& p, const Segment& segment, int r, int64_t first, int64_t count, const Products& products) {
     float* w = weights[r];
     Vec top = splat(m[r]);
-    for (int64_t n = 0; n < count; n += LANES) {
-      const Vec product = dot(k + n * stride, stride, std::min<int64_t>(LANES, count - n), q + r * p.head_dim, dim);
-      const Vec s = visible(p, segment, r, product, first + n, first + count);
+    const auto score = [&](int64_t n, auto keys) {
+      const Vec s = visible(p, segment, r, products(n, keys), first + n, first + count);
       store(w + n, s);
       top = max(top, s);
-    }
-    float m_new = top[0];
-    for (int lane = 1; lane < LANES; ++lane) m_new = m_new > top[lane] ? m_new : top[lane];
+    };
+    int64_t n = 0;
+    for (; n + LANES <= count; n += LANES) score(n, std::integral_constant<int64_t, LANES>());
+    if (n < count) score(n, count - n);
+    const float m_new = largest(top);
     const float base = m_new == -INF ? 0.0f : m_new, alpha = exp2(splat(m[r] - base))[0];
     Vec total = {};
     for (int64_t n = 0; n < count; n += LANES) {
@@ -104,25 +131,19 @@ struct NarrowTile {
   }
 
   // One row's products with LANES keys, a key in each lane; 0 past `count`.
-  template <typename T>
-  static Vec dot(const T* keys, int64_t stride, int64_t count, const float* row, int64_t dim) {
+  template <typename T, typename Count>
+  static Vec dot(const T* keys, int64_t stride, Count count, const float* row, int64_t dim) {
     Vec parts[LANES] = {};
     int64_t d = 0;
     for (; d + LANES <= dim; d += LANES) {
       const Vec q = load(row + d);
-      if (count == LANES)
-        for (int i = 0; i < LANES; ++i) parts[i] += load(keys + i * stride + d) * q;
-      else
-        for (int64_t i = 0; i < count; ++i) parts[i] += load(keys + i * stride + d) * q;
+      for (int64_t i = 0; i < count; ++i) parts[i] += load(keys + i * stride + d) * q;
     }
     if (d < dim) {
       const Vec q = load(row + d);
       for (int64_t i = 0; i < count; ++i) parts[i] += load(keys + i * stride + d, dim - d) * q;
     }
-    transpose(parts);
-    Vec s = parts[0];
-    for (int i = 1; i < LANES; ++i) s += parts[i];
-    return s;
+    return fold(parts);
   }
 
   // Scale, softcap and bias, and −inf where row r does not see keys key … key + LANES or there is no key.
@@ -204,7 +225,8 @@ static void decode_own_with(const Problem& p, const DecodePlan& plan, int64_t be
     tile.rows.count = 0;
     tile.rows.add(p, s, kv_head, 0);
     const auto meet = [&](TileRows& rows, const auto& attend_to) {
-      for (const Keys which : {Keys::parent, Keys::own}) {
+      for (const Keys which : {Keys::prefix, Keys::parent, Keys::own}) {
+        if (which == Keys::prefix && (s.prefix < 0 || plan.splits > 0)) continue;
         if (which == Keys::parent && s.parent < 0) continue;
         set_visible(p, rows, which);
         attend_to(segment_of(p, s, kv_head, which));
@@ -235,7 +257,7 @@ static void decode_own_with(const Problem& p, const DecodePlan& plan, int64_t be
       const float inverse = tile.l[r] == 0.0f ? 0.0f : 1.0f / tile.l[r];
       for (int64_t d = 0; d < p.value_dim; d += LANES) store(acc + d, load(acc + d) * inverse);
       write_row(p.out, row_offset(p.out, tile.rows, r), acc);
-      p.lse[p.lse_offset(s, tile.rows.query[r], tile.rows.head[r])] = log_sum_exp(tile.m[r], tile.l[r]);
+      if (p.lse) p.lse[p.lse_offset(s, tile.rows.query[r], tile.rows.head[r])] = log_sum_exp(tile.m[r], tile.l[r]);
     }
   }
 }

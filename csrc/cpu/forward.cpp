@@ -22,8 +22,8 @@ static void write_outputs(const Problem& p, AttendTile<Unit>& tile, float* buffe
   transpose_columns(tile.acc, p.value_dim, tile.rows.vectors(), buffer);
   for (int r = 0; r < tile.rows.count; ++r) {
     write_row(p.out, row_offset(p.out, tile.rows, r), buffer + r * p.value_dim);
-    const int64_t at = p.lse_offset(*tile.rows.sequence[r], tile.rows.query[r], tile.rows.head[r]);
-    p.lse[at] = log_sum_exp(m[r], l[r]);
+    if (!p.lse) continue;
+    p.lse[p.lse_offset(*tile.rows.sequence[r], tile.rows.query[r], tile.rows.head[r])] = log_sum_exp(m[r], l[r]);
   }
 }
 

@@ -12,7 +12,7 @@ struct DecodePlan {
   const int64_t* order;       // sequences, those with the same prefix side by side
   const int64_t* tile_first;  // [tiles + 1] into `order`: the sequences of each tile
   int64_t tiles;
-  int64_t splits;             // the prefix is cut into so many ranges of columns
+  int64_t splits;             // the prefix is cut into so many ranges of columns; 0: it is met with a sequence's own keys
   int64_t split_len;          // columns of each
   int64_t max_q_len;
   float* partial;             // [splits, sequences, heads, max_q_len, value_dim + 2]: accumulator, maximum, sum

@@ -35,7 +35,7 @@ struct Problem {
   Strided q, out;                 // [sequence, token, heads, head_dim or value_dim]
   Strided k, v;                   // [sequence, token, kv_heads, …]
   Strided prefix_k, prefix_v;     // [prefixes, prefix_len, kv_heads, …]
-  float* lse = nullptr;           // natural logarithm
+  float* lse = nullptr;           // natural logarithm; null where it is not wanted
   int64_t lse_row = 0, lse_head = 0;  // its strides; queries have stride 1
   const bool* key_mask = nullptr;     // [row, kv_len], true where a key may be attended
   int64_t key_mask_row = 0;

@@ -22,6 +22,8 @@ typedef float Vec __attribute__((vector_size(4 * LANES)));
 typedef int32_t IntVec __attribute__((vector_size(4 * LANES)));
 typedef uint32_t BitVec __attribute__((vector_size(4 * LANES)));
 typedef uint16_t HalfVec __attribute__((vector_size(2 * LANES)));
+typedef float FewVec __attribute__((vector_size(2 * LANES)));
+typedef double DoubleVec __attribute__((vector_size(4 * LANES)));
 using bfloat16 = uint16_t;  // its bits
 struct float16 {
   uint16_t bits;
@@ -47,10 +49,29 @@ inline Vec load(const float* from) {
   return v;
 }
 
+// Each number in 32 bit. Compilers take several instructions for __builtin_convertvector.
+inline BitVec widen(HalfVec half) {
+#if defined(__AVX512F__)
+  return bits<BitVec>(_mm512_cvtepu16_epi32(bits<__m256i>(half)));
+#elif defined(__AVX2__)
+  return bits<BitVec>(_mm256_cvtepu16_epi32(bits<__m128i>(half)));
+#else
+  return __builtin_convertvector(half, BitVec);
+#endif
+}
+
+inline HalfVec low_halves(BitVec v) {
+#if defined(__AVX512F__)
+  return bits<HalfVec>(_mm512_cvtepi32_epi16(bits<__m512i>(v)));
+#else
+  return __builtin_convertvector(v, HalfVec);
+#endif
+}
+
 inline Vec load(const bfloat16* from) {
   HalfVec half;
   std::memcpy(&half, from, sizeof half);
-  return bits<Vec>(__builtin_convertvector(half, BitVec) << 16);
+  return bits<Vec>(widen(half) << 16);
 }
 
 // Where there is no instruction: the same sign, and a magnitude whose exponent has another bias.
@@ -62,7 +83,7 @@ inline Vec load(const float16* from) {
 #else
   HalfVec half;
   std::memcpy(&half, from, sizeof half);
-  const BitVec u = __builtin_convertvector(half, BitVec), magnitude = (u & 0x7fff) << 13;
+  const BitVec u = widen(half), magnitude = (u & 0x7fff) << 13;
   const BitVec special = magnitude >= 0x0f800000 ? BitVec{} + 0x7f800000 : BitVec{};  // infinities and NaN
   return bits<Vec>(bits<BitVec>(bits<Vec>(magnitude) * 0x1p112f) | special | (u & 0x8000) << 16);
 #endif
@@ -83,7 +104,7 @@ inline Vec load(const float* from, int64_t count) { return bits<Vec>(_mm512_mask
 
 inline Vec load(const bfloat16* from, int64_t count) {
   const HalfVec half = bits<HalfVec>(_mm256_maskz_loadu_epi16(first_lanes(count), from));
-  return bits<Vec>(__builtin_convertvector(half, BitVec) << 16);
+  return bits<Vec>(widen(half) << 16);
 }
 
 inline Vec load(const float16* from, int64_t count) {
@@ -108,7 +129,7 @@ inline void store(float* to, Vec v) { std::memcpy(to, &v, sizeof v); }
 inline void store(bfloat16* to, Vec v) {
   BitVec u = bits<BitVec>(v);
   u = v == v ? (u + 0x7fff + ((u >> 16) & 1)) >> 16 : (u >> 16) | 0x40;
-  const HalfVec half = __builtin_convertvector(u, HalfVec);
+  const HalfVec half = low_halves(u);
   std::memcpy(to, &half, sizeof half);
 }
 
@@ -125,7 +146,7 @@ inline void store(float16* to, Vec v) {
   const BitVec subnormal = bits<BitVec>(bits<Vec>(magnitude) + 0.5f) - 0x3f000000;  // the sum's last bit is 2^-24
   BitVec rounded = magnitude < 0x38800000 ? subnormal : normal;
   rounded = magnitude > 0x7f800000 ? BitVec{} + 0x7e00 : rounded;
-  const HalfVec half = __builtin_convertvector(rounded | ((u >> 16) & 0x8000), HalfVec);
+  const HalfVec half = low_halves(rounded | ((u >> 16) & 0x8000));
   std::memcpy(to, &half, sizeof half);
 #endif
 }
@@ -144,13 +165,6 @@ inline bool all(IntVec comparison) {
   int32_t both = -1;
   for (int i = 0; i < LANES; ++i) both &= comparison[i];
   return both;
-}
-
-// Of all lanes; in double, because what it is used for is often a small difference of large sums.
-inline double sum(Vec v) {
-  double total = 0.0;
-  for (int i = 0; i < LANES; ++i) total += v[i];
-  return total;
 }
 
 // 2^x for x ≤ 127: exactly 0 below −126 (−inf included), NaN for NaN. Relative error below 2e-7.
@@ -182,6 +196,8 @@ inline Vec tanh(Vec x) {
   return size < 0.625f ? small : (x < 0.0f ? -large : large);
 }
 
+constexpr std::make_integer_sequence<int, LANES> EACH_LANE;
+
 // Exchanges the blocks off the diagonal of every 2 · STEP × 2 · STEP square.
 template <int STEP, int... LANE>
 inline void transpose_step(Vec (&m)[LANES], std::integer_sequence<int, LANE...>) {
@@ -195,11 +211,47 @@ inline void transpose_step(Vec (&m)[LANES], std::integer_sequence<int, LANE...>)
 
 // m[i][j] becomes m[j][i].
 inline void transpose(Vec (&m)[LANES]) {
-  constexpr std::make_integer_sequence<int, LANES> lanes;
-  transpose_step<1>(m, lanes);
-  transpose_step<2>(m, lanes);
-  if constexpr (LANES > 4) transpose_step<4>(m, lanes);
-  if constexpr (LANES > 8) transpose_step<8>(m, lanes);
+  transpose_step<1>(m, EACH_LANE);
+  transpose_step<2>(m, EACH_LANE);
+  if constexpr (LANES > 4) transpose_step<4>(m, EACH_LANE);
+  if constexpr (LANES > 8) transpose_step<8>(m, EACH_LANE);
+}
+
+// Of m[i] and m[i + STEP]: sums of lanes that are STEP apart, those of m[i] in the lanes without the bit STEP.
+template <int STEP, int... LANE>
+inline void fold_step(Vec (&m)[LANES], std::integer_sequence<int, LANE...>) {
+  for (int i = 0; i < LANES; i += 2 * STEP) {
+    const Vec a = m[i], b = m[i + STEP];
+    m[i] = __builtin_shufflevector(a, b, (LANE & STEP ? LANE + LANES : LANE)...) +
+           __builtin_shufflevector(a, b, (LANE & STEP ? LANE - STEP + LANES : LANE + STEP)...);
+  }
+}
+
+// The sum of the lanes of m[i] in lane i.
+inline Vec fold(Vec (&m)[LANES]) {
+  fold_step<1>(m, EACH_LANE);
+  fold_step<2>(m, EACH_LANE);
+  if constexpr (LANES > 4) fold_step<4>(m, EACH_LANE);
+  if constexpr (LANES > 8) fold_step<8>(m, EACH_LANE);
+  return m[0];
+}
+
+// All lanes combined, those STEP apart, then those STEP / 2 apart, …
+template <int STEP, typename Vector, typename Combine, int... LANE>
+inline auto across(Vector v, const Combine& combine, std::integer_sequence<int, LANE...> lanes) {
+  if constexpr (STEP == 0) return v[0];
+  else return across<STEP / 2>(combine(v, __builtin_shufflevector(v, v, (LANE ^ STEP)...)), combine, lanes);
+}
+
+inline float largest(Vec v) { return across<LANES / 2>(v, max, EACH_LANE); }
+
+// Of all lanes; in double, because what it is used for is often a small difference of large sums.
+inline double sum(Vec v) {
+  FewVec low, high;
+  std::memcpy(&low, &v, sizeof low);
+  std::memcpy(&high, reinterpret_cast<const char*>(&v) + sizeof low, sizeof high);
+  const DoubleVec both = __builtin_convertvector(low, DoubleVec) + __builtin_convertvector(high, DoubleVec);
+  return across<LANES / 4>(both, [](DoubleVec a, DoubleVec b) { return a + b; }, std::make_integer_sequence<int, LANES / 2>());
 }
 
 }  // namespace prefix_kernels::ISA

@@ -88,10 +88,10 @@ def workspace_bytes(problem: AttentionProblem) -> tuple[int, int]:
 
 
 @functools.cache
-def _operators() -> tuple[Callable, Callable]:
-    """The library's forward and backward; looking them up at every call would take a microsecond."""
+def _operators() -> tuple[Callable, Callable, Callable]:
+    """The library's forward, backward and forward_rows; looking them up at every call would take a microsecond."""
     library = torch.ops.prefix_kernels_cpu
-    return library.forward.default, library.backward.default
+    return library.forward.default, library.backward.default, library.forward_rows.default
 
 
 def forward(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
@@ -102,8 +102,8 @@ def forward(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
 def repeat(inputs: AttentionInputs) -> Callable[..., Tensor]:
     """A function of q, k, v, prefix_k, prefix_v, key_mask and bias that gives out as forward does, for calls that differ from
     this one in the values of those tensors and in strides alone. The prefix may be without its bank axis."""
-    operator, options = _operators()[0], _arguments(inputs)[7:]
-    return lambda *tensors: operator(*tensors, *options)[0]
+    operator, options = _operators()[2], _options(inputs)
+    return lambda *tensors: operator(*tensors, *options)
 
 
 def backward(
@@ -135,7 +135,7 @@ def _index(tensor: Tensor | None) -> Tensor | None:
 
 
 def _arguments(inputs: AttentionInputs) -> tuple:
-    """What both operators take first, in the order of their schema; 0 and −1 stand for None."""
+    """What forward and backward take first, in the order of their schema."""
     return (
         *inputs.tensors,
         inputs.key_mask,
@@ -146,9 +146,11 @@ def _arguments(inputs: AttentionInputs) -> tuple:
         _index(inputs.cu_seqlens_q),
         _index(inputs.cu_seqlens_k),
         _index(inputs.parent),
-        inputs.causal,
-        inputs.scale,
-        inputs.window or 0,
-        inputs.softcap or 0.0,
-        -1 if inputs.first_key_position is None else inputs.first_key_position,
+        *_options(inputs),
     )
+
+
+def _options(inputs: AttentionInputs) -> tuple:
+    """0 and −1 stand for None."""
+    first_key_position = -1 if inputs.first_key_position is None else inputs.first_key_position
+    return inputs.causal, inputs.scale, inputs.window or 0, inputs.softcap or 0.0, first_key_position

@@ -64,6 +64,8 @@ TILES = (
     Case("decode, bias, bank", batch=5, q_len=2, kv_len=70, prefix_len=90, prefixes=3, prefix_lens=(90, 57, 0),
          prefix_ids=(0, 1, 2, -1, 1), bias=(0, 0, 0, 0), padding="left"),
     Case("decode, four queries", batch=9, heads=2, q_len=4, kv_len=80, prefix_len=100, window=30),
+    Case("decode, single queries", q_len=1, kv_len=77, prefix_len=70, heads=3, kv_heads=3, head_dim=72, value_dim=70),
+    Case("decode, single queries, ranges", batch=1, q_len=1, kv_len=39, prefix_len=530, heads=2, kv_heads=2, window=20),
     Case("decode, packed", seqlens_q=(1, 2, 1, 3), seqlens_k=(70, 5, 1, 90), prefix_len=80, heads=2),
 )  # fmt: skip
 
@@ -78,7 +80,7 @@ def test_every_instruction_set(isa, case, dtype):
 
 @pytest.mark.parametrize("isa", ISAS, indirect=True)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("case", [Case("plain"), TILES[1], TILES[2], TILES[-3]], ids=str)
+@pytest.mark.parametrize("case", [Case("plain"), TILES[1], TILES[2], TILES[-5]], ids=str)
 def test_16_bit_is_widened_and_rounded_once(isa, case, dtype):
     """The result in float32 for the same values, rounded to nearest even; NaN stays NaN."""
     if isa == "amx" and dtype == torch.bfloat16:
@@ -89,6 +91,18 @@ def test_16_bit_is_widened_and_rounded_once(isa, case, dtype):
         wide_out, wide_lse = inputs.to(torch.float32).call(backend="cpu", return_lse=True)
         assert torch.equal(out.nan_to_num(7.0), wide_out.to(dtype).nan_to_num(7.0))
         assert torch.equal(lse.nan_to_num(7.0), wide_lse.nan_to_num(7.0))
+
+
+@pytest.mark.parametrize("isa", ISAS, indirect=True)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", [*TILES[1:3], *TILES[-4:-2]], ids=str)
+def test_nothing_is_read_between_rows(isa, case, dtype):
+    inputs = make_inputs(case, dtype)
+    apart = [torch.full((*t.shape[:-1], 160), torch.nan, dtype=dtype) for t in inputs.tensors]
+    for wide, tensor in zip(apart, inputs.tensors, strict=True):
+        wide[..., : tensor.shape[-1]] = tensor
+    views = tuple(wide[..., : tensor.shape[-1]] for wide, tensor in zip(apart, inputs.tensors, strict=True))
+    assert torch.equal(Inputs(views, inputs.options).call(backend="cpu"), inputs.call(backend="cpu"))
 
 
 @pytest.mark.parametrize("isa", ISAS, indirect=True)
