@@ -133,8 +133,10 @@ def cpu_cases() -> list[Case]:
         for kv_heads, prefix_len, dtype in kinds
     ]
     least = [
-        Case("12 heads", batch, 12, 4, 64, 1, cache, prefix_len, "float32")
-        for batch, cache in ((1, 128), (1, 1024), (8, 1024), (32, 1024))
+        Case("12 heads", batch, 12, kv_heads, 64, 1, cache, prefix_len, dtype)
+        for dtype, kv_heads, batches in (("float32", 4, (1, 8, 32)), ("bfloat16", 4, (1,)), ("bfloat16", 12, (1,)))
+        for batch, cache in itertools.product(batches, (128, 1024))
+        if (batch, cache) not in ((8, 128), (32, 128))
         for prefix_len in (16, 128, 512, 2048)
     ]
     others = [
