@@ -171,7 +171,7 @@ def _dense_inputs(
     batch, _, q_len, head_dim = q.shape
     kv_len = k.shape[2]
     if causal and q_len > kv_len:
-        raise ValueError(f"q: causal attention expects q_len <= kv_len, got q_len {q_len} and kv_len {kv_len}")
+        raise ValueError(f"q: expected q_len <= kv_len in causal attention, got q_len {q_len} and kv_len {kv_len}")
     validate.check_key_mask(key_mask, batch, kv_len, q.device)
     validate.check_index("key_lens", key_lens, batch, "batch", q.device)
     validate.check_range("key_lens", key_lens, 0, kv_len)

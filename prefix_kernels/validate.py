@@ -1,4 +1,4 @@
-"""Argument checks: a wrong call raises before any kernel starts, naming the argument, what came and what was expected.
+"""Argument checks: a wrong call raises before any kernel starts, naming the argument, what was expected and what came.
 
 Values of index tensors (ids, lengths, cu_seqlens, parent) are read only for CPU tensors that nothing traces or maps; elsewhere
 a backend treats ids out of range as −1 and clamps lengths, and the C++ kernels refuse cu_seqlens and parents that are wrong.
@@ -190,7 +190,7 @@ def check_prefix_index(prefix_k: Tensor, prefix_ids: Tensor | None, prefix_lens:
             if tensor is not None:
                 raise ValueError(
                     f"{name}: expected None beside one shared prefix, or prefix_k of [prefixes, kv_heads, prefix_len, "
-                    f"head_dim]; got prefix_k of shape {shape_of(prefix_k)}"
+                    f"head_dim], got prefix_k of shape {shape_of(prefix_k)}"
                 )
         return
     if prefix_ids is None:
@@ -245,7 +245,7 @@ def check_bias(bias: Tensor | None, q: Tensor, columns: int) -> None:
             f"got {shape_of(bias)}"
         )
     if bias.requires_grad and torch.is_grad_enabled():
-        raise ValueError("bias: has no gradient; pass bias.detach(), got a tensor with requires_grad=True")
+        raise ValueError("bias: expected a tensor without gradient, got one with requires_grad=True; pass bias.detach()")
 
 
 def check_cu_seqlens(name: str, cu_seqlens: Tensor, tokens: int, max_name: str, max_seqlen: int, device) -> None:
@@ -282,8 +282,8 @@ def check_causal_lengths(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> None:
     if too_long.numel():
         index = int(too_long[0])
         raise ValueError(
-            "cu_seqlens_q: causal attention expects q_len <= kv_len in each sequence; sequence "
-            f"{index} has {int(cu_seqlens_q.diff()[index])} queries and {int(cu_seqlens_k.diff()[index])} keys"
+            "cu_seqlens_q: expected q_len <= kv_len in each causal sequence, got q_len "
+            f"{int(cu_seqlens_q.diff()[index])} and kv_len {int(cu_seqlens_k.diff()[index])} in sequence {index}"
         )
 
 
@@ -306,11 +306,13 @@ def check_parent(parent: Tensor | None, prefix_ids: Tensor | None, sequences: in
         if own_parent == -1:
             continue
         if not -1 <= own_parent < child:
-            raise ValueError(f"parent: sequence {child} expects -1 or an earlier sequence, got {own_parent}")
+            raise ValueError(f"parent: expected -1 or an earlier sequence for sequence {child}, got {own_parent}")
         if parents[own_parent] != -1:
-            raise ValueError(f"parent: sequence {child} names {own_parent}, which has a parent itself; one level is served")
+            raise ValueError(
+                f"parent: expected a sequence without a parent for sequence {child}, got {own_parent}, which has one itself"
+            )
         if ids[own_parent] != ids[child]:
             raise ValueError(
-                f"parent: sequence {child} has prefix id {ids[child]}, its parent {own_parent} has {ids[own_parent]}; "
-                "they must be equal"
+                f"parent: expected one of prefix id {ids[child]} for sequence {child}, got {own_parent} of prefix id "
+                f"{ids[own_parent]}"
             )

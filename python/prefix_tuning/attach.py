@@ -308,8 +308,8 @@ class Attachment:
         begins = (cache is None or not cache.is_initialized) and new_tokens(kwargs).shape[1] > 1
         if asked_for is not None and begins and kwargs.get(asked_for) is None:
             raise ValueError(
-                f"{asked_for}: got none, by which {type(module).__name__} leaves it to the attention implementation whether a "
-                "prompt sees later tokens; expected int [batch, length], 0 for tokens that all see each other, else 1"
+                f"{asked_for}: expected int [batch, length], 0 for tokens that all see each other, else 1, got none, by "
+                f"which {type(module).__name__} leaves it to the attention implementation whether a prompt sees later tokens"
             )
         if kwargs.get("position_ids") is not None or not (isinstance(mask, Tensor) and mask.dim() == 2):
             return None
@@ -362,7 +362,9 @@ class Attachment:
     def _take_prefix(self, stack: Stack, kwargs: dict) -> int:
         """The layers hold the prefix as it is now; returns where positions start behind it."""
         if kwargs.pop("prefix_ids", None) is not None:
-            raise ValueError("prefix_ids: got some, but one Prefix is attached, for all rows; attach a PrefixBank to choose")
+            raise ValueError(
+                "prefix_ids: expected none beside one Prefix for all rows, got some; attach a PrefixBank to choose"
+            )
         parts = [part for part in stack.attention if part in self._parts]
         if self.prefix.reparametrization is not None:
             self._refresh(parts)
@@ -389,8 +391,8 @@ def _check_checkpointing(layer: nn.Module) -> None:
     keywords = getattr(getattr(layer, "_gradient_checkpointing_func", None), "keywords", None) or {}
     if getattr(layer, "gradient_checkpointing", False) and layer.training and keywords.get("use_reentrant"):
         raise ValueError(
-            "gradient_checkpointing: expected use_reentrant=False; the reentrant kind gives a prefix under a frozen model "
-            "no gradient"
+            "gradient_checkpointing: expected use_reentrant=False, got True; the reentrant kind gives a prefix under a frozen "
+            "model no gradient"
         )
 
 
@@ -447,7 +449,8 @@ def attach_prefix(
         fixed = next((s for s in every if s.positions == "fixed" and s.self_attention in prefix.parts), None)
         if fixed is not None and prefix.position_offset:
             raise NotImplementedError(
-                f"position_offset: {type(fixed.module).__name__} has its tokens always at 0, got {prefix.position_offset}"
+                f"position_offset: expected 0, where {type(fixed.module).__name__} always has its tokens, got "
+                f"{prefix.position_offset}"
             )
         place(prefix, every)
     return Attachment(model, prefix, backend, prefix_window)

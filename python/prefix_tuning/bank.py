@@ -136,7 +136,7 @@ class PrefixBank:
         """Takes a copy of `prefix` as `name`; nothing changes for the other names. ValueError for a name that is taken."""
         _check_prefix(name, prefix)
         if prefix.parts != self.parts:
-            raise ValueError(f"prefix: {name!r} has {_listed(prefix.parts)}; expected {_listed(self.parts)} as the others")
+            raise ValueError(f"prefix: expected {_listed(self.parts)} as the others, got {name!r} with {_listed(prefix.parts)}")
         with self._lock:
             if name in self._slots:
                 raise ValueError(f"name: {name!r} is in the bank already; remove it first")
@@ -217,7 +217,7 @@ class PrefixBank:
             expected = shapes.get(part, f"parts of {', '.join(shapes)}")
             if shape != expected:
                 raise ValueError(
-                    f"prefix: the bank's are made for {part}: {shape}, expected {expected} for {type(model).__name__}"
+                    f"prefix: expected {expected} for {type(model).__name__}, got a bank of prefixes made for {part}: {shape}"
                 )
 
     def let_rows_stand_alike(self, module: str) -> None:
@@ -266,7 +266,7 @@ class PrefixBank:
 def _check_known(argument: str, name: str, known: Mapping[str, int]) -> None:
     if not isinstance(name, str) or name not in known:
         names = ", ".join(map(repr, known)) or "none"
-        raise ValueError(f"{argument}: no prefix is named {name!r} here, only {names}")
+        raise ValueError(f"{argument}: expected a name in the bank ({names}), got {name!r}")
 
 
 def _check_prefix(name: str, prefix: Prefix) -> None:
@@ -275,13 +275,13 @@ def _check_prefix(name: str, prefix: Prefix) -> None:
     if not isinstance(prefix, Prefix):
         raise TypeError(f"prefix: expected a Prefix as {name!r}, got {type(prefix).__name__}")
     if prefix.heads:
-        raise NotImplementedError(f"prefix: a bank has no heads, but {name!r} comes with {', '.join(prefix.heads)}")
+        raise NotImplementedError(f"prefix: expected one without heads in a bank, got {name!r} with {', '.join(prefix.heads)}")
 
 
 def _check_alike(module: str, name: str, position_offset: int) -> None:
     if position_offset:
         raise NotImplementedError(
-            f"position_offset: {module} has the tokens of all rows at 0 beside a bank, got {name!r} with {position_offset}"
+            f"position_offset: expected 0, where {module} has the tokens of all rows, got {name!r} with {position_offset}"
         )
 
 

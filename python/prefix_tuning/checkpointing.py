@@ -28,7 +28,7 @@ class LayerCheckpointing:
 
     def __init__(self, model: nn.Module, every_n_layers: int = 1, **options: Any):
         if options.setdefault("use_reentrant", False):
-            raise ValueError("use_reentrant: expected False; the reentrant kind gives a prefix no gradient")
+            raise ValueError("use_reentrant: expected False, got True; the reentrant kind gives a prefix no gradient")
         if every_n_layers < 1:
             raise ValueError(f"every_n_layers: expected at least 1, got {every_n_layers}")
         self.layers = [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)][::every_n_layers]

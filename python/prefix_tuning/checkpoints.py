@@ -24,14 +24,14 @@ def last_checkpoint(folder: Path) -> str:
     """That with the most steps among those that have what Trainer writes last."""
     whole = [path for path in checkpoints(folder) if (path / TRAINER_STATE_NAME).is_file()]
     if not whole:
-        raise ValueError(f"resume_from_checkpoint: {folder} holds no whole checkpoint")
+        raise ValueError(f"resume_from_checkpoint: expected a whole checkpoint, got none in {folder}")
     return str(whole[-1])
 
 
 def load_checkpoint(prefix: Prefix, folder: str) -> None:
     """Reads the parameters of `prefix` from a checkpoint; ValueError where it holds a prefix of another kind or size."""
     if not Path(folder).is_dir():
-        raise ValueError(f"resume_from_checkpoint: {folder} is no folder")
+        raise ValueError(f"resume_from_checkpoint: expected a folder, got {folder}")
     saved = Prefix.load(folder)
     if saved.base_model and Path(saved.base_model).name != Path(prefix.base_model).name:
         logger.warning(
@@ -41,15 +41,15 @@ def load_checkpoint(prefix: Prefix, folder: str) -> None:
     kinds = ["with" if p.reparametrization is not None else "without" for p in (prefix, saved)]
     if kinds[0] != kinds[1]:
         raise ValueError(
-            f"resume_from_checkpoint: the prefix is trained {kinds[0]} a reparametrisation, the one in {folder} was saved "
-            f"{kinds[1]}"
+            f"resume_from_checkpoint: expected a prefix {kinds[0]} a reparametrisation as the one that is trained, got one "
+            f"{kinds[1]} in {folder}"
         )
     expected, found = _sizes(prefix), _sizes(saved)
     wrong = next((name for name in expected | found if expected.get(name) != found.get(name)), None)
     if wrong is not None:
         raise ValueError(
-            f"resume_from_checkpoint: {wrong} is {found.get(wrong, 'missing')} in {folder}, expected "
-            f"{expected.get(wrong, 'no such tensor')} as in the prefix that is trained"
+            f"resume_from_checkpoint: {wrong}: expected {expected.get(wrong, 'no such tensor')} as in the prefix that is "
+            f"trained, got {found.get(wrong, 'none')} in {folder}"
         )
     prefix.load_state_dict(saved.state_dict())
 

@@ -240,7 +240,7 @@ def _model(args: argparse.Namespace):
     if device != "cpu":
         number = int(device[5:] or get_int_from_env(["LOCAL_RANK"], 0))  # each process of torchrun has its own
         if number >= torch.cuda.device_count():
-            raise ValueError(f"--device: got {device}, but torch finds {torch.cuda.device_count() or 'no'} GPU here")
+            raise ValueError(f"--device: expected one of torch's {torch.cuda.device_count()} GPUs here or cpu, got {device}")
         device = f"cuda:{number}"
     with _named(args.model or OFFLINE_MODEL):
         return load_model_and_tokenizer(args.model, dtype=DTYPES[args.dtype], device=device)

@@ -103,7 +103,7 @@ def check_row(row: Any, answered: bool = True) -> None:
     if not _is_text(row, fields):
         shown = sorted(map(str, row)) if isinstance(row, Mapping) else type(row).__name__
         wanted = " and ".join(f'"{name}"' for name in fields)
-        raise ValueError(f'expected an object with {wanted}, or with "messages"; got {shown}')
+        raise ValueError(f'expected an object with {wanted}, or with "messages", got {shown}')
     if not is_conversation(row):
         for name in fields:
             if not isinstance(row[name], str):
@@ -114,7 +114,7 @@ def check_row(row: Any, answered: bool = True) -> None:
     if not isinstance(messages, Sequence) or not all(
         isinstance(turn, Mapping) and {"role", "content"} <= turn.keys() for turn in messages
     ):
-        raise ValueError('messages: expected a list of objects with "role" and "content"')
+        raise ValueError(f'messages: expected a list of objects with "role" and "content", got {messages!r:.99}')
     for turn in messages:
         if not isinstance(turn["content"], str | list) and not turn.get("tool_calls"):
             raise ValueError(f"messages: content of {turn['role']!r}: expected a string, got {turn['content']!r}")
@@ -162,12 +162,12 @@ def tokenize_example(
     labels[0] = IGNORED
     first_target = next((i for i, label in enumerate(labels) if label != IGNORED), None)
     if first_target is None:
-        raise ValueError("row: it has no token to learn from")
+        raise ValueError("row: expected at least one token to learn from, got none")
     surplus = 0 if max_length is None else max(0, len(input_ids) - max_length)
     if surplus >= first_target:
         raise ValueError(
-            f"max_length: the target and the token before it take {len(input_ids) - first_target + 1} tokens, got "
-            f"max_length {max_length}"
+            f"max_length: expected at least {len(input_ids) - first_target + 1}, the target and the token before it, got "
+            f"{max_length}"
         )
     return {"input_ids": input_ids[surplus:], "labels": labels[surplus:]}
 
@@ -184,16 +184,16 @@ def tokenize_pair(
     """
     check_row(row)
     if is_conversation(row):
-        raise ValueError('messages: expected "prompt" and "completion" for an encoder-decoder')
+        raise ValueError('messages: expected "prompt" and "completion" for an encoder-decoder, got a conversation')
     check_closes_texts(tokenizer)
     input_ids = list(tokenizer(row["prompt"], truncation=max_length is not None, max_length=max_length)["input_ids"])
     labels = list(tokenizer(text_target=row["completion"])["input_ids"])
     if not labels or labels[-1] != tokenizer.eos_token_id:
         labels.append(tokenizer.eos_token_id)
     if not input_ids:
-        raise ValueError("prompt: it has no token")
+        raise ValueError("prompt: expected at least one token, got none")
     if max_length is not None and len(labels) > max_length:
-        raise ValueError(f"max_length: the completion takes {len(labels)} tokens, got max_length {max_length}")
+        raise ValueError(f"max_length: expected at least {len(labels)}, the tokens of the completion, got {max_length}")
     return {"input_ids": input_ids, "labels": labels}
 
 
@@ -250,7 +250,7 @@ def tokenized(
     if task is Task.OWN_LOSS:
         raise ValueError(f"{name}: expected tokenised rows with input_ids and what the model learns from, got {first!r}")
     if tokenizer is None:
-        raise ValueError("processing_class: expected the tokenizer, which rows of text need")
+        raise ValueError("processing_class: expected the tokenizer, which rows of text need, got None")
     try:
         return tokenize_rows(dataset, tokenizer, max_length, encoder_decoder=task is Task.ENCODER_DECODER)
     except ValueError as error:

@@ -103,9 +103,9 @@ def distill(
         raise ValueError(f"text: expected some words, got {text!r}")
     settings, output = dataclasses.replace(settings, init="text", init_text=text).resolved(), Path(output)
     if task_of(model) is not Task.CAUSAL:
-        raise NotImplementedError(f"model: a text is distilled into a prefix of a causal model, got {type(model).__name__}")
+        raise NotImplementedError(f"model: expected a causal model for a text to be distilled, got {type(model).__name__}")
     if PartialState().num_processes > 1:
-        raise NotImplementedError(f"processes: a text is distilled in one process, got {PartialState().num_processes}")
+        raise NotImplementedError(f"processes: expected one, got {PartialState().num_processes}")
     check_text("text", text)
     prompts = None if prompts is None else list(prompts)
     if not tokenizer.chat_template:
@@ -184,13 +184,13 @@ def teacher_examples(
             raise ValueError(f"rows[{index}]: {error}") from None
         if _targets(alone) != _targets(joined):
             raise ValueError(
-                f"rows[{index}]: with the text in front its answer has other tokens, expected the same: its prompt has none, "
-                "or the chat template writes it otherwise"
+                f"rows[{index}]: expected an answer of the same tokens with the text in front, got others: its prompt has "
+                "none, or the chat template writes it otherwise"
             )
         if positions is not None and len(joined["input_ids"]) > positions:
             raise ValueError(
-                f"rows[{index}]: {len(joined['input_ids'])} tokens with the text in front, but the model has {positions} "
-                "positions; take smaller chunk_tokens"
+                f"rows[{index}]: expected at most the model's {positions} positions with the text in front, got "
+                f"{len(joined['input_ids'])} tokens; take smaller chunk_tokens"
             )
         pairs.append((row["chunk"], alone, joined))
     collate = PromptCompletionCollator(tokenizer)
@@ -237,7 +237,8 @@ def _conversations(
     else:
         if len(text) > settings.chunk_tokens:
             raise ValueError(
-                f"chunk_tokens: prompts are about the whole text, which has {len(text)} tokens, got {settings.chunk_tokens}"
+                f"chunk_tokens: expected at least the text's {len(text)} tokens, as prompts are about all of it, got "
+                f"{settings.chunk_tokens}"
             )
         if not prompts:
             raise ValueError("prompts: expected at least one row, got none")
@@ -246,7 +247,7 @@ def _conversations(
                 check_row(row, answered=False)
                 json.dumps(row)
                 if not is_conversation(row) and not encode_prompt(prompt_of(row), tokenizer):
-                    raise ValueError(f"{row['prompt']!r} has no tokens, expected at least one")
+                    raise ValueError(f"prompt: expected at least one token, got {row['prompt']!r}")
             except (TypeError, ValueError) as error:
                 raise ValueError(f"prompts[{index}]: {error}") from None
         rows = [{**row, "chunk": [0, len(text)]} for row in prompts]

@@ -46,15 +46,15 @@ def parse_mr(text: str) -> dict[str, str]:
         if match.start() != end:
             break
         if slot not in ATTRIBUTES:
-            raise ValueError(f"text: unknown slot {slot!r} in {text!r}, expected one of {', '.join(ATTRIBUTES)}")
+            raise ValueError(f"text: expected one of the slots {', '.join(ATTRIBUTES)}, got {slot!r} in {text!r}")
         if slot in slots:
-            raise ValueError(f"text: slot {slot!r} is given twice in {text!r}")
+            raise ValueError(f"text: expected each slot once, got {slot!r} twice in {text!r}")
         if not value:
-            raise ValueError(f"text: slot {slot!r} has no value in {text!r}")
+            raise ValueError(f"text: expected a value for each slot, got none for {slot!r} in {text!r}")
         slots[slot] = value
         end = match.end()
     if not slots or end != len(text):
-        raise ValueError(f'text: {text!r} is no meaning representation, expected "slot[value], slot[value], ..."')
+        raise ValueError(f'text: expected a meaning representation, "slot[value], slot[value], ...", got {text!r}')
     return slots
 
 
@@ -94,7 +94,7 @@ def load_e2e(path: str | Path) -> list[dict[str, Any]]:
 def _json_rows(file: TextIO, path: Path) -> Iterator[tuple[int, str, list[str]]]:
     for line, row in json_lines(file, path):
         if not isinstance(row, dict) or not isinstance(row.get("refs"), list) or "mr" not in row:
-            raise ValueError(f'{path}, line {line}: expected an object with "mr" and a list "refs"')
+            raise ValueError(f'{path}, line {line}: expected an object with "mr" and a list "refs", got {row!r:.99}')
         yield line, row["mr"], row["refs"]
 
 
@@ -104,7 +104,7 @@ def _csv_rows(file: TextIO, path: Path) -> Iterator[tuple[int, str, list[str]]]:
     if missing:
         found = ", ".join(reader.fieldnames or ())
         raise ValueError(
-            f"{path}, line 1: a .csv is read as E2E data, with the columns mr and ref; got {found}; other rows go as JSON lines"
+            f"{path}, line 1: expected the columns mr and ref of E2E data in a .csv, got {found}; other rows go as JSON lines"
         )
     try:
         for row in reader:
@@ -156,7 +156,7 @@ def reference_slot_error_rate(rows: Sequence[Mapping[str, Any]]) -> float:
     contradict them, a few of them often, so the mean over all references (`slot_error_rate`) is about twice as high.
     """
     if not rows:
-        raise ValueError("rows: expected at least one row")
+        raise ValueError("rows: expected at least one row, got none")
     missed = sum(median(len(slot_errors(row["mr"], text)) for text in row["references"]) for row in rows)
     return missed / sum(len(_slots(row["mr"])) for row in rows)
 
@@ -166,7 +166,7 @@ def corpus_bleu(texts: Sequence[str], references: Sequence[Sequence[str]]) -> fl
     if len(texts) != len(references) or not texts:
         raise ValueError(f"references: expected one list for each of {len(texts)} texts, got {len(references)}")
     if not all(references) or any(isinstance(group, str) for group in references):
-        raise ValueError("references: expected a non-empty list of texts for every text")
+        raise ValueError(f"references: expected a non-empty list of texts for every text, got {references!r:.99}")
     check_bleu()
     from sacrebleu.metrics import BLEU
 

@@ -118,7 +118,7 @@ def mean_loss(
 
 def _check_some(rows: Sequence[Mapping[str, Any]]) -> None:
     if not rows:
-        raise ValueError("rows: expected at least one row")
+        raise ValueError("rows: expected at least one row, got none")
 
 
 def split_row(row: Mapping[str, Any]) -> tuple[Prompt, str]:

@@ -191,7 +191,7 @@ def family_of(model: nn.Module) -> Family:
     model_type = getattr(text_part(getattr(model, "config", None)), "model_type", None)
     if model_type not in FAMILIES:
         raise NotImplementedError(
-            f"model: a prefix can be attached to {', '.join(FAMILIES)}; got model type {model_type!r} ({type(model).__name__})"
+            f"model: expected one of type {', '.join(FAMILIES)}, got {model_type!r} ({type(model).__name__})"
         )
     return FAMILIES[model_type]
 
@@ -206,11 +206,13 @@ def attention_modules(model: nn.Module) -> list[nn.Module]:
     expected = model_shape(model.config).layers
     if len(layers) != expected or layers != sorted(set(layers)):
         raise NotImplementedError(
-            f"model: expected {expected} layers with a {family_of(model).attention}, found layers {layers} in "
+            f"model: expected {expected} layers with a {family_of(model).attention}, got layers {layers} in "
             f"{type(model).__name__}"
         )
     if getattr(text_part(model.config), "add_cross_attention", False):
-        raise NotImplementedError(f"model: cross-attention is not served; got {type(model).__name__} with add_cross_attention")
+        raise NotImplementedError(
+            f"model: expected one without cross-attention, got {type(model).__name__} with add_cross_attention"
+        )
     return modules
 
 

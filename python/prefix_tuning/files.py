@@ -85,7 +85,7 @@ def json_lines(lines: Iterable[str], source: str | os.PathLike) -> Iterator[tupl
             value = json.loads(text)
         except json.JSONDecodeError as error:
             at = f"at character {error.pos + 1}"
-            raise ValueError(f"{source}, line {number}: not JSON: {error.msg}, {at}; expected one object a line") from None
+            raise ValueError(f"{source}, line {number}: expected one JSON object a line, got none: {error.msg}, {at}") from None
         except RecursionError as error:
             raise ValueError(f"{source}, line {number}: {error}") from None
         yield number, value

@@ -65,7 +65,7 @@ def generate_texts(
         encoded = [encode_prompt(prompt, tokenizer, special_tokens=special_tokens) for prompt in prompts]
     empty = next((i for i, ids in enumerate(encoded) if not ids), None)
     if empty is not None:
-        raise ValueError(f"prompts[{empty}]: {prompts[empty]!r} has no tokens, expected at least one")
+        raise ValueError(f"prompts[{empty}]: expected at least one token, got {prompts[empty]!r}")
     check_int("max_new_tokens", generation.setdefault("max_new_tokens", MAX_NEW_TOKENS), at_least=1)
     encoded = fitting(model, encoded, generation["max_new_tokens"], generation.get("prefix_ids"), cut_prompts)
     return [tokenizer.decode(ids, skip_special_tokens=True) for ids in generate_ids(model, tokenizer, encoded, **generation)]

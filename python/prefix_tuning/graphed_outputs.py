@@ -70,7 +70,9 @@ class _LossAndLogits:
         outputs = model(labels=self.labels, use_cache=False, return_dict=True, **counted, **inputs)
         found = {name for name, value in outputs.items() if value is not None} - NOT_MADE
         if found != GIVEN:
-            raise cuda_graphs.CaptureError(f"{type(outputs).__name__} has {', '.join(sorted(found))}, expected loss and logits")
+            raise cuda_graphs.CaptureError(
+                f"expected loss and logits, got {type(outputs).__name__} with {', '.join(sorted(found))}"
+            )
         self.kind = type(outputs)
         return outputs.loss, outputs.logits
 

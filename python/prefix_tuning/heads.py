@@ -57,7 +57,7 @@ def check_heads_fit(model: nn.Module, heads: Mapping[str, Mapping[str, Tensor]])
             raise ValueError(f"prefix: it holds a trained module {path}, which {type(model).__name__} does not have") from None
         expected, found = ({name: list(p.shape) for name, p in ps} for ps in (module.named_parameters(), parameters.items()))
         if expected != found:
-            raise ValueError(f"prefix: its trained module {path} has parameters {found}, but the model's has {expected}")
+            raise ValueError(f"prefix: expected its trained module {path} to have the model's {expected}, got {found}")
 
 
 class AttachedHeads:
@@ -105,7 +105,9 @@ def _paths(model: nn.Module, name: str) -> Iterable[str]:
     ]
     if not found:
         children = ", ".join(child for child, _ in model.named_children())
-        raise ValueError(f"modules_to_save: {type(model).__name__} has no module {name!r} with parameters; it has {children}")
+        raise ValueError(
+            f"modules_to_save: expected modules with parameters in {type(model).__name__}, such as {children}, got {name!r}"
+        )
     return found
 
 

@@ -96,7 +96,7 @@ def load_model_and_tokenizer(
         tokenizer.pad_token = tokenizer.eos_token
     config = AutoConfig.from_pretrained(source, local_files_only=offline)
     if config.model_type in ENCODERS:
-        raise ValueError(f"{config.model_type} is an encoder, expected a model that writes text")
+        raise ValueError(f"expected a model that writes text, got {config.model_type}, an encoder")
     model_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     if config.model_type in MULTIMODAL and config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         model_class = AutoModelForImageTextToText

@@ -67,7 +67,7 @@ class Pack:
             if shape is None or len(shape) != 2 or shape[0] != 1:
                 raise ValueError(f"{name}: expected [1, tokens] beside cu_seqlens, got {shape}")
         if inputs.get("attention_mask") is not None:
-            raise ValueError("attention_mask: expected none beside cu_seqlens, which says what each token sees")
+            raise ValueError("attention_mask: expected none beside cu_seqlens, which says what each token sees, got one")
         return cls(cu_seqlens[0], max_seqlen, *inputs["input_ids"].shape, None if parent is None else parent[0])
 
     def check_taken(self) -> None:

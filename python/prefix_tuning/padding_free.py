@@ -119,7 +119,7 @@ def asked_for(wanted: bool | None, data_collator: Any) -> bool | None:
     if wanted is not None and not isinstance(wanted, bool):
         raise TypeError(f"padding_free: expected True, False or None, got {wanted!r}")
     if wanted and data_collator is not None:
-        raise ValueError("padding_free: expected no data_collator, whose place it takes in training")
+        raise ValueError("padding_free: expected no data_collator, whose place it takes in training, got one")
     return wanted if data_collator is None else False
 
 

@@ -16,7 +16,7 @@ def heads_of_rank(tensor: Tensor, rank: int, ranks: int) -> Tensor:
     """
     kv_heads = tensor.shape[0]
     if max(kv_heads, ranks) % min(kv_heads, ranks):
-        raise ValueError(f"tensor_parallel_size: got {ranks}, expected a divisor or a multiple of {kv_heads} kv_heads")
+        raise ValueError(f"tensor_parallel_size: expected a divisor or a multiple of {kv_heads} kv_heads, got {ranks}")
     heads = max(1, kv_heads // ranks)
     first = rank * kv_heads // ranks
     return tensor[first : first + heads].transpose(0, 1).contiguous()
@@ -31,6 +31,6 @@ def slots(block_ids: Sequence[int], block_size: int, start: int, stop: int) -> T
     Raises ValueError where the blocks do not reach `stop`.
     """
     if stop > len(block_ids) * block_size:
-        raise ValueError(f"stop: got {stop}, expected at most {len(block_ids)} blocks of {block_size}")
+        raise ValueError(f"stop: expected at most {len(block_ids)} blocks of {block_size}, got {stop}")
     positions = torch.arange(start, stop)
     return torch.tensor(block_ids, dtype=torch.int64)[positions // block_size] * block_size + positions % block_size

@@ -226,7 +226,7 @@ def accelerate_peft(peft_model: Model, *, cuda_graphs: bool = True) -> Model:
 def restore_peft(peft_model: Model) -> Model:
     """Undoes accelerate_peft: the same object, which computes bitwise what it computed before. ValueError if there is none."""
     if not isinstance(vars(peft_model).get(STATE), Acceleration):
-        raise ValueError("peft_model: expected one that accelerate_peft returned")
+        raise ValueError(f"peft_model: expected one that accelerate_peft returned, got another {type(peft_model).__name__}")
     getattr(peft_model, STATE).undo()
     return peft_model
 
@@ -251,7 +251,7 @@ def _layout(config, shape: ModelShape, sharing: int) -> AdapterLayout:
     if sharing or layout.shape != shape:
         largest = [max(sizes) for sizes in zip(*map(shape.of, range(shape.layers)), strict=True)]
         if layout.shape.layers != shape.layers + sharing or list(layout.shape.of(0)) != largest:
-            raise ValueError(f"peft_model: its adapter has {layout.shape}, expected {shape} as the model")
+            raise ValueError(f"peft_model: expected an adapter with {shape} as the model, got {layout.shape}")
     return layout
 
 

@@ -70,7 +70,7 @@ def adapter_layout(config: Mapping[str, Any]) -> AdapterLayout:
         check_int(name, value, at_least=1)
     prefix_len, layers, kv_heads, token_dim = sizes.values()
     if token_dim % kv_heads:
-        raise ValueError(f"token_dim: got {token_dim}, expected a multiple of num_attention_heads, {kv_heads}")
+        raise ValueError(f"token_dim: expected a multiple of num_attention_heads, {kv_heads}, got {token_dim}")
     seq2seq = config.get("task_type") == SEQ_2_SEQ
     submodules = config.get("num_transformer_submodules")
     if submodules not in (None, 2 if seq2seq else 1):
@@ -115,15 +115,15 @@ def read_adapter(source: str | os.PathLike | nn.Module, revision: str | None = N
     if not file.is_file():
         below = sorted(str(found.parent) for found in directory.glob(f"*/{CONFIG_FILE}"))
         hint = f"; there is one in {', '.join(below)}" if below else ""  # where PEFT saves adapters of other names than default
-        raise FileNotFoundError(f"{file}: no such file, expected the description of an adapter that PEFT saves{hint}")
+        raise FileNotFoundError(f"{file}: expected the description of an adapter that PEFT saves, got no such file{hint}")
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
         layout = adapter_layout(config)
         base_model, modules_to_save = config.get("base_model_name_or_path") or "", config.get("modules_to_save") or []
         if not isinstance(base_model, str):
-            raise TypeError(f"base_model_name_or_path: got {base_model!r}, expected a string")
+            raise TypeError(f"base_model_name_or_path: expected a string, got {base_model!r}")
         if not isinstance(modules_to_save, list) or not all(isinstance(name, str) for name in modules_to_save):
-            raise TypeError(f"modules_to_save: got {modules_to_save!r}, expected a list of names")
+            raise TypeError(f"modules_to_save: expected a list of names, got {modules_to_save!r}")
     except (AttributeError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{file}: expected the JSON of a PEFT adapter ({error})") from error
     except NotImplementedError as error:
@@ -146,10 +146,12 @@ def write_adapter(
     Raises ValueError for an unknown task_type, NotImplementedError for keys and values that PEFT has no way to read.
     """
     if task_type not in TASK_TYPES:
-        raise ValueError(f"task_type: got {task_type!r}, expected one of {', '.join(TASK_TYPES)}")
+        raise ValueError(f"task_type: expected one of {', '.join(TASK_TYPES)}, got {task_type!r}")
     shape, prefix_len = check_layers("decoder", layers)
     if not shape.uniform or shape.value_dim != shape.head_dim:
-        raise NotImplementedError(f"prefix: PEFT has one size for keys and values and for all layers, got {shape}")
+        raise NotImplementedError(
+            f"prefix: expected one size for keys and values and for all layers, as PEFT has it, got {shape}"
+        )
     kv_heads, head_dim = shape.kv_heads, shape.head_dim
     layout = AdapterLayout(prefix_len, shape, task_type == SEQ_2_SEQ)
     config = {
@@ -222,17 +224,17 @@ def _read_tensors(directory: Path, layout: AdapterLayout) -> tuple[Tensor, dict[
     if not file.is_file() and (directory / PICKLED_FILE).is_file():
         file = directory / PICKLED_FILE
     if not file.is_file():
-        raise FileNotFoundError(f"{file}: no such file, expected the tensors that PEFT saves")
+        raise FileNotFoundError(f"{file}: expected the tensors that PEFT saves, got no such file")
     try:
         tensors = load_file(file) if file.suffix == ".safetensors" else torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # what is no pickle may end in any
         raise ValueError(f"{file}: damaged, or not the tensors of a PEFT adapter ({error})") from error
     if not (isinstance(tensors, dict) and all(isinstance(n, str) and isinstance(t, Tensor) for n, t in tensors.items())):
-        raise ValueError(f"{file}: not the tensors of a PEFT adapter by their names, but another {type(tensors).__name__}")
+        raise ValueError(f"{file}: expected the tensors of a PEFT adapter by their names, got another {type(tensors).__name__}")
     embeddings = tensors.pop(EMBEDDINGS, None)
-    found = "missing" if embeddings is None else f"{embeddings.dtype} {list(embeddings.shape)}"
+    found = "none" if embeddings is None else f"{embeddings.dtype} {list(embeddings.shape)}"
     if embeddings is None or list(embeddings.shape) != layout.flat_shape or not embeddings.is_floating_point():
-        raise ValueError(f"{file}: {EMBEDDINGS} is {found}, but by {CONFIG_FILE} expected floats {layout.flat_shape}")
+        raise ValueError(f"{file}: expected {EMBEDDINGS} of floats {layout.flat_shape} by {CONFIG_FILE}, got {found}")
     return embeddings, tensors
 
 

@@ -20,7 +20,7 @@ def save_loss_curve(
     Raises ImportError that says what to install where matplotlib is missing, ValueError for no losses at all.
     """
     if not losses:
-        raise ValueError("losses: expected at least one")
+        raise ValueError("losses: expected at least one, got none")
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure

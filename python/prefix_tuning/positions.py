@@ -61,8 +61,8 @@ def check_learned_positions(positions: Tensor, table: int) -> None:
     last = int(positions.max())
     if last >= table:
         raise ValueError(
-            f"position_ids: prefix and sequence together take {last + 1} positions, more than the model's {table} position "
-            "embeddings"
+            f"position_ids: expected at most the model's {table} position embeddings for prefix and sequence together, got "
+            f"{last + 1} positions"
         )
 
 

@@ -57,7 +57,7 @@ class Prefix(nn.Module):
     ):
         super().__init__()
         if not parts or not set(parts) <= set(PARTS):
-            raise ValueError(f"parts: got {list(parts)}, expected one or more of {', '.join(PARTS)}")
+            raise ValueError(f"parts: expected one or more of {', '.join(PARTS)}, got {list(parts)}")
         self.parts: dict[str, ModelShape] = {}
         self.keys, self.values, mlps = nn.ModuleDict(), nn.ModuleDict(), nn.ModuleDict()
         lengths = set()
@@ -75,13 +75,13 @@ class Prefix(nn.Module):
         for module, parameters in (heads or {}).items():
             for name, value in parameters.items():
                 if not (isinstance(value, Tensor) and value.is_floating_point()):
-                    raise ValueError(f"heads: {module}.{name} is {value!r}, expected a floating tensor")
+                    raise ValueError(f"heads: expected a floating tensor as {module}.{name}, got {value!r}")
                 self._heads[f"{module}/{name}".replace(".", ":")] = _parameter(value)
         dtypes = {parameter.dtype for parameter in self.parameters()}
         if heads and len(dtypes) > 1:
-            raise ValueError(f"heads: got {', '.join(sorted(map(str, dtypes)))}, expected one dtype for heads, keys and values")
+            raise ValueError(f"heads: expected one dtype for heads, keys and values, got {', '.join(sorted(map(str, dtypes)))}")
         if len(lengths) > 1:
-            raise ValueError(f"parts: got prefix_len {sorted(lengths)}, expected the same for all")
+            raise ValueError(f"parts: expected the same prefix_len for all, got {sorted(lengths)}")
         self.prefix_len: int = lengths.pop()
         self.position_offset = self.prefix_len if position_offset is None else position_offset
         check_int("position_offset", self.position_offset, at_least=0)
@@ -142,22 +142,22 @@ class Prefix(nn.Module):
         check_dtype(dtype)
         check_model(model)
         if init not in ("text", "random"):
-            raise ValueError(f"init: got {init!r}, expected 'text' or 'random'")
+            raise ValueError(f"init: expected 'text' or 'random', got {init!r}")
         if reparametrization not in (None, "mlp"):
-            raise ValueError(f"reparametrization: got {reparametrization!r}, expected None or 'mlp'")
+            raise ValueError(f"reparametrization: expected None or 'mlp', got {reparametrization!r}")
         if text is not None and init != "text":
-            raise ValueError(f"text: given, but init is {init!r}; expected init='text' with it")
+            raise ValueError(f"text: expected none beside init {init!r}, got one; init='text' starts from it")
         check_served(model.config)
         shapes, device = _shapes_of(model, parts), execution_device(model)
         source: dict[str, Layers | MLPReparametrization] = {}
         if init == "text":
             if text is None or tokenizer is None:
-                raise ValueError(f"{'text' if text is None else 'tokenizer'}: init='text' needs it, got None")
+                raise ValueError(f"{'text' if text is None else 'tokenizer'}: expected one beside init='text', got None")
             if not isinstance(text, str):
-                raise TypeError(f"text: got {type(text).__name__}, expected one text")
+                raise TypeError(f"text: expected one text, got {type(text).__name__}")
             ids = tokenizer(text, add_special_tokens=False)["input_ids"]
             if not ids:
-                raise ValueError(f"text: {text!r} has no tokens, expected one or more")
+                raise ValueError(f"text: expected one token or more, got {text!r}")
             ids = (ids * -(-prefix_len // len(ids)))[:prefix_len]
             if list(part_shapes(model.config)) == ["decoder"]:
                 source["decoder"] = cached_layers(model, ids)
@@ -223,15 +223,15 @@ class Prefix(nn.Module):
         given = {"text": text, "messages": messages, "input_ids": input_ids}
         names = [name for name, value in given.items() if value is not None]
         if len(names) != 1:
-            raise ValueError(f"text, messages, input_ids: got {' and '.join(names) or 'none'}, expected exactly one")
+            raise ValueError(f"text, messages, input_ids: expected exactly one, got {' and '.join(names) or 'none'}")
         if tokenizer is None and input_ids is None:
-            raise ValueError(f"tokenizer: got None, expected the one for {names[0]}")
+            raise ValueError(f"tokenizer: expected the one for {names[0]}, got None")
         if text is not None:
             if not isinstance(text, str):
-                raise TypeError(f"text: got {type(text).__name__}, expected one text")
+                raise TypeError(f"text: expected one text, got {type(text).__name__}")
             input_ids = encode_prompt(text, tokenizer)
             if not input_ids:
-                raise ValueError(f"text: {text!r} has no tokens, expected one or more")
+                raise ValueError(f"text: expected one token or more, got {text!r}")
         elif messages is not None:
             input_ids = encode_beginning(messages, tokenizer)
         layers = cached_layers(model, input_ids)
@@ -241,7 +241,7 @@ class Prefix(nn.Module):
         """Of each layer (key [kv_heads, prefix_len, head_dim], value [kv_heads, prefix_len, value_dim]): the parameters
         themselves, or one evaluation of the MLP: call it once per forward pass. A part that is not there: ValueError."""
         if part not in self.parts:
-            raise ValueError(f"part: got {part!r}, but this prefix has only {', '.join(self.parts)}")
+            raise ValueError(f"part: expected one of this prefix, {', '.join(self.parts)}, got {part!r}")
         if part in self.keys:
             return list(zip(self.keys[part], self.values[part], strict=True))
         return self.reparametrization[part]()
@@ -254,7 +254,7 @@ class Prefix(nn.Module):
             if shape != expected:
                 lacking = f"without {'an' if part == 'encoder' else 'a'} {part} part"
                 made_for = f"made for {self.base_model or 'a model'} with {shape}" if shape else lacking
-                raise ValueError(f"prefix: {made_for}, expected one for {name} with {expected}")
+                raise ValueError(f"prefix: expected one for {name} with {expected}, got one {made_for}")
         check_heads_fit(model, self.heads)
 
     def save(self, directory: str | os.PathLike, *, keep_reparametrization: bool = False) -> None:
@@ -330,7 +330,7 @@ class Prefix(nn.Module):
             encoder = isinstance(source, nn.Module) and list(part_shapes(source.config)) == ["encoder"]
             part = "encoder" if encoder else "decoder"
         if part not in ("decoder", "encoder"):
-            raise ValueError(f"part: got {part!r}, expected 'decoder' or 'encoder'")
+            raise ValueError(f"part: expected 'decoder' or 'encoder', got {part!r}")
         layers, heads, base_model = read_adapter(source, revision)
         shapes = part_shapes(source.config) if isinstance(source, nn.Module) else {}
         if "cross" in shapes:  # PEFT counts the encoder's layers, and the decoder may have fewer
@@ -353,21 +353,22 @@ class Prefix(nn.Module):
         part, *others = self.parts
         if others or part == "cross" or (part == "encoder" and task_type == SEQ_2_SEQ):
             raise NotImplementedError(
-                "prefix: PEFT has prefixes of one self-attention, in an encoder-decoder of the decoder's, got "
+                "prefix: expected one of a single self-attention, in an encoder-decoder the decoder's, as PEFT has it, got "
                 f"{', '.join(self.parts)} for task_type {task_type}"
             )
         if part == "encoder" and task_type == "CAUSAL_LM":
             expected = ", ".join(sorted(set(TASK_TYPES) - {"CAUSAL_LM", SEQ_2_SEQ}))
-            raise ValueError(f"task_type: got CAUSAL_LM for an encoder's prefix, expected one of {expected}")
+            raise ValueError(f"task_type: expected one of {expected} for an encoder's prefix, got CAUSAL_LM")
         if self.position_offset != self.prefix_len:
             raise NotImplementedError(
-                f"prefix: PEFT's positions start at prefix_len, {self.prefix_len}, got position_offset {self.position_offset}"
+                f"prefix: expected position_offset {self.prefix_len}, the prefix_len, where PEFT's positions start, got "
+                f"{self.position_offset}"
             )
         classifies = any(path.endswith(HEAD_NAMES) for path in self.heads)
         if classifies and task_type in ("CAUSAL_LM", SEQ_2_SEQ):
             expected = ", ".join(sorted({"SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"}))
             raise ValueError(
-                f"task_type: got {task_type} for a prefix with {', '.join(self.heads)}, expected one of {expected}"
+                f"task_type: expected one of {expected} for a prefix with {', '.join(self.heads)}, got {task_type}"
             )
         with torch.no_grad():
             write_adapter(directory, self.layers(part), self.heads, self.base_model, task_type)
@@ -400,7 +401,8 @@ def _parameter(tensor: Tensor) -> nn.Parameter:
 def _refuse_assign(prefix: Prefix, state_dict: Mapping, name: str, metadata: Mapping, *others) -> None:
     if metadata.get("assign_to_params_buffers"):
         raise NotImplementedError(
-            "assign: expected False; a model that the prefix is attached to holds its parameters and would not see others"
+            "assign: expected False, got True; a model that the prefix is attached to holds its parameters and would not see "
+            "others"
         )
 
 
@@ -428,7 +430,7 @@ def _shapes_of(model: nn.Module, parts: Sequence[str] | None) -> dict[str, Model
     if parts is None:
         parts = list(shapes)
     if isinstance(parts, str) or not parts or not set(parts) <= shapes.keys():
-        raise ValueError(f"parts: got {parts!r}, expected one or more of {', '.join(shapes)} for {type(model).__name__}")
+        raise ValueError(f"parts: expected one or more of {', '.join(shapes)} for {type(model).__name__}, got {parts!r}")
     return {part: shapes[part] for part in PARTS if part in parts}
 
 

@@ -125,29 +125,29 @@ def download(repo_id: str, names: list[str], revision: str | None = None) -> Pat
     try:
         return Path(snapshot_download(repo_id, revision=revision, allow_patterns=names))
     except (HFValidationError, OSError) as error:
-        raise FileNotFoundError(f"{repo_id}: neither a folder nor a hub repository in reach ({error})") from error
+        raise FileNotFoundError(f"{repo_id}: expected a folder or a hub repository in reach, got neither ({error})") from error
 
 
 def _read_config(file: Path) -> dict:
     if not file.is_file():
-        raise FileNotFoundError(f"{file}: no such file, expected the description of a prefix that Prefix.save writes")
+        raise FileNotFoundError(f"{file}: expected the description of a prefix that Prefix.save writes, got no such file")
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file}: expected JSON ({error})") from error
     found = (config.get("format"), config.get("format_version")) if isinstance(config, dict) else type(config).__name__
     if found != (FORMAT, FORMAT_VERSION):
-        raise ValueError(f"{file}: got format {found}, expected {(FORMAT, FORMAT_VERSION)} (format, format_version)")
+        raise ValueError(f"{file}: expected {(FORMAT, FORMAT_VERSION)} (format, format_version), got {found}")
     try:
         check_int("prefix_len", config["prefix_len"], at_least=1)
         check_int("position_offset", config["position_offset"], at_least=0)
         if not isinstance(config["base_model"], str):
-            raise TypeError(f"base_model: got {config['base_model']!r}, expected a string")
+            raise TypeError(f"base_model: expected a string, got {config['base_model']!r}")
         if not isinstance(config["parts"], dict) or not set(config["parts"]) <= set(PARTS) or not config["parts"]:
-            raise TypeError(f"parts: got {config['parts']!r}, expected one or more of {', '.join(PARTS)}")
+            raise TypeError(f"parts: expected one or more of {', '.join(PARTS)}, got {config['parts']!r}")
         for part, shape in config["parts"].items():
             if not isinstance(shape, dict) or set(shape) != {field.name for field in fields(ModelShape)}:
-                raise TypeError(f"{part}: got {shape!r}, expected {', '.join(field.name for field in fields(ModelShape))}")
+                raise TypeError(f"{part}: expected {', '.join(field.name for field in fields(ModelShape))}, got {shape!r}")
             for name, value in shape.items():
                 for size in value if isinstance(value, list) and name != "layers" else [value]:
                     check_int(f"{part}.{name}", size, at_least=1)
@@ -162,11 +162,11 @@ def _read_config(file: Path) -> dict:
 
 def _check_heads(heads: Any) -> None:
     if not isinstance(heads, dict) or not all(isinstance(parameters, dict) for parameters in heads.values()):
-        raise TypeError(f"heads: got {heads!r}, expected of each module the shape of each parameter")
+        raise TypeError(f"heads: expected of each module the shape of each parameter, got {heads!r}")
     for module, parameters in heads.items():
         for name, shape in parameters.items():
             if not isinstance(shape, list):
-                raise TypeError(f"heads: {module}.{name} is {shape!r}, expected a shape")
+                raise TypeError(f"heads: expected a shape as {module}.{name}, got {shape!r}")
             for size in shape:
                 check_int(f"heads: {module}.{name}", size, at_least=1)
 
@@ -174,7 +174,7 @@ def _check_heads(heads: Any) -> None:
 def _read_tensors(file: Path, shapes_of) -> dict[str, Tensor]:
     """The tensors of a safetensors file: exactly those of `shapes_of(tensors)`, name → shape, in one floating dtype."""
     if not file.is_file():
-        raise FileNotFoundError(f"{file}: no such file, expected the tensors that Prefix.save writes")
+        raise FileNotFoundError(f"{file}: expected the tensors that Prefix.save writes, got no such file")
     try:
         tensors = load_file(file)
     except SafetensorError as error:
@@ -183,12 +183,12 @@ def _read_tensors(file: Path, shapes_of) -> dict[str, Tensor]:
     wrong = [name for name in sorted(expected | found) if expected.get(name) != found.get(name)]
     if wrong:
         raise ValueError(
-            f"{file}: {wrong[0]} is {found.get(wrong[0], 'missing')}, but by {CONFIG_FILE} expected "
-            f"{expected.get(wrong[0], 'no such tensor')} ({len(wrong)} such differences)"
+            f"{file}: {wrong[0]}: expected {expected.get(wrong[0], 'no such tensor')} by {CONFIG_FILE}, got "
+            f"{found.get(wrong[0], 'none')} ({len(wrong)} such differences)"
         )
     dtypes = {tensor.dtype for tensor in tensors.values()}
     if len(dtypes) != 1 or not dtypes.copy().pop().is_floating_point:
-        raise ValueError(f"{file}: got {', '.join(sorted(map(str, dtypes))) or 'no tensor'}, expected one floating dtype")
+        raise ValueError(f"{file}: expected one floating dtype, got {', '.join(sorted(map(str, dtypes))) or 'no tensor'}")
     return tensors
 
 

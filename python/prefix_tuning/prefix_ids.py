@@ -77,14 +77,14 @@ def row_ids(bank: PrefixBank, given: Any, rows: int, device: torch.device) -> Te
         given = given.take()
     if given is BANK_DEFAULT:
         if bank.default is None:
-            raise ValueError(f"prefix_ids: got none, and the bank has no default; expected {EXPECTED}")
+            raise ValueError(f"prefix_ids: expected {EXPECTED}, got none, and the bank has no default")
         given = [bank.default] * rows
     elif given is None:
         given = [None] * rows
     if not isinstance(given, Tensor):
         given = bank.ids(given, device)
     elif given.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"prefix_ids: expected {EXPECTED}; got a tensor of {given.dtype}")
+        raise TypeError(f"prefix_ids: expected {EXPECTED}, got a tensor of {given.dtype}")
     if given.shape != (rows,):
         raise ValueError(f"prefix_ids: expected one for each of {rows} rows, got shape {list(given.shape)}")
     if given.device.type == "cpu" and not torch.compiler.is_compiling():

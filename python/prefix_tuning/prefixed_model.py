@@ -86,7 +86,9 @@ class PrefixedModel(nn.Module):
         attached = [module.layer_prefix.prefix for module in self._attention if hasattr(module, "layer_prefix")]
         if not attached or attached[0] is not prefix:
             found = "another prefix" if attached else "no prefix"
-            raise ValueError(f"model: it has {found} attached; attach_prefix(model, prefix) comes first")
+            raise ValueError(
+                f"model: expected the prefix to be attached, got {found}; attach_prefix(model, prefix) comes first"
+            )
 
     def forward(
         self,
@@ -133,11 +135,12 @@ class PrefixedModel(nn.Module):
     def _check_targets(self, labels: Tensor | None, num_targets: int | None, inputs: dict[str, Any]) -> None:
         given = [name for name in ("use_cache", "return_dict") if name in inputs and self.task is not Task.OWN_LOSS]
         if given:
-            raise ValueError(f"{given[0]}: expected none, a training step says it itself; got {inputs[given[0]]!r}")
+            raise ValueError(f"{given[0]}: expected none, as a training step says it itself, got {inputs[given[0]]!r}")
         if num_targets is None:
             return
         if self.task is not Task.CAUSAL or labels is None:
-            raise ValueError("num_targets: expected labels beside it, and a causal model")
+            found = "no labels" if labels is None else f"a {type(self.model).__name__}"
+            raise ValueError(f"num_targets: expected labels beside it, and a causal model, got {found}")
         check_int("num_targets", num_targets, at_least=0)
         if labels.device.type == "cpu" and (found := count_targets(labels)) != num_targets:
             raise ValueError(f"num_targets: expected {found}, the labels from each row's second token on, got {num_targets}")
@@ -148,7 +151,10 @@ class PrefixedModel(nn.Module):
     ) -> dict[str, Tensor]:  # fmt: skip
         teacher = () if teacher_ids is None else (teacher_ids, teacher_probs)
         if (teacher_ids is None) != (teacher_probs is None) or (teacher and self.task is not Task.CAUSAL):
-            raise ValueError("teacher_ids, teacher_probs: expected both or neither, and both for a causal model alone")
+            raise ValueError(
+                "teacher_ids, teacher_probs: expected both or neither, and both for a causal model alone, got "
+                f"{type(teacher_ids).__name__} and {type(teacher_probs).__name__} for a {type(self.model).__name__}"
+            )
         if self.task is Task.CAUSAL and labels is not None:
             rows, length = new_tokens(inputs).shape[:2]
             kept = inputs.get("logits_to_keep", 0)  # how many of the last tokens, 0: all; or the indices of some

@@ -62,7 +62,7 @@ def encode_conversation(messages: Sequence[Mapping[str, Any]], tokenizer, **opti
 def encode_beginning(messages: Sequence[Mapping[str, Any]], tokenizer) -> list[int]:
     """The ids of turns that longer conversations begin with; ValueError where the template changes them once a turn follows."""
     if not messages:
-        raise ValueError("messages: got none, expected at least one turn")
+        raise ValueError("messages: expected at least one turn, got none")
     ids = encode_conversation(messages, tokenizer)
     further = {"role": "assistant" if messages[-1].get("role") in ("user", "tool") else "user", "content": "Yes."}
     try:
@@ -71,8 +71,8 @@ def encode_beginning(messages: Sequence[Mapping[str, Any]], tokenizer) -> list[i
         return ids
     if longer[: len(ids)] != ids:
         raise ValueError(
-            "messages: the chat template shows these turns otherwise once another follows, so that no conversation begins with "
-            "their ids; expected turns that stay as they are, such as the system message alone"
+            "messages: expected turns that stay as they are, such as the system message alone, got some that the chat template "
+            "shows otherwise once another follows, so that no conversation begins with their ids"
         )
     return ids
 

@@ -102,9 +102,9 @@ class TrainSettings:
         if init == "text" and self.init_text is None:
             raise ValueError("init_text: expected the text that init 'text' starts from, got None")
         if init == "random" and self.init_text is not None:
-            raise ValueError(f"init_text: got {self.init_text!r}, which init 'random' does not start from")
+            raise ValueError(f"init_text: expected None beside init 'random', got {self.init_text!r}")
         if self.patience and not self.save_steps:
-            raise ValueError(f"patience: got {self.patience} without save_steps, which says when to evaluate")
+            raise ValueError(f"patience: expected save_steps beside it, which says when to evaluate, got {self.patience} alone")
         if self.backend not in (None, *available_backends()):
             raise ValueError(f"backend: expected one of {', '.join(available_backends())}, got {self.backend!r}")
         loggers = ("none", "all", *get_available_reporting_integrations())
@@ -234,7 +234,7 @@ def _check_output(output: Path, resume: bool, overwrite: bool) -> None:
     if resume and overwrite:
         raise ValueError("resume: expected resume or overwrite, got both")
     if resume and not found:
-        raise ValueError(f"resume: {output} holds no checkpoint to go on from")
+        raise ValueError(f"resume: expected a checkpoint to go on from, got none in {output}")
     if resume:
         files = sorted(Path(last_checkpoint(output)).glob("*.pt*"))
         damaged = next((file for file in files if not zipfile.is_zipfile(file)), None)
@@ -272,16 +272,18 @@ def _check_optimizer(checkpoint: Path, settings: TrainSettings) -> None:
     group = torch.load(file, map_location="cpu", weights_only=True)["param_groups"][0]
     for name, value in (("learning_rate", group["initial_lr"]), ("weight_decay", group["weight_decay"])):
         if value != getattr(settings, name):
-            raise ValueError(f"{name}: the run in {checkpoint} goes on with its {value:g}, got {getattr(settings, name):g}")
+            raise ValueError(f"{name}: expected {value:g}, with which {checkpoint} goes on, got {getattr(settings, name):g}")
 
 
 def _arguments(model: PreTrainedModel, output: Path, settings: TrainSettings, *, evaluate: bool) -> TrainingArguments:
     parameter = next(model.parameters())
     on_cpu, dtype = parameter.device.type == "cpu", parameter.dtype
     if dtype == torch.float16 and on_cpu:
-        raise ValueError("dtype: training in float16 needs a GPU (its loss is scaled there); got the CPU, take bfloat16")
+        raise ValueError("dtype: expected a GPU to train in float16 (its loss is scaled there), got the CPU; take bfloat16")
     if settings.patience and not evaluate:
-        raise ValueError(f"patience: got {settings.patience} without eval_rows, whose loss tells when to stop")
+        raise ValueError(
+            f"patience: expected eval_rows beside it, whose loss tells when to stop, got {settings.patience} alone"
+        )
     strategy = "steps" if settings.save_steps else "no"
     # Newer versions of transformers (5.24) call gradient checkpointing activation checkpointing.
     names = {field.name for field in dataclasses.fields(TrainingArguments)}
@@ -320,7 +322,7 @@ def _arguments(model: PreTrainedModel, output: Path, settings: TrainSettings, *,
         arguments.logging_steps = LOGGED_STEPS
     if parameter.device.index and parameter.device != arguments.device:
         raise ValueError(
-            f"device: the model is on {parameter.device}, but training runs on {arguments.device}; choose the GPU with "
-            "CUDA_VISIBLE_DEVICES"
+            f"device: expected the model on {arguments.device}, where training runs, got it on {parameter.device}; choose the "
+            "GPU with CUDA_VISIBLE_DEVICES"
         )
     return arguments

@@ -98,8 +98,8 @@ def fitting(
         if len(ids) > room and (room < 1 or not cut):
             behind = " behind the prefix" if offset else ""
             raise ValueError(
-                f"prompts[{i}]: its {len(ids)} tokens and max_new_tokens {max_new_tokens} are more than the model's {left} "
-                f"positions{behind}; lower max_new_tokens or shorten the prompt"
+                f"prompts[{i}]: expected at most the model's {left} positions{behind} for prompt and new tokens, got "
+                f"{len(ids)} tokens and max_new_tokens {max_new_tokens}; lower max_new_tokens or shorten the prompt"
             )
         fit.append(ids[max(0, len(ids) - room) :])
     return fit
@@ -111,8 +111,8 @@ def _check_pairs(
     for i, ids in enumerate(encoded):
         if encoder_limit is not None and len(ids) > encoder_limit:
             raise ValueError(
-                f"prompts[{i}]: its {len(ids)} tokens are more than the {encoder_limit} that the model's encoder has positions "
-                "for; shorten the prompt"
+                f"prompts[{i}]: expected at most the {encoder_limit} tokens that the model's encoder has positions for, got "
+                f"{len(ids)}; shorten the prompt"
             )
     if decoder_limit is not None and max_new_tokens > decoder_limit:
         most = f"at most the {decoder_limit} that the model's decoder has positions for"

@@ -49,7 +49,7 @@ class SourceText:
         self.text, self._tokenizer = text, tokenizer
         self._ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         if not self._ids:
-            raise ValueError(f"text: {text!r} has no tokens, expected one or more")
+            raise ValueError(f"text: expected one token or more, got {text!r}")
 
     def __len__(self) -> int:
         return len(self._ids)
@@ -78,7 +78,7 @@ def with_text(row: Mapping[str, Any], text: str) -> dict[str, Any]:
     messages = [dict(turn) for turn in row["messages"]]
     asked = next((turn for turn in messages if turn["role"] == "user"), None)
     if asked is None:
-        raise ValueError("messages: expected a turn of the user's for the text to stand in")
+        raise ValueError("messages: expected a turn of the user's for the text to stand in, got none")
     if isinstance(asked["content"], str):
         asked["content"] = f"{text}\n\n{asked['content']}"
     elif isinstance(asked["content"], list):  # of parts
@@ -173,8 +173,8 @@ def _written(
             longest = max(map(len, encoded)) + max_new_tokens + CLOSING
             if positions is not None and longest > positions:
                 raise ValueError(
-                    f"chunk_tokens: with {chunk[1] - chunk[0]} tokens of the text a conversation takes up to {longest} tokens, "
-                    f"but the model has {positions} positions"
+                    f"chunk_tokens: expected conversations of at most the model's {positions} positions, got {longest} tokens "
+                    f"with {chunk[1] - chunk[0]} of the text"
                 )
             shared = min(common_prefix(encoded), min(map(len, encoded)) - 1)
             with evaluating(model), behind(model, encoded[0][:shared]):

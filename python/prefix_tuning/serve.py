@@ -37,7 +37,7 @@ def serve(
     if DEFAULT_PREFIX in folders:
         raise ValueError(f"--prefix: expected NAME=FOLDER, got {folders[DEFAULT_PREFIX]} without a name")
     if not folders:
-        raise ValueError("--prefix: got none, expected NAME=FOLDER; without a prefix vllm serve does the same")
+        raise ValueError("--prefix: expected NAME=FOLDER, got none; without a prefix vllm serve does the same")
     run = _server()
     own = []
     if is_offline(model):

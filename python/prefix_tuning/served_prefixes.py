@@ -64,7 +64,7 @@ class ServedPrefixes:
         """
         check_int("placeholder_id", placeholder_id, at_least=0)
         if not isinstance(folders, Mapping) or not folders:
-            raise ValueError(f"folders: got {folders or 'none'}, expected the folder of at least one prefix by name")
+            raise ValueError(f"folders: expected the folder of at least one prefix by name, got {folders or 'none'}")
         shapes, lengths = {}, {}
         for name, folder in folders.items():
             _check_name(name)
@@ -76,7 +76,7 @@ class ServedPrefixes:
             expected, what = _model_shape(model), f"as {model} has"
         for name, shape in shapes.items():
             if shape != expected:
-                raise ValueError(f"prefix {name}: got one with {shape}, expected {expected}, {what}")
+                raise ValueError(f"prefix {name}: expected {expected}, {what}, got one with {shape}")
         places = {name: str(Path(folder).resolve() if Path(folder).is_dir() else folder) for name, folder in folders.items()}
         return cls(places, lengths, expected, placeholder_id, prompt_logprobs)
 
@@ -113,9 +113,9 @@ class ServedPrefixes:
         try:
             ids = list(map(operator.index, token_ids.tolist() if hasattr(token_ids, "tolist") else token_ids))
         except TypeError:
-            raise ValueError(f"token_ids: got {token_ids!r:.99}, expected ints [tokens]") from None
+            raise ValueError(f"token_ids: expected ints [tokens], got {token_ids!r:.99}") from None
         if not ids:
-            raise ValueError("token_ids: got none, expected at least one token behind the prefix")
+            raise ValueError("token_ids: expected at least one token behind the prefix, got none")
         placeholders = [self.placeholder_id] * self.lengths[name]
         return {"prompt_token_ids": placeholders + ids, "cache_salt": MARK + json.dumps([name, cache_salt])}
 
@@ -127,21 +127,21 @@ class ServedPrefixes:
         try:
             name, _ = json.loads(cache_salt.removeprefix(MARK))
         except (ValueError, TypeError, RecursionError):
-            raise ValueError(f"cache_salt: got {cache_salt!r:.99}, expected what ServedPrefixes.prompt makes") from None
+            raise ValueError(f"cache_salt: expected what ServedPrefixes.prompt makes, got {cache_salt!r:.99}") from None
         self._check_served(name)
         length = self.lengths[name]
         if token_ids is None or list(token_ids[:length]) != [self.placeholder_id] * length:
             raise ValueError(
-                f"prompt: the prefix {name} takes the place of {length} tokens {self.placeholder_id}, which the prompt does "
-                "not begin with; expected what ServedPrefixes.prompt makes"
+                f"prompt: expected what ServedPrefixes.prompt makes, got one that does not begin with the {length} tokens "
+                f"{self.placeholder_id} whose place the prefix {name} takes"
             )
         if len(token_ids) == length:
-            raise ValueError(f"prompt: got no token behind the placeholders of the prefix {name}, expected at least one")
+            raise ValueError(f"prompt: expected at least one token behind the placeholders of the prefix {name}, got none")
         return name
 
     def _check_served(self, name: Any) -> None:
         if not isinstance(name, str) or name not in self.lengths:
-            raise ValueError(f"prefix: got {name!r}, expected one of {', '.join(self.lengths)}")
+            raise ValueError(f"prefix: expected one of {', '.join(self.lengths)}, got {name!r}")
 
 
 def asks_for_prefix(cache_salt: str | None) -> bool:
@@ -153,16 +153,16 @@ def check_servable(name: str, prefix: Prefix) -> None:
     """NotImplementedError, saying why, for a prefix that cannot stand in an engine's cache of keys and values."""
     shape, offset, length = prefix.parts.get("decoder"), prefix.position_offset, prefix.prefix_len
     if list(prefix.parts) != ["decoder"]:
-        found = f"parts {', '.join(prefix.parts)}, expected that of a causal model, decoder, alone"
+        problem = f"that of a causal model, decoder, alone, got parts {', '.join(prefix.parts)}"
     elif prefix.heads:
-        found = f"heads {', '.join(prefix.heads)}, expected none: the engine runs the model's own"
+        problem = f"no heads, as the engine runs the model's own, got {', '.join(prefix.heads)}"
     elif offset != length:
-        found = f"position_offset {offset}, expected prefix_len, {length}, from where the engine counts"
+        problem = f"position_offset {length}, the prefix_len, from where the engine counts, got {offset}"
     elif not shape.uniform or shape.value_dim != shape.head_dim:
-        found = f"{shape}, expected layers that are all alike, with values as long as keys"
+        problem = f"layers that are all alike, with values as long as keys, got {shape}"
     else:
         return
-    raise NotImplementedError(f"prefix {name}: vLLM cannot serve it: got {found}")
+    raise NotImplementedError(f"prefix {name}: vLLM cannot serve it: expected {problem}")
 
 
 def without_placeholders(output: Any, prefix_len: int) -> Any:
@@ -179,11 +179,11 @@ def without_placeholders(output: Any, prefix_len: int) -> Any:
 
 def _check_name(name: Any) -> None:
     if not isinstance(name, str):
-        raise ValueError(f"prefix: got the name {name!r}, expected a string")
+        raise ValueError(f"prefix: expected a string as its name, got {name!r}")
     if not name or name in PART_NAMES:
         raise ValueError(
-            f"prefix: got the name {name!r}, expected another: prefixes are chosen as models, and "
-            f"{', '.join(sorted(PART_NAMES))} are names of parts of a message"
+            f"prefix: expected a name that is not empty nor that of a part of a message, {', '.join(sorted(PART_NAMES))}, got "
+            f"{name!r}"
         )
 
 
@@ -195,9 +195,9 @@ def _model_shape(model: str | os.PathLike) -> ModelShape:
     for kind, options in attention_kinds(config).items():
         if options.get("window") or "chunks" in kind:
             raise NotImplementedError(
-                f"model {model}: its layers have {kind}, which a pinned prefix would slide out of; expected full attention"
+                f"model {model}: expected full attention, got {kind}, which a pinned prefix would slide out of"
             )
     shapes = part_shapes(config)
     if list(shapes) != ["decoder"]:
-        raise NotImplementedError(f"model {model}: got a {config.model_type}, expected a causal model")
+        raise NotImplementedError(f"model {model}: expected a causal model, got a {config.model_type}")
     return shapes["decoder"]

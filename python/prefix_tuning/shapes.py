@@ -29,7 +29,7 @@ class ModelShape:
             sizes = getattr(self, name)
             if not isinstance(sizes, int):
                 if len(sizes) != self.layers:
-                    raise ValueError(f"{name}: got {len(sizes)} of them, expected one of each of {self.layers} layers")
+                    raise ValueError(f"{name}: expected one for each of {self.layers} layers, got {len(sizes)} of them")
                 object.__setattr__(self, name, sizes[0] if len(set(sizes)) == 1 else tuple(sizes))
 
     def of(self, layer: int) -> tuple[int, int, int]:
@@ -57,8 +57,8 @@ def standard_shape(config) -> ModelShape:
     )
     if not (layers and heads and hidden_size):
         raise ValueError(
-            f"config: {type(config).__name__} has num_hidden_layers {layers}, num_attention_heads {heads}, hidden_size "
-            f"{hidden_size}; expected positive numbers"
+            f"config: expected positive numbers in {type(config).__name__}, got num_hidden_layers {layers}, "
+            f"num_attention_heads {heads}, hidden_size {hidden_size}"
         )
     head_dim = getattr(config, "head_dim", None) or hidden_size // heads
     return ModelShape(layers, getattr(config, "num_key_value_heads", None) or heads, head_dim, head_dim)
@@ -116,32 +116,32 @@ def mimo_shape(config) -> ModelShape:
 
 def check_int(name: str, value: Any, at_least: int) -> None:
     if not isinstance(value, numbers.Integral) or isinstance(value, bool):
-        raise TypeError(f"{name}: got {value!r}, expected an int")
+        raise TypeError(f"{name}: expected an int, got {value!r}")
     if value < at_least:
-        raise ValueError(f"{name}: got {value}, expected at least {at_least}")
+        raise ValueError(f"{name}: expected at least {at_least}, got {value}")
 
 
 def check_model(model: Any) -> None:
     if not (isinstance(model, nn.Module) and hasattr(model, "config")):
-        raise TypeError(f"model: got {type(model).__name__}, expected a transformers model")
+        raise TypeError(f"model: expected a transformers model, got {type(model).__name__}")
 
 
 def check_dtype(dtype: Any) -> None:
     if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise TypeError(f"dtype: got {dtype!r}, expected a floating torch.dtype such as torch.float32")
+        raise TypeError(f"dtype: expected a floating torch.dtype such as torch.float32, got {dtype!r}")
 
 
 def check_layers(part: str, layers: Sequence[tuple[Tensor, Tensor]]) -> tuple[ModelShape, int]:
     """The shape and prefix_len of the pairs; they agree in all but heads and dims, which may differ between layers."""
     if not layers:
-        raise ValueError(f"parts: {part} has no layers, expected at least one")
+        raise ValueError(f"parts: expected at least one layer of {part}, got none")
     found = [(tuple(key.shape), tuple(value.shape), key.dtype, value.dtype) for key, value in layers]
     agree = all(len(key) == len(value) == 3 and key[:2] == value[:2] and min(key + value) > 0 for key, value, *_ in found)
     dtypes = {dtype for _, _, *both in found for dtype in both}
     if not agree or len({key[1] for key, *_ in found}) > 1 or len(dtypes) > 1 or not dtypes.pop().is_floating_point:
         raise ValueError(
-            f"parts: {part} has keys and values {sorted(set(map(str, found)))}, expected of each layer non-empty [kv_heads, "
-            "prefix_len, head_dim] and [kv_heads, prefix_len, value_dim], of one prefix_len and one floating dtype in all"
+            f"parts: expected of each layer of {part} non-empty [kv_heads, prefix_len, head_dim] and [kv_heads, prefix_len, "
+            f"value_dim], of one prefix_len and one floating dtype in all, got {sorted(set(map(str, found)))}"
         )
     kv_heads, head_dims, value_dims = zip(*((key[0], key[2], value[2]) for key, value, *_ in found), strict=True)
     return ModelShape(len(layers), kv_heads, head_dims, value_dims), found[0][0][1]

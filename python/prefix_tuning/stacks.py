@@ -113,7 +113,7 @@ def check_served(config) -> None:
     if inside not in FAMILIES and model_type not in ENCODER_DECODERS.keys() | ENCODERS.keys():
         known = ", ".join(sorted([*FAMILIES, *ENCODER_DECODERS, *ENCODERS, *MULTIMODAL]))
         around = "" if inside == model_type else f" around {inside!r}"
-        raise NotImplementedError(f"model: a prefix can be attached to {known}; got model type {model_type!r}{around}")
+        raise NotImplementedError(f"model: expected one of type {known}, got {model_type!r}{around}")
 
 
 def stacks(model: nn.Module) -> list[Stack]:
@@ -165,7 +165,7 @@ def _encoder_decoder(model: nn.Module) -> list[Stack]:
 def _encoder(model: nn.Module) -> Stack:
     family, config = ENCODERS[model.config.model_type], model.config
     if getattr(config, "is_decoder", False):
-        raise NotImplementedError(f"model: {config.model_type} is served as an encoder, got one with is_decoder")
+        raise NotImplementedError(f"model: expected {config.model_type} as an encoder, got one with is_decoder")
     modules = _modules(model.base_model, family.layers, family.self_attention)
     first = config.pad_token_id + 1 if family.first_position_after_padding else 0
     return Stack(model.base_model, {"encoder": modules}, "ids", family.learned_positions, first)

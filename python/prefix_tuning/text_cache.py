@@ -31,7 +31,9 @@ def cached_layers(model: nn.Module, input_ids: Tensor | Sequence[int]) -> Layers
         model = model.get_base_model()
     ids = checked_ids(model, input_ids)
     if list(part_shapes(model.config)) != ["decoder"]:
-        raise NotImplementedError(f"model: the keys and values of a text are a causal model's, got {type(model).__name__}")
+        raise NotImplementedError(
+            f"model: expected a causal model, which has the keys and values of a text, got {type(model).__name__}"
+        )
 
     device = execution_device(model)
     with torch.no_grad(), torch.autocast(device.type, enabled=False), evaluating(model):
@@ -43,7 +45,9 @@ def cached_layers(model: nn.Module, input_ids: Tensor | Sequence[int]) -> Layers
     layers = [(key[0], value[0]) for key, value in layers]
     expected, found = model_shape(model.config), check_layers("decoder", layers)
     if found != (expected, len(ids)):
-        raise ValueError(f"model: caches {found[1]} tokens, {found[0]}, but its config says {len(ids)} tokens, {expected}")
+        raise ValueError(
+            f"model: expected {len(ids)} cached tokens, {expected}, by its config, got {found[1]} tokens, {found[0]}"
+        )
     return layers
 
 
@@ -65,13 +69,13 @@ def checked_ids(model: nn.Module, input_ids: Tensor | Sequence[int]) -> Tensor:
     ids = torch.as_tensor(input_ids)
     ids = ids[0] if ids.dim() == 2 and len(ids) == 1 else ids
     if ids.dim() != 1 or not len(ids) or ids.is_floating_point() or ids.dtype == torch.bool:
-        raise ValueError(f"input_ids: got {ids.dtype} of shape {list(ids.shape)}, expected one or more ints [tokens]")
+        raise ValueError(f"input_ids: expected one or more ints [tokens], got {ids.dtype} of shape {list(ids.shape)}")
     known = model.get_input_embeddings().weight.shape[0]
     if ids.min() < 0 or ids.max() >= known:
-        raise ValueError(f"input_ids: got {ids.min()} … {ids.max()}, expected 0 … {known - 1}: is it another tokenizer's?")
+        raise ValueError(f"input_ids: expected 0 … {known - 1}, got {ids.min()} … {ids.max()}: is it another tokenizer's?")
     positions = getattr(text_config(model.config), "max_position_embeddings", None)
     if positions is not None and len(ids) > positions:
-        raise ValueError(f"input_ids: got {len(ids)} tokens, but the model has only {positions} positions")
+        raise ValueError(f"input_ids: expected at most the model's {positions} positions, got {len(ids)} tokens")
     if any(hasattr(module, "layer_prefix") for module in model.modules()):
         raise ValueError("model: it has a prefix attached, which the text would see; detach that first")
     return ids

@@ -143,13 +143,15 @@ class PrefixTrainer(Trainer):
         own_collator = data_collator is not None
         if not own_collator:
             if processing_class is None:
-                raise ValueError("processing_class: expected the tokenizer, or a data_collator in its place")
+                raise ValueError("processing_class: expected the tokenizer, or a data_collator in its place, got neither")
             data_collator = default_collator(model, self.task, processing_class)
 
         self.attachment: Attachment = attach_prefix(model, prefix, backend=backend, prefix_window=prefix_window)
         try:
             if train_dataset is not None and not any(p.requires_grad for p in prefix.parameters()):
-                raise ValueError("prefix: none of its parameters requires a gradient; prefix.requires_grad_() lets them")
+                raise ValueError(
+                    "prefix: expected parameters that require a gradient, got none; prefix.requires_grad_() lets them"
+                )
             self.prefix = prefix
             self.max_length = training_length(model, prefix, max_length)
             self._tokenized = partial(
@@ -399,7 +401,7 @@ def _check_args(model: nn.Module, args: TrainingArguments, others: Mapping[str, 
     if refused:
         raise NotImplementedError(f"args: {', '.join(refused)} is not served when a prefix is trained")
     if "model_init" in others:
-        raise TypeError("model_init: expected a model and a prefix in its place")
+        raise TypeError("model_init: expected none, but a model and a prefix in its place, got one")
     if args.n_gpu > 1:
         # One process would copy the model to every GPU by nn.DataParallel, and the copies would not see the prefix.
         if not is_spread(model):

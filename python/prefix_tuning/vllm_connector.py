@@ -138,12 +138,12 @@ class PrefixConnector(KVConnectorBase_V1):
         """ValueError for what a request with a prefix cannot ask for."""
         params = request.sampling_params
         if params is None or request.mm_features or request.resumable:
-            raise ValueError("prompt: got images, a streamed prompt or a pooling request, expected text to go on from")
+            raise ValueError("prompt: expected text to go on from, got images, a streamed prompt or a pooling request")
         whole = request.skip_reading_prefix_cache
         if whole and not self.prefixes.prompt_logprobs:
-            raise ValueError("prompt_logprobs, skip_reading_prefix_cache: expected an engine whose ServedPrefixes allow them")
+            raise ValueError("prompt_logprobs, skip_reading_prefix_cache: expected ServedPrefixes that allow them, got others")
         if params.prompt_logprobs is not None and not whole:
-            raise ValueError("skip_reading_prefix_cache: got False, expected it not to be given beside prompt_logprobs")
+            raise ValueError("skip_reading_prefix_cache: expected none beside prompt_logprobs, got False")
 
     # In the workers
 

@@ -32,11 +32,11 @@ class PrefixedEngine(AsyncLLM):
     def __init__(self, vllm_config, *args, **kwargs):
         transfer = vllm_config.kv_transfer_config
         if transfer.kv_connector != CONNECTOR:
-            raise ValueError(f"kv_connector: got {transfer.kv_connector}, expected {CONNECTOR}: another option has replaced it")
+            raise ValueError(f"kv_connector: expected {CONNECTOR}, got {transfer.kv_connector}; another option has replaced it")
         self.prefixes = ServedPrefixes.from_config(transfer.kv_connector_extra_config)
         longest, room = max(self.prefixes.lengths.values()), vllm_config.model_config.max_model_len
         if longest + 2 > room:
-            raise ValueError(f"--max-model-len: got {room}, expected room for a prefix of {longest} and two tokens behind it")
+            raise ValueError(f"--max-model-len: expected room for a prefix of {longest} and two tokens behind it, got {room}")
         super().__init__(vllm_config, *args, **kwargs)
 
     async def add_lora(self, lora_request) -> bool:
@@ -47,7 +47,9 @@ class PrefixedEngine(AsyncLLM):
         name = self._prefix(lora_request)
         if name is None:
             if isinstance(prompt, dict) and asks_for_prefix(prompt.get("cache_salt")):
-                raise VLLMValidationError("cache_salt: expected another beginning; prefixes are chosen by model")
+                raise VLLMValidationError(
+                    "cache_salt: expected another beginning, got that of a prefix, which is chosen by model"
+                )
             return super().generate(prompt, sampling_params, request_id, lora_request=lora_request, **kwargs)
         prompt = self._behind(name, prompt, sampling_params)
         return self._generate(self.prefixes.lengths[name], super().generate(prompt, sampling_params, request_id, **kwargs))
@@ -67,7 +69,7 @@ class PrefixedEngine(AsyncLLM):
         """The prompt, tokens by now, behind the placeholders of a prefix."""
         if not isinstance(prompt, dict) or prompt.get("type") != "token":
             kind = prompt.get("type") if isinstance(prompt, dict) else type(prompt).__name__
-            raise VLLMValidationError(f"prompt: got one of kind {kind}; behind the prefix {name} only text is served")
+            raise VLLMValidationError(f"prompt: expected text behind the prefix {name}, got one of kind {kind}")
         wanted = sampling_params.prompt_logprobs is not None or sampling_params.prompt_logprob_token_ids is not None
         if wanted and not self.prefixes.prompt_logprobs:
             raise VLLMValidationError(
@@ -79,8 +81,8 @@ class PrefixedEngine(AsyncLLM):
         tokens, length = prompt["prompt_token_ids"], self.prefixes.lengths[name]
         if length + len(tokens) >= self.model_config.max_model_len:
             raise VLLMValidationError(
-                f"prompt: got {len(tokens)} tokens behind the {length} positions of the prefix {name}, expected fewer than "
-                f"{self.model_config.max_model_len} in all, --max-model-len"
+                f"prompt: expected fewer than {self.model_config.max_model_len} tokens in all, --max-model-len, got "
+                f"{len(tokens)} behind the {length} positions of the prefix {name}"
             )
         try:
             behind = self.prefixes.prompt(name, tokens, prompt.get("cache_salt"))
@@ -102,11 +104,11 @@ def run(prefixes: ServedPrefixes, arguments: Sequence[str]) -> None:
     args = make_arg_parser(FlexibleArgumentParser(prog="prefix-tuning serve … --")).parse_args(list(arguments))
     for name, wanted in {"kv_transfer_config": None, "api_server_count": 1, "headless": False, "grpc": False}.items():
         if getattr(args, name, None) not in (None, wanted):
-            raise ValueError(f"--{name.replace('_', '-')}: not served together with prefixes, got {getattr(args, name)}")
+            raise ValueError(f"--{name.replace('_', '-')}: expected {wanted} beside prefixes, got {getattr(args, name)}")
     names = args.served_model_name or [args.model]
     taken = {*names, *(module.name for module in args.lora_modules or ())} & prefixes.lengths.keys()
     if taken:
-        raise ValueError(f"--prefix: got the name {min(taken)}, expected another, as a model or adapter has it")
+        raise ValueError(f"--prefix: expected a name that no model or adapter has, got {min(taken)}")
     args.kv_transfer_config = KVTransferConfig(**prefixes.kv_transfer_config())
     served = [LoRAModulePath(name=name, path=folder) for name, folder in prefixes.folders.items()]
     args.lora_modules = [*(args.lora_modules or ()), *served]

@@ -114,7 +114,7 @@ TENSORS = [
     Wrong(BANK, {"prefix_v": rand(2, 3, 6)}, ValueError,
           "prefix_v: expected prefix_k's shape [3, 2, 3, 8] up to the last axis, got [2, 3, 6]"),
     Wrong(DENSE, {"k": rand(2, 2, 4, 8), "v": rand(2, 2, 4, 6)}, ValueError,
-          "q: causal attention expects q_len <= kv_len, got q_len 5 and kv_len 4"),
+          "q: expected q_len <= kv_len in causal attention, got q_len 5 and kv_len 4"),
 ]  # fmt: skip
 
 OPTIONS = [
@@ -169,12 +169,12 @@ MASKS = [
             "bias: expected a shape that broadcasts to [2, 4, 5, 10] (batch, heads, q_len, prefix_len + kv_len), "
             f"got {list(shape)}") for shape in ((5, 7), (3, 4, 5, 10), (2, 5, 10), (1, 2, 4, 5, 10), (4, 1, 4, 10))),
     Wrong(DENSE, {"bias": rand(5, 10).requires_grad_()}, ValueError,
-          "bias: has no gradient; pass bias.detach(), got a tensor with requires_grad=True"),
+          "bias: expected a tensor without gradient, got one with requires_grad=True; pass bias.detach()"),
 ]  # fmt: skip
 
 PREFIXES = [
     *(Wrong(base, {name: ints(*values)}, ValueError,
-            f"{name}: expected None beside one shared prefix, or prefix_k of [prefixes, kv_heads, prefix_len, head_dim]; "
+            f"{name}: expected None beside one shared prefix, or prefix_k of [prefixes, kv_heads, prefix_len, head_dim], "
             "got prefix_k of shape [2, 3, 8]")
       for base, name, values in (
           (DENSE, "prefix_ids", (0, 0)), (DENSE, "prefix_lens", (3,)), (PACKED, "prefix_ids", (0, 0, 0)))),
@@ -213,18 +213,18 @@ PACKS = [
     Wrong(PACKED, {"cu_seqlens_k": ints(0, 4, 9), "max_seqlen_k": 5}, ValueError,
           "cu_seqlens_k: expected shape [4] as cu_seqlens_q, got [3]"),
     Wrong(PACKED, {"cu_seqlens_k": ints(0, 4, 6, 9)}, ValueError,
-          "cu_seqlens_q: causal attention expects q_len <= kv_len in each sequence; sequence 1 has 3 queries and 2 keys"),
+          "cu_seqlens_q: expected q_len <= kv_len in each causal sequence, got q_len 3 and kv_len 2 in sequence 1"),
     Wrong(PACKED, {"parent": [-1, 0, 0]}, TypeError, "parent: expected an integer tensor, got list"),
     Wrong(PACKED, {"parent": ints(-1, 0)}, ValueError, "parent: expected shape [3] (sequences), got [2]"),
     Wrong(PACKED, {"parent": ints(-1, 0, -1), "window": 2}, ValueError,
           "parent: expected None beside a window, got a parent tensor and window=2"),
     *(Wrong(PACKED, {"parent": ints(*values)}, ValueError,
-            f"parent: sequence {child} expects -1 or an earlier sequence, got {values[child]}")
+            f"parent: expected -1 or an earlier sequence for sequence {child}, got {values[child]}")
       for child, values in ((0, (1, -1, -1)), (1, (-1, 1, -1)), (2, (-1, 0, -2)), (2, (-1, -1, 3)))),
     Wrong(PACKED, {"parent": ints(-1, 0, 1)}, ValueError,
-          "parent: sequence 2 names 1, which has a parent itself; one level is served"),
+          "parent: expected a sequence without a parent for sequence 2, got 1, which has one itself"),
     Wrong(PACKED_BANK, {"parent": ints(-1, -1, 1)}, ValueError,
-          "parent: sequence 2 has prefix id -1, its parent 1 has 0; they must be equal"),
+          "parent: expected one of prefix id -1 for sequence 2, got 1 of prefix id 0"),
 ]  # fmt: skip
 
 TABLE = [*TENSORS, *OPTIONS, *MASKS, *PREFIXES, *PACKS]

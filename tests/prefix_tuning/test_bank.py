@@ -216,7 +216,7 @@ def test_default_and_none():
         tokens = model.generate(input_ids=ids, **OPTIONS)
         bank.default = None
         for call in (lambda: model(input_ids=ids), lambda: model.generate(input_ids=ids, **OPTIONS)):
-            with pytest.raises(ValueError, match="prefix_ids: got none, and the bank has no default; expected .*a list with"):
+            with pytest.raises(ValueError, match="prefix_ids: expected a list with .*, got none, and the bank has no default"):
                 call()
         assert torch.equal(model.generate(input_ids=ids, prefix_ids=["short"] * 3, **OPTIONS), tokens)
         without = model.generate(input_ids=ids, prefix_ids=None, **OPTIONS)
@@ -278,7 +278,7 @@ def test_add_and_remove_touch_no_other_name():
         gone = torch.tensor([0])  # on a GPU, where ids are not read, a removed one is none
         assert storage.prefix_lens[gone] == 0 == bank.position_offsets(gone)
         assert bank.names == ("b",) and torch.equal(bank.ids(["b"]), b) and torch.equal(logits("b"), second)
-        with pytest.raises(ValueError, match="no prefix is named 'a' here, only 'b'"):
+        with pytest.raises(ValueError, match=r"expected a name in the bank \('b'\), got 'a'"):
             logits("a")
         with pytest.raises(ValueError, match=r"prefix_ids: expected ids of 'b' or -1, got \[0, 7\]"):
             model(input_ids=ids.expand(3, -1), prefix_ids=torch.tensor([0, 7, -1]))
@@ -376,26 +376,26 @@ def test_wrong_calls_raise():
         ({3: prefixes["short"]}, TypeError, "name: expected a string, got 3"),
         (
             {"a": prefixes["short"], "b": Prefix({"encoder": prefixes["short"].layers()})},
-            ValueError, "'b' has encoder: 3 layers, .*; expected decoder: 3 layers, .* as the others",
+            ValueError, "expected decoder: 3 layers, .* as the others, got 'b' with encoder: 3 layers",
         ),
         (
             {"a": Prefix({"decoder": prefixes["short"].layers()}, heads={"score": {"weight": torch.zeros(2, 3)}})},
-            NotImplementedError, "a bank has no heads, but 'a' comes with score",
+            NotImplementedError, "expected one without heads in a bank, got 'a' with score",
         ),
-        ({"a": prefixes["short"], "b": prefix_of(tiny_model("gpt2"), 3, 1)}, ValueError, "'b' has decoder: .* 4 kv_heads"),
+        ({"a": prefixes["short"], "b": prefix_of(tiny_model("gpt2"), 3, 1)}, ValueError, "got 'b' with decoder: .* 4 kv_heads"),
     ):  # fmt: skip
         with pytest.raises(error, match=message):
             PrefixBank(given)
-    with pytest.raises(ValueError, match="capacity: got 0"):
+    with pytest.raises(ValueError, match="capacity: expected at least 1, got 0"):
         PrefixBank(prefixes, capacity=0)
-    with pytest.raises(ValueError, match="default: no prefix is named 'x' here, only 'short', 'long', 'unshifted'"):
+    with pytest.raises(ValueError, match=r"default: expected a name in the bank \('short', 'long', 'unshifted'\), got 'x'"):
         PrefixBank(prefixes, "x")
     bank = PrefixBank(prefixes, "short")
     with pytest.raises(ValueError, match="name: 'long' is in the bank already"):
         bank.add("long", prefixes["short"])
     with pytest.raises(ValueError, match="name: 'short' is the default"):
         bank.remove("short")
-    with pytest.raises(ValueError, match="the bank's are made for decoder: 3 layers, 2 kv_heads"):
+    with pytest.raises(ValueError, match="got a bank of prefixes made for decoder: 3 layers, 2 kv_heads"):
         attach_prefix(tiny_model("gpt2"), bank)
     with attach_prefix(model, bank):
         with pytest.raises(ValueError, match="already has a prefix"):
@@ -409,7 +409,7 @@ def test_wrong_calls_raise():
                 model(input_ids=ids, prefix_ids=wrong)
         for call in (model, lambda **kwargs: model.generate(**kwargs, **OPTIONS)):
             for wrong in ("x", ["short"], 0):
-                with pytest.raises(ValueError, match="prefix_ids: no prefix is named .* here, only 'short'"):
+                with pytest.raises(ValueError, match=r"prefix_ids: expected a name in the bank \('short'.*\), got"):
                     call(input_ids=ids, prefix_ids=[wrong, None, None])
         guiding, plain = GenerationConfig(guidance_scale=1.5), GenerationConfig(max_new_tokens=2)
         for args, options in (([], {"guidance_scale": 1.5}), ([guiding], {}), ([], {"generation_config": guiding})):
@@ -480,7 +480,7 @@ def test_learned_positions_count_each_rows_own_prefix():
     ids = torch.ones(2, table - 3, dtype=torch.long)
     with attach_prefix(model, bank):
         model(input_ids=ids, prefix_ids=["short", None])
-        with pytest.raises(ValueError, match=f"take {table + 17} positions, more than the model's {table} position"):
+        with pytest.raises(ValueError, match=f"the model's {table} position .*, got {table + 17} positions"):
             model(input_ids=ids, prefix_ids=["short", "long"])
 
 

@@ -111,12 +111,14 @@ def test_positions_that_are_the_same_for_all_rows():
     """BART's embeddings cannot have each row's tokens elsewhere, T5Gemma can."""
     model = tiny_encoder_decoder("bart")
     moved, inputs = prefix_of(model, 3, 1, 3, parts=("decoder",)), source(model) | {"decoder_input_ids": labels()[:, :4]}
-    with pytest.raises(NotImplementedError, match="position_offset: BartDecoder has .* got 'moved' with 3"):
+    with pytest.raises(NotImplementedError, match="position_offset: expected 0, where BartDecoder has .*, got 'moved' with 3"):
         attach_prefix(model, PrefixBank({"moved": moved}))
     bank = PrefixBank({"a": prefix_of(model, 3, 1, parts=("decoder",))}, "a")
     with attach_prefix(model, bank):
         before = model(**inputs).logits
-        with pytest.raises(NotImplementedError, match="position_offset: BartDecoder has .* got 'moved' with 3"):
+        with pytest.raises(
+            NotImplementedError, match="position_offset: expected 0, where BartDecoder has .*, got 'moved' with 3"
+        ):
             bank.add("moved", moved)
         assert bank.names == ("a",) and torch.equal(model(**inputs).logits, before)
     model = tiny_encoder_decoder("t5gemma")
@@ -129,9 +131,11 @@ def test_positions_that_are_the_same_for_all_rows():
 
 def test_what_does_not_fit():
     model = tiny_encoder_decoder("bart")
-    with pytest.raises(ValueError, match="are made for decoder: 3 layers, .* head_dim 12, expected 4 layers, .* for Bart"):
+    with pytest.raises(
+        ValueError, match="expected 4 layers, .* for Bart.*, got a bank of prefixes made for decoder: 3 layers, .* head_dim 12"
+    ):
         attach_prefix(model, PrefixBank(prefixes_of(tiny_encoder_decoder("t5"))))
-    with pytest.raises(ValueError, match="made for decoder: .*, expected parts of encoder for BertForSequence"):
+    with pytest.raises(ValueError, match="expected parts of encoder for BertForSequence.* made for decoder: "):
         attach_prefix(encoders.tiny_encoder("bert"), PrefixBank({"a": prefix_of(tiny_model("llama"), 3, 1)}))
     whisper = tiny_encoder_decoder("whisper")
     with pytest.raises(NotImplementedError, match="a bank is not served, as generate of Whisper.* goes through rows by itself"):

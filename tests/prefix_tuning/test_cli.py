@@ -225,8 +225,8 @@ def test_rows_that_were_cut_in_training_are_scored(run, folder, tmp_path):
         assert status == 0 and "loss" in out, err
         status, out, err = run("generate", *common, *prefix, "--max-new-tokens", 3)
         left = model.config.n_positions - 3 * bool(prefix)
-        assert status == 2 and err.count("\n") == 1 and f"max_new_tokens 3 are more than the model's {left} positions" in err
-        assert "error: prompts[1]: its " in err and "lower max_new_tokens" in err
+        assert status == 2 and err.count("\n") == 1 and f"the model's {left} positions" in err
+        assert "error: prompts[1]: expected at most " in err and "lower max_new_tokens" in err
 
 
 def test_options_arrive(run, monkeypatch, tmp_path):
@@ -407,13 +407,13 @@ def test_convert_there_and_back(run, folder, tmp_path):
     assert run("convert", adapter, encoder, "--to", "prefix", "--part", "encoder")[0] == 0
     assert list(Prefix.load(encoder).parts) == ["encoder"]
     status, _, err = run("convert", encoder, adapter, "--to", "peft")
-    assert status == 2 and "task_type: got CAUSAL_LM for an encoder's prefix, expected one of FEATURE_EXTRACTION, " in err
+    assert status == 2 and "task_type: expected one of FEATURE_EXTRACTION, " in err
     status, _, err = run("convert", "prefix", adapter, "--to", "peft", "--part", "encoder")
     assert status == 2 and err == "prefix-tuning convert: error: --part: --to peft does not ask for it\n"
     status, _, err = run("convert", adapter, back, "--to", "prefix", "--task-type", "SEQ_CLS")
     assert status == 2 and err == "prefix-tuning convert: error: --task-type: --to prefix does not ask for it\n"
     status, _, err = run("convert", back, adapter, "--to", "prefix")
-    assert status == 2 and err.startswith("prefix-tuning convert: error: ") and "adapter_config.json: no such file" in err
+    assert status == 2 and err.startswith("prefix-tuning convert: error: ") and "adapter_config.json: expected the" in err
 
 
 def test_doctor_names_versions_devices_backends_and_the_model(run):

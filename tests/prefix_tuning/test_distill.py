@@ -196,7 +196,7 @@ def test_what_is_held_out_is_not_trained_on_and_rows_fit(max_length, longest, tm
     prompts = [{"prompt": f"{i}" * (600 if i == 0 else 50), "completion": "c"} for i in range(10)]
     settings = dataclasses.replace(SMALL, chunk_tokens=512, max_length=max_length)
     short = "Behind a prompt of 600 tokens there is no room for the text."
-    with pytest.raises(ValueError, match=r"rows\[0\]: \d+ tokens with the text in front"):
+    with pytest.raises(ValueError, match=r"rows\[0\]: expected .* with the text in front, got \d+ tokens"):
         distill.distill(model, tokenizer, short, tmp_path, settings, prompts=prompts, progress=False)
     roomy = tiny_model("llama", max_position_embeddings=1024)
     for module in (distill, row_limits):
@@ -231,7 +231,7 @@ def test_prompts_of_the_users_own(tmp_path):
     assert [row["chunk"] for row in rows] == [ALL] * 3
     assert rows[0]["messages"][-1]["role"] == "assistant" and "completion" in rows[2]
     assert rows[1]["messages"] == CHAT[1]["messages"]  # answered already
-    with pytest.raises(ValueError, match=f"chunk_tokens: prompts are about the whole text, which has {ALL[1]} tokens, got 60"):
+    with pytest.raises(ValueError, match=f"chunk_tokens: expected at least the text's {ALL[1]} tokens, .*, got 60"):
         distill.distill(model, tokenizer, TEXT, tmp_path / "new", SMALL, prompts=asked, progress=False)
 
 
@@ -285,14 +285,14 @@ def test_without_training_nothing_is_gained(mlp, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "options", "message"),
     [
-        ({"patience": 1, "save_steps": 1, "held_out": 0.0}, {}, "patience: got 1 without eval_rows"),
+        ({"patience": 1, "save_steps": 1, "held_out": 0.0}, {}, "patience: expected eval_rows .*, got 1 alone"),
         ({"backend": "magic"}, {}, "backend: expected one of .*, got 'magic'"),
         ({"top_k": 128}, {}, "top_k: "),
         ({"chunk_tokens": 512}, {"prompts": []}, "prompts: expected at least one row, got none"),
         ({"chunk_tokens": 512}, {"prompts": [{"prompt": "p"}, {"foo": 1}]}, r"prompts\[1\]: expected an object with"),
         ({"chunk_tokens": 512}, {"prompts": [{"messages": []}]}, r"prompts\[0\]: messages: expected at least one turn"),
         ({"chunk_tokens": 512}, {"prompts": [{"prompt": "p", "tags": {1}}]}, r"prompts\[0\]: Object of type set is not JSON"),
-        ({"chunk_tokens": 512}, {"prompts": [{"prompt": ""}]}, r"prompts\[0\]: '' has no tokens, expected at least one"),
+        ({"chunk_tokens": 512}, {"prompts": [{"prompt": ""}]}, r"prompts\[0\]: prompt: expected at least one token, got ''"),
     ],
     ids=str,
 )
@@ -343,10 +343,10 @@ def test_a_teacher_needs_ids_and_probabilities_and_a_causal_model():
     ("changes", "message"),
     [
         ({"held_out": 1.0}, "held_out: expected a share of at least 0 and below 1, got 1.0"),
-        ({"conversations": 0}, "conversations: got 0, expected at least 1"),
-        ({"chunk_tokens": 0}, "chunk_tokens: got 0, expected at least 1"),
-        ({"max_new_tokens": 0}, "max_new_tokens: got 0, expected at least 1"),
-        ({"top_k": 0}, "top_k: got 0, expected at least 1"),
+        ({"conversations": 0}, "conversations: expected at least 1, got 0"),
+        ({"chunk_tokens": 0}, "chunk_tokens: expected at least 1, got 0"),
+        ({"max_new_tokens": 0}, "max_new_tokens: expected at least 1, got 0"),
+        ({"top_k": 0}, "top_k: expected at least 1, got 0"),
         ({"top_k": 128}, r"top_k: expected 1 … 127, got 128"),
         ({"prefix_len": ALL[1]}, f"prefix_len: expected less than the {ALL[1]} tokens of the text.*got {ALL[1]}"),
         ({"steps": 0}, "steps: expected more than 0, got 0"),
@@ -368,19 +368,19 @@ def test_a_text_without_words(text, tmp_path):
 
 def test_what_is_refused(tmp_path, monkeypatch):
     model, tokenizer = model_and_tokenizer()
-    with pytest.raises(NotImplementedError, match="model: a text is distilled into a prefix of a causal model, got T5"):
+    with pytest.raises(NotImplementedError, match="model: expected a causal model .*, got T5"):
         distill.distill(tiny_encoder_decoder("t5"), tokenizer, TEXT, tmp_path, SMALL, progress=False)
     with attach_prefix(model, random_prefix(model)), pytest.raises(ValueError, match="model: it has a prefix attached"):
         distill.distill(model, tokenizer, TEXT, tmp_path, SMALL, progress=False)
     short = tiny_model("llama", max_position_embeddings=64)
-    with pytest.raises(ValueError, match=r"chunk_tokens: with 60 tokens of the text .* but the model has 64 positions"):
+    with pytest.raises(ValueError, match=r"chunk_tokens: expected .* the model's 64 positions, got .* with 60 of the text"):
         distill.distill(short, tokenizer, TEXT, tmp_path, SMALL, progress=False)
-    with pytest.raises(ValueError, match=r"rows\[0\]: \d+ tokens with the text in front, but the model has 64 positions"):
+    with pytest.raises(ValueError, match=r"rows\[0\]: expected at most the model's 64 positions .*, got \d+ tokens"):
         teacher_examples(short, tokenizer, PLAIN, SourceText(TEXT, tokenizer))
     with pytest.raises(ValueError, match=r"rows\[1\]: expected an object with"):
         teacher_examples(model, tokenizer, [PLAIN[0], {"chunk": ALL}], SourceText(TEXT, tokenizer))
     monkeypatch.setattr(distill, "PartialState", lambda: type("Two", (), {"num_processes": 2}))
-    with pytest.raises(NotImplementedError, match="processes: a text is distilled in one process, got 2"):
+    with pytest.raises(NotImplementedError, match="processes: expected one, got 2"):
         distill.distill(model, tokenizer, TEXT, tmp_path, SMALL, progress=False)
 
 

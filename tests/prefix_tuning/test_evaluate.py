@@ -150,14 +150,14 @@ def test_no_rows_are_refused(call):
 
 @pytest.mark.parametrize("call", (evaluate_rows, mean_loss))
 def test_what_is_no_row_is_refused(call):
-    with pytest.raises(ValueError, match="expected an object with .prompt. and .completion., .*; got .'text'."):
+    with pytest.raises(ValueError, match="expected an object with .prompt. and .completion., .*, got .'text'."):
         call(tiny_model("llama"), tiny_tokenizer(), [*ROWS, {"text": "?"}])
 
 
 @pytest.mark.parametrize("call", (evaluate_rows, mean_loss))
 def test_batches_have_a_row(call):
     for batch_size in (0, -1):
-        with pytest.raises(ValueError, match=f"batch_size: got {batch_size}, expected at least 1"):
+        with pytest.raises(ValueError, match=f"batch_size: expected at least 1, got {batch_size}"):
             call(tiny_model("llama"), tiny_tokenizer(), ROWS, batch_size=batch_size)
 
 

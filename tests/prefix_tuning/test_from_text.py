@@ -78,20 +78,20 @@ def test_autocast_rounds_nothing(family):
 @pytest.mark.parametrize(
     "options, match",
     (
-        ({}, "text, messages, input_ids: got none, expected exactly one"),
-        ({"text": "a", "messages": MESSAGES}, "got text and messages, expected exactly one"),
-        ({"text": "a", "input_ids": [5]}, "got text and input_ids, expected exactly one"),
-        ({"text": "a", "tokenizer": None}, "tokenizer: got None, expected the one for text"),
-        ({"messages": MESSAGES, "tokenizer": None}, "tokenizer: got None, expected the one for messages"),
-        ({"text": ""}, "text: '' has no tokens, expected one or more"),
-        ({"text": ["a", "b"]}, "text: got list, expected one text"),
+        ({}, "text, messages, input_ids: expected exactly one, got none"),
+        ({"text": "a", "messages": MESSAGES}, "expected exactly one, got text and messages"),
+        ({"text": "a", "input_ids": [5]}, "expected exactly one, got text and input_ids"),
+        ({"text": "a", "tokenizer": None}, "tokenizer: expected the one for text, got None"),
+        ({"messages": MESSAGES, "tokenizer": None}, "tokenizer: expected the one for messages, got None"),
+        ({"text": ""}, "text: expected one token or more, got ''"),
+        ({"text": ["a", "b"]}, "text: expected one text, got list"),
         ({"input_ids": []}, "of shape \\[0\\]"),
         ({"input_ids": [[5, 6], [7, 8]]}, "of shape \\[2, 2\\]"),
         ({"input_ids": [5.0]}, "got torch.float32"),
         ({"input_ids": [True, False]}, "got torch.bool"),
-        ({"input_ids": [5, 128]}, "got 5 … 128, expected 0 … 127: is it another tokenizer's"),
-        ({"input_ids": [-1, 5]}, "got -1 … 5, expected 0 … 127"),
-        ({"input_ids": [5] * 65}, "got 65 tokens, but the model has only 64 positions"),
+        ({"input_ids": [5, 128]}, "expected 0 … 127, got 5 … 128: is it another tokenizer's"),
+        ({"input_ids": [-1, 5]}, "expected 0 … 127, got -1 … 5"),
+        ({"input_ids": [5] * 65}, "expected at most the model's 64 positions, got 65 tokens"),
     ),
     ids=str,
 )
@@ -113,5 +113,5 @@ def test_an_attached_prefix_would_be_seen_by_the_text():
 def test_a_model_that_caches_other_shapes_than_its_config_says():
     model = tiny_model("llama")
     model.config.num_key_value_heads = 4
-    with pytest.raises(ValueError, match="model: caches 3 tokens, 3 layers, 2 kv_heads.*config says 3 tokens, 3 layers, 4"):
+    with pytest.raises(ValueError, match="model: expected 3 cached tokens, 3 layers, 4 kv_heads.*, got 3 tokens, 3 layers, 2"):
         Prefix.from_text(model, None, input_ids=[5, 6, 7])

@@ -230,13 +230,13 @@ def test_conversations_go_through_the_template():
 @pytest.mark.parametrize(
     "prompts, options, match",
     (
-        (["a", ""], {}, r"prompts\[1\]: '' has no tokens, expected at least one"),
+        (["a", ""], {}, r"prompts\[1\]: expected at least one token, got ''"),
         ([[{"role": "user", "content": "hi"}]], {}, "messages: the tokenizer has no chat template"),
-        (["a"], {"max_new_tokens": 0}, "max_new_tokens: got 0, expected at least 1"),
-        (["a"], {"batch_size": 0}, "batch_size: got 0, expected at least 1"),
-        (["a"], {"num_beams": 0}, "num_beams: got 0, expected at least 1"),
-        (["a"], {"max_new_tokens": 2.5}, "max_new_tokens: got 2.5, expected an int"),
-        (["a"], {"max_new_tokens": None}, "max_new_tokens: got None, expected an int"),
+        (["a"], {"max_new_tokens": 0}, "max_new_tokens: expected at least 1, got 0"),
+        (["a"], {"batch_size": 0}, "batch_size: expected at least 1, got 0"),
+        (["a"], {"num_beams": 0}, "num_beams: expected at least 1, got 0"),
+        (["a"], {"max_new_tokens": 2.5}, "max_new_tokens: expected an int, got 2.5"),
+        (["a"], {"max_new_tokens": None}, "max_new_tokens: expected an int, got None"),
         (["a"], {"temperature": "a"}, "temperature: expected a number, got 'a'"),
         (["a"], {"prefix_ids": "a"}, "prefix_ids: expected a list with a name or None for each prompt, got 'a'"),
         ([3], {}, r"prompts\[0\]: expected a text or a conversation, got 3"),
@@ -265,8 +265,9 @@ def test_a_table_of_positions_has_room_for_the_prompt_and_the_new_tokens(attache
             attachment.enable(False)
         texts = generate_texts(model, tokenizer, prompts, **options)
         longer = [prompts[0], "x" + prompts[1]]
-        message = rf"prompts\[1\]: its {left - 3} tokens and max_new_tokens 5 are more than the model's {left} positions"
-        with pytest.raises(ValueError, match=message + " behind the prefix;" * behind):
+        room = f"the model's {left} positions{' behind the prefix' * behind} for"
+        message = rf"prompts\[1\]: expected at most {room} .*, got {left - 3} tokens and max_new_tokens 5;"
+        with pytest.raises(ValueError, match=message):
             generate_texts(model, tokenizer, longer, **options)
         assert generate_texts(model, tokenizer, longer, cut_prompts=True, **options) == texts
         with pytest.raises(ValueError, match="lower max_new_tokens"):
@@ -285,7 +286,9 @@ def test_the_tables_of_an_encoder_decoder_have_room_for_the_prompt_and_for_the_n
     with attach_prefix(model, prefix):
         texts = generate_texts(model, tokenizer, prompts, **options)
         longer = [prompts[0], prompts[1] + "x"]
-        message = rf"prompts\[1\]: its {left + 1} tokens are more than the {left} that the model's encoder has positions for"
+        message = (
+            rf"prompts\[1\]: expected at most the {left} tokens that the model's encoder has positions for, got {left + 1}"
+        )
         with pytest.raises(ValueError, match=message):
             generate_texts(model, tokenizer, longer, **options)
         assert generate_texts(model, tokenizer, longer, cut_prompts=True, **options) == texts

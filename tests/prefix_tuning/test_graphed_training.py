@@ -252,9 +252,13 @@ def test_rows_longer_than_the_model_has_positions_for_keep_their_mask(graphs):
     ("changes", "error", "message"),
     [
         ({"num_targets": 9}, ValueError, "num_targets: expected 12, the labels from each row's second token on, got 9"),
-        ({"num_targets": -1}, ValueError, "num_targets: got -1, expected at least 0"),
-        ({"num_targets": 12.0}, TypeError, "num_targets: got 12.0, expected an int"),
-        ({"num_targets": 12, "labels": None}, ValueError, "num_targets: expected labels beside it"),
+        ({"num_targets": -1}, ValueError, "num_targets: expected at least 0, got -1"),
+        ({"num_targets": 12.0}, TypeError, "num_targets: expected an int, got 12.0"),
+        (
+            {"num_targets": 12, "labels": None},
+            ValueError,
+            "num_targets: expected labels beside it, and a causal model, got no labels",
+        ),
     ],
     ids=str,
 )
@@ -267,10 +271,13 @@ def test_a_number_of_targets_that_is_none_is_refused(changes, error, message):
 
 def test_a_model_without_a_prefix_is_refused():
     model = tiny_model("llama")
-    with pytest.raises(ValueError, match="model: it has no prefix attached"):
+    with pytest.raises(ValueError, match="model: expected the prefix to be attached, got no prefix"):
         PrefixedModel(model, random_prefix(model))
     for attached in (random_prefix(model), PrefixBank({"a": random_prefix(model)})):
-        with attach_prefix(model, attached), pytest.raises(ValueError, match="model: it has another prefix attached"):
+        with (
+            attach_prefix(model, attached),
+            pytest.raises(ValueError, match="model: expected the prefix to be attached, got another prefix"),
+        ):
             PrefixedModel(model, random_prefix(model))
 
 

@@ -130,7 +130,7 @@ def test_labels_that_are_not_the_tokens_are_refused():
             with pytest.raises(ValueError, match=r"labels: expected one for each token, \[2, 2\], got \[2, 4\]"):
                 trained(input_ids=ids, labels=ids, logits_to_keep=kept, **options)
         for name in ("use_cache", "return_dict"):
-            with pytest.raises(ValueError, match=f"{name}: expected none, a training step says it itself; got True"):
+            with pytest.raises(ValueError, match=f"{name}: expected none, as a training step says it itself, got True"):
                 trained(input_ids=ids, labels=ids, **{name: True})
 
 

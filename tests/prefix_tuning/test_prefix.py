@@ -76,23 +76,27 @@ def test_text_prefix_is_float32_beside_a_half_model():
 @pytest.mark.parametrize(
     "options, error, match",
     (
-        ({"prefix_len": 0}, ValueError, "prefix_len: got 0, expected at least 1"),
-        ({"prefix_len": 5.0}, TypeError, "prefix_len: got 5.0, expected an int"),
-        ({"prefix_len": True}, TypeError, "prefix_len: got True, expected an int"),
-        ({"hidden_size": 0}, ValueError, "hidden_size: got 0, expected at least 1"),
-        ({"dtype": torch.int32}, TypeError, "dtype: got torch.int32, expected a floating torch.dtype"),
-        ({"dtype": "float32"}, TypeError, "dtype: got 'float32'"),
-        ({"init": "zeros"}, ValueError, "init: got 'zeros', expected 'text' or 'random'"),
-        ({"reparametrization": "lora"}, ValueError, "reparametrization: got 'lora', expected None or 'mlp'"),
-        ({"text": "words"}, ValueError, "text: given, but init is 'random'"),
-        ({"init": "text", "tokenizer": tiny_tokenizer()}, ValueError, "text: init='text' needs it, got None"),
-        ({"init": "text", "text": "words"}, ValueError, "tokenizer: init='text' needs it, got None"),
-        ({"init": "text", "text": ["words"], "tokenizer": tiny_tokenizer()}, TypeError, "text: got list, expected one text"),
-        ({"init": "text", "text": "", "tokenizer": tiny_tokenizer(bos=True)}, ValueError, "text: '' has no tokens"),
+        ({"prefix_len": 0}, ValueError, "prefix_len: expected at least 1, got 0"),
+        ({"prefix_len": 5.0}, TypeError, "prefix_len: expected an int, got 5.0"),
+        ({"prefix_len": True}, TypeError, "prefix_len: expected an int, got True"),
+        ({"hidden_size": 0}, ValueError, "hidden_size: expected at least 1, got 0"),
+        ({"dtype": torch.int32}, TypeError, "dtype: expected a floating torch.dtype.*, got torch.int32"),
+        ({"dtype": "float32"}, TypeError, "dtype: expected .*, got 'float32'"),
+        ({"init": "zeros"}, ValueError, "init: expected 'text' or 'random', got 'zeros'"),
+        ({"reparametrization": "lora"}, ValueError, "reparametrization: expected None or 'mlp', got 'lora'"),
+        ({"text": "words"}, ValueError, "text: expected none beside init 'random', got one"),
+        ({"init": "text", "tokenizer": tiny_tokenizer()}, ValueError, "text: expected one beside init='text', got None"),
+        ({"init": "text", "text": "words"}, ValueError, "tokenizer: expected one beside init='text', got None"),
+        ({"init": "text", "text": ["words"], "tokenizer": tiny_tokenizer()}, TypeError, "text: expected one text, got list"),
+        (
+            {"init": "text", "text": "", "tokenizer": tiny_tokenizer(bos=True)},
+            ValueError,
+            "text: expected one token or more, got ''",
+        ),
         (
             {"init": "text", "text": "words", "tokenizer": tiny_tokenizer(), "prefix_len": 65},
             ValueError,
-            "got 65 tokens, but the model has only 64 positions",
+            "expected at most the model's 64 positions, got 65 tokens",
         ),
     ),
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
@@ -109,7 +113,7 @@ def test_model_shape_reads_the_text_part_and_the_head_dim():
     llama.head_dim = 24
     assert model_shape(llama) == ModelShape(5, 2, 24, 24)
     assert model_shape(transformers.GPT2Config(n_embd=48, n_layer=2, n_head=3)) == ModelShape(2, 3, 16, 16)
-    with pytest.raises(ValueError, match="config: PreTrainedConfig has num_hidden_layers None.*expected positive numbers"):
+    with pytest.raises(ValueError, match="config: expected positive numbers in PreTrainedConfig, got num_hidden_layers None"):
         model_shape(transformers.PreTrainedConfig())
 
 
@@ -156,7 +160,7 @@ def test_constructor_takes_tensors_without_a_copy():
     assert (prefix.prefix_len, prefix.position_offset, prefix.base_model) == (3, 0, "tiny")
     assert "prefix_len=3, position_offset=0, decoder: 2 layers, 2 kv_heads, head_dim 4, value_dim 6; cross: 1" in repr(prefix)
     assert len(prefix.layers("cross")) == 1
-    with pytest.raises(ValueError, match="part: got 'encoder', but this prefix has only decoder, cross"):
+    with pytest.raises(ValueError, match="part: expected one of this prefix, decoder, cross, got 'encoder'"):
         prefix.layers("encoder")
 
 
@@ -175,20 +179,20 @@ def test_constructor_makes_strided_tensors_contiguous():
 @pytest.mark.parametrize(
     "parts, options, error, match",
     (
-        ({}, {}, ValueError, "parts: got \\[\\], expected one or more of decoder, encoder, cross"),
-        ({"head": pairs()}, {}, ValueError, "parts: got \\['head'\\], expected one or more of decoder"),
-        ({"decoder": []}, {}, ValueError, "parts: decoder has no layers"),
-        ({"decoder": pairs(prefix_len=0)}, {}, ValueError, "of each layer non-empty"),
+        ({}, {}, ValueError, "parts: expected one or more of decoder, encoder, cross, got \\[\\]"),
+        ({"head": pairs()}, {}, ValueError, "parts: expected one or more of decoder.*, got \\['head'\\]"),
+        ({"decoder": []}, {}, ValueError, "parts: expected at least one layer of decoder, got none"),
+        ({"decoder": pairs(prefix_len=0)}, {}, ValueError, "of each layer of decoder non-empty"),
         ({"decoder": pairs(dtype=torch.int64)}, {}, ValueError, "one floating dtype"),
         ({"decoder": pairs() + pairs(dtype=torch.float64)}, {}, ValueError, "one floating dtype"),
         ({"decoder": pairs() + pairs(prefix_len=4)}, {}, ValueError, "of one prefix_len"),
         ({"decoder": [(key, value.half()) for key, value in pairs()]}, {}, ValueError, "one floating dtype"),
-        ({"decoder": [(key[:1], value) for key, value in pairs()]}, {}, ValueError, "of each layer non-empty"),
-        ({"decoder": [(key[:, 1:], value) for key, value in pairs()]}, {}, ValueError, "of each layer non-empty"),
-        ({"decoder": [(key[0], value[0]) for key, value in pairs()]}, {}, ValueError, "of each layer non-empty"),
-        ({"decoder": pairs(), "cross": pairs(prefix_len=4)}, {}, ValueError, "got prefix_len \\[3, 4\\], expected the same"),
-        ({"decoder": pairs()}, {"position_offset": -1}, ValueError, "position_offset: got -1, expected at least 0"),
-        ({"decoder": pairs()}, {"position_offset": 1.5}, TypeError, "position_offset: got 1.5, expected an int"),
+        ({"decoder": [(key[:1], value) for key, value in pairs()]}, {}, ValueError, "of each layer of decoder non-empty"),
+        ({"decoder": [(key[:, 1:], value) for key, value in pairs()]}, {}, ValueError, "of each layer of decoder non-empty"),
+        ({"decoder": [(key[0], value[0]) for key, value in pairs()]}, {}, ValueError, "of each layer of decoder non-empty"),
+        ({"decoder": pairs(), "cross": pairs(prefix_len=4)}, {}, ValueError, "expected the same prefix_len .* got \\[3, 4\\]"),
+        ({"decoder": pairs()}, {"position_offset": -1}, ValueError, "position_offset: expected at least 0, got -1"),
+        ({"decoder": pairs()}, {"position_offset": 1.5}, TypeError, "position_offset: expected an int, got 1.5"),
     ),
 )
 def test_constructor_refuses(parts, options, error, match):
@@ -221,12 +225,12 @@ def test_layers_may_differ_in_heads_and_dims(tmp_path):
     loaded = Prefix.load(tmp_path)
     assert loaded.parts == prefix.parts
     assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), prefix.parameters(), strict=True))
-    with pytest.raises(ValueError, match="head_dim: got 2 of them, expected one of each of 3 layers"):
+    with pytest.raises(ValueError, match="head_dim: expected one for each of 3 layers, got 2 of them"):
         ModelShape(3, 2, (4, 8), 4)
     config = json.loads((tmp_path / CONFIG_FILE).read_text())
     config["parts"]["decoder"]["kv_heads"] = [2, 0, 1]
     (tmp_path / CONFIG_FILE).write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="decoder.kv_heads: got 0, expected at least 1"):
+    with pytest.raises(ValueError, match="decoder.kv_heads: expected at least 1, got 0"):
         Prefix.load(tmp_path)
 
 
@@ -234,7 +238,7 @@ def test_layers_may_differ_in_heads_and_dims(tmp_path):
     "prefix, match",
     (
         (Prefix({"decoder": pairs(layers=2, head_dim=16, value_dim=16)}), "made for a model with 2 layers, 2 kv_heads"),
-        (Prefix({"decoder": pairs(3, 4, 3, 16, 16)}, base_model="big"), "made for big with 3 layers, 4 kv_heads, head_dim 16,"),
+        (Prefix({"decoder": pairs(3, 4, 3, 16, 16)}, base_model="big"), "made for big with 3 layers, 4 kv_heads, head_dim 16"),
         (Prefix({"decoder": pairs(3, 2, 3, 8, 8)}), "head_dim 8"),
         (Prefix({"decoder": pairs(3, 2, 3, 16, 8)}), "head_dim 16, value_dim 8"),
         (Prefix({"encoder": pairs(3, 2, 3, 16, 16)}), "without a decoder part"),
@@ -242,7 +246,9 @@ def test_layers_may_differ_in_heads_and_dims(tmp_path):
 )
 def test_check_fits_refuses_and_says_both_shapes(prefix, match):
     model = tiny_model("llama")
-    with pytest.raises(ValueError, match=f"prefix: .*{match}.*expected one for LlamaForCausalLM with 3 layers, 2 kv_heads"):
+    with pytest.raises(
+        ValueError, match=f"prefix: expected one for LlamaForCausalLM with 3 layers, 2 kv_heads.*, got one .*{match}"
+    ):
         prefix.check_fits(model)
     model.config.name_or_path = "someone/tiny"
     with pytest.raises(ValueError, match="expected one for someone/tiny with"):
@@ -265,7 +271,7 @@ def test_state_dict_copies_and_conversions(make):
     for same in (other, copied, pickled):
         assert_layers(same.layers(), expected)
         assert (same.prefix_len, same.position_offset, same.parts) == (5, 5, prefix.parts)
-    with pytest.raises(NotImplementedError, match="assign: expected False; a model that the prefix is attached to"):
+    with pytest.raises(NotImplementedError, match="assign: expected False, got True; a model that the prefix is attached to"):
         other.load_state_dict(prefix.state_dict(), assign=True)
     doubled = copied.to(torch.float64)
     assert doubled is copied and {tensor.dtype for pair in doubled.layers() for tensor in pair} == {torch.float64}
@@ -274,5 +280,5 @@ def test_state_dict_copies_and_conversions(make):
 
 def test_a_family_that_is_not_served_is_refused_before_anything_is_trained():
     model = transformers.XLNetLMHeadModel(transformers.XLNetConfig(vocab_size=32, d_model=16, n_layer=1, n_head=2, d_inner=16))
-    with pytest.raises(NotImplementedError, match="model: a prefix can be attached to .* got model type 'xlnet'"):
+    with pytest.raises(NotImplementedError, match="model: expected one of type .*, got 'xlnet'"):
         Prefix.for_model(model, 4)

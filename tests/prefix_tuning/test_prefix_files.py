@@ -198,65 +198,65 @@ def without(name):
 SHAPE = {"layers": 3, "kv_heads": 2, "head_dim": 16, "value_dim": 16}
 KEY = "decoder.0.key"
 DAMAGES = {
-    "no json": (CONFIG_FILE, without(CONFIG_FILE), FileNotFoundError, "no such file, expected the description"),
-    "no tensors": (TENSORS_FILE, without(TENSORS_FILE), FileNotFoundError, "no such file, expected the tensors"),
+    "no json": (CONFIG_FILE, without(CONFIG_FILE), FileNotFoundError, "expected the description .*, got no such file"),
+    "no tensors": (TENSORS_FILE, without(TENSORS_FILE), FileNotFoundError, "expected the tensors .*, got no such file"),
     "empty json": (CONFIG_FILE, written(CONFIG_FILE, b""), ValueError, "expected JSON"),
     "cut json": (CONFIG_FILE, truncated(CONFIG_FILE), ValueError, "expected JSON"),
     "binary json": (CONFIG_FILE, written(CONFIG_FILE, b"\xff\xfe\x00"), ValueError, "expected JSON"),
-    "json list": (CONFIG_FILE, written(CONFIG_FILE, b"[]"), ValueError, "got format list, expected"),
-    "peft json": (CONFIG_FILE, written(CONFIG_FILE, b'{"peft_type": "PREFIX_TUNING"}'), ValueError, "got format .None, None."),
-    "format": (CONFIG_FILE, edited(format="other"), ValueError, "got format .'other', 1., expected .'prefix-tuning', 1."),
-    "version": (CONFIG_FILE, edited(format_version=2), ValueError, "got format .'prefix-tuning', 2., expected"),
+    "json list": (CONFIG_FILE, written(CONFIG_FILE, b"[]"), ValueError, "expected .*, got list"),
+    "peft json": (CONFIG_FILE, written(CONFIG_FILE, b'{"peft_type": "PREFIX_TUNING"}'), ValueError, "got .None, None."),
+    "format": (CONFIG_FILE, edited(format="other"), ValueError, "expected .'prefix-tuning', 1..*, got .'other', 1."),
+    "version": (CONFIG_FILE, edited(format_version=2), ValueError, "expected .*, got .'prefix-tuning', 2."),
     "no prefix_len": (CONFIG_FILE, edited(prefix_len=...), ValueError, "expected the key 'prefix_len', got only format, "),
     "no parts": (CONFIG_FILE, edited(parts=...), ValueError, "expected the key 'parts'"),
-    "prefix_len 0": (CONFIG_FILE, edited(prefix_len=0), ValueError, "prefix_len: got 0, expected at least 1"),
-    "prefix_len text": (CONFIG_FILE, edited(prefix_len="5"), ValueError, "prefix_len: got '5', expected an int"),
-    "offset": (CONFIG_FILE, edited(position_offset=-1), ValueError, "position_offset: got -1, expected at least 0"),
-    "offset null": (CONFIG_FILE, edited(position_offset=None), ValueError, "position_offset: got None, expected an int"),
-    "base_model": (CONFIG_FILE, edited(base_model=None), ValueError, "base_model: got None, expected a string"),
-    "parts list": (CONFIG_FILE, edited(parts=["decoder"]), ValueError, "parts: got .*expected one or more of decoder"),
-    "parts empty": (CONFIG_FILE, edited(parts={}), ValueError, "parts: got {}, expected one or more"),
+    "prefix_len 0": (CONFIG_FILE, edited(prefix_len=0), ValueError, "prefix_len: expected at least 1, got 0"),
+    "prefix_len text": (CONFIG_FILE, edited(prefix_len="5"), ValueError, "prefix_len: expected an int, got '5'"),
+    "offset": (CONFIG_FILE, edited(position_offset=-1), ValueError, "position_offset: expected at least 0, got -1"),
+    "offset null": (CONFIG_FILE, edited(position_offset=None), ValueError, "position_offset: expected an int, got None"),
+    "base_model": (CONFIG_FILE, edited(base_model=None), ValueError, "base_model: expected a string, got None"),
+    "parts list": (CONFIG_FILE, edited(parts=["decoder"]), ValueError, "parts: expected one or more of decoder.*got"),
+    "parts empty": (CONFIG_FILE, edited(parts={}), ValueError, "parts: expected one or more.*, got {}"),
     "parts name": (CONFIG_FILE, edited(parts={"head": SHAPE}), ValueError, "expected one or more of decoder"),
-    "shape list": (CONFIG_FILE, edited(parts={"decoder": [3, 2]}), ValueError, "decoder: got .*expected layers, kv_heads"),
-    "shape short": (CONFIG_FILE, edited(parts={"decoder": {"layers": 3}}), ValueError, "decoder: got .*expected layers"),
-    "shape 0": (CONFIG_FILE, edited(parts={"decoder": {**SHAPE, "kv_heads": 0}}), ValueError, "decoder.kv_heads: got 0"),
+    "shape list": (CONFIG_FILE, edited(parts={"decoder": [3, 2]}), ValueError, "decoder: expected layers.*, got .3, 2."),
+    "shape short": (CONFIG_FILE, edited(parts={"decoder": {"layers": 3}}), ValueError, "decoder: expected layers.*, got"),
+    "shape 0": (CONFIG_FILE, edited(parts={"decoder": {**SHAPE, "kv_heads": 0}}), ValueError, "kv_heads: expected at least 1"),
     "deep json": (CONFIG_FILE, written(CONFIG_FILE, b"[" * 100_000), ValueError, "expected JSON .*recursion"),
     "empty file": (TENSORS_FILE, written(TENSORS_FILE, b""), ValueError, "damaged, or not a safetensors file"),
     "cut header": (TENSORS_FILE, truncated(TENSORS_FILE, 0.01), ValueError, "damaged, or not a safetensors file"),
     "cut data": (TENSORS_FILE, truncated(TENSORS_FILE, 0.9), ValueError, "damaged, or not a safetensors file"),
     "pickle": (TENSORS_FILE, written(TENSORS_FILE, pickle.dumps([0] * 99)), ValueError, "damaged, or not a safetensors file"),
-    "length": (TENSORS_FILE, edited(prefix_len=6), ValueError, r"\[2, 5, 16\], but by .* \[2, 6, 16\] \(6 such differences"),
+    "length": (TENSORS_FILE, edited(prefix_len=6), ValueError, r"\[2, 6, 16\] .*, got \[2, 5, 16\] \(6 such differences"),
     "more layers": (
         TENSORS_FILE, edited(parts={"decoder": {**SHAPE, "layers": 4}}), ValueError,
-        r"decoder.3.key is missing, but by prefix_config.json expected \[2, 5, 16\] \(2 such differences",
+        r"decoder.3.key: expected \[2, 5, 16\] by prefix_config.json, got none \(2 such differences",
     ),
     "any number of layers": (
-        TENSORS_FILE, edited(parts={"decoder": {**SHAPE, "layers": 10**12}}), ValueError, "decoder.3.key is missing"
+        TENSORS_FILE, edited(parts={"decoder": {**SHAPE, "layers": 10**12}}), ValueError, "decoder.3.key: .*, got none"
     ),
     "fewer layers": (
         TENSORS_FILE, edited(parts={"decoder": {**SHAPE, "layers": 2}}), ValueError,
-        "decoder.2.key is .*expected no such tensor",
+        "decoder.2.key: expected no such tensor",
     ),
-    "a tensor gone": (TENSORS_FILE, tensors(TENSORS_FILE, lambda t: t.pop(KEY)), ValueError, "decoder.0.key is missing"),
+    "a tensor gone": (TENSORS_FILE, tensors(TENSORS_FILE, lambda t: t.pop(KEY)), ValueError, "decoder.0.key: .*, got none"),
     "a foreign tensor": (
-        TENSORS_FILE, tensors(TENSORS_FILE, lambda t: t.update(a=torch.ones(1))), ValueError, "a is .1., but by",
+        TENSORS_FILE, tensors(TENSORS_FILE, lambda t: t.update(a=torch.ones(1))), ValueError, "a: expected no such tensor",
     ),
     "dtypes": (
         TENSORS_FILE, tensors(TENSORS_FILE, lambda t: t.update({KEY: t[KEY].half()})), ValueError,
-        "got torch.float16, torch.float32, expected one floating dtype",
+        "expected one floating dtype, got torch.float16, torch.float32",
     ),
     "ints": (
         TENSORS_FILE, tensors(TENSORS_FILE, lambda t: t.update({n: v.int() for n, v in t.items()})), ValueError,
-        "got torch.int32, expected one floating dtype",
+        "expected one floating dtype, got torch.int32",
     ),
     "mlp cut": (MLP_FILE, truncated(MLP_FILE), ValueError, "damaged, or not a safetensors file"),
-    "mlp empty": (MLP_FILE, tensors(MLP_FILE, dict.clear), ValueError, "got no tensor, expected one floating dtype"),
+    "mlp empty": (MLP_FILE, tensors(MLP_FILE, dict.clear), ValueError, "expected one floating dtype, got no tensor"),
     "mlp half": (
-        MLP_FILE, tensors(MLP_FILE, lambda t: t.pop("decoder.output.bias")), ValueError, "decoder.output.bias is missing",
+        MLP_FILE, tensors(MLP_FILE, lambda t: t.pop("decoder.output.bias")), ValueError, "decoder.output.bias: .*, got none",
     ),
     "mlp of another length": (
         MLP_FILE, tensors(MLP_FILE, lambda t: t.update({"decoder.embedding.weight": torch.ones(4, 64)})), ValueError,
-        r"decoder.embedding.weight is \[4, 64\], but by prefix_config.json expected \[5, 64\]",
+        r"decoder.embedding.weight: expected \[5, 64\] .*, got \[4, 64\]",
     ),
     "mlp of no part": (
         MLP_FILE, tensors(MLP_FILE, lambda t: [t.update({n.replace("de", "en"): t.pop(n)}) for n in list(t)]), ValueError,
@@ -277,10 +277,10 @@ def test_damaged_files_are_named_with_what_was_expected(damage, tmp_path):
 
 
 def test_load_refuses_wrong_dtypes_and_places_that_are_none(tmp_path):
-    with pytest.raises(TypeError, match="dtype: got torch.int64"):
+    with pytest.raises(TypeError, match="dtype: expected .*, got torch.int64"):
         Prefix.load(tmp_path, dtype=torch.int64)
     for place in (tmp_path / "missing", "someone/never-cached-prefix", "no//place"):
-        with pytest.raises(FileNotFoundError, match=f"{place}: neither a folder nor a hub repository in reach"):
+        with pytest.raises(FileNotFoundError, match=f"{place}: expected a folder or a hub repository in reach, got neither"):
             Prefix.load(place)
 
 

@@ -70,8 +70,8 @@ def test_settings_that_are_left_open(given, expected):
         ({"init": "magic"}, "init: expected text or random, got 'magic'"),
         ({"reparametrization": "lstm"}, "reparametrization: expected mlp or none, got 'lstm'"),
         ({"init": "text"}, "init_text: expected the text"),
-        ({"init": "random", "init_text": "words"}, "init_text: got 'words', which init 'random'"),
-        ({"patience": 2}, "patience: got 2 without save_steps"),
+        ({"init": "random", "init_text": "words"}, "init_text: expected None beside init 'random', got 'words'"),
+        ({"patience": 2}, "patience: expected save_steps .*, got 2 alone"),
         ({"report_to": "paper"}, "report_to: expected one of none, all.*got 'paper'"),
     ],
     ids=str,
@@ -235,7 +235,7 @@ def test_a_resumed_run_goes_on_with_its_own_learning_rate(tmp_path):
     """The optimiser has it, and what the settings said would be written down and not be so."""
     run(tmp_path, **SAVING)
     for name, value in (("learning_rate", 0.5), ("weight_decay", 0.1)):
-        with pytest.raises(ValueError, match=f"{name}: the run in .*checkpoint-.* goes on with its .*, got {value}"):
+        with pytest.raises(ValueError, match=f"{name}: expected .*, with which .*checkpoint-.* goes on, got {value}"):
             run(tmp_path, resume=True, **SAVING | {name: value})
 
 
@@ -270,7 +270,7 @@ def test_an_empty_folder_where_a_prefix_was_to_be_is_no_earlier_run(tmp_path):
 
 
 def test_checkpoints_missing_or_in_the_way(tmp_path):
-    with pytest.raises(ValueError, match="resume: .*new holds no checkpoint to go on from"):
+    with pytest.raises(ValueError, match="resume: expected a checkpoint to go on from, got none in .*new"):
         run(tmp_path / "new", resume=True)
     assert not (tmp_path / "new").exists()
     run(tmp_path, save_steps=2)
@@ -288,7 +288,7 @@ def test_checkpoints_missing_or_in_the_way(tmp_path):
         ({"eval_rows": [{"text": "?"}]}, r"eval_dataset: rows\[0\]: "),
         ({"max_length": 3}, r"train_dataset: rows\[0\]: max_length"),
         ({"prefix_len": 200}, "prefix: it takes 200 of the model's 128 positions"),
-        ({"save_steps": 1, "patience": 1}, "patience: got 1 without eval_rows"),
+        ({"save_steps": 1, "patience": 1}, "patience: expected eval_rows .*, got 1 alone"),
         ({"backend": "magic"}, "magic"),
     ],
     ids=str,
@@ -312,7 +312,7 @@ def test_an_output_that_cannot_be_written_to_is_no_surprise_at_the_end(tmp_path,
 
 
 def test_float16_needs_a_gpu(tmp_path):
-    with pytest.raises(ValueError, match="dtype: training in float16 needs a GPU"):
+    with pytest.raises(ValueError, match="dtype: expected a GPU to train in float16"):
         run(tmp_path, tiny_model("llama").half())
 
 
@@ -321,7 +321,9 @@ def test_another_gpu_than_the_first(tmp_path, monkeypatch):
     model = tiny_model("llama")
     parameter = SimpleNamespace(device=torch.device("cuda:1"), dtype=torch.float32)
     monkeypatch.setattr(model, "parameters", lambda: iter([parameter]))
-    with pytest.raises(ValueError, match="device: the model is on cuda:1, .* choose the GPU with CUDA_VISIBLE_DEVICES"):
+    with pytest.raises(
+        ValueError, match="device: expected the model on .*, got it on cuda:1; choose the GPU with CUDA_VISIBLE_DEVICES"
+    ):
         run(tmp_path, model)
 
 

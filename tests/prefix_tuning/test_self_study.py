@@ -22,7 +22,7 @@ def model():
 def test_a_short_text_is_one_chunk():
     assert SOURCE.chunks(20, len(IDS), seed=0) == [[0, len(IDS)]] * 20
     assert SOURCE.chunk(0, len(IDS)) == TEXT and len(SOURCE) == len(IDS)
-    with pytest.raises(ValueError, match="text: '' has no tokens"):
+    with pytest.raises(ValueError, match="text: expected one token or more, got ''"):
         SourceText("", tiny_tokenizer())
 
 

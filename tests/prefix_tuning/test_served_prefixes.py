@@ -43,12 +43,12 @@ def served(folder):
 @pytest.mark.parametrize(
     ("name", "error", "message"),
     [
-        ("at_zero", NotImplementedError, "position_offset 0, expected prefix_len, 5"),
-        ("short_values", NotImplementedError, "value_dim 8, expected layers that are all alike"),
-        ("with_head", NotImplementedError, "heads score, expected none"),
+        ("at_zero", NotImplementedError, "expected position_offset 5, the prefix_len, .*, got 0"),
+        ("short_values", NotImplementedError, "expected layers that are all alike, .* value_dim 8"),
+        ("with_head", NotImplementedError, "expected no heads, .*, got score"),
         ("uneven", NotImplementedError, "expected layers that are all alike"),
-        ("t5", NotImplementedError, "parts decoder, encoder, cross, expected that of a causal model"),
-        ("shallow", ValueError, "2 layers, 2 kv_heads, head_dim 16, expected 3 layers.* as .*model has"),
+        ("t5", NotImplementedError, "expected that of a causal model, .*, got parts decoder, encoder, cross"),
+        ("shallow", ValueError, "expected 3 layers.* as .*model has, got one with 2 layers, 2 kv_heads, head_dim 16"),
         ("nowhere", FileNotFoundError, "nowhere"),
     ],
 )
@@ -58,13 +58,13 @@ def test_prefixes_that_cannot_be_served(name, error, message, folder):
 
 
 def test_prefixes_differ_without_a_model(folder):
-    with pytest.raises(ValueError, match="prefix b: got one with 2 layers.*expected 3 layers.* as a has"):
+    with pytest.raises(ValueError, match="prefix b: expected 3 layers.* as a has, got one with 2 layers"):
         ServedPrefixes.load({"a": folder / "pubs", "b": folder / "shallow"})
 
 
 @pytest.mark.parametrize(
     ("model", "message"),
-    [("window", "a window of 8.*expected full attention"), ("t5_model", "got a t5, expected a causal model")],
+    [("window", "expected full attention, got a window of 8"), ("t5_model", "expected a causal model, got a t5")],
 )
 def test_models_that_cannot_be_served(model, message, folder):
     with pytest.raises(NotImplementedError, match=message):
@@ -73,18 +73,18 @@ def test_models_that_cannot_be_served(model, message, folder):
 
 @pytest.mark.parametrize("name", ["", *sorted(PART_NAMES)])
 def test_names_that_would_be_chosen_by_something_else(name, folder):
-    with pytest.raises(ValueError, match="expected another"):
+    with pytest.raises(ValueError, match="expected a name that is not empty"):
         ServedPrefixes.load({name: folder / "pubs"})
 
 
 def test_bad_arguments(folder):
-    with pytest.raises(ValueError, match="folders: got none"):
+    with pytest.raises(ValueError, match="folders: expected .*, got none"):
         ServedPrefixes.load({})
-    with pytest.raises(ValueError, match="folders: got \\['pubs'\\], expected the folder of at least one prefix by name"):
+    with pytest.raises(ValueError, match="folders: expected the folder of at least one prefix by name, got \\['pubs'\\]"):
         ServedPrefixes.load(["pubs"])
-    with pytest.raises(ValueError, match="prefix: got the name 5, expected a string"):
+    with pytest.raises(ValueError, match="prefix: expected a string as its name, got 5"):
         ServedPrefixes.load({5: folder / "pubs"})
-    with pytest.raises(ValueError, match="placeholder_id: got -1"):
+    with pytest.raises(ValueError, match="placeholder_id: expected at least 0, got -1"):
         ServedPrefixes.load({"pubs": folder / "pubs"}, placeholder_id=-1)
 
 
@@ -117,27 +117,27 @@ def test_salts_differ_by_prefix_and_tenant(served):
 
 
 def test_prompts_that_cannot_be_made(served):
-    with pytest.raises(ValueError, match="prefix: got 'wine', expected one of pubs, food"):
+    with pytest.raises(ValueError, match="prefix: expected one of pubs, food, got 'wine'"):
         served.prompt("wine", [1])
-    with pytest.raises(ValueError, match="token_ids: got none"):
+    with pytest.raises(ValueError, match="token_ids: expected at least one .*, got none"):
         served.prompt("pubs", [])
     for wrong in ("hello", [[4, 5]], torch.tensor([[4, 5]]), [4.0], torch.tensor([4.0]), ["4"], 4, torch.tensor(4), None):
-        with pytest.raises(ValueError, match="token_ids: got .*, expected ints"):
+        with pytest.raises(ValueError, match="token_ids: expected ints .tokens., got"):
             served.prompt("pubs", wrong)
 
 
 @pytest.mark.parametrize(
     ("tokens", "salt", "message"),
     [
-        ([7] * 5 + [1], 'prefix-tuning:["wine", null]', "got 'wine', expected one of pubs, food"),
+        ([7] * 5 + [1], 'prefix-tuning:["wine", null]', "expected one of pubs, food, got 'wine'"),
         ([7] * 5 + [1], 'prefix-tuning:[["pubs"], null]', "expected one of pubs, food"),
         ([7] * 5 + [1], "prefix-tuning:", "expected what ServedPrefixes.prompt makes"),
-        ([7] * 5 + [1], "prefix-tuning:" + 200_000 * "[", r"cache_salt: got 'prefix-tuning:\[{70,90}, expected"),
+        ([7] * 5 + [1], "prefix-tuning:" + 200_000 * "[", r"cache_salt: expected .*, got 'prefix-tuning:\[{70,90}$"),
         ([7] * 5 + [1], "prefix-tuning:3", "expected what ServedPrefixes.prompt makes"),
-        ([7] * 4 + [1, 2], 'prefix-tuning:["pubs", null]', "takes the place of 5 tokens 7"),
-        ([7] * 3, 'prefix-tuning:["pubs", null]', "takes the place of 5 tokens 7"),
-        (None, 'prefix-tuning:["pubs", null]', "takes the place of 5 tokens 7"),
-        ([7] * 5, 'prefix-tuning:["pubs", null]', "no token behind the placeholders"),
+        ([7] * 4 + [1, 2], 'prefix-tuning:["pubs", null]', "got one that does not begin with the 5 tokens 7"),
+        ([7] * 3, 'prefix-tuning:["pubs", null]', "got one that does not begin with the 5 tokens 7"),
+        (None, 'prefix-tuning:["pubs", null]', "got one that does not begin with the 5 tokens 7"),
+        ([7] * 5, 'prefix-tuning:["pubs", null]', "expected at least one token behind the placeholders"),
     ],
 )
 def test_prompts_that_ask_wrongly(tokens, salt, message, served):
@@ -182,14 +182,14 @@ def test_ranks_share_heads_as_vllm_does(kv_heads, ranks, expected):
 
 
 def test_heads_that_do_not_divide():
-    with pytest.raises(ValueError, match="tensor_parallel_size: got 2, expected a divisor or a multiple of 3"):
+    with pytest.raises(ValueError, match="tensor_parallel_size: expected a divisor or a multiple of 3 kv_heads, got 2"):
         heads_of_rank(torch.randn(3, 5, 3), 0, 2)
 
 
 def test_slots():
     assert slots([6, 2, 9], 4, 3, 9).tolist() == [27, 8, 9, 10, 11, 36]
     assert slots([6], 4, 2, 2).tolist() == []
-    with pytest.raises(ValueError, match="stop: got 13, expected at most 3 blocks of 4"):
+    with pytest.raises(ValueError, match="stop: expected at most 3 blocks of 4, got 13"):
         slots([6, 2, 9], 4, 3, 13)
 
 
@@ -200,7 +200,7 @@ def test_tested_versions(version):
 
 @pytest.mark.parametrize("version", ["0.31.9", "0.33.0", "0.320.1", "1.0.32"])
 def test_other_versions_are_refused(version):
-    with pytest.raises(NotImplementedError, match=f"got version {version}, expected 0.32"):
+    with pytest.raises(NotImplementedError, match=f"expected version 0.32, .*, got {version}"):
         check_version(version)
 
 
@@ -210,17 +210,25 @@ LAYERS = {"block_size": 4, "sliding_window": None, "attention_chunk_size": None,
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"pipeline_parallel_size": 2}, NotImplementedError, "pipeline_parallel_size: got 2, expected 1"),
-        ({"decode_context_parallel_size": 2}, NotImplementedError, "decode_context_parallel_size: got 2"),
-        ({"spec": SlidingWindowSpec(block_size=4)}, NotImplementedError, "1 groups of SlidingWindowSpec, expected one of full"),
+        ({"pipeline_parallel_size": 2}, NotImplementedError, "pipeline_parallel_size: expected 1, got 2"),
+        ({"decode_context_parallel_size": 2}, NotImplementedError, "decode_context_parallel_size: expected 1, got 2"),
+        (
+            {"spec": SlidingWindowSpec(block_size=4)},
+            NotImplementedError,
+            "expected a cache with one group, of full .*, got 1 groups of SlidingWindowSpec",
+        ),
         ({"spec": FullAttentionSpec(**LAYERS | {"sliding_window": 8})}, NotImplementedError, "with sliding_window 8"),
         ({"spec": FullAttentionSpec(**LAYERS | {"attention_chunk_size": 8})}, NotImplementedError, "attention_chunk_size 8"),
-        ({"spec": FullAttentionSpec(**LAYERS | {"head_size_v": 8})}, ValueError, "value_dim 8, but the prefixes 3 layers"),
+        (
+            {"spec": FullAttentionSpec(**LAYERS | {"head_size_v": 8})},
+            ValueError,
+            "expected a cache with 3 layers.*, got .* value_dim 8",
+        ),
         ({"groups": 2}, NotImplementedError, "2 groups"),
         ({"groups": 0}, NotImplementedError, "0 groups of nothing"),
-        ({"layers": 4}, ValueError, "4 layers, .* but the prefixes 3 layers, 2 kv_heads"),
-        ({"kv_heads": 4}, ValueError, "4 kv_heads.* but the prefixes"),
-        ({"head_dim": 32}, ValueError, "head_dim 32, but the prefixes"),
+        ({"layers": 4}, ValueError, "expected a cache with 3 layers, 2 kv_heads.*, got 4 layers"),
+        ({"kv_heads": 4}, ValueError, "as the prefixes, got .* 4 kv_heads"),
+        ({"head_dim": 32}, ValueError, "as the prefixes, got .* head_dim 32"),
     ],
 )
 def test_engines_that_cannot_serve(options, error, message, served):
@@ -235,12 +243,12 @@ def test_an_engine_that_can_serve(served):
 def test_prefixes_cannot_be_computed_instead(served):
     vllm_config, kv_cache_config = engine_config(served)
     vllm_config.kv_transfer_config.kv_load_failure_policy = "recompute"
-    with pytest.raises(ValueError, match="kv_load_failure_policy: got recompute, expected fail"):
+    with pytest.raises(ValueError, match="kv_load_failure_policy: expected fail, got recompute"):
         check_engine(vllm_config, kv_cache_config, served.shape)
 
 
 def test_layer_numbers():
     assert layer_numbers(["model.layers.1.attn", "model.layers.0.attn"]) == {"model.layers.1.attn": 1, "model.layers.0.attn": 0}
     for names in (["h.0.attn", "h.2.attn"], ["h.0.attn", "draft.attn"], ["h.0.attn", "draft.h.0.attn"], ["a.0.b.1.attn"]):
-        with pytest.raises(NotImplementedError, match="expected ones numbered 0, 1"):
+        with pytest.raises(NotImplementedError, match="expected attention layers numbered 0, 1"):
             layer_numbers(names)

@@ -94,7 +94,7 @@ def test_turns_that_the_template_changes_once_another_follows_are_refused():
     before = [{"role": "system", "content": "be kind"}, {"role": "user", "content": "hi"}]
     turns = [*before, {"role": "assistant", "content": "yes"}]
     assert "think yes" in tokenizer.apply_chat_template(turns, tokenize=False)
-    with pytest.raises(ValueError, match="messages: the chat template shows these turns otherwise once another follows"):
+    with pytest.raises(ValueError, match="messages: expected turns .* the chat template shows otherwise once another follows"):
         Prefix.from_text(model, tokenizer, messages=turns)
     whole = tokenizer.apply_chat_template(turns)["input_ids"]
     for shared in (before[:1], before):
@@ -102,7 +102,7 @@ def test_turns_that_the_template_changes_once_another_follows_are_refused():
         assert whole[: prefix.prefix_len] == tokenizer.apply_chat_template(shared)["input_ids"]
     taken = Prefix.from_text(model, tiny_tokenizer(chat_template=NO_ANSWERS), messages=before)
     assert taken.prefix_len == prefix.prefix_len
-    with pytest.raises(ValueError, match="messages: got none, expected at least one turn"):
+    with pytest.raises(ValueError, match="messages: expected at least one turn, got none"):
         Prefix.from_text(model, tokenizer, messages=[])
 
 

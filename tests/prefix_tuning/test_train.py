@@ -247,9 +247,15 @@ def test_what_is_trained_must_be_attached(tmp_path):
     trainer.attachment.enable(True)
     trainer.detach()
     for call in (trainer.train, trainer.evaluate):
-        with pytest.raises(ValueError, match=r"model: it has no prefix attached; attach_prefix\(model, prefix\) comes first"):
+        with pytest.raises(
+            ValueError,
+            match=r"model: expected the prefix to be attached, got no prefix; attach_prefix\(model, prefix\) comes first",
+        ):
             call()
-    with attach_prefix(model, random_prefix(model)), pytest.raises(ValueError, match="model: it has another prefix attached"):
+    with (
+        attach_prefix(model, random_prefix(model)),
+        pytest.raises(ValueError, match="model: expected the prefix to be attached, got another prefix"),
+    ):
         trainer.evaluate()
     with attach_prefix(model, trainer.prefix):
         assert trainer.evaluate()["eval_loss"] == loss

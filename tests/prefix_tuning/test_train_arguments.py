@@ -31,16 +31,16 @@ OTHERS = {
     "rows without tokenizer": (
         {"processing_class": None, "data_collator": len}, ValueError, "processing_class: expected the tokenizer, which rows"
     ),
-    "model_init": ({"model_init": lambda: None}, TypeError, "model_init: expected a model and a prefix"),
+    "model_init": ({"model_init": lambda: None}, TypeError, "model_init: expected none, but a model and a prefix"),
     "no rows": ({"rows": []}, ValueError, "train_dataset: expected at least one row"),
     "an iterator": ({"rows": iter(ROWS)}, TypeError, "train_dataset: expected a sequence of rows .*, got list_iterator"),
     "no rows to evaluate": ({"eval_dataset": {"a": []}}, ValueError, r"eval_dataset\['a'\]: expected at least one row"),
     "a bad row": ({"rows": [*ROWS, {"text": "?"}]}, ValueError, r"train_dataset: rows\[8\]: expected an object"),
     "no prefix": ({"prefix": "prefix"}, TypeError, "prefix: expected a Prefix, got str"),
-    "a frozen prefix": ({"frozen": True}, ValueError, "prefix: none of its parameters requires a gradient"),
+    "a frozen prefix": ({"frozen": True}, ValueError, "prefix: expected parameters that require a gradient, got none"),
     "a long prefix": ({"length": 128}, ValueError, "prefix: it takes 128 of the model's 128 positions"),
-    "max_length": ({"max_length": 0}, ValueError, "max_length: got 0, expected at least 1"),
-    "max_length of another type": ({"max_length": "9"}, TypeError, "max_length: got '9', expected an int"),
+    "max_length": ({"max_length": 0}, ValueError, "max_length: expected at least 1, got 0"),
+    "max_length of another type": ({"max_length": "9"}, TypeError, "max_length: expected an int, got '9'"),
     "one row": ({"rows": ROWS[0]}, TypeError, "train_dataset: expected a sequence of rows or a data set, got dict"),
     "a file": ({"rows": "rows.jsonl"}, TypeError, "train_dataset: expected a sequence of rows or a data set, got str"),
     "a table": (
@@ -108,7 +108,7 @@ def test_a_name_instead_of_a_model(tmp_path):
         lambda: PrefixTrainer("gpt2", prefix, arguments(tmp_path), **options), lambda: attach_prefix("gpt2", prefix),
         lambda: Prefix.for_model("gpt2", 4),
     ):  # fmt: skip
-        with pytest.raises(TypeError, match="model: got str, expected a transformers model"):
+        with pytest.raises(TypeError, match="model: expected a transformers model, got str"):
             call()
     with pytest.raises(TypeError, match="args: expected TrainingArguments, got dict"):
         PrefixTrainer(tiny_model("llama"), prefix, {"max_steps": 1}, **options)

@@ -262,5 +262,5 @@ def test_rows_are_cut_to_the_positions_that_the_prefix_leaves(tmp_path):
 
     left = model.config.n_positions - PREFIX_LEN
     assert [longest(max_length) for max_length in (None, 1000, 20)] == [left, left, 20]
-    with pytest.raises(ValueError, match=r"train_dataset: rows\[0\]: max_length: .*got max_length 4"):
+    with pytest.raises(ValueError, match=r"train_dataset: rows\[0\]: max_length: expected .*, got 4"):
         longest(4)

@@ -87,7 +87,7 @@ def test_a_checkpoint_that_was_not_written_to_its_end_is_passed_over(tmp_path):
     assert losses(resumed) == losses(whole)
     assert_prefixes_equal(resumed.prefix, whole.prefix)
     (tmp_path / "none" / "checkpoint-2").mkdir(parents=True)
-    with pytest.raises(ValueError, match="resume_from_checkpoint: .*none holds no whole checkpoint"):
+    with pytest.raises(ValueError, match="resume_from_checkpoint: expected a whole checkpoint, got none in .*none"):
         make_trainer(tmp_path / "none").train(resume_from_checkpoint=True)
 
 
@@ -128,7 +128,7 @@ def test_only_what_is_named_by_its_step_is_a_checkpoint(tmp_path):
     for name in ("checkpoint-6", "checkpoint-7"):
         shutil.rmtree(tmp_path / name)
     resumed = make_trainer(tmp_path, **RESUMED)
-    with pytest.raises(ValueError, match="resume_from_checkpoint: .* holds no whole checkpoint"):
+    with pytest.raises(ValueError, match="resume_from_checkpoint: expected a whole checkpoint, got none in"):
         resumed.train(resume_from_checkpoint=True)
     shutil.copytree(tmp_path / "checkpoint-best", tmp_path / "checkpoint-3")
     resumed.train(resume_from_checkpoint=True)
@@ -154,10 +154,13 @@ def test_checkpoints_keep_the_reparametrisation_and_save_model_drops_it(tmp_path
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        ({"reparametrization": "mlp", "hidden_size": 8}, "trained with a reparametrisation.*saved without"),
-        ({"prefix_len": 6}, r"prefix_len is 5 in \S+checkpoint-2, expected 6"),
-        ({"offset": 0}, r"position_offset is 5 in \S+checkpoint-2, expected 0"),
-        ({"layers": 2}, r"decoder.2 is \[2, 5, 16\] in \S+checkpoint-2, expected no such tensor"),
+        (
+            {"reparametrization": "mlp", "hidden_size": 8},
+            r"expected a prefix with a reparametrisation.*, got one without in \S+checkpoint-2",
+        ),
+        ({"prefix_len": 6}, r"prefix_len: expected 6 .*, got 5 in \S+checkpoint-2"),
+        ({"offset": 0}, r"position_offset: expected 0 .*, got 5 in \S+checkpoint-2"),
+        ({"layers": 2}, r"decoder.2: expected no such tensor .*, got \[2, 5, 16\] in \S+checkpoint-2"),
     ],
     ids=("reparametrisation", "prefix_len", "position_offset", "layers"),
 )
@@ -176,7 +179,7 @@ def test_resuming_with_another_prefix_is_refused_in_one_line(other, message, tmp
 
 
 def test_what_is_no_folder_is_no_checkpoint(tmp_path):
-    with pytest.raises(ValueError, match="^resume_from_checkpoint: latest is no folder$"):
+    with pytest.raises(ValueError, match="^resume_from_checkpoint: expected a folder, got latest$"):
         load_checkpoint(Prefix.for_model(tiny_model("llama"), PREFIX_LEN), "latest")
 
 

@@ -231,18 +231,18 @@ def test_a_prefix_that_has_changed_is_refused(monkeypatch, prefixes):
 
 def test_a_prefix_that_has_become_unservable_is_refused(monkeypatch, prefixes, prefix):
     Prefix({"decoder": prefix.layers()}, position_offset=0).save(prefixes.folders["pubs"])
-    with pytest.raises(NotImplementedError, match="prefix pubs: .* position_offset 0"):
+    with pytest.raises(NotImplementedError, match="prefix pubs: .* expected position_offset .*, got 0"):
         connector_of(monkeypatch, prefixes, layers=[Layer(40) for _ in range(3)])
 
 
 def test_other_versions_of_vllm_are_refused(monkeypatch, prefixes):
     module = import_with_stub(monkeypatch, MODULE, version="0.33.0")
     vllm_config, kv_cache_config = engine_config(prefixes)
-    with pytest.raises(NotImplementedError, match="vllm: got version 0.33.0, expected 0.32"):
+    with pytest.raises(NotImplementedError, match="vllm: expected version 0.32.*, got 0.33.0"):
         module.PrefixConnector(vllm_config, None, kv_cache_config)
 
 
 def test_engines_are_checked(monkeypatch, prefixes):
     vllm_config, kv_cache_config = engine_config(prefixes, layers=4)
-    with pytest.raises(ValueError, match="4 layers, .* but the prefixes"):
+    with pytest.raises(ValueError, match="expected a cache with .*, got 4 layers"):
         import_with_stub(monkeypatch, MODULE).PrefixConnector(vllm_config, None, kv_cache_config)
