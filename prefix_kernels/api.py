@@ -8,6 +8,7 @@ from one copy of the prefix, which has no batch axis and is never concatenated w
 from __future__ import annotations
 
 import inspect
+from numbers import Real
 from typing import Any
 
 import torch
@@ -79,7 +80,13 @@ def prefix_attention(
         softcap=softcap, bias=bias, prefix_ids=prefix_ids, prefix_lens=prefix_lens, first_key_position=first_key_position,
     )  # fmt: skip
     result = _run(inputs, backend, return_lse)
-    if kind is not None and (bias is None or bias.shape == inputs.bias.shape):  # a kernel reads it as it was given
+    numbers = (scale, window, softcap, first_key_position)
+    # A kernel reads the bias as it was given; a number in a tensor could be another the next time.
+    if (
+        kind is not None
+        and (bias is None or bias.shape == inputs.bias.shape)
+        and all(isinstance(n, Real | None) for n in numbers)
+    ):
         repeated.remember(kind, inputs, backend)
     return result
 
@@ -167,7 +174,7 @@ def _dense_inputs(
 ) -> AttentionInputs:  # fmt: skip
     q, k, v = _autocast(q, k, v)
     validate.check_tensors(q, k, v, prefix_k, prefix_v, varlen=False)
-    validate.check_options(causal, scale, window, softcap, first_key_position)
+    scale, window, softcap, first_key_position = validate.check_options(causal, scale, window, softcap, first_key_position)
     batch, _, q_len, head_dim = q.shape
     kv_len = k.shape[2]
     if causal and q_len > kv_len:
@@ -192,9 +199,9 @@ def _varlen_inputs(
 ) -> AttentionInputs:  # fmt: skip
     q, k, v = _autocast(q, k, v)
     validate.check_tensors(q, k, v, prefix_k, prefix_v, varlen=True)
-    validate.check_options(causal, scale, window, softcap, None)
-    validate.check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, q.shape[0], "max_seqlen_q", max_seqlen_q, q.device)
-    validate.check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, k.shape[0], "max_seqlen_k", max_seqlen_k, q.device)
+    scale, window, softcap, _ = validate.check_options(causal, scale, window, softcap, None)
+    max_seqlen_q = validate.check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, q.shape[0], "max_seqlen_q", max_seqlen_q, q.device)
+    max_seqlen_k = validate.check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, k.shape[0], "max_seqlen_k", max_seqlen_k, q.device)
     sequences = cu_seqlens_q.shape[0] - 1
     if cu_seqlens_k.shape[0] != sequences + 1:
         raise ValueError(

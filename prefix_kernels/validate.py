@@ -6,7 +6,10 @@ a backend treats ids out of range as −1 and clamps lengths, and the C++ kernel
 
 from __future__ import annotations
 
+import numbers
+import operator
 import weakref
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,6 +32,24 @@ def kind_of(value) -> str:
     """The name of its type, told apart from those of Python: numpy has a bool, too."""
     kind = type(value)
     return kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"
+
+
+def to_int(name: str, value: Any, expected: str = "an int") -> int:
+    """What stands for an int, as one: whatever can be an index, but no bool. A SymInt stays one."""
+    if isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool):
+        return value
+    is_bool = isinstance(value, bool) or (isinstance(value, Tensor) and value.dtype == torch.bool)
+    try:
+        return operator.index(None if is_bool else value)
+    except TypeError:
+        raise TypeError(f"{name}: expected {expected}, got {kind_of(value)}") from None
+
+
+def to_number(name: str, value: Any) -> int | float:
+    """A real number as Python's, but no bool."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, numbers.Real)):
+        raise TypeError(f"{name}: expected a number or None, got {kind_of(value)}")
+    return value if isinstance(value, (int, float)) else float(value)
 
 
 def check_tensors(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, varlen: bool) -> None:
@@ -114,26 +135,31 @@ def _check_dtypes(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: T
         raise TypeError(f"prefix_v: expected dtype {prefix_k.dtype} as prefix_k, got {prefix_v.dtype}")
 
 
-def check_options(causal, scale, window, softcap, first_key_position) -> None:
-    """Scalar options."""
+def check_options(
+    causal: bool, scale: float | None, window: int | None, softcap: float | None, first_key_position: int | None
+) -> tuple[float | None, int | None, float | None, int | None]:
+    """scale, window, softcap and first_key_position as Python's numbers."""
     if not isinstance(causal, bool):
         raise TypeError(f"causal: expected a bool, got {kind_of(causal)}")
-    for name, value in (("scale", scale), ("softcap", softcap)):
-        if value is not None and (not isinstance(value, (int, float)) or isinstance(value, bool)):
-            raise TypeError(f"{name}: expected a number or None, got {kind_of(value)}")
+    scale = None if scale is None else to_number("scale", scale)
+    softcap = None if softcap is None else to_number("softcap", softcap)
     if scale is not None and scale != 0 and not SMALLEST <= abs(scale) <= LARGEST:
         raise ValueError(f"scale: expected 0, {SMALLEST} to {LARGEST}, either sign, or None, got {scale}")
     if softcap is not None and not SMALLEST <= softcap <= LARGEST:
         raise ValueError(f"softcap: expected {SMALLEST} to {LARGEST} or None, got {softcap}")
-    for name, value, least in (("window", window, 1), ("first_key_position", first_key_position, 0)):
-        if value is None:
-            continue
-        if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool):
-            raise TypeError(f"{name}: expected an int or None, got {kind_of(value)}")
-        if value < least:
-            raise ValueError(f"{name}: expected at least {least} or None, got {value}")
-        if value > LARGEST_POSITION:
-            raise ValueError(f"{name}: expected at most {LARGEST_POSITION} or None, got {value}")
+    window = _position("window", window, 1)
+    return scale, window, softcap, _position("first_key_position", first_key_position, 0)
+
+
+def _position(name: str, value: Any, least: int) -> int | None:
+    if value is None:
+        return None
+    value = to_int(name, value, "an int or None")
+    if value < least:
+        raise ValueError(f"{name}: expected at least {least} or None, got {value}")
+    if value > LARGEST_POSITION:
+        raise ValueError(f"{name}: expected at most {LARGEST_POSITION} or None, got {value}")
+    return value
 
 
 def check_call(backend, return_lse) -> None:
@@ -248,8 +274,8 @@ def check_bias(bias: Tensor | None, q: Tensor, columns: int) -> None:
         raise ValueError("bias: expected a tensor without gradient, got one with requires_grad=True; pass bias.detach()")
 
 
-def check_cu_seqlens(name: str, cu_seqlens: Tensor, tokens: int, max_name: str, max_seqlen: int, device) -> None:
-    """Checks where packed sequences begin and end.
+def check_cu_seqlens(name: str, cu_seqlens: Tensor, tokens: int, max_name: str, max_seqlen: int, device) -> int:
+    """Checks where packed sequences begin and end; returns max_seqlen as an int.
 
     Args:
         cu_seqlens: int [sequences + 1], from 0, never falling, ending at the token count.
@@ -260,10 +286,9 @@ def check_cu_seqlens(name: str, cu_seqlens: Tensor, tokens: int, max_name: str, 
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
         raise ValueError(f"{name}: expected shape [sequences + 1], got {shape_of(cu_seqlens)}")
     check_index(name, cu_seqlens, cu_seqlens.shape[0], "sequences + 1", device)
-    if not isinstance(max_seqlen, (int, torch.SymInt)) or isinstance(max_seqlen, bool):
-        raise TypeError(f"{max_name}: expected an int, got {kind_of(max_seqlen)}")
+    max_seqlen = to_int(max_name, max_seqlen)
     if not may_read(cu_seqlens):
-        return
+        return max_seqlen
     lengths = cu_seqlens.diff()
     if int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != tokens or bool((lengths < 0).any()):
         raise ValueError(
@@ -272,6 +297,7 @@ def check_cu_seqlens(name: str, cu_seqlens: Tensor, tokens: int, max_name: str, 
     longest = int(lengths.max()) if lengths.numel() else 0
     if longest > max_seqlen:
         raise ValueError(f"{max_name}: expected at least the longest sequence, {longest}, got {max_seqlen}")
+    return max_seqlen
 
 
 def check_causal_lengths(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from prefix_tuning.prefix import Prefix
-from prefix_tuning.shapes import ModelShape, check_int
+from prefix_tuning.shapes import ModelShape, checked_int
 from prefix_tuning.stacks import part_shapes
 
 NO_PREFIX = -1
@@ -72,9 +72,8 @@ class PrefixBank:
     ):
         if not isinstance(prefixes, Mapping) or not prefixes:
             raise ValueError(f"prefixes: expected one Prefix or more by name, got {prefixes!r}")
-        for name, value in (("capacity", capacity), ("max_prefix_len", max_prefix_len)):
-            if value is not None:
-                check_int(name, value, at_least=1)
+        capacity = 0 if capacity is None else checked_int("capacity", capacity, at_least=1)
+        max_prefix_len = 0 if max_prefix_len is None else checked_int("max_prefix_len", max_prefix_len, at_least=1)
         for name, prefix in prefixes.items():
             _check_prefix(name, prefix)
         first = next(iter(prefixes.values()))
@@ -95,7 +94,7 @@ class PrefixBank:
         stored = [next(prefix.parameters()) for prefix in prefixes.values()]
         dtype = functools.reduce(torch.promote_types, (parameter.dtype for parameter in stored))
         devices = [stored[0].device] * len(self.storage.keys)
-        self._allocate(max(capacity or 0, len(prefixes)), max(max_prefix_len or 0, longest), devices, dtype)
+        self._allocate(max(capacity, len(prefixes)), max(max_prefix_len, longest), devices, dtype)
         for name, prefix in prefixes.items():
             self.add(name, prefix)
         self.default = default

@@ -15,6 +15,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from prefix_tuning.shapes import checked_int
+
 
 class LayerCheckpointing:
     """Recomputes every `every_n_layers`-th layer of `model` within `active()`; undo() leaves the model as it was.
@@ -29,8 +31,7 @@ class LayerCheckpointing:
     def __init__(self, model: nn.Module, every_n_layers: int = 1, **options: Any):
         if options.setdefault("use_reentrant", False):
             raise ValueError("use_reentrant: expected False, got True; the reentrant kind gives a prefix no gradient")
-        if every_n_layers < 1:
-            raise ValueError(f"every_n_layers: expected at least 1, got {every_n_layers}")
+        every_n_layers = checked_int("every_n_layers", every_n_layers, at_least=1)
         self.layers = [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)][::every_n_layers]
         if not self.layers:
             raise ValueError(f"model: {type(model).__name__} has no layers that can be recomputed (gradient checkpointing)")

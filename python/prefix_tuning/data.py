@@ -41,6 +41,7 @@ from prefix_tuning.prompts import (
     padding_id,
     render,
 )
+from prefix_tuning.shapes import checked_int
 from prefix_tuning.task import Task
 
 IGNORED = -100  # the label of a token without loss
@@ -275,10 +276,8 @@ class PromptCompletionCollator:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, pad_to_multiple_of: int = 8):
-        if pad_to_multiple_of < 1:
-            raise ValueError(f"pad_to_multiple_of: expected at least 1, got {pad_to_multiple_of}")
+        self.multiple = checked_int("pad_to_multiple_of", pad_to_multiple_of, at_least=1)
         self.pad_id = padding_id(tokenizer)
-        self.multiple = pad_to_multiple_of
 
     def __call__(self, examples: Sequence[Mapping[str, Sequence[int]]]) -> dict[str, Tensor]:
         rows = tokens_and_labels(examples)

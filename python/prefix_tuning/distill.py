@@ -35,7 +35,7 @@ from prefix_tuning.prompts import check_closes_texts, check_text, encode_prompt,
 from prefix_tuning.recipe import TrainSettings, check_run, start_prefix, train_prefix
 from prefix_tuning.row_limits import row_limit, tokens_left
 from prefix_tuning.self_study import SourceText, answered, behind, common_prefix, questions, with_text
-from prefix_tuning.shapes import check_int
+from prefix_tuning.shapes import checked_int, checked_number
 from prefix_tuning.task import Task, task_of
 from prefix_tuning.text_cache import evaluating
 
@@ -63,11 +63,12 @@ class DistillSettings(TrainSettings):
     held_out: float = 0.1
 
     def resolved(self) -> DistillSettings:
-        for name in ("conversations", "chunk_tokens", "max_new_tokens", "top_k"):
-            check_int(name, getattr(self, name), at_least=1)
-        if not 0 <= self.held_out < 1:
-            raise ValueError(f"held_out: expected a share of at least 0 and below 1, got {self.held_out}")
-        return super().resolved()
+        names = ("conversations", "chunk_tokens", "max_new_tokens", "top_k")
+        ints = {name: checked_int(name, getattr(self, name), at_least=1) for name in names}
+        held_out = checked_number("held_out", self.held_out)
+        if not 0 <= held_out < 1:
+            raise ValueError(f"held_out: expected a share of at least 0 and below 1, got {held_out}")
+        return dataclasses.replace(super().resolved(), held_out=held_out, **ints)
 
 
 def distill(

@@ -23,7 +23,7 @@ from prefix_tuning.generate import first_line, generate_texts
 from prefix_tuning.loss import encoder_decoder_loss, target_loss
 from prefix_tuning.prompts import Prompt, is_conversation, prompt_of
 from prefix_tuning.row_limits import longest_row
-from prefix_tuning.shapes import check_int
+from prefix_tuning.shapes import checked_int
 from prefix_tuning.task import Task, task_of
 from prefix_tuning.text_cache import evaluating
 
@@ -101,7 +101,7 @@ def mean_loss(
         max_length: tokens of a row, at most as many as the model has positions for; a longer prompt loses its beginning.
     """
     _check_some(rows)
-    check_int("batch_size", batch_size, at_least=1)
+    batch_size = checked_int("batch_size", batch_size, at_least=1)
     pairs, device = task_of(model) is Task.ENCODER_DECODER, execution_device(model)
     collate = pair_collator(tokenizer) if pairs else PromptCompletionCollator(tokenizer)
     loss_of = encoder_decoder_loss if pairs else target_loss

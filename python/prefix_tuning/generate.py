@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import numbers
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import groupby
@@ -20,7 +19,7 @@ from prefix_tuning.graphed_decoding import GraphedDecoding, graphed
 from prefix_tuning.own_cache import CACHE, LEAST_REPLAYED
 from prefix_tuning.prompts import Prompt, encode_prompt, padding_id
 from prefix_tuning.row_limits import fitting, pair_limits
-from prefix_tuning.shapes import check_int
+from prefix_tuning.shapes import checked_int, checked_number
 from prefix_tuning.task import Task, task_of
 
 MAX_NEW_TOKENS = 128
@@ -66,8 +65,8 @@ def generate_texts(
     empty = next((i for i, ids in enumerate(encoded) if not ids), None)
     if empty is not None:
         raise ValueError(f"prompts[{empty}]: expected at least one token, got {prompts[empty]!r}")
-    check_int("max_new_tokens", generation.setdefault("max_new_tokens", MAX_NEW_TOKENS), at_least=1)
-    encoded = fitting(model, encoded, generation["max_new_tokens"], generation.get("prefix_ids"), cut_prompts)
+    most = checked_int("max_new_tokens", generation.get("max_new_tokens", MAX_NEW_TOKENS), at_least=1)
+    encoded = fitting(model, encoded, most, generation.get("prefix_ids"), cut_prompts)
     return [tokenizer.decode(ids, skip_special_tokens=True) for ids in generate_ids(model, tokenizer, encoded, **generation)]
 
 
@@ -106,7 +105,14 @@ def generate_ids(
 
     Raises ValueError for numbers out of range.
     """
-    _check(max_new_tokens, batch_size, num_beams, temperature, top_p)
+    max_new_tokens = checked_int("max_new_tokens", max_new_tokens, at_least=1)
+    batch_size = checked_int("batch_size", batch_size, at_least=1)
+    num_beams = checked_int("num_beams", num_beams, at_least=1)
+    temperature, top_p = checked_number("temperature", temperature), checked_number("top_p", top_p)
+    if not temperature > 0:
+        raise ValueError(f"temperature: expected more than 0, got {temperature}")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p: expected more than 0 and at most 1, got {top_p}")
     if isinstance(prefix_ids, str):
         raise TypeError(f"prefix_ids: expected a list with a name or None for each prompt, got {prefix_ids!r}")
     if prefix_ids is not None and len(prefix_ids) != len(encoded):
@@ -210,15 +216,3 @@ def _stop_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]
     known = model.generation_config.eos_token_id
     known = known if isinstance(known, list) else [known]
     return sorted({i for i in (*known, tokenizer.eos_token_id) if i is not None})
-
-
-def _check(max_new_tokens: int, batch_size: int, num_beams: int, temperature: float, top_p: float) -> None:
-    for name, value in [("max_new_tokens", max_new_tokens), ("batch_size", batch_size), ("num_beams", num_beams)]:
-        check_int(name, value, at_least=1)
-    for name, number in [("temperature", temperature), ("top_p", top_p)]:
-        if isinstance(number, bool) or not isinstance(number, numbers.Real):
-            raise TypeError(f"{name}: expected a number, got {number!r}")
-    if not temperature > 0:
-        raise ValueError(f"temperature: expected more than 0, got {temperature}")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p: expected more than 0 and at most 1, got {top_p}")

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from transformers.masking_utils import and_masks, causal_mask_function, packed_sequence_mask_function
 
+from prefix_tuning.shapes import checked_int
+
 NEEDS_PADDING = "needs padded rows (in PrefixTrainer padding_free=False)"
 
 
@@ -60,8 +62,7 @@ class Pack:
         for name, value in (("cu_seqlens", cu_seqlens), ("parent", parent)):
             if value is not None and (value.dim() != 2 or len(value) != 1):
                 raise ValueError(f"{name}: expected one row, [1, …], as PaddingFreeCollator makes it, got {list(value.shape)}")
-        if not isinstance(max_seqlen, int):
-            raise TypeError(f"max_seqlen: expected an int, got {type(max_seqlen).__name__}")
+        max_seqlen = checked_int("max_seqlen", max_seqlen, at_least=0)
         for name in ("input_ids", "position_ids"):
             shape = None if inputs.get(name) is None else list(inputs[name].shape)
             if shape is None or len(shape) != 2 or shape[0] != 1:

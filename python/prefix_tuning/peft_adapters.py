@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from prefix_tuning.files import replacing_files
 from prefix_tuning.heads import Heads
 from prefix_tuning.prefix_files import download, write_tensors
-from prefix_tuning.shapes import Layers, ModelShape, check_int, check_layers
+from prefix_tuning.shapes import Layers, ModelShape, check_layers, checked_int
 
 CONFIG_FILE, TENSORS_FILE, PICKLED_FILE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 EMBEDDINGS, BASE = "prompt_embeddings", "base_model."
@@ -65,10 +65,8 @@ def adapter_layout(config: Mapping[str, Any]) -> AdapterLayout:
         raise NotImplementedError(
             f"peft_type: expected an adapter of type {' or '.join(PEFT_TYPES)}, got {_name(config.get('peft_type'))}"
         )
-    sizes = {name: config.get(name) for name in ("num_virtual_tokens", "num_layers", "num_attention_heads", "token_dim")}
-    for name, value in sizes.items():
-        check_int(name, value, at_least=1)
-    prefix_len, layers, kv_heads, token_dim = sizes.values()
+    names = ("num_virtual_tokens", "num_layers", "num_attention_heads", "token_dim")
+    prefix_len, layers, kv_heads, token_dim = (checked_int(name, config.get(name), at_least=1) for name in names)
     if token_dim % kv_heads:
         raise ValueError(f"token_dim: expected a multiple of num_attention_heads, {kv_heads}, got {token_dim}")
     seq2seq = config.get("task_type") == SEQ_2_SEQ

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,7 +18,7 @@ from prefix_tuning.peft_adapters import SEQ_2_SEQ, TASK_TYPES, read_adapter, wri
 from prefix_tuning.prefix_files import read_prefix, write_prefix
 from prefix_tuning.prompts import encode_beginning, encode_prompt
 from prefix_tuning.reparametrization import MLPReparametrization
-from prefix_tuning.shapes import PARTS, Layers, ModelShape, check_dtype, check_int, check_layers, check_model
+from prefix_tuning.shapes import PARTS, Layers, ModelShape, check_dtype, check_layers, check_model, checked_int
 from prefix_tuning.stacks import check_served, part_shapes, text_config
 from prefix_tuning.text_cache import cached_layers
 from prefix_tuning.text_layers import computed_layers
@@ -83,8 +84,8 @@ class Prefix(nn.Module):
         if len(lengths) > 1:
             raise ValueError(f"parts: expected the same prefix_len for all, got {sorted(lengths)}")
         self.prefix_len: int = lengths.pop()
-        self.position_offset = self.prefix_len if position_offset is None else position_offset
-        check_int("position_offset", self.position_offset, at_least=0)
+        offset = self.prefix_len if position_offset is None else position_offset
+        self.position_offset: int = checked_int("position_offset", offset, at_least=0)
         self.base_model = base_model
         self.register_load_state_dict_pre_hook(_refuse_assign)
 
@@ -137,8 +138,8 @@ class Prefix(nn.Module):
 
         Raises ValueError (TypeError for a wrong type) naming the argument; NotImplementedError for a family that is not served.
         """
-        check_int("prefix_len", prefix_len, at_least=1)
-        check_int("hidden_size", hidden_size, at_least=1)
+        prefix_len = checked_int("prefix_len", prefix_len, at_least=1)
+        hidden_size = checked_int("hidden_size", hidden_size, at_least=1)
         check_dtype(dtype)
         check_model(model)
         if init not in ("text", "random"):
@@ -413,7 +414,7 @@ def _seeded(seed: int | None) -> Iterator[None]:
         yield
         return
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
+        torch.default_generator.manual_seed(operator.index(seed))
         yield
 
 

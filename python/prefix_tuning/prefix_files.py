@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from prefix_tuning.files import replacing_files
 from prefix_tuning.reparametrization import MLPReparametrization
-from prefix_tuning.shapes import PARTS, Layers, ModelShape, check_int
+from prefix_tuning.shapes import PARTS, Layers, ModelShape, checked_int
 
 FORMAT, FORMAT_VERSION = "prefix-tuning", 1
 CONFIG_FILE, TENSORS_FILE, MLP_FILE = "prefix_config.json", "prefix.safetensors", "reparametrization.safetensors"
@@ -139,8 +139,8 @@ def _read_config(file: Path) -> dict:
     if found != (FORMAT, FORMAT_VERSION):
         raise ValueError(f"{file}: expected {(FORMAT, FORMAT_VERSION)} (format, format_version), got {found}")
     try:
-        check_int("prefix_len", config["prefix_len"], at_least=1)
-        check_int("position_offset", config["position_offset"], at_least=0)
+        checked_int("prefix_len", config["prefix_len"], at_least=1)
+        checked_int("position_offset", config["position_offset"], at_least=0)
         if not isinstance(config["base_model"], str):
             raise TypeError(f"base_model: expected a string, got {config['base_model']!r}")
         if not isinstance(config["parts"], dict) or not set(config["parts"]) <= set(PARTS) or not config["parts"]:
@@ -150,7 +150,7 @@ def _read_config(file: Path) -> dict:
                 raise TypeError(f"{part}: expected {', '.join(field.name for field in fields(ModelShape))}, got {shape!r}")
             for name, value in shape.items():
                 for size in value if isinstance(value, list) and name != "layers" else [value]:
-                    check_int(f"{part}.{name}", size, at_least=1)
+                    checked_int(f"{part}.{name}", size, at_least=1)
             ModelShape(**shape)
         _check_heads(config.get("heads", {}))
     except KeyError as error:
@@ -168,7 +168,7 @@ def _check_heads(heads: Any) -> None:
             if not isinstance(shape, list):
                 raise TypeError(f"heads: expected a shape as {module}.{name}, got {shape!r}")
             for size in shape:
-                check_int(f"heads: {module}.{name}", size, at_least=1)
+                checked_int(f"heads: {module}.{name}", size, at_least=1)
 
 
 def _read_tensors(file: Path, shapes_of) -> dict[str, Tensor]:

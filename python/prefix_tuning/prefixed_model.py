@@ -27,7 +27,7 @@ from prefix_tuning.padding_free import why_padded
 from prefix_tuning.positions import new_tokens
 from prefix_tuning.prefix import Prefix
 from prefix_tuning.row_limits import training_length
-from prefix_tuning.shapes import check_int
+from prefix_tuning.shapes import checked_int
 from prefix_tuning.task import Task, task_of
 
 
@@ -116,7 +116,7 @@ class PrefixedModel(nn.Module):
             inputs: further arguments, input_ids among them, which go to the model.
         """
         self._check_attached(self.prefix)
-        self._check_targets(labels, num_targets, inputs)
+        num_targets = self._check_targets(labels, num_targets, inputs)
         outputs = partial(self._outputs, labels, num_targets, num_items_in_batch, return_logits, teacher_ids, teacher_probs)
         if cu_seqlens is None and max_seqlen is None and parent is None:
             return outputs(inputs)
@@ -132,18 +132,19 @@ class PrefixedModel(nn.Module):
         pack.check_taken()
         return found
 
-    def _check_targets(self, labels: Tensor | None, num_targets: int | None, inputs: dict[str, Any]) -> None:
+    def _check_targets(self, labels: Tensor | None, num_targets: int | None, inputs: dict[str, Any]) -> int | None:
         given = [name for name in ("use_cache", "return_dict") if name in inputs and self.task is not Task.OWN_LOSS]
         if given:
             raise ValueError(f"{given[0]}: expected none, as a training step says it itself, got {inputs[given[0]]!r}")
         if num_targets is None:
-            return
+            return None
         if self.task is not Task.CAUSAL or labels is None:
             found = "no labels" if labels is None else f"a {type(self.model).__name__}"
             raise ValueError(f"num_targets: expected labels beside it, and a causal model, got {found}")
-        check_int("num_targets", num_targets, at_least=0)
+        num_targets = checked_int("num_targets", num_targets, at_least=0)
         if labels.device.type == "cpu" and (found := count_targets(labels)) != num_targets:
             raise ValueError(f"num_targets: expected {found}, the labels from each row's second token on, got {num_targets}")
+        return num_targets
 
     def _outputs(
         self, labels: Tensor | None, num_targets: int | None, num_items_in_batch: Tensor | int | None, return_logits: bool,

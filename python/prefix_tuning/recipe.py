@@ -33,6 +33,7 @@ from prefix_tuning.files import check_writable, write_json
 from prefix_tuning.prefix import Prefix
 from prefix_tuning.prefix_files import CONFIG_FILE
 from prefix_tuning.run_callbacks import LossBar, StepClock, StepLosses
+from prefix_tuning.shapes import checked_int, checked_number
 from prefix_tuning.train import PrefixTrainer
 
 METRICS_FILE = "metrics.json"
@@ -82,18 +83,22 @@ class TrainSettings:
         """The same with every None replaced that has a rule; ValueError for settings that contradict each other."""
         if self.steps is not None and self.epochs is not None:
             raise ValueError(f"steps: expected steps or epochs, got both ({self.steps} and {self.epochs})")
-        for name in (
-            "prefix_len", "hidden_size", "steps", "epochs", "batch_size", "gradient_accumulation", "learning_rate",
-            "max_length",
-        ):  # fmt: skip
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"{name}: expected more than 0, got {value}")
-        for name in ("warmup", "save_steps", "patience", "weight_decay", "max_grad_norm", "seed"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name}: expected at least 0, got {getattr(self, name)}")
+        counts = ("prefix_len", "hidden_size", "steps", "batch_size", "gradient_accumulation", "max_length")
+        least = dict.fromkeys(counts, 1) | dict.fromkeys(("save_steps", "patience", "seed"), 0)
+        floats = ("epochs", "learning_rate", "warmup", "weight_decay", "max_grad_norm")
+        given = {name: value for name in (*least, *floats) if (value := getattr(self, name)) is not None}
+        numbers = {
+            name: checked_int(name, value, least[name]) if name in least else checked_number(name, value)
+            for name, value in given.items()
+        }
+        for name in ("epochs", "learning_rate"):
+            if name in numbers and not numbers[name] > 0:
+                raise ValueError(f"{name}: expected more than 0, got {numbers[name]}")
+        for name in ("warmup", "weight_decay", "max_grad_norm"):
+            if not numbers[name] >= 0:
+                raise ValueError(f"{name}: expected at least 0, got {numbers[name]}")
         for name in ("epochs", "learning_rate", "warmup", "weight_decay"):
-            if getattr(self, name) == math.inf:
+            if numbers.get(name) == math.inf:
                 raise ValueError(f"{name}: expected a finite number, got inf")
         for name, choices in (("init", ("text", "random")), ("reparametrization", ("mlp", "none"))):
             if getattr(self, name) not in (None, *choices):
@@ -111,9 +116,10 @@ class TrainSettings:
         if self.report_to not in loggers:
             raise ValueError(f"report_to: expected one of {', '.join(loggers)} (what is installed), got {self.report_to!r}")
         mlp = self.reparametrization or ("none" if init == "text" else "mlp")
-        rate = self.learning_rate or (3e-2 if mlp == "none" and init == "text" else 1e-3)
-        epochs = 3.0 if self.steps is None and self.epochs is None else self.epochs
-        return dataclasses.replace(self, init=init, reparametrization=mlp, learning_rate=rate, epochs=epochs)
+        rules = {"learning_rate": 3e-2 if mlp == "none" and init == "text" else 1e-3}
+        if self.steps is None:
+            rules["epochs"] = 3.0
+        return dataclasses.replace(self, init=init, reparametrization=mlp, **rules | numbers)
 
 
 def train_prefix(

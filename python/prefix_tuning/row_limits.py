@@ -12,7 +12,7 @@ from prefix_tuning.encoder_families import ENCODER_DECODERS
 from prefix_tuning.families import FAMILIES
 from prefix_tuning.multimodal_families import text_part
 from prefix_tuning.prefix import Prefix
-from prefix_tuning.shapes import check_int
+from prefix_tuning.shapes import checked_int
 from prefix_tuning.stacks import Stack, stacks
 from prefix_tuning.task import Task, task_of
 
@@ -43,7 +43,7 @@ def training_length(model: nn.Module, prefix: Prefix, max_length: int | None) ->
     Raises ValueError for a max_length below 1, and where the prefix takes all of the model's positions.
     """
     if max_length is not None:
-        check_int("max_length", max_length, at_least=1)
+        max_length = checked_int("max_length", max_length, at_least=1)
     left = tokens_left(model, prefix.position_offset)
     if left is not None and left < 1:
         most = text_part(model.config).max_position_embeddings

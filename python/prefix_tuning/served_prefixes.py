@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from prefix_tuning.prefix import Prefix
-from prefix_tuning.shapes import ModelShape, check_int
+from prefix_tuning.shapes import ModelShape, checked_int
 from prefix_tuning.stacks import attention_kinds, part_shapes
 
 CONNECTOR, CONNECTOR_MODULE = "PrefixConnector", "prefix_tuning.vllm_connector"
@@ -62,7 +62,7 @@ class ServedPrefixes:
         Raises ValueError for a name that cannot be chosen and for prefixes of other shapes than the model's, or each other's;
         NotImplementedError for what vLLM has no place for; errors of files as Prefix.load does.
         """
-        check_int("placeholder_id", placeholder_id, at_least=0)
+        placeholder_id = checked_int("placeholder_id", placeholder_id, at_least=0)
         if not isinstance(folders, Mapping) or not folders:
             raise ValueError(f"folders: expected the folder of at least one prefix by name, got {folders or 'none'}")
         shapes, lengths = {}, {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numbers
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -114,11 +115,23 @@ def mimo_shape(config) -> ModelShape:
     return replace(shape, kv_heads=kv_heads, value_dim=config.v_head_dim)
 
 
-def check_int(name: str, value: Any, at_least: int) -> None:
-    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
-        raise TypeError(f"{name}: expected an int, got {value!r}")
-    if value < at_least:
-        raise ValueError(f"{name}: expected at least {at_least}, got {value}")
+def checked_int(name: str, value: Any, at_least: int) -> int:
+    """What stands for an int, as one: whatever can be an index, but no bool."""
+    is_bool = isinstance(value, bool) or (isinstance(value, Tensor) and value.dtype == torch.bool)
+    try:
+        number = operator.index(None if is_bool else value)
+    except TypeError:
+        raise TypeError(f"{name}: expected an int, got {value!r}") from None
+    if number < at_least:
+        raise ValueError(f"{name}: expected at least {at_least}, got {number}")
+    return number
+
+
+def checked_number(name: str, value: Any) -> float:
+    """A real number as a float, but no bool."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name}: expected a number, got {value!r}")
+    return float(value)
 
 
 def check_model(model: Any) -> None:

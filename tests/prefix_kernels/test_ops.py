@@ -1,5 +1,6 @@
 """The operators under torch's machinery: opcheck, compile, autocast, transforms; what is computed at all, and its bits."""
 
+import numpy as np
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -152,6 +153,25 @@ def test_compiled_once_for_many_packs():
         for value, other in zip(run(inputs, function=compiled), expected, strict=True):
             assert torch.equal(value, other)
     assert counter.frame_count == 1
+
+
+def test_compiled_once_for_many_windows():
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(prefix_kernels.prefix_attention, backend=counter, fullgraph=True, dynamic=True)
+    inputs = make_inputs(Case("plain"))
+    for window in (2, 3, 4):
+        options = {"window": window, "first_key_position": window + 1}
+        assert torch.equal(compiled(*inputs.tensors, **options), prefix_kernels.prefix_attention(*inputs.tensors, **options))
+    assert counter.frame_count == 1
+
+
+def test_compiled_with_numbers_of_numpy():
+    torch.compiler.reset()
+    compiled = torch.compile(prefix_kernels.prefix_attention, backend="aot_eager")
+    inputs = make_inputs(Case("plain"))
+    out = compiled(*inputs.tensors, window=np.int64(2), scale=np.float32(0.5))
+    assert torch.equal(out, prefix_kernels.prefix_attention(*inputs.tensors, window=2, scale=0.5))
 
 
 def test_a_backend_is_chosen_when_a_compiled_call_runs(monkeypatch, backend_calls):

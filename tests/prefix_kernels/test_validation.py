@@ -3,6 +3,7 @@
 import ast
 import traceback
 from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -129,7 +130,8 @@ OPTIONS = [
       for base in (DENSE, PACKED) for value in (0, -1.5, float("nan"), float("inf"), 3e38, 1e-300, 10**400)),
     *(Wrong(base, {"window": value}, TypeError, f"window: expected an int or None, got {kind}")
       for base in (DENSE, PACKED)
-      for value, kind in ((2.0, "float"), (True, "bool"), ("3", "str"), (np.int64(3), "numpy.int64"))),
+      for value, kind in ((2.0, "float"), (True, "bool"), ("3", "str"), (np.float32(3), "numpy.float32"),
+                          (torch.tensor(True), "torch.Tensor"))),
     *(Wrong(base, {"window": value}, ValueError, f"window: expected at least 1 or None, got {value}")
       for base in (DENSE, PACKED) for value in (0, -1)),
     *(Wrong(base, {"window": 2**31}, ValueError, "window: expected at most 2147483647 or None, got 2147483648")
@@ -294,6 +296,25 @@ def test_every_check_is_in_the_table():
 )  # fmt: skip
 def test_right_calls_at_the_edges(base, change):
     assert Wrong(base, change, ValueError, "").call().isfinite().all()
+
+
+INTS = (np.int64, np.uint8, np.array, torch.tensor)
+
+
+@pytest.mark.parametrize("kind", INTS, ids=lambda kind: kind.__name__)
+def test_what_can_be_an_index_is_an_int(kind):
+    dense = api._dense_inputs(**DENSE, window=kind(2), first_key_position=kind(1))
+    packed = api._varlen_inputs(**PACKED | {name: kind(PACKED[name]) for name in ("max_seqlen_q", "max_seqlen_k")})
+    found = [dense.window, dense.first_key_position, packed.max_seqlen_q, packed.max_seqlen_k]
+    assert found == [2, 1, 3, 4] and {type(value) for value in found} == {int}
+
+
+@pytest.mark.parametrize("number", (np.float32(0.5), np.float16(0.5), np.float64(0.5), Fraction(1, 2)), ids=repr)
+def test_any_real_number_is_one(number):
+    inputs = api._dense_inputs(**DENSE, scale=number, softcap=number)
+    assert [type(value) for value in (inputs.scale, inputs.softcap)] == [float, float]
+    assert (inputs.scale, inputs.softcap) == (0.5, 0.5)
+    assert api._dense_inputs(**DENSE, scale=np.int64(2)).scale == 2.0
 
 
 def test_a_bias_that_wants_a_gradient_is_fine_where_none_is_recorded():

@@ -3,6 +3,7 @@
 import inspect
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -364,6 +365,11 @@ def test_prefixes_of_several_dtypes_keep_their_numbers(first):
         expected = alone(model, prefixes, names, lambda row: model(input_ids=ids[row : row + 1]).logits)
         with attach_prefix(model, bank):
             torch.testing.assert_close(model(input_ids=ids, prefix_ids=names).logits, expected, **TOLERANCE)
+
+
+def test_what_can_be_an_index_is_an_int():
+    bank = PrefixBank(prefixes_of(tiny_model("llama")), capacity=np.int64(9), max_prefix_len=torch.tensor(50))
+    assert (bank.capacity, bank.max_prefix_len) == (9, 50)
 
 
 def test_wrong_calls_raise():

@@ -44,10 +44,10 @@ ERRORS = {
     "no prompt in a line": (("generate", "--file", "answers.jsonl"), 'line 1: expected an object with "prompt",'),
     "no GPU": (("generate", "--device", "cuda", "--prompt", "p"), "--device: expected one of torch's 0 GPUs .*, got cuda"),
     "messages": (("generate", "--messages", "{"), "--messages: not JSON"),
-    "no steps": ((*TRAIN, "--steps", "0"), "steps: expected more than 0"),
+    "no steps": ((*TRAIN, "--steps", "0"), "steps: expected at least 1"),
     "text for a random start": ((*TRAIN, "--init", "random", "--init-text", "words"), "init_text: expected None beside init"),
     "text missing": ((*TRAIN, "--init", "text"), "init_text: expected the text"),
-    "settings": ((*TRAIN, "--hidden-size", "0"), "hidden_size: expected more than 0, got 0"),
+    "settings": ((*TRAIN, "--hidden-size", "0"), "hidden_size: expected at least 1, got 0"),
     "nothing to resume": ((*TRAIN, "--resume"), "resume: expected a checkpoint to go on from, got none in x"),
     "patience without save steps": ((*TRAIN, "--patience", "1", "--eval-file", "rows.jsonl"), "patience: .* save_steps"),
     "patience without eval file": (

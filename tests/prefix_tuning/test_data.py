@@ -6,6 +6,7 @@ import os
 import threading
 import zlib
 
+import numpy as np
 import pytest
 import torch
 
@@ -410,6 +411,7 @@ def test_padding_is_told_by_position_never_by_its_id(options, pad):
 
 def test_collator_default_and_errors():
     assert PromptCompletionCollator(tiny_tokenizer())([example([5, 6])])["input_ids"].shape == (1, 8)
+    assert PromptCompletionCollator(tiny_tokenizer(), np.int64(5))([example([5, 6])])["input_ids"].shape == (1, 5)
     with pytest.raises(ValueError, match="pad_to_multiple_of: expected at least 1, got 0"):
         PromptCompletionCollator(tiny_tokenizer(), 0)
     for wrong, got in (({"input_ids": [5, 6]}, "got input_ids"), ({}, "got no field that the model takes")):

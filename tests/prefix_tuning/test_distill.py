@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional
@@ -339,6 +340,11 @@ def test_a_teacher_needs_ids_and_probabilities_and_a_causal_model():
                 trained(input_ids=input_ids, labels=labels, **given)
 
 
+def test_settings_are_numbers_of_pythons():
+    settings = distill.DistillSettings(top_k=np.int64(3), held_out=np.float32(0.5), init_text="words").resolved()
+    assert [(type(value), value) for value in (settings.top_k, settings.held_out)] == [(int, 3), (float, 0.5)]
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -349,7 +355,7 @@ def test_a_teacher_needs_ids_and_probabilities_and_a_causal_model():
         ({"top_k": 0}, "top_k: expected at least 1, got 0"),
         ({"top_k": 128}, r"top_k: expected 1 … 127, got 128"),
         ({"prefix_len": ALL[1]}, f"prefix_len: expected less than the {ALL[1]} tokens of the text.*got {ALL[1]}"),
-        ({"steps": 0}, "steps: expected more than 0, got 0"),
+        ({"steps": 0}, "steps: expected at least 1, got 0"),
     ],
 )
 def test_wrong_settings(changes, message, tmp_path):

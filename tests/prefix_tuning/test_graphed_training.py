@@ -4,6 +4,7 @@ import contextlib
 import copy
 import itertools
 
+import numpy as np
 import pytest
 import torch
 
@@ -267,6 +268,14 @@ def test_a_number_of_targets_that_is_none_is_refused(changes, error, message):
     batch = batch_of(3, 9) | changes
     with attach_prefix(model, prefix := random_prefix(model)), pytest.raises(error, match=message):
         PrefixedModel(model, prefix)(**batch)
+
+
+def test_a_number_of_targets_of_numpy():
+    model = tiny_model("llama")
+    with attach_prefix(model, prefix := random_prefix(model)):
+        trained = PrefixedModel(model, prefix)
+        losses = [trained(**batch_of(3, 9), num_targets=number)["loss"] for number in (12, np.int64(12))]
+    assert torch.equal(*losses)
 
 
 def test_a_model_without_a_prefix_is_refused():

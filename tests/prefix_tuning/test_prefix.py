@@ -4,6 +4,7 @@ import copy
 import json
 import pickle
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -198,6 +199,18 @@ def test_constructor_makes_strided_tensors_contiguous():
 def test_constructor_refuses(parts, options, error, match):
     with pytest.raises(error, match=match):
         Prefix(parts, **options)
+
+
+@pytest.mark.parametrize("kind", (np.int64, np.array, torch.tensor))
+def test_what_can_be_an_index_is_an_int(kind, tmp_path):
+    model = tiny_model("llama")
+    sizes = {"prefix_len": 5, "hidden_size": 8, "seed": 3}
+    prefix = Prefix.for_model(model, reparametrization="mlp", **{name: kind(size) for name, size in sizes.items()})
+    expected = Prefix.for_model(model, reparametrization="mlp", **sizes)
+    assert all(map(torch.equal, prefix.parameters(), expected.parameters()))
+    moved = Prefix({"decoder": prefix.layers()}, position_offset=kind(2))
+    moved.save(tmp_path)
+    assert type(moved.position_offset) is int and Prefix.load(tmp_path).position_offset == 2
 
 
 def test_an_mlp_for_layers_that_differ(tmp_path):

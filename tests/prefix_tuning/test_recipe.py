@@ -5,6 +5,7 @@ import json
 import math
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from transformers import set_seed
@@ -57,11 +58,12 @@ def test_settings_that_are_left_open(given, expected):
     [
         ({"steps": 3, "epochs": 1.0}, r"steps: expected steps or epochs, got both \(3 and 1.0\)"),
         *(
-            ({name: value}, f"{name}: expected more than 0, got {value}")
-            for name in ("prefix_len", "hidden_size", "steps", "epochs", "batch_size", "gradient_accumulation",
-                         "learning_rate", "max_length")
+            ({name: value}, f"{name}: expected at least 1, got {value}")
+            for name in ("prefix_len", "hidden_size", "steps", "batch_size", "gradient_accumulation", "max_length")
             for value in (0, -1)
         ),
+        *(({name: value}, f"{name}: expected more than 0, got {value}")
+          for name in ("epochs", "learning_rate") for value in (0.0, -1.0)),
         *(({name: -1}, f"{name}: expected at least 0, got -1")
           for name in ("warmup", "save_steps", "patience", "weight_decay", "max_grad_norm")),
         ({"learning_rate": math.nan}, "learning_rate: expected more than 0, got nan"),
@@ -79,6 +81,18 @@ def test_settings_that_are_left_open(given, expected):
 def test_settings_that_contradict_each_other(given, message):
     with pytest.raises(ValueError, match=message):
         TrainSettings(**given).resolved()
+
+
+def test_settings_are_numbers_of_pythons():
+    """So that they can be written as JSON."""
+    settings = TrainSettings(np.int64(5), batch_size=np.array(4), seed=torch.tensor(3), learning_rate=np.float32(0.5), epochs=2)
+    found = {
+        name: getattr(settings.resolved(), name) for name in ("prefix_len", "batch_size", "seed", "learning_rate", "epochs")
+    }
+    assert json.dumps(found) == '{"prefix_len": 5, "batch_size": 4, "seed": 3, "learning_rate": 0.5, "epochs": 2.0}'
+    for wrong, kind in (({"steps": 2.5}, "an int"), ({"batch_size": True}, "an int"), ({"learning_rate": "high"}, "a number")):
+        with pytest.raises(TypeError, match=f"{next(iter(wrong))}: expected {kind}, got"):
+            TrainSettings(**wrong).resolved()
 
 
 @pytest.mark.parametrize("init", ({"reparametrization": "mlp"}, {"init_text": "a pub"}, {"reparametrization": "none"}), ids=str)

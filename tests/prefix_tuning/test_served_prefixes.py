@@ -3,6 +3,7 @@
 import json
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -86,6 +87,11 @@ def test_bad_arguments(folder):
         ServedPrefixes.load({5: folder / "pubs"})
     with pytest.raises(ValueError, match="placeholder_id: expected at least 0, got -1"):
         ServedPrefixes.load({"pubs": folder / "pubs"}, placeholder_id=-1)
+
+
+def test_a_placeholder_of_numpy(folder):
+    served = ServedPrefixes.load({"pubs": folder / "pubs"}, placeholder_id=np.int64(7))
+    assert '"placeholder_id": 7' in json.dumps(served.kv_transfer_config())
 
 
 def test_config_there_and_back(served, folder, monkeypatch):
