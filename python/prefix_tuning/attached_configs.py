@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from prefix_tuning.attention import ATTENTION_NAME
-from prefix_tuning.multimodal_families import text_part
+from prefix_tuning.multimodal_families import unwrapped_config
 from prefix_tuning.stacks import Stack
 
 
@@ -36,7 +36,7 @@ class AttachedConfigs:
         copies: dict[int, Any] = {}
         for module, own in self._own:
             module.config = copied = copy.deepcopy(own, copies)
-            within = {} if text_part(own) is own else {"": ATTENTION_NAME, "text_config": ATTENTION_NAME}
+            within = {} if unwrapped_config(own) is own else {"": ATTENTION_NAME, "text_config": ATTENTION_NAME}
             copied._attn_implementation = within or ATTENTION_NAME
         distinct = {id(own): (own, module.config) for module, own in self._own}
         self._copies = [(own, copied, copy.deepcopy(vars(copied))) for own, copied in distinct.values()]

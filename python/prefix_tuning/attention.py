@@ -71,7 +71,7 @@ class LayerPrefix:
 def prefix_attention_forward(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: MaskStructure | Tensor | None,
     scaling: float | None = None, dropout: float = 0.0, softcap: float | None = None, position_bias: Tensor | None = None,
-    prefix_bias: Tensor | None = None, s_aux: Tensor | None = None, bias: Tensor | None = None, **kwargs,
+    prefix_bias: Tensor | None = None, s_aux: Tensor | None = None, bias: Tensor | None = None, **kwargs: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
     """transformers' attention interface: prefix_attention with the module's own prefix.
 

@@ -135,7 +135,7 @@ def _is_text(row: Any, fields: Sequence[str] = ("prompt", "completion")) -> bool
     return isinstance(row, Mapping) and (is_conversation(row) or set(fields) <= row.keys())
 
 
-def each(rows: Any) -> Iterator[Any]:
+def iter_rows(rows: Any) -> Iterator[Any]:
     """The rows of a sequence or data set; one that has but a length and rows by index may never raise IndexError."""
     return iter(rows) if hasattr(rows, "__iter__") else (rows[index] for index in range(len(rows)))
 
@@ -208,7 +208,7 @@ def tokenize_rows(
     """`tokenize_example`, or `tokenize_pair`, of every row; ValueError naming the row (from 0) where one cannot be used."""
     tokenize = tokenize_pair if encoder_decoder else tokenize_example
     examples = []
-    bar = tqdm(each(rows), total=len(rows), desc="tokenising", unit="row", delay=2, disable=None)
+    bar = tqdm(iter_rows(rows), total=len(rows), desc="tokenising", unit="row", delay=2, disable=None)
     for index, row in enumerate(bar):
         try:
             examples.append(tokenize(row, tokenizer, max_length))
@@ -243,7 +243,7 @@ def tokenized(
         raise ValueError(f"{name}: expected at least one row, got none")
     first = dataset[0]
     if isinstance(first, Mapping) and first.keys() & {"input_ids", "inputs_embeds", "input_features"}:
-        if name == "train_dataset" and not own_collator and not any(map(_has_target, each(dataset))):
+        if name == "train_dataset" and not own_collator and not any(map(_has_target, iter_rows(dataset))):
             raise ValueError(f"{name}: expected labels to learn from, got {IGNORED} for every token of every row")
         return dataset
     if own_collator and (all_columns or task is Task.OWN_LOSS or not _is_text(first)):

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from prefix_tuning.multimodal_families import text_part
+from prefix_tuning.multimodal_families import unwrapped_config
 from prefix_tuning.positions import llama4_query_scale
 from prefix_tuning.shapes import (
     ModelShape,
@@ -188,7 +188,7 @@ def model_shape(config) -> ModelShape:
 
 def family_of(model: nn.Module) -> Family:
     """The model's family, of a wrapper that of its text model; NotImplementedError for one that has no row here."""
-    model_type = getattr(text_part(getattr(model, "config", None)), "model_type", None)
+    model_type = getattr(unwrapped_config(getattr(model, "config", None)), "model_type", None)
     if model_type not in FAMILIES:
         raise NotImplementedError(
             f"model: expected one of type {', '.join(FAMILIES)}, got {model_type!r} ({type(model).__name__})"
@@ -209,7 +209,7 @@ def attention_modules(model: nn.Module) -> list[nn.Module]:
             f"model: expected {expected} layers with a {family_of(model).attention}, got layers {layers} in "
             f"{type(model).__name__}"
         )
-    if getattr(text_part(model.config), "add_cross_attention", False):
+    if getattr(unwrapped_config(model.config), "add_cross_attention", False):
         raise NotImplementedError(
             f"model: expected one without cross-attention, got {type(model).__name__} with add_cross_attention"
         )

@@ -26,7 +26,7 @@ from prefix_tuning.prefix_ids import BANK_DEFAULT, row_ids
 KEPT = 4  # recorded steps of one call of generate, whose steps are alike until a sliding window is full
 
 
-def records(model: nn.Module) -> bool:
+def can_record(model: nn.Module) -> bool:
     """Whether decoding steps of the model can be recorded: it is on one GPU, and transformers would compile them."""
     devices, quantizer = set((getattr(model, "hf_device_map", None) or {}).values()), getattr(model, "hf_quantizer", None)
     compiled = "llama4" not in model.config.model_type and (quantizer is None or quantizer.is_compileable)
@@ -53,7 +53,7 @@ class GraphedDecoding:
         self._first: dict[tuple, cuda_graphs.Graph] = {}
 
     def __call__(self, compile_config: Any) -> Callable[..., Any]:
-        if compile_config is not None or not records(self.model):
+        if compile_config is not None or not can_record(self.model):
             return self._compiled_call(compile_config)
         if self.failed or cuda_graphs.has_hooks(self.model.modules()):
             return self.model.__call__
@@ -105,7 +105,8 @@ def graphed(model: nn.Module) -> GraphedDecoding | None:
     if not isinstance(decoding, GraphedDecoding) or decoding.failed:
         return None
     model = decoding.model
-    return decoding if model._can_compile_fullgraph and records(model) and not cuda_graphs.has_hooks(model.modules()) else None
+    recorded = model._can_compile_fullgraph and can_record(model) and not cuda_graphs.has_hooks(model.modules())
+    return decoding if recorded else None
 
 
 class _Steps:
@@ -249,7 +250,7 @@ def _parts(cache: Cache | None) -> list[Cache | None]:
     return [cache.self_attention_cache, cache.cross_attention_cache] if isinstance(cache, EncoderDecoderCache) else [cache]
 
 
-def holds(cache: Cache, length: int) -> bool:
+def has_room(cache: Cache, length: int) -> bool:
     """Whether that many tokens of a row can be written into a static cache; into a window any number can."""
     return all(layer.max_cache_len >= length for layer in _parts(cache)[0].layers if type(layer) is StaticLayer)
 

@@ -215,7 +215,7 @@ def _is_idle(mask: Tensor | None) -> bool:
 def mask_structure(
     batch_size: int, q_length: int, kv_length: int, q_offset: int | Tensor = 0, kv_offset: int | Tensor = 0,
     mask_function: Callable = causal_mask_function, attention_mask: Tensor | MaskStructure | None = None,
-    local_size: int | None = None, **options,
+    local_size: int | None = None, **options: Any,
 ) -> MaskStructure:  # fmt: skip
     """transformers' mask interface: the structure of the mask it describes, or a bias where there is none to see.
 
@@ -344,7 +344,7 @@ def _key_mask(attention_mask: Tensor | None, kv_length: int, kv_offset: int | Te
     return None if missing <= 0 and cheap_to_read and bool(mask.all()) else mask
 
 
-def _told(name: str, local_size: int | None, config=None, use_vmap: bool = True, **options) -> bool:
+def _told(name: str, local_size: int | None, config: Any = None, use_vmap: bool = True, **options: Any) -> bool:
     """Whether the arguments beside a mask function say that it is what config's `name` means: a traced one can't be read.
 
     transformers sets use_vmap for every function that a caller adds; a chunked mask has another size than the window.
@@ -352,7 +352,7 @@ def _told(name: str, local_size: int | None, config=None, use_vmap: bool = True,
     return local_size is not None and not use_vmap and local_size == getattr(config, name, None)
 
 
-def _window_in(function) -> int | None:
+def _window_in(function: Any) -> int | None:
     """The window of a mask function that is made of others, one of which cuts by a causal window (Gemma's for images)."""
     parts = [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
     if getattr(function, "__code__", None) is sliding_window_overlay(1).__code__:
@@ -361,7 +361,7 @@ def _window_in(function) -> int | None:
     return next((window for window in map(_window_in, parts) if window is not None), None)
 
 
-def _same_function(one, other) -> bool:
+def _same_function(one: Any, other: Any) -> bool:
     """Whether two mask functions are built alike: the same code over the same closed-over values, tensors of any values."""
     if one is other:
         return True

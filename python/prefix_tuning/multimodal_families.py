@@ -68,6 +68,6 @@ MULTIMODAL = {
 }
 
 
-def text_part(config):
+def unwrapped_config(config):
     """The config of the text model: of a wrapper with a row its text_config, else the config itself."""
     return config.text_config if getattr(config, "model_type", None) in MULTIMODAL else config

@@ -16,7 +16,7 @@ from transformers.generation import GenerationMode
 from transformers.generation.utils import ALL_CACHE_NAMES
 
 from prefix_tuning import deferred_stops
-from prefix_tuning.graphed_decoding import can_be_recorded, graphed, holds
+from prefix_tuning.graphed_decoding import can_be_recorded, graphed, has_room
 from prefix_tuning.multimodal_families import MULTIMODAL
 from prefix_tuning.stacks import attention_kinds, part_shapes
 
@@ -53,7 +53,7 @@ class OwnCache:
             if fits and can_be_recorded(cache) and not self._has_unfit_images(model_kwargs):
                 model_kwargs[CACHE] = cache
         cache = model_kwargs.get(CACHE)
-        if can_be_recorded(cache) and holds(cache, max_cache_length):
+        if can_be_recorded(cache) and has_room(cache, max_cache_length):
             deferred_stops.expect(cache, self.model.device)
 
     def _replays(self, config: GenerationConfig, mode: GenerationMode) -> bool:

@@ -21,7 +21,7 @@ from prefix_tuning.data import IGNORED, teacher_targets, tokens_and_labels
 from prefix_tuning.devices import is_spread
 from prefix_tuning.explain import explain_training
 from prefix_tuning.graphed_training import rounded
-from prefix_tuning.multimodal_families import text_part
+from prefix_tuning.multimodal_families import unwrapped_config
 from prefix_tuning.stacks import attention_kinds, sees_later_tokens, stacks
 from prefix_tuning.task import Task, task_of
 
@@ -187,7 +187,7 @@ def why_padded(model: nn.Module) -> str | None:
     kinds = attention_kinds(model.config)
     if any(kind.get("bias") for kind in kinds.values()):
         return f"its attention has {', '.join(kinds)}, which is not served in rows of several sequences"
-    config, (stack, *_) = text_part(model.config), stacks(model)
+    config, (stack, *_) = unwrapped_config(model.config), stacks(model)
     attending = len(stack.attention["decoder"]) + len(stack.shared)
     if attending != config.num_hidden_layers or "hybrid" in (getattr(config, "layer_types", None) or ()):
         return "it has layers with a state, which runs on from one row to the next"

@@ -9,18 +9,25 @@ import inspect
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout
+from transformers import Cache
 from transformers.models.falcon.modeling_falcon import apply_rotary_pos_emb
 
 from prefix_tuning.attention import prefix_attention_forward
 from prefix_tuning.masks import MaskStructure, dense_structure
 from prefix_tuning.positions import cache_of
 
+Mask: TypeAlias = MaskStructure | Tensor | None  # as in prefix_attention_forward
 
-def bloom_forward(module, hidden_states, residual, alibi, attention_mask, layer_past=None, **kwargs):
+
+def bloom_forward(
+    module: nn.Module, hidden_states: Tensor, residual: Tensor, alibi: Tensor | None, attention_mask: Mask,
+    layer_past: Cache | None = None, **kwargs: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
     query, key, value = module._reshape(module.query_key_value(hidden_states))
     if layer_past is not None:
         key, value = layer_past.update(key, value, module.layer_idx)
@@ -32,8 +39,9 @@ def bloom_forward(module, hidden_states, residual, alibi, attention_mask, layer_
 
 
 def falcon_forward(
-    module, hidden_states, alibi, attention_mask, position_ids=None, layer_past=None, position_embeddings=None, **kwargs
-):
+    module: nn.Module, hidden_states: Tensor, alibi: Tensor | None, attention_mask: Mask, position_ids: Tensor | None = None,
+    layer_past: Cache | None = None, position_embeddings: tuple[Tensor, Tensor] | None = None, **kwargs: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
     query, key, value = (t.transpose(1, 2) for t in module._split_heads(module.query_key_value(hidden_states)))
     if not module.config.alibi:
         query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
@@ -52,7 +60,9 @@ def falcon_forward(
     return module.dense(out.flatten(2)), None
 
 
-def mpt_forward(module, hidden_states, position_bias, attention_mask=None, **kwargs):
+def mpt_forward(
+    module: nn.Module, hidden_states: Tensor, position_bias: Tensor | None, attention_mask: Mask = None, **kwargs: Any
+) -> tuple[Tensor, None]:
     cache = cache_of(kwargs)
     qkv = module.Wqkv(hidden_states)
     if module.clip_qkv:
@@ -68,18 +78,23 @@ def mpt_forward(module, hidden_states, position_bias, attention_mask=None, **kwa
     return module.out_proj(out.flatten(2)), None
 
 
-def gpt_neo_attn(module, query, key, value, attention_mask=None):
+def gpt_neo_attn(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Mask = None
+) -> tuple[Tensor, None]:
     if module.attention_type == "local":
         mask = dense_structure(attention_mask) if isinstance(attention_mask, Tensor) else attention_mask
         attention_mask = mask.once("local", partial(replace, mask, causal=True, window=module.config.window_size))
     return _attn(module, query, key, value, attention_mask, scaling=1.0)
 
 
-def gptj_attn(module, query, key, value, attention_mask=None):
+def gptj_attn(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Mask = None) -> tuple[Tensor, None]:
     return _attn(module, query, key, value, attention_mask, scaling=module.head_dim**-0.5)
 
 
-def xglm_forward(module, hidden_states, key_value_states=None, cache=None, attention_mask=None, past_key_values=None, **kwargs):
+def xglm_forward(
+    module: nn.Module, hidden_states: Tensor, key_value_states: Tensor | None = None, cache: Cache | None = None,
+    attention_mask: Mask = None, past_key_values: Cache | None = None, **kwargs: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
     cache = past_key_values if cache is None else cache  # renamed in transformers 5.24
     query, key, value = (
         projection(hidden_states).unflatten(2, (module.num_heads, module.head_dim)).transpose(1, 2)
@@ -125,7 +140,7 @@ def alibi_slopes(heads: int, device: torch.device) -> Tensor:
 
 
 def alibi_bias(
-    mask: MaskStructure, key: Tensor, prefix_key: Tensor, dtype: torch.dtype, heads: int,
+    mask: MaskStructure | Tensor, key: Tensor, prefix_key: Tensor, dtype: torch.dtype, heads: int,
     slope_dtype: torch.dtype = torch.float32, factor: float = 1.0,
 ) -> Tensor:  # fmt: skip
     """ALiBi's bias with the prefix right in front of each row's first real token, float32 [batch or 1, heads, 1, P + kv_len].
@@ -151,7 +166,7 @@ def alibi_bias(
     return mask.once(("alibi", prefix_len, kv_len), bias)
 
 
-def _attn(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask, scaling: float) -> tuple[Tensor, None]:
+def _attn(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Mask, scaling: float) -> tuple[Tensor, None]:
     """The method of that name: out [batch, heads, q_len, head_dim] without attention weights."""
     dropout_rate = _rate(module.attn_dropout)
     out, _ = prefix_attention_forward(module, query, key, value, mask, scaling=scaling, dropout=dropout_rate)

@@ -27,7 +27,7 @@ from transformers.trainer import OPTIMIZER_NAME
 
 from prefix_kernels import available_backends
 from prefix_tuning.checkpoints import checkpoints, last_checkpoint
-from prefix_tuning.data import each
+from prefix_tuning.data import iter_rows
 from prefix_tuning.explain import explain_training
 from prefix_tuning.files import check_writable, write_json
 from prefix_tuning.prefix import Prefix
@@ -190,7 +190,7 @@ def train_prefix(
 
     trained = sum(p.numel() for p in prefix.parameters())
     frozen = sum(p.numel() for p in model.parameters())
-    length = round(statistics.median(len(example["input_ids"]) for example in each(trainer.train_dataset)))
+    length = round(statistics.median(len(example["input_ids"]) for example in iter_rows(trainer.train_dataset)))
     reasons = explain_training(
         model, next(prefix.parameters()).dtype, batch=settings.batch_size, length=length,
         prefix_len=settings.prefix_len, backend=settings.backend,

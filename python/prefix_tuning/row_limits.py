@@ -10,7 +10,7 @@ from torch import nn
 from prefix_tuning.bank import PrefixBank
 from prefix_tuning.encoder_families import ENCODER_DECODERS
 from prefix_tuning.families import FAMILIES
-from prefix_tuning.multimodal_families import text_part
+from prefix_tuning.multimodal_families import unwrapped_config
 from prefix_tuning.prefix import Prefix
 from prefix_tuning.shapes import checked_int
 from prefix_tuning.stacks import Stack, stacks
@@ -19,7 +19,7 @@ from prefix_tuning.task import Task, task_of
 
 def tokens_left(model: nn.Module, position_offset: int) -> int | None:
     """How many tokens of a row a model has positions for behind a prefix; None for any number."""
-    positions = getattr(text_part(model.config), "max_position_embeddings", None)
+    positions = getattr(unwrapped_config(model.config), "max_position_embeddings", None)
     return None if positions is None else positions - position_offset - stacks(model)[0].first_position
 
 
@@ -46,7 +46,7 @@ def training_length(model: nn.Module, prefix: Prefix, max_length: int | None) ->
         max_length = checked_int("max_length", max_length, at_least=1)
     left = tokens_left(model, prefix.position_offset)
     if left is not None and left < 1:
-        most = text_part(model.config).max_position_embeddings
+        most = unwrapped_config(model.config).max_position_embeddings
         raise ValueError(f"prefix: it takes {prefix.position_offset} of the model's {most} positions, which leaves none")
     return row_limit(model, prefix.position_offset, max_length)
 
@@ -89,7 +89,7 @@ def fitting(
     if task_of(model) is Task.ENCODER_DECODER:
         _check_pairs(encoded, max_new_tokens, *pair_limits(model))
         return list(encoded)
-    family, fit = FAMILIES.get(text_part(model.config).model_type), []
+    family, fit = FAMILIES.get(unwrapped_config(model.config).model_type), []
     if family is None or not family.learned_positions:
         return list(encoded)
     for i, (ids, offset) in enumerate(zip(encoded, _offsets(model, prefix_ids, len(encoded)), strict=True)):

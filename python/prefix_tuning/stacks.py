@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from prefix_tuning.encoder_families import ENCODER_DECODERS, ENCODERS, REFUSED_ENCODERS
 from prefix_tuning.families import FAMILIES, REFUSED, attention_modules, family_of, model_shape, shared_attention
-from prefix_tuning.multimodal_families import MULTIMODAL, text_part
+from prefix_tuning.multimodal_families import MULTIMODAL, unwrapped_config
 from prefix_tuning.shapes import ModelShape
 
 SELF_ATTENTION = ("decoder", "encoder")
@@ -101,12 +101,12 @@ def attention_kinds(config) -> dict[str, dict[str, Any]]:
 
 def sees_later_tokens(config) -> bool:
     """Whether a causal model's tokens see later ones, and so padding on the right: as an option of Gemma's has it."""
-    return getattr(text_part(config), "use_bidirectional_attention", None) in (True, "all")
+    return getattr(unwrapped_config(config), "use_bidirectional_attention", None) in (True, "all")
 
 
 def check_served(config) -> None:
     """NotImplementedError for a config of a family without a row, saying why."""
-    model_type, inside = (getattr(c, "model_type", None) for c in (config, text_part(config)))
+    model_type, inside = (getattr(c, "model_type", None) for c in (config, unwrapped_config(config)))
     refused = REFUSED | REFUSED_ENCODERS
     if model_type in refused:
         raise NotImplementedError(f"model: a prefix cannot be attached to {model_type}: {refused[model_type]}")

@@ -13,7 +13,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from prefix_tuning.devices import execution_device
 from prefix_tuning.families import FAMILIES, model_shape
-from prefix_tuning.multimodal_families import MULTIMODAL, text_part
+from prefix_tuning.multimodal_families import MULTIMODAL, unwrapped_config
 from prefix_tuning.shapes import Layers, check_layers
 from prefix_tuning.stacks import part_shapes, stacks, text_config
 
@@ -39,7 +39,7 @@ def cached_layers(model: nn.Module, input_ids: Tensor | Sequence[int]) -> Layers
     with torch.no_grad(), torch.autocast(device.type, enabled=False), evaluating(model):
         cache = _cache_of(model, ids[None].to(device))
         layers = [(layer.keys, layer.values) for layer in cache.layers]
-        modules = stacks(model)[0].attention["decoder"] if text_part(model.config).model_type in FAMILIES else []
+        modules = stacks(model)[0].attention["decoder"] if unwrapped_config(model.config).model_type in FAMILIES else []
         if modules and hasattr(modules[0], "expand_kv"):  # latent attention caches what keys and values are made from
             layers = [module.expand_kv(*latent) for module, latent in zip(modules, layers, strict=True)]
     layers = [(key[0], value[0]) for key, value in layers]

@@ -32,7 +32,7 @@ def graphs(monkeypatch):
     monkeypatch.setattr(torch, "Event", Mock)  # the CPU has none
     monkeypatch.setattr(cuda_graphs, "Graph", Graph)
     monkeypatch.setattr(GraphedSteps, "_on_device", staticmethod(lambda ids: True))
-    monkeypatch.setattr(graphed_decoding, "records", lambda model: True)
+    monkeypatch.setattr(graphed_decoding, "can_record", lambda model: True)
     monkeypatch.setattr(GenerationMixin, "_valid_auto_compile_criteria", would_compile)
     return Graph
 

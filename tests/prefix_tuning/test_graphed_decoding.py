@@ -232,11 +232,11 @@ def test_only_models_on_one_gpu_are_recorded():
     ):
         config = SimpleNamespace(model_type=model_type)
         model = SimpleNamespace(device=torch.device(device), hf_device_map=places, hf_quantizer=quantizer, config=config)
-        assert graphed_decoding.records(model) == expected
+        assert graphed_decoding.can_record(model) == expected
     model = tiny_model("llama")
     with attach_prefix(model, random_prefix(model)):
         assert model.get_compiled_call(None) is model._compiled_call, "transformers' own"
-    assert not graphed_decoding.records(model)
+    assert not graphed_decoding.can_record(model)
 
 
 @pytest.mark.parametrize("family", ("bart", "m2m_100", "marian", "mbart", "mt5", "pegasus", "t5", "t5gemma"))

@@ -17,7 +17,7 @@ def test_texts_of_a_prefix_of_peft(graphs, monkeypatch):
     prompts = ["abcd", "efgh", "ijkl", "mnop"]
     texts = generate_texts(model, tokenizer, prompts, max_new_tokens=18, batch_size=2)
     assert graphs.recorded == 1 + 2, "a step of each call"
-    monkeypatch.setattr(graphed_decoding, "records", lambda model: False)
+    monkeypatch.setattr(graphed_decoding, "can_record", lambda model: False)
     assert texts == generate_texts(model, tokenizer, prompts, max_new_tokens=18, batch_size=2)
 
 
@@ -32,7 +32,7 @@ def test_batches_of_texts_share_a_cache_and_its_graphs(graphs, monkeypatch, fami
     with attachment:
         texts = generate_texts(model, tokenizer, prompts, **options)
         recorded, replays = graphs.recorded, graphs.replays
-        monkeypatch.setattr(graphed_decoding, "records", lambda model: False)
+        monkeypatch.setattr(graphed_decoding, "can_record", lambda model: False)
         assert texts == generate_texts(model, tokenizer, prompts, **options)
         monkeypatch.undo()
     assert recorded <= 1 + (3 if family == "llama" else 5), "of 4 batches; without padding on a CPU steps are of another kind"
@@ -62,5 +62,5 @@ def test_on_a_gpu_texts_are_those_of_plain_steps(counted, monkeypatch, family):
     prompts = ["x", "Zz", "abc : 7", "one more", "the longest of the prompts", "y"]
     texts = generate_texts(model, tokenizer, prompts, max_new_tokens=18, batch_size=2)
     assert counted["replays"] > 3 * 12
-    monkeypatch.setattr(graphed_decoding, "records", lambda model: False)
+    monkeypatch.setattr(graphed_decoding, "can_record", lambda model: False)
     assert texts == generate_texts(model, tokenizer, prompts, max_new_tokens=18, batch_size=2)
