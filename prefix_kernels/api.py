@@ -8,7 +8,6 @@ from one copy of the prefix, which has no batch axis and is never concatenated w
 from __future__ import annotations
 
 import inspect
-from numbers import Real
 from typing import Any
 
 import torch
@@ -80,13 +79,7 @@ def prefix_attention(
         softcap=softcap, bias=bias, prefix_ids=prefix_ids, prefix_lens=prefix_lens, first_key_position=first_key_position,
     )  # fmt: skip
     result = _run(inputs, backend, return_lse)
-    numbers = (scale, window, softcap, first_key_position)
-    # A kernel reads the bias as it was given; a number in a tensor could be another the next time.
-    if (
-        kind is not None
-        and (bias is None or bias.shape == inputs.bias.shape)
-        and all(isinstance(n, Real | None) for n in numbers)
-    ):
+    if kind is not None and (bias is None or bias.shape == inputs.bias.shape):  # a kernel reads it as it was given
         repeated.remember(kind, inputs, backend)
     return result
 

@@ -42,7 +42,7 @@ _VARIABLE = os.environ.encodekey("PREFIX_KERNELS_BACKEND")
 
 
 def variable() -> str | None:
-    """PREFIX_KERNELS_BACKEND, None where it is not set or empty. Each call asks, and os.environ takes a microsecond to say no."""
+    """PREFIX_KERNELS_BACKEND, None where it is not set or empty. Every call asks; os.environ takes a microsecond to say no."""
     return None if _VARIABLE not in os.environ._data else os.environ["PREFIX_KERNELS_BACKEND"] or None
 
 

@@ -35,12 +35,11 @@ def kind_of(value) -> str:
 
 
 def to_int(name: str, value: Any, expected: str = "an int") -> int:
-    """What stands for an int, as one: whatever can be an index, but no bool. A SymInt stays one."""
+    """Whatever can be an index, as an int (a SymInt stays one), but no bool and no tensor: reading it may stop a device."""
     if isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool):
         return value
-    is_bool = isinstance(value, bool) or (isinstance(value, Tensor) and value.dtype == torch.bool)
     try:
-        return operator.index(None if is_bool else value)
+        return operator.index(None if isinstance(value, (bool, Tensor)) else value)
     except TypeError:
         raise TypeError(f"{name}: expected {expected}, got {kind_of(value)}") from None
 

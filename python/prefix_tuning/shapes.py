@@ -116,10 +116,9 @@ def mimo_shape(config) -> ModelShape:
 
 
 def checked_int(name: str, value: Any, at_least: int) -> int:
-    """What stands for an int, as one: whatever can be an index, but no bool."""
-    is_bool = isinstance(value, bool) or (isinstance(value, Tensor) and value.dtype == torch.bool)
+    """Whatever can be an index, as an int, but no bool and no tensor: reading it may stop a device."""
     try:
-        number = operator.index(None if is_bool else value)
+        number = operator.index(None if isinstance(value, (bool, Tensor)) else value)
     except TypeError:
         raise TypeError(f"{name}: expected an int, got {value!r}") from None
     if number < at_least:

@@ -368,7 +368,7 @@ def test_prefixes_of_several_dtypes_keep_their_numbers(first):
 
 
 def test_what_can_be_an_index_is_an_int():
-    bank = PrefixBank(prefixes_of(tiny_model("llama")), capacity=np.int64(9), max_prefix_len=torch.tensor(50))
+    bank = PrefixBank(prefixes_of(tiny_model("llama")), capacity=np.int64(9), max_prefix_len=np.array(50))
     assert (bank.capacity, bank.max_prefix_len) == (9, 50)
 
 

@@ -255,7 +255,7 @@ def test_wrong_calls_raise(prompts, options, match):
 def test_numbers_of_any_kind():
     call = partial(generate_texts, tiny_model("llama"), tiny_tokenizer(), ["a", "b"], sample=True, seed=1)
     expected = call(max_new_tokens=5, batch_size=1, temperature=2.0, top_p=0.5)
-    assert call(max_new_tokens=np.int64(5), batch_size=torch.tensor(1), temperature=2, top_p=np.float32(0.5)) == expected
+    assert call(max_new_tokens=np.int64(5), batch_size=np.array(1), temperature=2, top_p=np.float32(0.5)) == expected
 
 
 @pytest.mark.parametrize("attached", (None, "switched off", "prefix", "bank"))

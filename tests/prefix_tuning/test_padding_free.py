@@ -315,6 +315,7 @@ def test_a_mask_beside_a_packed_mask_function_is_heeded():
         ({"cu_seqlens": torch.tensor([0, 2])}, ValueError, r"cu_seqlens: expected one row, \[1, …\], .* got \[2\]"),
         ({"max_seqlen": None}, ValueError, "cu_seqlens, max_seqlen: expected both"),
         ({"max_seqlen": 9.0}, TypeError, "max_seqlen: expected an int, got 9.0"),
+        ({"max_seqlen": torch.tensor(9)}, TypeError, "max_seqlen: expected an int, got tensor"),
         ({"attention_mask": torch.ones(1, 3)}, ValueError, "attention_mask: expected none beside cu_seqlens"),
         ({"input_ids": torch.ones(2, 3, dtype=torch.long)}, ValueError, r"input_ids: expected \[1, tokens\] .* got \[2, 3\]"),
     ],

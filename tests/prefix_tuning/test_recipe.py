@@ -85,7 +85,7 @@ def test_settings_that_contradict_each_other(given, message):
 
 def test_settings_are_numbers_of_pythons():
     """So that they can be written as JSON."""
-    settings = TrainSettings(np.int64(5), batch_size=np.array(4), seed=torch.tensor(3), learning_rate=np.float32(0.5), epochs=2)
+    settings = TrainSettings(np.int64(5), batch_size=np.array(4), seed=np.uint8(3), learning_rate=np.float32(0.5), epochs=2)
     found = {
         name: getattr(settings.resolved(), name) for name in ("prefix_len", "batch_size", "seed", "learning_rate", "epochs")
     }
