@@ -291,7 +291,7 @@ def _pattern(
 def fitting_mask(mask: Any, tokens: Tensor, chunked: bool) -> Any:
     """A call's mask for its tokens [batch, q_len, …]: what generate has made for a static cache, one mask or a dict of them, is
     this call's own and where they are; a 4-D one is structure, if no layer's attention is chunked (there transformers computes
-    with it). ValueError for a 2-D mask that cannot be theirs."""
+    with it). ValueError for a 2-D mask that cannot be theirs, TypeError as dense_structure."""
     if mask is None:
         return None
     if isinstance(mask, dict):
@@ -310,7 +310,12 @@ def fitting_mask(mask: Any, tokens: Tensor, chunked: bool) -> Any:
 
 
 def dense_structure(mask: Tensor) -> MaskStructure:
-    """A 4-D mask, bool (True: may attend) or additive, as structure; one entry along an axis where all are the same."""
+    """A 4-D mask, bool (True: may attend) or additive, as structure; one entry along an axis where all are the same.
+
+    TypeError for integers: 0 and 1 would be added to scores, and nothing would be hidden.
+    """
+    if not (mask.dtype == torch.bool or mask.is_floating_point()):
+        raise TypeError(f"attention_mask: expected bool, or floats that are added, as a 4-D mask, got {mask.dtype}")
     for axis in (0, 1):
         mask = mask if mask.stride(axis) or mask.shape[axis] < 2 else mask.narrow(axis, 0, 1)
     return MaskStructure(causal=False, bias=mask.detach())

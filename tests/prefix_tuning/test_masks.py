@@ -88,3 +88,12 @@ def test_what_adds_to_scores_keeps_its_digits(given, wanted):
     added = torch.randn(BATCH, 1, LENGTH, LENGTH, generator=torch.Generator().manual_seed(0)).to(getattr(torch, given))
     bias = dense_structure(added).bias_over(3, torch.bfloat16)
     assert bias.dtype == getattr(torch, wanted) and torch.equal(bias[..., 3:], added.to(bias.dtype))
+
+
+@pytest.mark.parametrize("family", ("llama", "gpt_neo", "llama4"))
+def test_a_mask_of_integers_is_refused(family):
+    """As torch's own attention refuses it: added to scores it would hide nothing."""
+    model = tiny_model(family)
+    ids = torch.ones(BATCH, LENGTH, dtype=torch.long)
+    with attach_prefix(model, random_prefix(model)), pytest.raises(TypeError, match="attention_mask: expected bool.*int64"):
+        model(input_ids=ids, attention_mask=own_mask(2).long())
