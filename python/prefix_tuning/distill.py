@@ -249,6 +249,7 @@ def _conversations(
                 json.dumps(row)
                 if not is_conversation(row) and not encode_prompt(prompt_of(row), tokenizer):
                     raise ValueError(f"prompt: expected at least one token, got {row['prompt']!r}")
+                with_text(row, text.text)
             except (TypeError, ValueError) as error:
                 raise ValueError(f"prompts[{index}]: {error}") from None
         rows = [{**row, "chunk": [0, len(text)]} for row in prompts]

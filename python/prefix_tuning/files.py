@@ -86,7 +86,7 @@ def json_lines(lines: Iterable[str], source: str | os.PathLike) -> Iterator[tupl
         except json.JSONDecodeError as error:
             at = f"at character {error.pos + 1}"
             raise ValueError(f"{source}, line {number}: expected one JSON object a line, got none: {error.msg}, {at}") from None
-        except RecursionError as error:
+        except (RecursionError, ValueError) as error:  # nested too deep; an int of too many digits
             raise ValueError(f"{source}, line {number}: {error}") from None
         yield number, value
 

@@ -50,8 +50,11 @@ def read_requests(path: str | None, prefixes: Collection[str]) -> tuple[list[Pro
         check_unnamed(prefixes, path)
         prompts = [linearize(row["mr"]) + "\n" for row in load_e2e(path)]
         return prompts, [default] * len(prompts)
-    with open_text(path) if path else nullcontext(sys.stdin) as file:
-        lines = [line.rstrip("\r\n") for line in file]
+    try:
+        with open_text(path) if path else nullcontext(sys.stdin) as file:
+            lines = [line.rstrip("\r\n") for line in file]
+    except UnicodeDecodeError as error:  # open_text names its file
+        raise ValueError(f"stdin: not a {error.encoding} text: {error}") from None
     lines[:1] = [line.removeprefix("\ufeff") for line in lines[:1]]  # a byte order mark, which open_text takes off a file
     if first_object(lines) or ".jsonl" in Path(source.lower()).suffixes:
         rows = parse_rows(lines, source, partial(_check_request, prefixes=prefixes))

@@ -110,6 +110,7 @@ LATIN = '{"prompt": "Café", "completion": "b"}'.encode("latin-1")
         ),
         ("a.jsonl", json.dumps(ROW)[:-1], r"{file}, line 1: expected one JSON object a line, .*, at character 61"),
         ("a.json", json.dumps([ROW], indent=1), "{file}, line 1: expected one JSON object a line"),
+        ("a.jsonl", f'{json.dumps(ROW)}\n{{"prompt": {"1" * 5000}}}', "{file}, line 2: "),
         ("a.jsonl", "[" * 100_000, "{file}, line 1: maximum recursion depth"),
         ("a.jsonl", f"{json.dumps(ROW)}\n[1, 2]\n", "{file}, line 2: expected an object with .*, got list"),
         ("a.jsonl", '\n{"prompt": "a"}', "{file}, line 2: expected an object with .*, got .'prompt'."),

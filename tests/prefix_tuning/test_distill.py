@@ -294,6 +294,7 @@ def test_without_training_nothing_is_gained(mlp, tmp_path):
         ({"chunk_tokens": 512}, {"prompts": [{"messages": []}]}, r"prompts\[0\]: messages: expected at least one turn"),
         ({"chunk_tokens": 512}, {"prompts": [{"prompt": "p", "tags": {1}}]}, r"prompts\[0\]: Object of type set is not JSON"),
         ({"chunk_tokens": 512}, {"prompts": [{"prompt": ""}]}, r"prompts\[0\]: prompt: expected at least one token, got ''"),
+        ({"chunk_tokens": 512}, {"prompts": [{"messages": [{"role": "tool", "content": "a"}]}]}, r"prompts\[0\]: messages:"),
     ],
     ids=str,
 )
