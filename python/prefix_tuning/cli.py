@@ -211,6 +211,8 @@ def convert(args: argparse.Namespace) -> None:
     unheeded = {"peft": "part", "prefix": "task_type"}[args.to]
     if getattr(args, unheeded) is not None:
         raise ValueError(f"--{unheeded.replace('_', '-')}: --to {args.to} does not ask for it")
+    _check_named(args.source, "SOURCE")
+    _check_named(args.target, "FOLDER")
     if args.to == "peft":
         Prefix.load(args.source).to_peft(args.target, task_type=args.task_type or "CAUSAL_LM")
     else:
@@ -268,9 +270,9 @@ def _option(name: str) -> Iterator[None]:
         raise type(error)(f"{name}: {error.filename}: {error.strerror}") from error
 
 
-def _check_named(output: str | None) -> None:
-    if output == "":  # an unset variable of the shell, in quotes
-        raise ValueError("--output: expected a name, got an empty one")
+def _check_named(given: str | None, argument: str = "--output") -> None:
+    if given == "":  # an unset variable of the shell, in quotes
+        raise ValueError(f"{argument}: expected a name, got an empty one")
 
 
 def _check_name(file: str | None) -> None:

@@ -1,6 +1,7 @@
 """The command prefix-tuning, in process, on a tiny model saved to a folder: what it refuses, and what its help says."""
 
 import importlib.metadata
+import io
 import json
 import os
 import re
@@ -98,6 +99,8 @@ ERRORS = {
     "output of generation": (("generate", "--prompt", "p", "--output", "rows.jsonl/x"), "--output: rows.jsonl: File exists"),
     "folder for texts": (("generate", "--prompt", "p", "--output", "model"), "--output: expected .* got the folder model"),
     "no name for texts": (("generate", "--prompt", "p", "--output", ""), "--output: expected a name, got an empty one"),
+    "no name for a converted prefix": (("convert", "prefix", "", "--to", "peft"), "FOLDER: expected a name, got an empty one"),
+    "nothing to convert": (("convert", "", "x", "--to", "peft"), "SOURCE: expected a name, got an empty one"),
     "no name for a run": ((*TRAIN[:-1], ""), "--output: expected a name, got an empty one"),
     "seed": ((*TRAIN, "--seed", "-1"), "seed: expected at least 0, got -1"),
     "an adapter of PEFT": (("generate", "--prefix", "adapter", "--prompt", "p"), "it is a PEFT adapter, of which"),
@@ -134,7 +137,7 @@ def test_errors_are_one_line_and_status_2(run, folder, name):
     (command, *arguments), message = ERRORS[name]
     if name == "no GPU" and torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
-    model = () if "--model" in arguments else ("--model", "model")
+    model = () if "--model" in arguments or command == "convert" else ("--model", "model")
     status, out, err = run(command, *model, *arguments)
     assert status == 2 and not out
     assert re.fullmatch(rf"prefix-tuning {command}: error: [^\n]*{message}[^\n]*\n", err), err
@@ -156,6 +159,12 @@ def test_wrong_usage_is_one_line_and_status_2(run, arguments, message):
     status, out, err = run(*arguments)
     assert status == 2 and not out
     assert err.count("\n") == 1 and message in err and "--help" in err
+
+
+def test_stdin_that_is_no_text_is_named(run, folder, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff"), encoding="utf-8"))
+    status, out, err = run("generate", "--model", "model")
+    assert status == 2 and not out and err.startswith("prefix-tuning generate: error: stdin: not a utf-8 text: ")
 
 
 def test_traceback_shows_where(folder, monkeypatch):
