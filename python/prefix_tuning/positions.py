@@ -39,15 +39,15 @@ def token_mask(arguments: dict) -> Tensor | None:
 def sequence_positions(arguments: dict) -> Tensor:
     """Positions of the new tokens in their sequence, without the prefix: [batch or 1, q_len].
 
-    With a 2-D attention mask, padding takes no position: cumsum(mask) − 1 over cache and input, not below 0. Such a mask may
-    be as long as a static cache, with columns for tokens to come. Without one, counting starts at the cache's length.
+    With a 2-D attention mask, padding (0) takes no position: cumsum(mask ≠ 0) − 1 over cache and input, not below 0. Such a
+    mask may be as long as a static cache, with columns for tokens to come. Without one, counting starts at the cache's length.
     """
     tokens, cache = new_tokens(arguments), cache_of(arguments)
     q_len, mask = tokens.shape[1], token_mask(arguments)
     seen = 0 if cache is None else cache.get_seq_length()  # a static one's is a tensor
     if mask is None:
         return (torch.arange(q_len, device=tokens.device) + seen)[None]
-    positions, last = (mask.long().cumsum(-1) - 1).clamp(min=0).to(tokens.device), mask.shape[1] - q_len
+    positions, last = (mask.bool().cumsum(-1) - 1).clamp(min=0).to(tokens.device), mask.shape[1] - q_len
     if isinstance(seen, Tensor):
         return positions[:, torch.arange(q_len, device=tokens.device) + seen.clamp(max=last)]
     begin = max(0, min(seen, last))

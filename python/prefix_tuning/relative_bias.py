@@ -33,7 +33,7 @@ def prefix_bias(attention: nn.Module, arguments: dict, width: int, prefix_lens: 
     queries = (torch.arange(new_tokens(arguments).shape[1], device=table.weight.device) + seen)[None]
     mask = token_mask(arguments)
     if mask is not None and (torch.compiler.is_compiling() or not bool(mask[:, 0].all())):
-        queries = queries - mask.to(queries.device, torch.uint8).argmax(-1)[:, None]
+        queries = queries - mask.to(queries.device).bool().to(torch.uint8).argmax(-1)[:, None]
     buckets = attention._relative_position_bucket(
         columns - queries[:, :, None],
         bidirectional=not attention.is_decoder,

@@ -12,9 +12,10 @@ from prefix_tuning.attach import Attachment
 from support.capabilities import ids
 from support.checkpointing import enable_checkpointing
 from support.encoder_decoders import tiny_encoder_decoder
+from support.encoders import tiny_encoder
 from support.generation import attach
 from support.image_text import tiny_wrapper
-from support.models import FAMILIES, random_prefix, tiny_model
+from support.models import FAMILIES, random_prefix, randomize, tiny_model
 from support.peft_models import twins
 from support.reference import PastKeyValues
 
@@ -451,6 +452,22 @@ def test_masks_that_cannot_be_the_tokens():
         for shape in ((2, 4), (1, 3)):
             with pytest.raises(ValueError, match=r"attention_mask: expected one for each token of .*: \[1, 4 or more\]"):
                 model(input_ids=ids, attention_mask=torch.ones(shape, dtype=torch.long))
+
+
+@pytest.mark.parametrize("family", ("llama", "gpt2", "bloom", "t5", "bert"))
+def test_what_a_mask_holds_besides_0_is_a_token(family):
+    """As transformers has it: the number of its document, say. And one row of it is that of all."""
+    tiny = {"t5": tiny_encoder_decoder, "bert": tiny_encoder}.get(family, tiny_model)
+    model, ids = tiny(family), torch.randint(3, 90, (3, 9), generator=torch.Generator().manual_seed(0))
+    mask, more = torch.ones(3, 9, dtype=torch.long), {"decoder_input_ids": ids} if family == "t5" else {}
+    mask[:, :3] = 0
+    with attach_prefix(model, randomize(Prefix.for_model(model, 4))):
+        expected = model(input_ids=ids, attention_mask=mask, **more).logits
+        numbered = model(input_ids=ids, attention_mask=mask * torch.tensor([1] * 6 + [2] * 3), **more).logits
+        torch.testing.assert_close(numbered, expected, **TOLERANCE)
+        if family != "t5":  # whose cross-attention needs every row
+            single = model(input_ids=ids, attention_mask=mask[:1], **more).logits
+            torch.testing.assert_close(single, expected, **TOLERANCE)
 
 
 @pytest.mark.parametrize("family", ("llama", "gpt2", "mistral", "bloom", "gpt_neo"))
