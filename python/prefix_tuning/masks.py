@@ -291,8 +291,8 @@ def _pattern(
 def fitting_mask(mask: Any, tokens: Tensor, chunked: bool) -> Any:
     """A call's mask for its tokens [batch, q_len, …]: what generate has made for a static cache, one mask or a dict of them, is
     this call's own and where they are; a 4-D one is structure, if no layer's attention is chunked (there transformers computes
-    with it); one row of a 2-D one is every row's. ValueError for a 2-D mask that cannot be theirs, TypeError as
-    dense_structure."""
+    with it); one row of a 2-D one is every row's. ValueError for a mask of another shape that cannot be theirs,
+    TypeError as dense_structure."""
     if mask is None:
         return None
     if isinstance(mask, dict):
@@ -302,9 +302,9 @@ def fitting_mask(mask: Any, tokens: Tensor, chunked: bool) -> Any:
     if isinstance(mask, Tensor) and mask.dim() == 4 and not chunked:
         return dense_structure(mask)
     rows, length = tokens.shape[:2]
-    if not (isinstance(mask, Tensor) and mask.dim() == 2):
+    if not (isinstance(mask, Tensor) and mask.dim() in (2, 3)):
         return mask
-    if mask.shape[0] not in (1, rows) or mask.shape[1] < length:
+    if mask.dim() == 3 or mask.shape[0] not in (1, rows) or mask.shape[1] < length:  # GPT-2 would view all of it as 2-D
         raise ValueError(
             f"attention_mask: expected one for each token of cache and input: [{rows}, {length} or more], "
             f"got {list(mask.shape)}"

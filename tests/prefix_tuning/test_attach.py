@@ -445,11 +445,12 @@ def test_a_float32_prefix_is_rounded_for_all_layers_at_once(monkeypatch):
     assert all(parameter.grad is not None and parameter.grad.dtype == torch.float32 for parameter in prefix.parameters())
 
 
-def test_masks_that_cannot_be_the_tokens():
-    model, ids = tiny_model("llama"), torch.tensor([[5, 6, 7, 8]])
+@pytest.mark.parametrize("family", ("llama", "gpt2"))
+def test_masks_that_cannot_be_the_tokens(family):
+    model, ids = tiny_model(family), torch.tensor([[5, 6, 7, 8]])
     with attach_prefix(model, random_prefix(model)):
         model(input_ids=ids.expand(2, -1), attention_mask=torch.ones(1, 4, dtype=torch.long))
-        for shape in ((2, 4), (1, 3)):
+        for shape in ((2, 4), (1, 3), (1, 4, 4)):
             with pytest.raises(ValueError, match=r"attention_mask: expected one for each token of .*: \[1, 4 or more\]"):
                 model(input_ids=ids, attention_mask=torch.ones(shape, dtype=torch.long))
 
