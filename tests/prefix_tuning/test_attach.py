@@ -247,6 +247,8 @@ def test_float32_prefix_beside_models_of_other_dtypes(dtype):
         got = model(input_ids=input_ids, labels=input_ids)
         got.loss.backward()
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in prefix.parameters())
+    rounded = all(torch.equal(p.grad, p.grad.to(dtype).float()) for p in prefix.parameters())
+    assert rounded == (dtype == torch.float64)  # no gradient has passed through 16 bit
     difference = (got.logits.float() - expected).abs().mean() / expected.abs().mean()
     assert difference < (0.1 if dtype == torch.bfloat16 else 0.02)
 

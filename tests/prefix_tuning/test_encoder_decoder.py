@@ -234,6 +234,19 @@ def test_a_padded_beginning_of_the_decoders_with_a_static_cache(family):
     assert torch.equal(got, expected) and torch.equal(got[:1, 2:], alone)
 
 
+@pytest.mark.parametrize("family", ("bart", "t5"))
+def test_masks_over_pairs(family):
+    model = tiny_encoder_decoder(family)
+    ids, mask = (source(model, side="right")[name] for name in ("input_ids", "attention_mask"))
+    inputs = {"decoder_input_ids": ids[:, :5], "use_cache": False}
+    added = torch.zeros(len(mask), 1, 1, mask.shape[1]).masked_fill(mask[:, None, None] == 0, -torch.inf)
+    causal = torch.ones(1, 1, 5, 5, dtype=torch.bool).tril()
+    with attach_prefix(model, random_parts(model)):
+        expected = model(input_ids=ids, attention_mask=mask, **inputs).logits
+        got = model(input_ids=ids, attention_mask=added, decoder_attention_mask=causal, **inputs).logits
+    torch.testing.assert_close(got, expected, **TOLERANCE)
+
+
 def test_autocast_rounds_no_text():
     for family in ("bart", "t5gemma"):
         model, tokenizer = tiny_encoder_decoder(family), lambda text, **_: {"input_ids": [5, 6, 7]}

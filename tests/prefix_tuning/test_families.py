@@ -180,3 +180,19 @@ def test_torch_s_default_dtype_changes_nothing(name, default):
             torch.testing.assert_close(model(**inputs).logits[:, 3:], expected[:, 3:], **TOLERANCE)
         finally:
             torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize(
+    "name", ("bloom", "deepseek_v3", "falcon_alibi", "gemma3", "gpt_neo", "gpt_oss", "llama4_temperature", "mpt")
+)
+def test_a_model_in_bfloat16(name):
+    """Families whose attention has something of its own, beside a float32 prefix."""
+    model, mask = tiny_model(name), torch.ones(2, 12, dtype=torch.long)
+    prefix, mask[0, :3] = random_prefix(model), 0
+    inputs = {"input_ids": ids(length=12), "attention_mask": mask, "use_cache": False}
+    with torch.no_grad():
+        with attach_prefix(model, prefix):
+            expected = model(**inputs).logits[mask.bool()]
+        with attach_prefix(model.bfloat16(), prefix):
+            got = model(**inputs).logits[mask.bool()]
+    assert got.dtype == torch.bfloat16 and (got.float() - expected).abs().mean() < 0.1 * expected.abs().mean()

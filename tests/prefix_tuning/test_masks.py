@@ -2,9 +2,17 @@
 
 import pytest
 import torch
+from transformers.masking_utils import (
+    and_masks,
+    bidirectional_mask_function,
+    causal_mask_function,
+    sdpa_mask,
+    sliding_window_causal_mask_function,
+    sliding_window_overlay,
+)
 
 from prefix_tuning import Prefix, attach_prefix, attention
-from prefix_tuning.masks import dense_structure
+from prefix_tuning.masks import dense_structure, mask_structure
 from support.encoder_decoders import tiny_encoder_decoder
 from support.models import random_prefix, tiny_model
 
@@ -97,3 +105,15 @@ def test_a_mask_of_integers_is_refused(family):
     ids = torch.ones(BATCH, LENGTH, dtype=torch.long)
     with attach_prefix(model, random_prefix(model)), pytest.raises(TypeError, match="attention_mask: expected bool.*int64"):
         model(input_ids=ids, attention_mask=own_mask(2).long())
+
+
+@pytest.mark.parametrize("function, window", (
+    (sliding_window_causal_mask_function(4), 4), (sliding_window_causal_mask_function(5), None),
+    (and_masks(sliding_window_overlay(4), bidirectional_mask_function), None),
+    (and_masks(sliding_window_overlay(4), causal_mask_function, bidirectional_mask_function), None),
+))  # fmt: skip
+def test_what_is_not_quite_the_window_it_is_said_to_be_is_a_bias(function, window):
+    structure = mask_structure(1, LENGTH, LENGTH, mask_function=function, local_size=4)
+    assert structure.window == window and (structure.bias is None) == (window is not None)
+    if window is None:
+        assert torch.equal(structure.bias, sdpa_mask(1, LENGTH, LENGTH, mask_function=function, allow_is_causal_skip=False))

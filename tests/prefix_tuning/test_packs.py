@@ -2,10 +2,17 @@
 
 import pytest
 import torch
+from transformers.masking_utils import (
+    blockwise_overlay,
+    causal_mask_function,
+    create_causal_mask,
+    create_sliding_window_causal_mask,
+    or_masks,
+)
 
 import prefix_tuning.attention
 from prefix_tuning import PrefixBank, attach_prefix
-from prefix_tuning.masks import idle_mask
+from prefix_tuning.masks import idle_mask, mask_structure
 from prefix_tuning.packs import Pack, packed
 from prefix_tuning.padding_free import why_padded
 from prefix_tuning.stacks import attention_kinds
@@ -75,6 +82,18 @@ def test_packed_rows_need_no_mask_over_all_pairs(family, calls):
     assert (8 in windows) == (getattr(model.config, "sliding_window", None) == 8 and family != "smollm3")
 
 
+@pytest.mark.parametrize("make", (create_causal_mask, create_sliding_window_causal_mask))
+def test_code_that_is_traced_hides_the_other_sequences(make):
+    model, embeds = tiny_model("mistral"), torch.zeros(1, 14, 64)
+
+    def mask(embeds):
+        return make(model.config, embeds, None, None, POSITIONS[:1])
+
+    with attach_prefix(model, random_prefix(model, PREFIX_LEN)):
+        structure, traced = mask(embeds), torch.compile(mask, backend="eager")(embeds)
+    assert structure.pack is not None and torch.equal(traced.bias, structure.unpacked().bias)
+
+
 def test_a_prefix_that_slides_needs_the_mask(calls):
     """Each sequence by itself under PEFT's window, which slides over the prefix."""
     model, input_ids = tiny_model("mistral"), ids(1, 14)
@@ -141,6 +160,14 @@ def test_a_call_that_is_told_its_sequences(name, shared):
         got = run()
     equal = torch.allclose(got, expected, **TOLERANCE)
     assert equal == (reason is None)
+
+
+def test_a_mask_that_knows_no_sequences_is_refused():
+    pack = Pack(torch.tensor([0, 9, 14], dtype=torch.int32), 9, 1, 14)
+    function = or_masks(causal_mask_function, blockwise_overlay(torch.full((1, 14), -1)))
+    with packed(pack), idle_mask(ids(1, 14)) as mask, pytest.raises(NotImplementedError, match="under this model's masks"):
+        mask_structure(1, 14, 14, mask_function=function, attention_mask=mask)
+    assert not pack.taken
 
 
 @pytest.mark.parametrize("name", MODELS)
