@@ -165,6 +165,15 @@ def test_loss_and_gradients_of_the_model_reach_through_a_bank():
     torch.testing.assert_close(grad, expected_grad, atol=1e-4, rtol=1e-4)
 
 
+def test_a_longer_prefix_where_there_is_room_for_one_more():
+    model = tiny_model("llama")
+    bank, longer = PrefixBank({"a": prefix_of(model, 3, 1)}, capacity=3), prefix_of(model, 7, 2)
+    bank.add("b", longer)
+    assert (bank.capacity, bank.max_prefix_len) == (3, 7)
+    for layer, pair in enumerate(longer.layers()):
+        assert torch.equal(bank.storage.keys[layer][1], pair[0]) and torch.equal(bank.storage.values[layer][1], pair[1])
+
+
 def test_compiled_forward_and_decoding():
     from torch._dynamo.testing import CompileCounterWithBackend
 

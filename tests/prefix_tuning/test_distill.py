@@ -112,6 +112,15 @@ def test_tokens_that_the_model_rules_out():
     assert divergences(logits[:1], ids[:1], probs[:1] / 2).item() == torch.inf  # what is left the model rules out
 
 
+def test_probabilities_of_0_and_such_as_add_up_to_more_than_1():
+    logits, ids = torch.randn(2, 4), torch.tensor([[0, 1, 2]] * 2)
+    teacher = torch.tensor([[0.6, 0.4 + 1e-7, 0, 0], [0.5, 0, 0.25, 0.25]])
+    assert 0 < teacher[0].sum() - 1 < 1e-6
+    logits[1, 1] = -torch.inf
+    expected = functional.kl_div(logits.log_softmax(-1).clamp(min=-1e3), teacher, reduction="none").sum(1)
+    torch.testing.assert_close(divergences(logits, ids, teacher[:, :3]), expected)
+
+
 def test_the_teacher_itself_diverges_by_nothing_and_has_no_gradient():
     model, input_ids, labels, wanted = labelled()
     prefix = random_prefix(model, 3)

@@ -10,6 +10,7 @@ import torch
 
 from prefix_tuning import Prefix, PrefixBank, accelerate_peft, attach_prefix
 from prefix_tuning.generate import first_line, generate_ids, generate_texts
+from prefix_tuning.row_limits import pair_limits
 from support.encoder_decoders import tiny_encoder_decoder
 from support.models import FAMILIES, random_prefix, tiny_model
 from support.tokenizer import CHAT_TEMPLATE, tiny_tokenizer
@@ -311,6 +312,13 @@ def test_an_encoder_decoder_without_such_tables(family):
     with attach_prefix(model, random_prefix(model, 3)):
         texts = generate_texts(model, tokenizer, [prompt], max_new_tokens=70)
         assert generate_texts(model, tokenizer, [prompt], max_new_tokens=70, cut_prompts=True) == texts
+
+
+def test_an_encoder_decoder_of_a_family_that_is_not_served(monkeypatch):
+    model = tiny_encoder_decoder("bart")
+    assert pair_limits(model) == (64, 64)
+    monkeypatch.setattr(model.config, "model_type", "led")
+    assert pair_limits(model) == (None, None)
 
 
 def test_an_encoder_decoder_does_not_write_what_must_not_be_in_its_texts():

@@ -1,5 +1,7 @@
 """Rows of several sequences: what transformers makes of position_ids that start anew, and what a call is told by `packed`."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers.masking_utils import (
@@ -12,7 +14,7 @@ from transformers.masking_utils import (
 
 import prefix_tuning.attention
 from prefix_tuning import PrefixBank, attach_prefix
-from prefix_tuning.masks import idle_mask, mask_structure
+from prefix_tuning.masks import MaskStructure, idle_mask, mask_structure
 from prefix_tuning.packs import Pack, packed
 from prefix_tuning.padding_free import why_padded
 from prefix_tuning.stacks import attention_kinds
@@ -56,6 +58,9 @@ def test_where_sequences_begin():
     ]  # fmt: skip
     assert (~pack.hidden(2))[1, 0].sum(1).tolist() == [1, 2, 2, 2, 2, 2]
     assert Pack.of(torch.zeros(2, 0)).cu_seqlens.tolist() == [0]
+    assert pack.to("meta").cu_seqlens.is_meta and pack.to("meta").parent is None
+    mask = MaskStructure(causal=True, pack=replace(pack, parent=pack.rows().int())).to("meta")
+    assert mask.pack.cu_seqlens.is_meta and mask.pack.parent.is_meta
 
 
 @pytest.mark.parametrize("family", ("llama", "gpt2", "mistral", "gemma2", "gemma3", "cohere2", "smollm3"))
