@@ -70,6 +70,26 @@ def test_case(calls, case, dtype):
     assert bool(calls) == (not refused and not nothing and case.name != "no keys, no prefix")
 
 
+SQUARE = (2, 4, 64, 128)
+
+
+@pytest.mark.parametrize(("engine", "q", "k", "cudnn"), [
+    ("cudnn", SQUARE, SQUARE, 91501), ("flash", SQUARE, SQUARE, 91500), ("flash", SQUARE, SQUARE, None),
+    ("flash", (2, 4, 63, 128), SQUARE, 91501),
+    ("flash", SQUARE, (2, 4, 1, 128), 91501), ("cudnn", SQUARE, (2, 4, 2, 128), 91501),
+    ("flash", (2, 4, 64, 136), (2, 4, 64, 136), 91501), ("efficient", (2, 4, 64, 264), (2, 4, 64, 264), 91501),
+    ("cudnn", (65535, 1, 64, 64), (65535, 1, 64, 64), 91501), ("flash", (65536, 1, 64, 64), (65536, 1, 64, 64), 91501),
+    ("cudnn", (1, 65535, 64, 64), (1, 1, 64, 64), 91501), ("flash", (1, 65536, 64, 64), (1, 1, 64, 64), 91501),
+    ("cudnn", (1, 64, 2**18 - 1, 128), SQUARE, 91501), ("flash", (1, 64, 2**18, 128), SQUARE, 91501),
+    ("flash", SQUARE, (1, 64, 2**18, 128), 91501),
+])  # fmt: skip
+def test_what_goes_to_cudnn(monkeypatch, engine, q, k, cudnn):
+    on(monkeypatch, cudnn=cudnn)
+    q, k = (torch.empty(shape, dtype=torch.bfloat16, device="meta") for shape in (q, k))
+    assert stock.engine_of(q, k, None, backward=False) == engine
+    assert stock.engine_of(q, k, None, backward=True) == ("flash" if engine == "cudnn" else engine)
+
+
 SERVED = [
     case for case in CASES
     if case.softcap is None and case.prefixes is None and case.seqlens_q is None and case.batch and case.q_len and case.kv_len

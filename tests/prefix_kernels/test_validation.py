@@ -34,6 +34,9 @@ PACKED = {
     "q": rand(6, 4, 8), "k": rand(9, 2, 8), "v": rand(9, 2, 6), "prefix_k": rand(2, 3, 8), "prefix_v": rand(2, 3, 6),
     "cu_seqlens_q": ints(0, 2, 5, 6), "cu_seqlens_k": ints(0, 4, 8, 9), "max_seqlen_q": 3, "max_seqlen_k": 4,
 }  # fmt: skip
+NOTHING_PACKED = {name: PACKED[name][:0] for name in ("q", "k", "v")} | {
+    "cu_seqlens_q": ints(0), "cu_seqlens_k": ints(0), "max_seqlen_q": 0, "max_seqlen_k": 0,
+}  # fmt: skip
 PACKED_BANK = PACKED | {"prefix_k": BANK["prefix_k"], "prefix_v": BANK["prefix_v"], "prefix_ids": ints(0, 0, -1)}
 
 
@@ -291,6 +294,7 @@ def test_every_check_is_in_the_table():
         (BANK, {"prefix_ids": ints(-1, 2, dtype=torch.int64), "prefix_lens": ints(0, 3, 1)}),
         (PACKED, {"max_seqlen_q": 99, "max_seqlen_k": 99, "parent": ints(-1, 0, 0), "cu_seqlens_q": ints(0, 2, 5, 6).long()}),
         (PACKED, {"causal": False, "cu_seqlens_k": ints(0, 0, 0, 9), "max_seqlen_k": 9}),
+        (PACKED, NOTHING_PACKED),
         (PACKED_BANK, {"parent": ints(-1, 0, -1), "prefix_ids": ints(2, 2, -1)}),
     ],
 )  # fmt: skip
