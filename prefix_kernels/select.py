@@ -19,7 +19,7 @@ SMALL_CALL, LARGE_CALL = 2**26, 2**28  # bytes of memory traffic
 MOST_ROWS = 64
 # Why a backend comes before those after it.
 REASONS = {
-    "cpu": "measured with AVX-512 and AMX, else assumed: 1.04 to 8.2 times as fast as sdpa at all points of "
+    "cpu": "measured with AVX-512 and AMX, else assumed: 1.08 to 9.9 times as fast as sdpa at all points of "
     "benchmarks/results/cpu, so there is no threshold",
     "cuda": "measured on an H200 (benchmarks/results/nvidia-h200): the fastest in decoding with wide heads, of few queries a "
     "row behind prefixes shorter than the row, and where each head has a key head; in small calls as fast as triton, with one "
