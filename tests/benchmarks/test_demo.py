@@ -104,6 +104,6 @@ def test_it_runs_again_over_an_earlier_run(run):
 def test_wrong_settings_are_refused_before_anything_runs(tmp_path):
     demo = load_demo()
     demo.load_model_and_tokenizer = lambda **options: pytest.fail("the model was loaded")
-    with pytest.raises(ValueError, match="steps: expected more than 0, got 0"):
+    with pytest.raises(ValueError, match="steps: expected at least 1, got 0"):
         demo.main(["--output", str(tmp_path / "run"), "--steps", "0"])
     assert not list(tmp_path.iterdir())
