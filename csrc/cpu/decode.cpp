@@ -75,19 +75,18 @@ struct NarrowTile {
     add_values(p, numbers<T>(segment.v, segment.v_first, first), segment.v.token, segment.v.size, count);
   }
 
-  // A single row.
+  // A single row; keys in bfloat16 have queries in it.
   void attend_bfloat16(const Problem& p, const Segment& segment, int64_t first, int64_t count) {
 #if defined(__AVX512BF16__)
-    if (p.q.element == Element::bfloat16) {
-      const bfloat16* k = numbers<bfloat16>(segment.k, segment.k_first, first);
-      weigh_row(p, segment, 0, first, count, [&](int64_t n, auto keys) {
-        return dot_pairs(k + n * segment.k.token, segment.k.token, keys, first_q, segment.k.size);
-      });
-      const bfloat16* v = numbers<bfloat16>(segment.v, segment.v_first, first);
-      return add_value_pairs(v, segment.v.token, segment.v.size, count, weights[0], acc);
-    }
-#endif
+    const bfloat16* k = numbers<bfloat16>(segment.k, segment.k_first, first);
+    weigh_row(p, segment, 0, first, count, [&](int64_t n, auto keys) {
+      return dot_pairs(k + n * segment.k.token, segment.k.token, keys, first_q, segment.k.size);
+    });
+    const bfloat16* v = numbers<bfloat16>(segment.v, segment.v_first, first);
+    add_value_pairs(v, segment.v.token, segment.v.size, count, weights[0], acc);
+#else
     attend_in_place<bfloat16>(p, segment, first, count);
+#endif
   }
 
   // `dim` numbers of each key are read; where that is less than head_dim the queries' others are 0.

@@ -29,7 +29,7 @@ inline Vec dot_pairs(const bfloat16* keys, int64_t stride, Count count, const bf
 
 // sums[dim, filled up to 2 · LANES] += Σ_n weights[n] · values[n][dim]; weights are rounded to bfloat16.
 inline void add_value_pairs(const bfloat16* values, int64_t stride, int64_t dim, int64_t count, const float* weights, float* sums) {
-  alignas(64) uint32_t pairs[KEYS];  // of the weights of keys 2 · n and 2 · n + 1, the earlier one in the low half
+  alignas(64) uint32_t pairs[KEYS / 2];  // of the weights of keys 2 · n and 2 · n + 1, the earlier one in the low half
   for (int64_t n = 0; n < count; n += 2 * LANES) {
     const Vec low = load(weights + n, count - n), high = load(weights + n + LANES, count - n - LANES);
     _mm512_store_si512(pairs + n / 2, bits<__m512i>(_mm512_cvtne2ps_pbh(bits<__m512>(high), bits<__m512>(low))));
